@@ -1,0 +1,68 @@
+"""Frozen dataclasses as pytrees: the one way in which a value of this library is defined."""
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+
+T = TypeVar("T")
+_STATIC = "jkv_static"
+
+
+def static(**kwargs: Any) -> Any:
+    """Mark a dataclass field as part of the tree's structure: hashable, compared when traced."""
+    return dataclasses.field(metadata={_STATIC: True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
+def pytree(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen dataclass whose fields are pytree children, except `static()` ones.
+
+    Unflattening bypasses `__init__`: JAX rebuilds trees around tracers, shapes and sentinels, and
+    the checks of a constructor are meant for users.
+    """
+    cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    data = tuple(f.name for f in fields if not f.metadata.get(_STATIC))
+    meta = tuple(f.name for f in fields if f.metadata.get(_STATIC))
+
+    def flatten_with_keys(node: Any):
+        children = tuple((jax.tree_util.GetAttrKey(n), getattr(node, n)) for n in data)
+        return children, tuple(getattr(node, n) for n in meta)
+
+    def flatten(node: Any):
+        return tuple(getattr(node, n) for n in data), tuple(getattr(node, n) for n in meta)
+
+    def unflatten(aux: tuple, children: Any):
+        node = object.__new__(cls)
+        for name, value in zip(data + meta, tuple(children) + aux, strict=True):
+            object.__setattr__(node, name, value)
+        return node
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    cls.__repr__ = _repr
+    return cls
+
+
+def replace(node: T, **changes: Any) -> T:
+    """Copy of a pytree value with some fields changed."""
+    return dataclasses.replace(node, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes that the arrays of `tree` hold, padding of the device's layout not counted."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _repr(self: Any) -> str:
+    """Shapes and dtypes in place of a screen of numbers."""
+
+    def show(value: Any) -> str:
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            return f"{value.dtype}{list(value.shape)}"
+        if isinstance(value, tuple) and len(value) > 2 and len({repr(v) for v in value}) == 1:
+            return f"{len(value)} × {value[0]!r}"
+        return repr(value)
+
+    fields = ", ".join(f"{f.name}={show(getattr(self, f.name))}" for f in dataclasses.fields(self))
+    return f"{type(self).__name__}({fields})"

@@ -1,0 +1,17 @@
+"""Caches: one file per kind of storage, one protocol for all."""
+
+from jkv.cache.base import Cache, LayerCache, Step, concat, init_cache
+from jkv.cache.dense import Dense, dense, from_legacy
+from jkv.cache.none import none
+
+__all__ = [
+    "Cache",
+    "Dense",
+    "LayerCache",
+    "Step",
+    "concat",
+    "dense",
+    "from_legacy",
+    "init_cache",
+    "none",
+]

@@ -1,0 +1,332 @@
+"""The protocol of a layer's cache, and the cache of a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jkv import _pytree
+from jkv._axes import Array
+from jkv._pytree import pytree
+from jkv.errors import CacheFullError, UnsupportedError
+
+
+@pytree
+class Step:
+    """What all layers share in one forward pass: where the new tokens are.
+
+    The tokens of a row are contiguous and come first: token t of row b has position
+    ``start[b] + t`` while that is below ``stop[b]``, and -1 (padding) from there on.
+    """
+
+    positions: Array  # [B, T] int32
+    start: Array  # [B] int32, tokens in the row before this pass
+    stop: Array  # [B] int32, and after it
+
+    @classmethod
+    def after(cls, start: Int[Array, "B"], counts: Int[Array, "B"], new: int) -> Step:
+        """The step in which `counts[b]` of `new` tokens follow the `start[b]` of each row."""
+        offsets = jnp.arange(new, dtype=jnp.int32)[None, :]
+        positions = jnp.where(offsets < counts[:, None], start[:, None] + offsets, -1)
+        return cls(positions=positions, start=start, stop=start + counts)
+
+
+@runtime_checkable
+class LayerCache(Protocol):
+    """One layer's keys and values: a frozen pytree that knows how to attend to itself.
+
+    One method rather than "append" and "read": the order of the two is the cache's own affair
+    (a ring given a chunk longer than itself must read first), and what a cache stores never has
+    to be written out in full for somebody else to read.
+    """
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that a row can hold, None when it never runs full."""
+        ...
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        step: Step,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Float[Array, "B T N H"], Self]:
+        """Attention of the new tokens over the old and themselves, and the cache with both.
+
+        Tokens at position -1 are padding: nothing of them is stored, what they get is undefined.
+        """
+        ...
+
+    def take(self, rows: Int[Array, "R"]) -> Self:
+        """The cache whose row r is this one's row ``rows[r]``."""
+        ...
+
+    def resize(self, slots: int) -> Self:
+        """The same tokens in a buffer of another length."""
+        ...
+
+    def crop(self, lengths: Int[Array, "B"]) -> Self:
+        """The cache rolled back to its first `lengths[b]` tokens.
+
+        Raises:
+            UnsupportedError: what is needed has been overwritten.
+        """
+        ...
+
+    def concat(self, others: Sequence[Self]) -> Self:
+        """The rows of this cache followed by those of others of the same kind and length."""
+        ...
+
+    def to_legacy(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Keys and values of the tokens in order, one slot per position."""
+        ...
+
+
+class Kind(Protocol):
+    """How a layer's tokens are kept, described before there is a shape: a small frozen value."""
+
+    def init(
+        self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any
+    ) -> LayerCache:
+        """An empty layer cache."""
+        ...
+
+
+class Shape(Protocol):
+    """What a cache must know of a model's configuration."""
+
+    @property
+    def layers(self) -> int: ...  # noqa: D102
+    @property
+    def kv_heads(self) -> int: ...  # noqa: D102
+    @property
+    def head_dim(self) -> int: ...  # noqa: D102
+
+
+# The model without its cache: tokens [B, T], their step and the layers' caches in; the hidden
+# states [B, T, D] and the next caches out.
+Stack = Callable[[Array, Step, tuple[Any, ...]], tuple[Array, tuple[Any, ...]]]
+
+
+@pytree
+class Cache:
+    """The keys and values of every layer, each row with a length of its own: a value.
+
+    Carry it through `lax.scan`, donate it, shard it, fork it, save it: every operation returns a
+    new one. A row that has no room for its new tokens takes none of them, keeps every bit, and
+    raises the flag `overflowed`, which `check` turns into an error on the host.
+    """
+
+    layers: tuple[Any, ...]  # of LayerCache
+    lengths: Array  # [B] int32, tokens held by each row
+    overflowed: Array  # [B] bool
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.lengths.shape[0]
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that a row can hold, None when it never runs full."""
+        limits = [layer.capacity for layer in self.layers if layer.capacity is not None]
+        return min(limits, default=None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return _pytree.nbytes(self)
+
+    def advance(
+        self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Run the model's layers over new tokens, of which each row's first `counts[b]` are real."""
+        step, overflowed = self.admit(tokens.shape[1], counts)
+        hidden, layers = stack(tokens, step, self.layers)
+        return hidden, _pytree.replace(
+            self, layers=layers, lengths=step.stop, overflowed=overflowed
+        )
+
+    def admit(self, new: int, counts: Int[Array, "B"] | None) -> tuple[Step, Array]:
+        """The step for `new` tokens, none in a row that has no room for all, and the new flags."""
+        if counts is None:
+            counts = jnp.full((self.batch,), new, jnp.int32)
+        counts = jnp.clip(counts.astype(jnp.int32), 0, new)
+        if self.capacity is None:
+            return Step.after(self.lengths, counts, new), self.overflowed
+        fits = self.lengths + counts <= self.capacity
+        step = Step.after(self.lengths, jnp.where(fits, counts, 0), new)
+        return step, self.overflowed | ~fits
+
+    def check(self) -> Self:
+        """This cache, if no row ever overflowed.
+
+        Raises:
+            CacheFullError: some did.
+        """
+        full = np.flatnonzero(np.asarray(self.overflowed))
+        if len(full):
+            raise CacheFullError(
+                f"the cache is full: rows {full.tolist()} had no room for their new tokens in "
+                f"{self.capacity} slots; nothing was written. Ask for more slots or fewer tokens"
+            )
+        return self
+
+    def crop(self, lengths: int | Int[Array, "B"]) -> Cache:
+        """Roll rows back to their first `lengths` tokens; a row that is shorter stays as it is.
+
+        Raises:
+            ValueError: a length below 0, or lengths of another shape than [B] or [].
+            UnsupportedError: a kind that no longer has what it would need.
+        """
+        wanted = _per_row(lengths, self.batch, "crop")
+        new = jnp.minimum(jnp.maximum(wanted, 0), self.lengths)
+        layers = tuple(layer.crop(new) for layer in self.layers)
+        return _pytree.replace(self, layers=layers, lengths=new)
+
+    def take(self, rows: Sequence[int] | Int[Array, "R"]) -> Cache:
+        """Reorder, repeat or drop rows: row r of the result is row ``rows[r]`` of this cache.
+
+        Raises:
+            ValueError: a row that is not there.
+        """
+        at = _rows(rows, self.batch)
+        return _pytree.replace(
+            self,
+            layers=tuple(layer.take(at) for layer in self.layers),
+            lengths=self.lengths[at],
+            overflowed=self.overflowed[at],
+        )
+
+    def resize(self, slots: int) -> Cache:
+        """The same tokens in buffers of `slots` slots.
+
+        Raises:
+            CacheFullError: a row holds more than that.
+        """
+        if not isinstance(self.lengths, jax.core.Tracer):
+            longest = int(np.max(np.asarray(self.lengths), initial=0))
+            if slots < longest:
+                raise CacheFullError(
+                    f"resize got {slots} slots for rows of up to {longest} tokens; crop them first"
+                )
+        elif self.capacity is not None and slots < self.capacity:
+            raise UnsupportedError(
+                f"resize got {slots} slots under jit, fewer than the {self.capacity} there are; "
+                "whether the rows still fit is only known outside of it"
+            )
+        return _pytree.replace(self, layers=tuple(layer.resize(slots) for layer in self.layers))
+
+    def to_legacy(self) -> tuple[tuple[Array, Array], ...]:
+        """Per layer (keys, values), each ``[B, K, S, H]``, cut to the longest row outside of jit."""
+        pairs = tuple(layer.to_legacy() for layer in self.layers)
+        if isinstance(self.lengths, jax.core.Tracer):
+            return pairs
+        longest = int(np.max(np.asarray(self.lengths), initial=0))
+        return tuple((k[:, :, :longest], v[:, :, :longest]) for k, v in pairs)
+
+
+def concat(caches: Sequence[Cache]) -> Cache:
+    """One batch of the rows of several caches, with the slots of the longest.
+
+    Raises:
+        ValueError: no cache, or caches of different models, kinds or dtypes.
+    """
+    if not caches:
+        raise ValueError("concat got no caches; expected at least one")
+    slots = max((c.capacity for c in caches if c.capacity is not None), default=None)
+    if slots is not None:
+        caches = [c if c.capacity == slots else c.resize(slots) for c in caches]
+    kinds = {_signature(c) for c in caches}
+    if len(kinds) > 1:
+        raise ValueError(f"concat got caches of different kinds or shapes: {sorted(kinds)}")
+    first, rest = caches[0], caches[1:]
+    return _pytree.replace(
+        first,
+        layers=tuple(
+            layer.concat([c.layers[i] for c in rest]) for i, layer in enumerate(first.layers)
+        ),
+        lengths=jnp.concatenate([c.lengths for c in caches]),
+        overflowed=jnp.concatenate([c.overflowed for c in caches]),
+    )
+
+
+def init_cache(
+    config: Shape, kind: Any = None, *, batch: int, slots: int, dtype: Any = None
+) -> Any:
+    """An empty cache for a model.
+
+    Args:
+        config: the model's configuration (`layers`, `kv_heads`, `head_dim`, `dtype`).
+        kind: how tokens are kept: `jkv.dense()` by default, `jkv.none()`, ...
+        batch: rows.
+        slots: tokens that each row has room for.
+        dtype: of the keys and values, the model's by default.
+
+    Raises:
+        ValueError: a batch or number of slots below 1.
+    """
+    from jkv.cache.dense import dense
+
+    kind = dense() if kind is None else kind
+    for name, value in (("batch", batch), ("slots", slots)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"init_cache got {name}={value!r}; expected an integer of at least 1")
+    if not hasattr(kind, "init") and not hasattr(kind, "init_cache"):
+        raise TypeError(f"init_cache got kind={kind!r}; expected a kind such as jkv.dense()")
+    dtype = jnp.dtype(getattr(config, "dtype", jnp.float32) if dtype is None else dtype)
+    if hasattr(kind, "init_cache"):
+        return kind.init_cache(config, batch, slots, dtype)
+    layers = tuple(
+        kind.init(batch, slots, config.kv_heads, config.head_dim, dtype)
+        for _ in range(config.layers)
+    )
+    return Cache(
+        layers=layers,
+        lengths=jnp.zeros((batch,), jnp.int32),
+        overflowed=jnp.zeros((batch,), bool),
+    )
+
+
+def _per_row(lengths: Any, batch: int, what: str) -> Array:
+    """Lengths as [B] int32; those whose values are known are checked."""
+    array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    if array.shape not in ((), (batch,)) or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(
+            f"{what} got lengths of shape {array.shape} and dtype {array.dtype}; expected an "
+            f"integer or one integer for each of {batch} rows"
+        )
+    if not isinstance(array, jax.core.Tracer) and np.any(np.asarray(array) < 0):
+        raise ValueError(f"{what} got a negative length in {np.asarray(array).tolist()}")
+    return jnp.broadcast_to(jnp.asarray(array, jnp.int32), (batch,))
+
+
+def _rows(rows: Any, batch: int) -> Array:
+    array = rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    if array.ndim != 1 or not jnp.issubdtype(array.dtype, jnp.integer) or array.shape[0] == 0:
+        raise ValueError(
+            f"take got rows of shape {array.shape} and dtype {array.dtype}; expected a list of "
+            "row numbers"
+        )
+    if not isinstance(array, jax.core.Tracer):
+        known = np.asarray(array)
+        if known.min() < 0 or known.max() >= batch:
+            raise ValueError(f"take got rows {known.tolist()}; expected numbers 0 to {batch - 1}")
+    return jnp.asarray(array, jnp.int32)
+
+
+def _signature(cache: Cache) -> str:
+    """Everything but the batch: structure, shapes from the second axis on, dtypes."""
+    leaves, tree = jax.tree.flatten(cache)
+    shapes = [f"{leaf.dtype}{list(leaf.shape[1:])}" for leaf in leaves]
+    return f"{type(cache).__name__} {tree.num_leaves} {' '.join(sorted(set(shapes)))}"

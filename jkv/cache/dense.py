@@ -1,0 +1,161 @@
+"""The dense cache: every token in the model's dtype, one slot per position."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jkv import ops
+from jkv._axes import Array
+from jkv._pytree import pytree
+from jkv.cache.base import Cache, Step
+
+
+@pytree
+class Dense:
+    """A layer's keys and values, slot s holding the token at position s."""
+
+    keys: Array  # [B, K, S, H]
+    values: Array  # [B, K, S, H]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self.keys.shape[2]
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        step: Step,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Float[Array, "B T N H"], Dense]:
+        """Write the new tokens, then attend to all that each may see."""
+        cache = Dense(
+            keys=write(self.keys, k, step.positions), values=write(self.values, v, step.positions)
+        )
+        part = ops.attention(
+            q,
+            cache.keys,
+            cache.values,
+            positions=step.positions,
+            lengths=step.stop,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+        return part.out.astype(q.dtype), cache
+
+    def take(self, rows: Int[Array, "R"]) -> Dense:
+        """The cache with other rows."""
+        return Dense(keys=self.keys[rows], values=self.values[rows])
+
+    def resize(self, slots: int) -> Dense:
+        """The same tokens in a longer buffer, or in a shorter one that still holds them."""
+        change = slots - self.capacity
+        if change <= 0:
+            return Dense(keys=self.keys[:, :, :slots], values=self.values[:, :, :slots])
+        pad = ((0, 0), (0, 0), (0, change), (0, 0))
+        return Dense(keys=jnp.pad(self.keys, pad), values=jnp.pad(self.values, pad))
+
+    def crop(self, lengths: Int[Array, "B"]) -> Dense:
+        """Nothing to do: what lies past a row's length is never seen, and overwritten later."""
+        del lengths
+        return self
+
+    def concat(self, others: Sequence[Dense]) -> Dense:
+        """The rows of all."""
+        return Dense(
+            keys=jnp.concatenate([self.keys, *(o.keys for o in others)]),
+            values=jnp.concatenate([self.values, *(o.values for o in others)]),
+        )
+
+    def to_legacy(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Keys and values as they are."""
+        return self.keys, self.values
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseKind:
+    """See `dense`."""
+
+    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Dense:
+        """An empty layer: zeros."""
+        shape = (batch, kv_heads, slots, head_dim)
+        return Dense(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+
+def dense() -> DenseKind:
+    """Every token, in the model's dtype. Exact: the tokens are those of a model without a cache."""
+    return DenseKind()
+
+
+def write(
+    buffer: Float[Array, "B K S H"], new: Float[Array, "B T K H"], slots: Int[Array, "B T"]
+) -> Float[Array, "B K S H"]:
+    """Put each row's new tokens into its own slots; a slot that does not exist is dropped.
+
+    Rows and heads are one axis while writing, as they are while reading: with a reshape between
+    the update and the product that reads it, XLA updates once per shape and copies the buffer.
+    """
+    batch, heads, size, dim = buffer.shape
+    count = new.shape[1]
+    # Negative indices wrap in JAX; past the end they are dropped. Distinct, to stay unique.
+    nowhere = size + jnp.arange(count, dtype=slots.dtype)[None, :]
+    slots = jnp.where(slots < 0, nowhere, slots)
+    slots = jnp.broadcast_to(slots[:, None], (batch, heads, count)).reshape(-1, count)
+    lines = jnp.arange(batch * heads)[:, None]
+    tokens = new.transpose(0, 2, 1, 3).reshape(-1, count, dim).astype(buffer.dtype)
+    merged = buffer.reshape(-1, size, dim)
+    merged = merged.at[lines, slots].set(tokens, mode="drop", unique_indices=True)
+    return merged.reshape(buffer.shape)
+
+
+def from_legacy(
+    layers: Sequence[tuple[Any, Any]], lengths: Sequence[int] | Int[Array, "B"] | None = None
+) -> Cache:
+    """A dense cache of (keys, values) per layer, each ``[B, K, S, H]``.
+
+    Args:
+        layers: one pair per layer, all with the same B and S.
+        lengths: tokens in each row, S by default.
+
+    Raises:
+        ValueError: no layers, arrays whose shapes differ, or lengths outside 0..S.
+    """
+    if not layers:
+        raise ValueError("from_legacy got no layers; expected one (keys, values) pair per layer")
+    made = []
+    for i, (keys, values) in enumerate(layers):
+        if np.ndim(keys) != 4 or np.shape(keys) != np.shape(values):
+            raise ValueError(
+                f"from_legacy got layer {i} with keys {np.shape(keys)} and values "
+                f"{np.shape(values)}; expected two arrays [B, K, S, H] of one shape"
+            )
+        made.append(Dense(keys=jnp.array(keys), values=jnp.array(values)))
+    rows_and_slots = {(d.keys.shape[0], d.keys.shape[2]) for d in made}
+    if len(rows_and_slots) > 1:
+        raise ValueError(f"from_legacy got layers of different (B, S): {sorted(rows_and_slots)}")
+    batch, slots = rows_and_slots.pop()
+    filled = np.full((batch,), slots) if lengths is None else np.asarray(lengths)
+    if filled.shape != (batch,) or np.any(filled < 0) or np.any(filled > slots):
+        raise ValueError(
+            f"from_legacy got lengths {filled.tolist()}; expected {batch} of them from 0 to {slots}"
+        )
+    return Cache(
+        layers=tuple(made),
+        lengths=jnp.asarray(filled, jnp.int32),
+        overflowed=jnp.zeros((batch,), bool),
+    )
+
+
+__all__ = ["Dense", "DenseKind", "dense", "from_legacy", "write"]

@@ -1,0 +1,132 @@
+"""No cache: the whole prefix is recomputed at each step, the baseline of every comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from jkv import ops
+from jkv._axes import Array
+from jkv._pytree import pytree, replace, static
+from jkv.cache.base import Cache, Shape, Stack, Step
+from jkv.errors import UnsupportedError
+
+
+@pytree
+class Chunk:
+    """A layer that keeps nothing: new tokens see each other and no more."""
+
+    @property
+    def capacity(self) -> None:
+        """Never full."""
+        return None
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        step: Step,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Float[Array, "B T N H"], Chunk]:
+        """Causal attention within the chunk."""
+        part = ops.attention(
+            q,
+            k.transpose(0, 2, 1, 3),
+            v.transpose(0, 2, 1, 3),
+            positions=step.positions,
+            slot_positions=step.positions,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+        return part.out.astype(q.dtype), self
+
+
+@pytree
+class Tokens:
+    """What a model without a cache has to remember: the tokens themselves, for all layers."""
+
+    tokens: Array  # [B, S] int32
+    layers: int = static()  # of the model
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self.tokens.shape[1]
+
+    def take(self, rows: Int[Array, "R"]) -> Tokens:
+        """Other rows."""
+        return replace(self, tokens=self.tokens[rows])
+
+    def resize(self, slots: int) -> Tokens:
+        """The same tokens in a buffer of another length."""
+        change = max(slots - self.capacity, 0)
+        return replace(self, tokens=jnp.pad(self.tokens[:, :slots], ((0, 0), (0, change))))
+
+    def crop(self, lengths: Int[Array, "B"]) -> Tokens:
+        """Nothing to do: what lies past a row's length is padding."""
+        del lengths
+        return self
+
+    def concat(self, others: Sequence[Tokens]) -> Tokens:
+        """The rows of all."""
+        return replace(self, tokens=jnp.concatenate([self.tokens, *(o.tokens for o in others)]))
+
+    def to_legacy(self) -> tuple[Array, Array]:
+        """There are no keys and values to give.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("a cache of kind none() keeps no keys and values to convert")
+
+
+@pytree
+class Recompute(Cache):
+    """The cache of `none()`: runs the model over every row's whole history at each pass.
+
+    A `Cache` to whoever calls it, so that no model, loop or test needs to know of it.
+    """
+
+    def advance(
+        self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Recompute]:
+        """Append the tokens, run the layers over the history, return the new tokens' part."""
+        (past,) = self.layers
+        step, overflowed = self.admit(tokens.shape[1], counts)
+        slots = jnp.where(step.positions < 0, past.capacity, step.positions)
+        rows = jnp.arange(self.batch)[:, None]
+        history = past.tokens.at[rows, slots].set(tokens.astype(jnp.int32), mode="drop")
+        whole = Step.after(jnp.zeros_like(step.stop), step.stop, past.capacity)
+        hidden, _ = stack(history, whole, (Chunk(),) * past.layers)
+        hidden = jnp.take_along_axis(hidden, jnp.maximum(step.positions, 0)[..., None], axis=1)
+        layers = (replace(past, tokens=history),)
+        return hidden, Recompute(layers=layers, lengths=step.stop, overflowed=overflowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoneKind:
+    """See `none`."""
+
+    def init_cache(self, config: Shape, batch: int, slots: int, dtype: Any) -> Recompute:
+        """An empty history."""
+        del dtype
+        tokens = Tokens(tokens=jnp.zeros((batch, slots), jnp.int32), layers=config.layers)
+        return Recompute(
+            layers=(tokens,),
+            lengths=jnp.zeros((batch,), jnp.int32),
+            overflowed=jnp.zeros((batch,), bool),
+        )
+
+
+def none() -> NoneKind:
+    """Keep nothing and recompute the whole prefix at each step: what a cache is compared with."""
+    return NoneKind()

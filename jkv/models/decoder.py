@@ -1,0 +1,264 @@
+"""One decoder for every family: embedding, blocks, norm, head, as `Config` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from jkv._axes import Array
+from jkv.cache.base import Step
+from jkv.cache.none import Chunk
+from jkv.models.config import Config
+from jkv.ops.rope import angles, rotate
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+# What a training loop does to the embedding (index 0) and to the output of each residual branch
+# (from 1 on), dropout for one; nothing otherwise.
+Branch = Callable[[Array, int], Array]
+
+
+def _unchanged(x: Array, index: int) -> Array:
+    del index
+    return x
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias``."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
+        scale = inputs**-0.5
+        kernel = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) * scale
+        self.kernel = nnx.Param(kernel.astype(dtype))  # [inputs, outputs]
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None  # [outputs]
+
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        """Project the last axis."""
+        y = x @ self.kernel[...]
+        return y if self.bias is None else y + self.bias[...][None, None, :]
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last axis, in float32."""
+
+    def __init__(self, size: int, config: Config, *, rms: bool | None = None):
+        self.rms = config.norm == "rms" if rms is None else rms
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.scale = nnx.Param(jnp.full((size,), 1 - config.norm_offset, config.dtype))
+        self.bias = None if self.rms else nnx.Param(jnp.zeros((size,), config.dtype))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise."""
+        wide = x.astype(jnp.float32)
+        if not self.rms:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        line = (1,) * (x.ndim - 1) + (-1,)
+        wide = wide * (self.offset + self.scale[...].astype(jnp.float32)).reshape(line)
+        if self.bias is not None:
+            wide = wide + self.bias[...].astype(jnp.float32).reshape(line)
+        return wide.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections around `LayerCache.attend`; what is stored, and how, is the cache's affair."""
+
+    def __init__(self, config: Config, window: int | None, rngs: nnx.Rngs):
+        self.config, self.window = config, window
+        width, dim, dtype = config.width, config.head_dim, config.dtype
+        queries, keys = config.heads * dim, config.kv_heads * dim
+        bias = config.qkv_bias
+        self.q = Linear(width, queries, bias=bias, dtype=dtype, rngs=rngs)
+        self.k = Linear(width, keys, bias=bias, dtype=dtype, rngs=rngs)
+        self.v = Linear(width, keys, bias=bias, dtype=dtype, rngs=rngs)
+        self.o = Linear(queries, width, bias=config.out_bias, dtype=dtype, rngs=rngs)
+        self.q_norm = Norm(dim, config, rms=True) if config.qk_norm else None
+        self.k_norm = Norm(dim, config, rms=True) if config.qk_norm else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], cache: Any, step: Step, turn: tuple[Array, Array] | None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Attention output and the layer's next cache."""
+        config = self.config
+        batch, new, _ = x.shape
+        q = self.q(x).reshape(batch, new, config.heads, config.head_dim)
+        k = self.k(x).reshape(batch, new, config.kv_heads, config.head_dim)
+        v = self.v(x).reshape(batch, new, config.kv_heads, config.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None and config.rope is not None:
+            q = rotate(q, *turn, interleaved=config.rope.interleaved)
+            k = rotate(k, *turn, interleaved=config.rope.interleaved)
+        out, cache = cache.attend(
+            q,
+            k,
+            v,
+            step,
+            scale=config.scale,
+            window=self.window,
+            softcap=config.attention_softcap,
+        )
+        return self.o(out.reshape(batch, new, -1)), cache
+
+
+class FeedForward(nnx.Module):
+    """The block's other half, gated or not."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.activation = config.activation
+        width, inner, dtype = config.width, config.feed_forward, config.dtype
+        bias = config.mlp_bias
+        self.up = Linear(width, inner, bias=bias, dtype=dtype, rngs=rngs)
+        self.gate = (
+            Linear(width, inner, bias=bias, dtype=dtype, rngs=rngs) if config.gated else None
+        )
+        self.down = Linear(inner, width, bias=bias, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Widen, bend, narrow."""
+        act = _ACTIVATIONS[self.activation]
+        inner = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        return self.down(inner)
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each a normalised branch added to the stream."""
+
+    def __init__(self, config: Config, window: int | None, rngs: nnx.Rngs):
+        self.attention_norm = Norm(config.width, config)
+        self.attention = Attention(config, window, rngs)
+        self.attention_post_norm = Norm(config.width, config) if config.post_norms else None
+        self.mlp_norm = Norm(config.width, config)
+        self.mlp = FeedForward(config, rngs)
+        self.mlp_post_norm = Norm(config.width, config) if config.post_norms else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: Any,
+        step: Step,
+        turn: tuple[Array, Array] | None,
+        first: Callable[[Array], Array],
+        second: Callable[[Array], Array],
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The stream after both branches, and the layer's next cache."""
+        out, cache = self.attention(self.attention_norm(x), cache, step, turn)
+        if self.attention_post_norm is not None:
+            out = self.attention_post_norm(out)
+        x = x + first(out)
+        out = self.mlp(self.mlp_norm(x))
+        if self.mlp_post_norm is not None:
+            out = self.mlp_post_norm(out)
+        return x + second(out), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer: ``logits, cache = model(tokens, cache)``, a pure function.
+
+    Being an NNX module it is a pytree: pass it through `jax.jit`, differentiate with respect to
+    it, or close over it. The cache is an argument and a result, never a variable of the module.
+    """
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.config = config
+        table = jax.random.normal(rngs.params(), (config.vocab, config.width), jnp.float32)
+        self.embedding = nnx.Param((table * 0.02).astype(config.dtype))  # [V, D]
+        self.positions = None
+        if config.rope is None:
+            table = jax.random.normal(rngs.params(), (config.context, config.width), jnp.float32)
+            self.positions = nnx.Param((table * 0.02).astype(config.dtype))  # [context, D]
+        self.blocks = nnx.List(
+            [Block(config, config.window(i), rngs) for i in range(config.layers)]
+        )
+        self.norm = Norm(config.width, config)
+        self.head = (
+            None
+            if config.tied
+            else Linear(config.width, config.vocab, bias=False, dtype=config.dtype, rngs=rngs)
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Any = None,
+        counts: Int[Array, "B"] | None = None,
+        *,
+        branch: Branch = _unchanged,
+    ) -> tuple[Float[Array, "B T V"], Any]:
+        """Logits (float32) of the token after each new one, and the next cache.
+
+        Args:
+            tokens: new ones; ids outside the vocabulary are undefined.
+            cache: of the tokens before them. None: there are none, and nothing is kept.
+            counts: how many of each row's T tokens are real, all by default; the rest, at the
+                end, is padding: nothing of it is stored, its logits mean nothing.
+            branch: applied to the embedding and to each residual branch, for training.
+        """
+        hidden, cache = self.hidden(tokens, cache, counts, branch=branch)
+        return self.logits(hidden), cache
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Any = None,
+        counts: Int[Array, "B"] | None = None,
+        *,
+        branch: Branch = _unchanged,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The last layer's output, before the head: for when only some logits are wanted."""
+
+        def stack(tokens: Array, step: Step, layers: tuple[Any, ...]):
+            return self._stack(tokens, step, layers, branch)
+
+        if cache is not None:
+            return cache.advance(stack, tokens, counts)
+        batch, new = tokens.shape
+        zeros = jnp.zeros((batch,), jnp.int32)
+        step = Step.after(zeros, zeros + new if counts is None else counts, new)
+        hidden, _ = stack(tokens, step, (Chunk(),) * self.config.layers)
+        return hidden, None
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Scores of every token of the vocabulary, float32."""
+        x = self.norm(hidden)
+        table = self.embedding[...].T if self.head is None else self.head.kernel[...]
+        logits = jnp.matmul(x, table, preferred_element_type=jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _stack(
+        self, tokens: Array, step: Step, layers: tuple[Any, ...], branch: Branch
+    ) -> tuple[Array, tuple[Any, ...]]:
+        config = self.config
+        x = self.embedding[...][tokens]
+        if config.embed_scale != 1.0:
+            # Rounded to the weights' dtype first, as the models that scale were trained.
+            x = x * jnp.asarray(config.embed_scale, x.dtype)
+        turn = None
+        if config.rope is not None:
+            turn = angles(step.positions, config.rope.frequencies(), config.rope.magnitude)
+        elif self.positions is not None:
+            x = x + self.positions[...][jnp.maximum(step.positions, 0)]
+        x = branch(x, 0)
+        after = []
+        for i, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
+            x, layer = block(
+                x,
+                layer,
+                step,
+                turn,
+                lambda y, i=i: branch(y, 2 * i + 1),
+                lambda y, i=i: branch(y, 2 * i + 2),
+            )
+            after.append(layer)
+        return x, tuple(after)

@@ -1,0 +1,182 @@
+"""Attention over the cache for any device that XLA compiles for.
+
+Two forms of the same sum. `_whole` scores all slots at once: it is differentiable and best for
+short buffers. `_blocks` walks over blocks of slots with an online softmax, from the first block
+that a window reaches to the last that is filled, so its cost follows the filled length and not the
+buffer. Derivatives of any order are those of `_whole`: a loop of traced length has no reverse.
+
+Rows and heads are one axis inside, ``Z = B * K``: with two batch axes XLA reshapes between the
+cache's update and the product, makes the update twice and copies the cache at every step.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jkv._axes import Array
+from jkv.ops.masks import visible
+from jkv.ops.partial import Partial
+
+BLOCK = 128  # slots; measured on the CPU against 64, 256, 512 and 1024
+
+
+class _Mask(NamedTuple):
+    """The static part of the mask and of the scores."""
+
+    scale: float
+    window: int | None
+    sinks: int
+    softcap: float | None
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    positions: Array,
+    slot_positions: Array | None,
+    lengths: Array | None,
+    scale: float,
+    window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
+) -> Partial:
+    """See `jkv.ops.attention`."""
+    batch, new, heads, dim = q.shape
+    kv_heads, slots = k.shape[1], k.shape[2]
+    groups = heads // kv_heads
+    rows = q.reshape(batch, new, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch * kv_heads, groups * new, dim)
+    k = k.reshape(batch * kv_heads, slots, dim)
+    v = v.reshape(batch * kv_heads, slots, dim)
+    mask = _Mask(scale, window, sinks, softcap)
+    if slots <= BLOCK:
+        out, lse = _whole(mask, rows, k, v, positions, slot_positions, lengths)
+    else:
+        out, lse = _blocks(mask, rows, k, v, positions, slot_positions, lengths)
+    out = out.reshape(batch, kv_heads, groups, new, dim).transpose(0, 3, 1, 2, 4)
+    lse = lse.reshape(batch, kv_heads, groups, new).transpose(0, 3, 1, 2)
+    return Partial(out=out.reshape(q.shape), lse=lse.reshape(batch, new, heads))
+
+
+def _positions_of(slots: Array, slot_positions: Array | None, lengths: Array | None, batch: int):
+    """Positions [B, S'] held by the slots numbered `slots` [S'], -1 where nothing is."""
+    if slot_positions is None:
+        at = jnp.broadcast_to(slots[None, :], (batch, slots.shape[0]))
+    else:
+        at = lax.dynamic_slice_in_dim(slot_positions, slots[0], slots.shape[0], axis=1)
+    if lengths is None:
+        return at
+    return jnp.where(slots[None, :] < lengths[:, None], at, -1)
+
+
+def _scores(mask: _Mask, q: Array, k: Array, positions: Array, at: Array) -> Array:
+    """Masked scores [Z, R, S'] in float32; R counts groups first, then new tokens."""
+    batch, new = positions.shape
+    z, r, _ = q.shape
+    scores = jnp.einsum("zrh,zsh->zrs", q, k, preferred_element_type=jnp.float32) * mask.scale
+    if mask.softcap is not None:
+        scores = mask.softcap * jnp.tanh(scores / mask.softcap)
+    seen = visible(positions, at, window=mask.window, sinks=mask.sinks)
+    seen = jnp.broadcast_to(seen[:, None, None], (batch, z // batch, r // new, *seen.shape[1:]))
+    return jnp.where(seen.reshape(z, r, at.shape[1]), scores, -jnp.inf)
+
+
+def _safe_values(v: Array, positions: Array, at: Array) -> Array:
+    """Values [Z, S', H] with zeros where no query can look: zero weight times NaN is NaN."""
+    batch = positions.shape[0]
+    used = (at >= 0) & (at <= jnp.max(positions, axis=1)[:, None])
+    used = jnp.broadcast_to(used[:, None], (batch, v.shape[0] // batch, at.shape[1]))
+    return jnp.where(used.reshape(v.shape[0], at.shape[1], 1), v, jnp.zeros((), v.dtype))
+
+
+def _weighted(weights: Array, v: Array) -> Array:
+    return jnp.einsum(
+        "zrs,zsh->zrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+
+
+def _whole(mask, q, k, v, positions, slot_positions, lengths):
+    """Output [Z, R, H] and log-sum-exp [Z, R], all slots at once."""
+    at = _positions_of(jnp.arange(k.shape[1]), slot_positions, lengths, positions.shape[0])
+    scores = _scores(mask, q, k, positions, at)
+    top = lax.stop_gradient(jnp.max(scores, axis=-1))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = jnp.exp(scores - top[..., None])
+    total = jnp.sum(weights, axis=-1)
+    empty = total == 0
+    out = _weighted(weights, _safe_values(v, positions, at))
+    out = out / jnp.where(empty, 1.0, total)[..., None]
+    return out, jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1.0, total)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _blocks(mask, q, k, v, positions, slot_positions, lengths):
+    """Like `_whole`, walking over the filled blocks of slots."""
+
+    def walk(q, k, v):
+        return _walk(mask, q, k, v, positions, slot_positions, lengths)
+
+    def walk_in_pairs(q, k, v):
+        # One query row makes a vector product, for which XLA:TPU copies the whole cache at
+        # every step; two rows make a matrix product, which reads it in place.
+        out, lse = walk(jnp.concatenate([q, q], axis=1), k, v)
+        return out[:, :1], lse[:, :1]
+
+    if q.shape[1] > 1:
+        return walk(q, k, v)
+    return lax.platform_dependent(q, k, v, tpu=walk_in_pairs, default=walk)
+
+
+@_blocks.defjvp
+def _blocks_jvp(mask, primals, tangents):
+    q, k, v, *where = primals
+    return jax.jvp(lambda q, k, v: _whole(mask, q, k, v, *where), (q, k, v), tangents[:3])
+
+
+def _walk(mask, q, k, v, positions, slot_positions, lengths):
+    slots = k.shape[1]
+    first, last = _block_range(mask, positions, slot_positions, lengths, slots)
+
+    def block(i, carry):
+        out, top, total = carry
+        # The last block is moved back to end with the buffer; what it repeats is masked.
+        start = jnp.minimum(i * BLOCK, slots - BLOCK)
+        numbers = start + jnp.arange(BLOCK)
+        at = _positions_of(numbers, slot_positions, lengths, positions.shape[0])
+        at = jnp.where((numbers >= i * BLOCK)[None, :], at, -1)
+        scores = _scores(mask, q, lax.dynamic_slice_in_dim(k, start, BLOCK, 1), positions, at)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        shift = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
+        weights = jnp.exp(scores - shift[..., None])
+        faded = jnp.exp(top - shift)
+        values = _safe_values(lax.dynamic_slice_in_dim(v, start, BLOCK, 1), positions, at)
+        out = out * faded[..., None] + _weighted(weights, values)
+        return out, new_top, total * faded + jnp.sum(weights, axis=-1)
+
+    out = jnp.zeros(q.shape, jnp.float32)
+    nothing = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+    out, top, total = lax.fori_loop(
+        first, last, block, (out, nothing, jnp.zeros(q.shape[:2], jnp.float32))
+    )
+    return out / jnp.where(total == 0, 1.0, total)[..., None], top + jnp.log(total)
+
+
+def _block_range(mask, positions, slot_positions, lengths, slots):
+    """First and one past the last block that any query of the pass can see."""
+    count = -(-slots // BLOCK)
+    if slot_positions is not None:
+        filled = slots if lengths is None else jnp.max(lengths)
+        return jnp.int32(0), jnp.minimum(-(-filled // BLOCK), count).astype(jnp.int32)
+    filled = jnp.max(positions) + 1
+    if lengths is not None:
+        filled = jnp.minimum(filled, jnp.max(lengths))
+    last = jnp.minimum(-(-filled // BLOCK), count).astype(jnp.int32)
+    if mask.window is None or mask.sinks:
+        return jnp.int32(0), last
+    earliest = jnp.min(jnp.where(positions < 0, slots, positions)) - mask.window + 1
+    return jnp.clip(earliest // BLOCK, 0, last).astype(jnp.int32), last

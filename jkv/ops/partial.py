@@ -1,0 +1,39 @@
+"""Attention over part of the tokens, and the exact merge of two such parts."""
+
+import jax.numpy as jnp
+
+from jkv._axes import Array
+from jkv._pytree import pytree
+
+
+@pytree
+class Partial:
+    """Attention over a subset of the slots: its normalised output and what weight it carries.
+
+    Two partials over disjoint subsets merge exactly, which is what split-KV decoding, sharded
+    caches, shared prefixes and caches of two storage forms all rest on
+    (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+    """
+
+    out: Array  # [B, T, N, H] float32, zeros where nothing was seen
+    lse: Array  # [B, T, N] float32, log of the sum of exp of the scores, -inf where nothing was
+
+
+def merge(*parts: Partial) -> Partial:
+    """Attention over the union of disjoint parts, in any order; a part that saw nothing is inert.
+
+    Raises:
+        ValueError: no part was given.
+    """
+    if not parts:
+        raise ValueError("merge got no partial results; expected at least one")
+    lse = jnp.stack([part.lse for part in parts])
+    top = jnp.max(lse, axis=0)
+    # A query that saw nothing anywhere has top = -inf, and -inf - -inf is NaN.
+    shift = jnp.where(jnp.isneginf(top), 0.0, top)
+    weights = jnp.exp(lse - shift[None])
+    total = jnp.sum(weights, axis=0)
+    outs = jnp.stack([part.out for part in parts])
+    out = jnp.sum(outs * weights[..., None], axis=0)
+    out = out / jnp.where(total == 0, 1.0, total)[..., None]
+    return Partial(out=out, lse=shift + jnp.log(total))
