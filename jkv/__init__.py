@@ -23,30 +23,36 @@ _HOME = {
     "LM": "jkv.models",
     "Rope": "jkv.models",
     "load": "jkv.models",
-    "Chat": "jkv.generate",
-    "Result": "jkv.generate",
-    "decode_step": "jkv.generate",
-    "generate": "jkv.generate",
-    "prefill": "jkv.generate",
-    "rollout": "jkv.generate",
-    "stream": "jkv.generate",
+    "Chat": "jkv.decoding",
+    "Result": "jkv.decoding",
+    "decode_step": "jkv.decoding",
+    "generate": "jkv.decoding",
+    "prefill": "jkv.decoding",
+    "rollout": "jkv.decoding",
+    "stream": "jkv.decoding",
     "CacheFullError": "jkv.errors",
     "CheckpointError": "jkv.errors",
     "JkvError": "jkv.errors",
     "UnsupportedError": "jkv.errors",
 }
-_PACKAGES = ("cache", "errors", "models", "ops", "sampling")
+_MODULES = {
+    "cache": "jkv.cache",
+    "errors": "jkv.errors",
+    "models": "jkv.models",
+    "ops": "jkv.ops",
+    "sampling": "jkv.decoding.sampling",
+}
 
-__all__ = ["__version__", *_HOME, *_PACKAGES]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", *_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
-        globals()[name] = value  # but `jkv.generate` is a function, and a package of that name
+        globals()[name] = value
         return value
-    if name in _PACKAGES:
-        return importlib.import_module(f"jkv.{name}")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'jkv' has no attribute {name!r}")
 
 
