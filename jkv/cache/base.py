@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,22 +60,22 @@ class LayerCache(Protocol):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
-    ) -> tuple[Float[Array, "B T N H"], Self]:
+    ) -> tuple[Float[Array, "B T N H"], LayerCache]:
         """Attention of the new tokens over the old and themselves, and the cache with both.
 
         Tokens at position -1 are padding: nothing of them is stored, what they get is undefined.
         """
         ...
 
-    def take(self, rows: Int[Array, "R"]) -> Self:
+    def take(self, rows: Int[Array, "R"]) -> LayerCache:
         """The cache whose row r is this one's row ``rows[r]``."""
         ...
 
-    def resize(self, slots: int) -> Self:
+    def resize(self, slots: int) -> LayerCache:
         """The same tokens in a buffer of another length."""
         ...
 
-    def crop(self, lengths: Int[Array, "B"]) -> Self:
+    def crop(self, lengths: Int[Array, "B"]) -> LayerCache:
         """The cache rolled back to its first `lengths[b]` tokens.
 
         Raises:
@@ -83,7 +83,7 @@ class LayerCache(Protocol):
         """
         ...
 
-    def concat(self, others: Sequence[Self]) -> Self:
+    def concat(self, others: Sequence[LayerCache]) -> LayerCache:
         """The rows of this cache followed by those of others of the same kind and length."""
         ...
 
@@ -92,6 +92,7 @@ class LayerCache(Protocol):
         ...
 
 
+@runtime_checkable
 class Kind(Protocol):
     """How a layer's tokens are kept, described before there is a shape: a small frozen value."""
 
@@ -102,6 +103,7 @@ class Kind(Protocol):
         ...
 
 
+@runtime_checkable
 class Shape(Protocol):
     """What a cache must know of a model's configuration."""
 
@@ -143,6 +145,11 @@ class Cache:
         return min(limits, default=None)
 
     @property
+    def grows(self) -> bool:
+        """Whether a loop should give it slots as it goes, and not all at the start."""
+        return any(getattr(layer, "grows", False) for layer in self.layers)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its arrays."""
         return _pytree.nbytes(self)
@@ -168,7 +175,7 @@ class Cache:
         step = Step.after(self.lengths, jnp.where(fits, counts, 0), new)
         return step, self.overflowed | ~fits
 
-    def check(self) -> Self:
+    def check(self) -> Cache:
         """This cache, if no row ever overflowed.
 
         Raises:

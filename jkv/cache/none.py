@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -56,6 +56,9 @@ class Tokens:
 
     tokens: Array  # [B, S] int32
     layers: int = static()  # of the model
+
+    # The work of a pass grows with the buffer, so a loop keeps it as short as it can.
+    grows: ClassVar[bool] = True
 
     @property
     def capacity(self) -> int:
@@ -115,6 +118,8 @@ class Recompute(Cache):
 @dataclasses.dataclass(frozen=True)
 class NoneKind:
     """See `none`."""
+
+    grows: ClassVar[bool] = True
 
     def init_cache(self, config: Shape, batch: int, slots: int, dtype: Any) -> Recompute:
         """An empty history."""

@@ -1,0 +1,256 @@
+"""The decode loop: pure functions, and their compiled forms with the cache donated."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float, Int
+
+from jkv._axes import Array
+from jkv._pytree import pytree, replace
+from jkv.cache.base import Cache, init_cache
+from jkv.decoding import sampling
+from jkv.decoding.request import PAD
+
+
+
+
+@pytree
+class State:
+    """A decode loop between two steps: each row's last token is said, but not yet in the cache."""
+
+    cache: Cache
+    token: Array  # [B] int32
+    done: Array  # [B] bool
+    sampling: Any  # the sampler's state
+
+
+@pytree
+class Rollout:
+    """What `rollout` returns."""
+
+    tokens: Array  # [B, T] int32, -1 after a row's end
+    logprobs: Array  # [B, T] float32 under the model itself, 0 after a row's end
+    state: State
+
+
+def prefill(
+    model: Any,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    counts: Int[Array, "B"] | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits after each row's last new token, and the cache with all of them; pure.
+
+    Args:
+        model: a decoder.
+        tokens: new ones, padded at the end of rows.
+        cache: of the tokens before.
+        counts: how many of each row's tokens are real, all by default.
+    """
+    hidden, cache = model.hidden(tokens, cache, counts)
+    return model.logits(_last(hidden, counts)), cache
+
+
+def decode_step(
+    model: Any, token: Int[Array, "B"], cache: Cache, active: Any = None
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits after one more token in each row, and the cache with it; pure.
+
+    Args:
+        model: a decoder.
+        token: of each row.
+        cache: of the tokens before.
+        active: ``[B]`` bool, rows that take part, all by default; the others keep their cache.
+    """
+    counts = None if active is None else active.astype(jnp.int32)
+    hidden, cache = model.hidden(jnp.maximum(token, 0)[:, None], cache, counts)
+    return model.logits(hidden[:, 0]), cache
+
+
+def rollout(
+    model: Any,
+    logits: Float[Array, "B V"],
+    cache: Cache,
+    *,
+    steps: int,
+    sampler: Any = None,
+    key: Any = None,
+    ends: Int[Array, "B M"] | None = None,
+    said: Int[Array, "B T"] | None = None,
+) -> Rollout:
+    """Draw `steps` tokens after a prefill, in one `lax.scan`; pure: trace it inside your own jit.
+
+    The last token drawn is not in the cache yet: `steps` tokens are `steps - 1` passes.
+
+    Args:
+        model: a decoder.
+        logits: of the first token, from `prefill`.
+        cache: from `prefill`.
+        steps: tokens per row.
+        sampler: a transform of `jkv.sampling`; greedy by default.
+        key: a typed key, or one per row; needed where the sampler draws at random.
+        ends: tokens at which a row ends, -1 for none.
+        said: the tokens so far, for samplers that look back.
+
+    Raises:
+        ValueError: `steps` below 1, or a sampler that needs a key without one.
+    """
+    if steps < 1:
+        raise ValueError(f"rollout got steps={steps}; expected at least 1")
+    keys = check_sampler(sampler, key, logits.shape[0])
+    said = jnp.full((logits.shape[0], 1), PAD, jnp.int32) if said is None else said
+    state, token, logprob = begin(logits, cache, said, sampler, keys, ends)
+
+    def body(state: State, _: None):
+        state, token, logprob = advance(model, state, sampler, keys, ends)
+        return state, (token, logprob)
+
+    state, (tokens, logprobs) = lax.scan(body, state, None, length=steps - 1)
+    return Rollout(
+        tokens=jnp.concatenate([token[:, None], tokens.T], axis=1),
+        logprobs=jnp.concatenate([logprob[:, None], logprobs.T], axis=1),
+        state=state,
+    )
+
+
+def check_sampler(sampler: Any, key: Any, batch: int) -> Any:
+    """The rows' keys, None where nothing is drawn at random.
+
+    Raises:
+        TypeError: no sampler, or no key.
+        ValueError: a sampler that needs a key, without one.
+    """
+    if sampler is not None:
+        sampling.check(sampler)
+    if key is not None:
+        keys = sampling.row_keys(key, batch)
+        return keys if sampling.needs_key(sampler) else None
+    if sampling.needs_key(sampler):
+        raise ValueError("a sampler that draws at random needs key=jax.random.key(seed)")
+    return None
+
+
+def begin(
+    logits: Array, cache: Cache, said: Array, sampler: Any, keys: Any, ends: Any
+) -> tuple[State, Array, Array]:
+    """Draw each row's first token: the state, the token [B] and its log-probability [B]."""
+    inner = () if sampler is None else sampler.init(said, logits.shape[-1])
+    nothing = jnp.full((logits.shape[0],), PAD, jnp.int32)
+    state = State(cache=cache, token=nothing, done=cache.overflowed, sampling=inner)
+    return _choose(logits, state, sampler, keys, ends)
+
+
+def advance(
+    model: Any, state: State, sampler: Any, keys: Any, ends: Any
+) -> tuple[State, Array, Array]:
+    """Put each row's token into the cache and draw the next: state, token [B], log-probability."""
+    logits, cache = decode_step(model, state.token, state.cache, ~state.done)
+    state = replace(state, cache=cache, done=state.done | cache.overflowed)
+    return _choose(logits, state, sampler, keys, ends)
+
+
+def _choose(
+    logits: Array, state: State, sampler: Any, keys: Any, ends: Any
+) -> tuple[State, Array, Array]:
+    inner, changed = state.sampling, logits
+    if sampler is not None:
+        changed, inner = sampler.update(logits, inner, state.token)
+    # The position of the drawn token; the cache holds all tokens before it by now.
+    token = sampling.draw(changed, keys, state.cache.lengths)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    logprob = chosen - jax.nn.logsumexp(logits, axis=-1)
+    done = state.done
+    if ends is not None:
+        done = done | jnp.any(token[:, None] == ends, axis=1)
+    said = jnp.where(state.done, PAD, token)
+    after = State(
+        cache=state.cache,
+        token=jnp.where(state.done, state.token, token),
+        done=done,
+        sampling=inner,
+    )
+    return after, said, jnp.where(state.done, 0.0, logprob)
+
+
+def _last(hidden: Array, counts: Array | None, before: Array | None = None) -> Array:
+    """Each row's hidden state at its last real token, [B, D]; `before` where it has none."""
+    if counts is None:
+        return hidden[:, -1]
+    at = jnp.maximum(counts - 1, 0)[:, None, None]
+    last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
+    return last if before is None else jnp.where((counts > 0)[:, None], last, before)
+
+
+# The compiled forms. Everything that can vary from call to call without another program is an
+# argument: lengths, the number of steps, temperatures, keys.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def new_cache(config: Any, kind: Any, batch: int, slots: int, dtype: str) -> Cache:
+    """An empty cache, made in one program."""
+    return init_cache(config, kind, batch=batch, slots=slots, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def resized(cache: Cache, slots: int) -> Cache:
+    """The cache in buffers of another size."""
+    return cache.resize(slots)
+
+
+@jax.jit
+def copied(cache: Cache) -> Cache:
+    """Buffers of its own for a cache that somebody else still holds."""
+    return jax.tree.map(jnp.copy, cache)
+
+
+@functools.partial(jax.jit, donate_argnums=(2, 4))
+def absorb(
+    model: Any, tokens: Array, cache: Cache, counts: Array, last: Array
+) -> tuple[Array, Cache]:
+    """One chunk of a prefill: the hidden state at each row's last real token, and the cache."""
+    hidden, cache = model.hidden(tokens, cache, counts)
+    return _last(hidden, counts, last), cache
+
+
+@functools.partial(jax.jit, donate_argnums=2)
+def begun(
+    model: Any, last: Array, cache: Cache, said: Array, sampler: Any, keys: Any, ends: Any
+) -> tuple[State, Array, Array]:
+    """The first token after a prefill."""
+    return begin(model.logits(last), cache, said, sampler, keys, ends)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def advanced(
+    size: int, model: Any, state: State, sampler: Any, keys: Any, ends: Any, steps: Array
+) -> tuple[State, Array, Array, Array]:
+    """Up to `steps` of at most `size` tokens per row, ending early when all rows are done.
+
+    A `while_loop` rather than a `scan`: the number of steps is an argument and not a program, and
+    a batch whose rows have ended costs nothing more. Returns the state, tokens and
+    log-probabilities [B, size], and which rows are done.
+    """
+    batch = state.token.shape[0]
+    tokens = jnp.full((size, batch), PAD, jnp.int32)
+    logprobs = jnp.zeros((size, batch), jnp.float32)
+
+    def going(carry: Any) -> Array:
+        i, state, _, _ = carry
+        return (i < steps) & ~jnp.all(state.done)
+
+    def body(carry: Any) -> Any:
+        i, state, tokens, logprobs = carry
+        state, token, logprob = advance(model, state, sampler, keys, ends)
+        tokens = lax.dynamic_update_index_in_dim(tokens, token, i, 0)
+        logprobs = lax.dynamic_update_index_in_dim(logprobs, logprob, i, 0)
+        return i + 1, state, tokens, logprobs
+
+    carry = (jnp.int32(0), state, tokens, logprobs)
+    _, state, tokens, logprobs = lax.while_loop(going, body, carry)
+    # The flags twice: the state is donated to the next call before the host has read these.
+    return state, tokens.T, logprobs.T, jnp.copy(state.done)

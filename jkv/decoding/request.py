@@ -1,0 +1,182 @@
+"""What a user asks of generation, checked and brought into one form before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+PAD = -1  # what stands in the place of a token where there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class Stops:
+    """Where each row ends: token ids for the device, strings for the host."""
+
+    ids: tuple[tuple[int, ...], ...]  # per row
+    strings: tuple[tuple[str, ...], ...]  # per row
+
+    def matrix(self) -> np.ndarray | None:
+        """The ids as int32 ``[B, M]`` padded with a value that no token has, None without any."""
+        width = max(map(len, self.ids))
+        if width == 0:
+            return None
+        rows = [list(ids) + [-2] * (width - len(ids)) for ids in self.ids]
+        return np.asarray(rows, np.int32)
+
+
+def split_model(model: Any) -> tuple[Any, Any]:
+    """The decoder and the tokenizer of a loaded LM, or a decoder and None.
+
+    Raises:
+        TypeError: neither.
+    """
+    decoder = getattr(model, "model", model)
+    if not hasattr(decoder, "config") or not hasattr(decoder, "hidden"):
+        raise TypeError(
+            f"got {type(model).__name__} as a model; expected lm, lm.model or a jkv.Decoder"
+        )
+    return decoder, getattr(model, "tokenizer", None)
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """`value` as an int of at least `least`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    plain = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not plain or value < least:
+        raise ValueError(f"{name} got {value!r}; expected an integer of at least {least}")
+    return int(value)
+
+
+def rows_of_tokens(
+    prompts: Any, vocab: int, *, tokenizer: Any = None, may_be_empty: bool = False
+) -> list[np.ndarray]:
+    """Prompts as one int32 array per row.
+
+    Args:
+        prompts: a list of rows, each a list or array of ids or (with a tokenizer) a text; or an
+            array ``[B, T]``.
+        vocab: V.
+        tokenizer: for texts.
+        may_be_empty: whether a row may have no token (a resumed row has one waiting).
+
+    Raises:
+        TypeError: something that holds no token ids.
+        ValueError: no rows, an empty row, or an id outside the vocabulary.
+    """
+    if isinstance(prompts, str | bytes):
+        raise TypeError(f"got the text {prompts!r:.40} as prompts; expected a list of prompts")
+    if not isinstance(prompts, Sequence) and np.ndim(prompts) != 2:
+        raise TypeError(
+            f"got prompts of type {type(prompts).__name__} and shape {np.shape(prompts)}; expected "
+            "a list of rows or an array [B, T]"
+        )
+    if len(prompts) == 0:
+        raise ValueError("got no prompts; expected at least one row")
+    return [_row(i, row, vocab, tokenizer, may_be_empty) for i, row in enumerate(prompts)]
+
+
+def _row(i: int, row: Any, vocab: int, tokenizer: Any, may_be_empty: bool) -> np.ndarray:
+    if isinstance(row, str):
+        if tokenizer is None:
+            raise TypeError(
+                f"prompt {i} is a text, and there is no tokenizer: pass lm instead of lm.model, "
+                "or token ids"
+            )
+        row = tokenizer.encode(row)
+    if np.ndim(row) != 1:
+        raise TypeError(
+            f"prompt {i} has shape {np.shape(row)}; expected a list of token ids (a single prompt "
+            "goes in a list of its own: [[1, 2, 3]])"
+        )
+    array = np.asarray(row)
+    if array.size == 0:
+        if not may_be_empty:
+            raise ValueError(f"prompt {i} is empty; expected at least one token")
+        return np.zeros((0,), np.int32)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"prompt {i} has dtype {array.dtype}; expected integers, the token ids")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab:
+        raise ValueError(
+            f"prompt {i} has token {low if low < 0 else high}; expected ids from 0 to {vocab - 1}, "
+            "the model's vocabulary"
+        )
+    return array.astype(np.int32)
+
+
+def stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: Any) -> Stops:
+    """What ends each row.
+
+    Args:
+        stop: None for the checkpoint's end-of-text ids, () for nothing, an id, a string, several
+            of them for all rows, or a list of such lists, one per row.
+        batch: B.
+        vocab: V.
+        end_ids: the checkpoint's.
+        tokenizer: needed where there are strings.
+
+    Raises:
+        TypeError: a stop that is neither id nor string.
+        ValueError: an id outside the vocabulary, an empty string, strings without a tokenizer, or
+            another number of rows.
+    """
+    if stop is None:
+        return Stops(ids=(tuple(end_ids),) * batch, strings=((),) * batch)
+    if isinstance(stop, str | int | np.integer):
+        stop = (stop,)
+    if not isinstance(stop, Sequence):
+        raise TypeError(f"stop got {stop!r}; expected ids, strings, or one list of them per row")
+    nested = [isinstance(s, Sequence) and not isinstance(s, str) for s in stop]
+    if any(nested) and (not all(nested) or len(stop) != batch):
+        raise ValueError(
+            f"stop got {len(stop)} entries, {sum(nested)} of them lists; expected ids and strings "
+            f"for all rows, or {batch} lists, one per row"
+        )
+    per_row = stop if any(nested) else (stop,) * batch
+    ids, strings = [], []
+    for row in per_row:
+        ids.append(tuple(_stop_id(s, vocab) for s in row if not isinstance(s, str)))
+        strings.append(tuple(s for s in row if isinstance(s, str)))
+    if any("" in row for row in strings):
+        raise ValueError("stop got an empty string, which every text contains")
+    if any(strings) and tokenizer is None:
+        raise ValueError(
+            "stop strings need the tokenizer: pass lm instead of lm.model, or token ids"
+        )
+    return Stops(ids=tuple(ids), strings=tuple(strings))
+
+
+def _stop_id(value: Any, vocab: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"stop got {value!r}; expected a token id or a string")
+    if not 0 <= value < vocab:
+        raise ValueError(f"stop got token {value}; expected ids from 0 to {vocab - 1}")
+    return int(value)
+
+
+def bucket(size: int, least: int = 64) -> int:
+    """The next size for which there is a program: powers of two, and quarters between from 1024.
+
+    Few programs, at most a quarter of a large buffer unused.
+    """
+    power = least
+    while power < size:
+        power *= 2
+    if power <= 1024:
+        return power
+    half, quarter = power // 2, power // 8
+    return half + quarter * -(-(size - half) // quarter)
+
+
+def padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """Rows as int32 ``[B, width]``, -1 after the end of each."""
+    out = np.full((len(rows), width), PAD, np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

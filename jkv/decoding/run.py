@@ -1,0 +1,362 @@
+"""One generation on the host: prefill in chunks, decode in blocks, one block ahead of the reader."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jkv.cache.base import Cache
+from jkv.cache.dense import dense
+from jkv.decoding import loop
+from jkv.decoding.request import (
+    PAD,
+    Stops,
+    bucket,
+    integer,
+    padded,
+    rows_of_tokens,
+    split_model,
+    stops,
+)
+from jkv.errors import CacheFullError
+
+Progress = Callable[[int, int], None]  # tokens of the longest prompt done, and in all
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Result:
+    """What was generated, and the cache to go on from.
+
+    Attributes:
+        tokens: ``[B, T]`` int32, the new tokens, -1 after a row's end.
+        lengths: ``[B]``, how many new tokens each row has, its stop token included.
+        finish_reasons: per row "stop" or "length".
+        logprobs: ``[B, T]`` float32 natural logarithms under the model itself, before any sampling
+            transform, 0 after a row's end; None unless asked for.
+        cache: of all tokens but each row's last, which has no keys and values yet.
+        history: per row all tokens, prompts included.
+        prefill_seconds: until the first token was read.
+        decode_seconds: from there to the last.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    finish_reasons: tuple[str, ...]
+    logprobs: np.ndarray | None
+    cache: Cache
+    history: tuple[np.ndarray, ...]
+    prefill_seconds: float
+    decode_seconds: float
+
+    def __repr__(self) -> str:
+        """Shapes rather than numbers."""
+        return (
+            f"Result(tokens=int32{list(self.tokens.shape)}, lengths={self.lengths.tolist()}, "
+            f"finish_reasons={self.finish_reasons})"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to generate; see `jkv.generate`."""
+
+    max_new_tokens: int
+    cache: Any = None
+    sampler: Any = None
+    stop: Any = None
+    key: Any = None
+    return_logprobs: bool = False
+    resume: Result | None = None
+    slots: int | None = None
+    block: int = 32
+    prefill_chunk: int = 256
+    progress: Progress | None = None
+
+
+@dataclasses.dataclass
+class _Row:
+    """What the host knows of a row that is being generated."""
+
+    strings: tuple[str, ...]
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    reason: str | None = None
+
+
+class Run:
+    """A generation under way: `blocks` yields what is new, `result` closes it."""
+
+    def __init__(self, model: Any, prompts: Any, options: Options):
+        self.options = options
+        self.model, self.tokenizer = split_model(model)
+        config, resume = self.model.config, options.resume
+        self.max_new = integer("max_new_tokens", options.max_new_tokens, 1)
+        self.size = integer("block", options.block, 1)
+        integer("prefill_chunk", options.prefill_chunk, 16)
+        self.new = rows_of_tokens(
+            prompts, config.vocab, tokenizer=self.tokenizer, may_be_empty=resume is not None
+        )
+        batch = len(self.new)
+        self.history = self._history(resume)
+        self.keys = loop.check_sampler(options.sampler, options.key, batch)
+        self.stops: Stops = stops(
+            options.stop, batch, config.vocab, config.end_ids, self.tokenizer
+        )
+        self.ends = self.stops.matrix()
+        longest = max(map(len, self.history))
+        if longest + self.max_new > config.context:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_new_tokens={self.max_new} make "
+                f"{longest + self.max_new}, more than the model's context of {config.context}"
+            )
+        self.needed = longest + self.max_new - 1
+        self.cache = self._first_cache(longest)
+        self.rows = [_Row(strings) for strings in self.stops.strings]
+        self.state: loop.State | None = None
+        self.started = time.perf_counter()
+        self.first_read = self.last_read = self.started
+
+    def _history(self, resume: Result | None) -> list[np.ndarray]:
+        """All tokens of each row so far; a resumed row's waiting token joins its new ones."""
+        if resume is None:
+            return list(self.new)
+        if not isinstance(resume, Result):
+            raise TypeError(
+                f"resume got {type(resume).__name__}; expected what jkv.generate returned"
+            )
+        if self.options.cache is not None:
+            raise ValueError("resume goes on with the cache of its result; leave cache= out")
+        if len(self.new) != len(resume.history):
+            raise ValueError(
+                f"resume got {len(self.new)} prompts for {len(resume.history)} rows; expected one "
+                "each, [] where there is nothing to add"
+            )
+        if self.model.config.layers != _layers(resume.cache):
+            raise ValueError("resume got the result of another model")
+        old = resume.history
+        history = [np.concatenate([a, b]) for a, b in zip(old, self.new, strict=True)]
+        self.new = [np.concatenate([a[-1:], b]) for a, b in zip(old, self.new, strict=True)]
+        return history
+
+    def _first_cache(self, longest: int) -> Cache:
+        """The cache to begin with: a new one, or the resumed one with room for what comes."""
+        options, config = self.options, self.model.config
+        kind = dense() if options.cache is None else options.cache
+        if options.slots is not None and integer("slots", options.slots, 1) < self.needed:
+            raise CacheFullError(
+                f"slots={options.slots} cannot hold {longest} prompt tokens and "
+                f"{self.max_new} new ones; expected at least {self.needed}"
+            )
+        if options.resume is not None:
+            old = options.resume.cache
+            slots = options.slots or bucket(self.needed)
+            if old.capacity is None or old.capacity >= slots:
+                return loop.copied(old)
+            return loop.resized(old, slots)
+        first = longest + self.size if getattr(kind, "grows", False) else self.needed
+        slots = options.slots or bucket(min(first, self.needed))
+        return loop.new_cache(config, kind, len(self.new), slots, config.dtype)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """New tokens ``[B, t]`` as they come, the first alone; a row that has ended is -1."""
+        yield self._accept(*self._prefill(), block_of=1)
+        waiting, said = None, 1
+        while True:
+            ahead = None
+            if said < self.max_new and not self._finished():
+                steps = min(self.size, self.max_new - said)
+                ahead, said = self._dispatch(steps), said + steps
+            if waiting is not None:
+                yield self._accept(*waiting)
+            if ahead is None:
+                return
+            waiting = ahead
+
+    def _finished(self) -> bool:
+        return all(row.reason is not None for row in self.rows)
+
+    def _prefill(self) -> tuple[Any, Any, Any]:
+        """All prompts into the cache, chunk by chunk, and the first token of each row."""
+        counts = np.asarray([len(row) for row in self.new], np.int32)
+        total, chunk, done = int(counts.max()), self.options.prefill_chunk, 0
+        width = self.model.config.width
+        last = np.zeros((len(counts), width), self.model.config.dtype)
+        progress = self.options.progress
+        while done < total:
+            size = min(chunk, bucket(total - done, 16))
+            tokens = padded([row[done : done + size] for row in self.new], size)
+            here = np.clip(counts - done, 0, size)
+            last, self.cache = loop.absorb(
+                self.model, np.maximum(tokens, 0), self.cache, here, last
+            )
+            done += size
+            if progress is not None:
+                jax.block_until_ready(last)
+                progress(min(done, total), total)
+        said = padded(self.history, bucket(max(map(len, self.history))))
+        self.state, token, logprob = loop.begun(
+            self.model, last, self.cache, said, self.options.sampler, self.keys, self.ends
+        )
+        return token[:, None], logprob[:, None], self.state.done
+
+    def _dispatch(self, steps: int) -> tuple[Any, Any, Any]:
+        """Start up to `steps` more tokens; nothing is waited for."""
+        state = self.state
+        if state.cache.grows:
+            held = max(map(len, self.history)) + max(len(r.tokens) for r in self.rows)
+            wanted = bucket(min(held + 2 * self.size, self.needed))
+            if state.cache.capacity < wanted:
+                cache = loop.resized(state.cache, wanted)
+                state = dataclasses.replace(state, cache=cache)
+        self.state, *out = loop.advanced(
+            self.size,
+            self.model,
+            state,
+            self.options.sampler,
+            self.keys,
+            self.ends,
+            np.int32(steps),
+        )
+        return tuple(out)
+
+    def _accept(
+        self, tokens: Any, logprobs: Any, done: Any, block_of: int | None = None
+    ) -> np.ndarray:
+        """Read a block from the device into the rows, and cut rows at their stop strings."""
+        block = np.array(tokens)
+        values = np.asarray(logprobs) if self.options.return_logprobs else None
+        self.last_read = time.perf_counter()
+        if block_of == 1:
+            self.first_read = self.last_read
+        for i, row in enumerate(self.rows):
+            if row.reason is not None:
+                block[i] = PAD
+                continue
+            fresh = block[i][block[i] != PAD]
+            row.tokens.extend(fresh.tolist())
+            if values is not None:
+                row.logprobs.extend(values[i, : len(fresh)].tolist())
+            cut = self._first_stop(row, len(fresh))
+            if cut is not None:
+                block[i, len(fresh) - (len(row.tokens) - cut) :] = PAD
+                del row.tokens[cut:], row.logprobs[cut:]
+                row.reason = "stop"
+            elif row.tokens and row.tokens[-1] in self.stops.ids[i]:
+                row.reason = "stop"
+            elif len(row.tokens) >= self.max_new:
+                row.reason = "length"
+        return block
+
+    def _first_stop(self, row: _Row, fresh: int) -> int | None:
+        """How many tokens the row keeps if a stop string is complete in its text, else None."""
+        if not row.strings or not fresh:
+            return None
+
+        def complete(count: int) -> bool:
+            text = self.tokenizer.decode(row.tokens[:count])
+            return any(s in text for s in row.strings)
+
+        if not complete(len(row.tokens)):
+            return None
+        counts = range(len(row.tokens) - fresh + 1, len(row.tokens) + 1)
+        return next(n for n in counts if complete(n))
+
+    def result(self) -> Result:
+        """Everything said, once `blocks` is exhausted.
+
+        Raises:
+            CacheFullError: a row had no room.
+        """
+        cache = self.state.cache.check()
+        lengths = np.asarray([len(row.tokens) for row in self.rows])
+        if any(row.strings for row in self.rows):
+            # A row is found to have stopped after the device went on with it.
+            kept = [len(h) + n - 1 for h, n in zip(self.history, lengths, strict=True)]
+            cache = cache.crop(np.asarray(kept, np.int32))
+        said = [np.asarray(row.tokens, np.int32) for row in self.rows]
+        logprobs = None
+        if self.options.return_logprobs:
+            logprobs = np.zeros((len(said), int(lengths.max())), np.float32)
+            for i, row in enumerate(self.rows):
+                logprobs[i, : lengths[i]] = row.logprobs
+        return Result(
+            tokens=padded(said, int(lengths.max())),
+            lengths=lengths,
+            finish_reasons=tuple(row.reason or "length" for row in self.rows),
+            logprobs=logprobs,
+            cache=cache,
+            history=tuple(
+                np.concatenate([h, s]) for h, s in zip(self.history, said, strict=True)
+            ),
+            prefill_seconds=self.first_read - self.started,
+            decode_seconds=self.last_read - self.first_read,
+        )
+
+
+def generate(
+    model: Any,
+    prompts: Any,
+    *,
+    max_new_tokens: int,
+    cache: Any = None,
+    sampler: Any = None,
+    stop: Any = None,
+    key: Any = None,
+    return_logprobs: bool = False,
+    resume: Result | None = None,
+    slots: int | None = None,
+    prefill_chunk: int = 256,
+    progress: Progress | None = None,
+) -> Result:
+    """Continue prompts of any lengths, in one batch.
+
+    Args:
+        model: `lm.model`, or `lm` where prompts or stops are texts.
+        prompts: a list of rows, each a list or array of ids (or a text), or an array ``[B, T]``.
+        max_new_tokens: per row, at most.
+        cache: the kind, `jkv.dense()` by default.
+        sampler: a transform of `jkv.sampling`; greedy by default.
+        stop: ids and strings at which a row ends, or one list of them per row; None is the
+            checkpoint's end-of-text ids, () is nothing. What stopped a row is part of its tokens.
+        key: `jax.random.key(seed)`, or one key per row; for samplers that draw at random.
+        return_logprobs: also the log-probability of each new token under the model.
+        resume: an earlier result to go on from: its last token of each row and the new prompts
+            are prefilled, nothing else. The earlier result stays valid. An empty prompt adds
+            nothing to a row.
+        slots: tokens that each row's cache has room for; by default what is needed, rounded up so
+            that few programs serve all requests.
+        prefill_chunk: tokens per pass of the prefill.
+        progress: called with (done, total) tokens of the longest prompt after each chunk.
+
+    Raises:
+        TypeError: prompts, stops, sampler or key of a wrong type.
+        ValueError: empty prompts, ids outside the vocabulary, more tokens than the model's context,
+            numbers out of range.
+        CacheFullError: `slots` too small for what is asked.
+    """
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        cache=cache,
+        sampler=sampler,
+        stop=stop,
+        key=key,
+        return_logprobs=return_logprobs,
+        resume=resume,
+        slots=slots,
+        prefill_chunk=prefill_chunk,
+        progress=progress,
+    )
+    run = Run(model, prompts, options)
+    for _ in run.blocks():
+        pass
+    return run.result()
+
+
+def _layers(cache: Cache) -> int:
+    """Layers of the model that a cache was made for."""
+    return getattr(cache.layers[0], "layers", len(cache.layers))
