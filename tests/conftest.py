@@ -1,0 +1,117 @@
+"""What every test stands on: runtime shape checks, strict numerics, and what tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+# Before jkv is imported by anything: every annotated shape and dtype is checked at each call.
+install_import_hook("jkv", "beartype.beartype")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Checkpoints and texts too big for the repository, in `shared/` beside it.
+
+    JKV_REQUIRE_SHARED=1 makes their absence a failure, so that a run which is meant to cover them
+    cannot pass by skipping.
+    """
+    for path in (ROOT.parent / "shared", ROOT / "shared"):
+        if path.is_dir():
+            return path
+    reason = f"no shared/ directory beside {ROOT.name}/: nothing real to read"
+    if os.environ.get("JKV_REQUIRE_SHARED") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+class Compiles:
+    """How many programs XLA compiled since the last `reset`."""
+
+    _total = 0
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from here."""
+        self._start = Compiles._total
+
+    @property
+    def count(self) -> int:
+        """Programs compiled so far."""
+        return Compiles._total - self._start
+
+    def __enter__(self) -> Compiles:
+        self.reset()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop = Compiles._total
+
+    @classmethod
+    def listen(cls, event: str, duration: float, **_: object) -> None:
+        """Called by JAX. The size of a jitted function's cache would count too much."""
+        del duration
+        if event == "/jax/core/compile/backend_compile_duration":
+            cls._total += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(Compiles.listen)
+
+
+@pytest.fixture
+def compiles() -> Compiles:
+    """Counts compilations: ``with compiles: ...`` and then ``compiles.count``, read inside."""
+    return Compiles()
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A decoder in miniature: two layers, grouped heads, rotary positions."""
+    from jkv.models import Config, Rope
+
+    return Config(
+        vocab=11,
+        layers=2,
+        width=16,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        feed_forward=24,
+        context=256,
+        rope=Rope(dims=8),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """`tiny_config` with random weights; tests must not change it."""
+    from flax import nnx
+    from jkv.models import Decoder
+
+    model = Decoder(tiny_config, rngs=nnx.Rngs(0))
+    # Drawn as for training, logits are nearly flat; spread them, so that a wrong cache shows in
+    # the greedy tokens and not in the fifth digit only.
+    model.embedding[...] = model.embedding[...] * 50
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers() -> Iterator[None]:
+    """A test that changes JAX's configuration must not change the next one's."""
+    before = jax.config.jax_numpy_rank_promotion, jax.config.jax_enable_x64
+    yield
+    assert before == (jax.config.jax_numpy_rank_promotion, jax.config.jax_enable_x64)
