@@ -44,7 +44,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Project the last axis."""
-        y = x @ self.kernel[...]
+        # One matrix of all rows: the gradient of a product with two leading axes is transposed on
+        # its way by XLA's CPU compiler, and a training step takes 1.5 times as long.
+        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
+        y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...][None, None, :]
 
 
