@@ -61,7 +61,7 @@ def _repr(self: Any) -> str:
         if hasattr(value, "shape") and hasattr(value, "dtype"):
             return f"{value.dtype}{list(value.shape)}"
         if isinstance(value, tuple) and len(value) > 2 and len({repr(v) for v in value}) == 1:
-            return f"{len(value)} × {value[0]!r}"
+            return f"{len(value)} x {value[0]!r}"
         return repr(value)
 
     fields = ", ".join(f"{f.name}={show(getattr(self, f.name))}" for f in dataclasses.fields(self))

@@ -13,8 +13,8 @@ from jaxtyping import install_import_hook
 # Before jkv is imported by anything: every annotated shape and dtype is checked at each call.
 install_import_hook("jkv", "beartype.beartype")
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -100,6 +100,7 @@ def tiny_config():
 def tiny_model(tiny_config):
     """`tiny_config` with random weights; tests must not change it."""
     from flax import nnx
+
     from jkv.models import Decoder
 
     model = Decoder(tiny_config, rngs=nnx.Rngs(0))

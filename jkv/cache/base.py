@@ -29,7 +29,7 @@ class Step:
     stop: Array  # [B] int32, and after it
 
     @classmethod
-    def after(cls, start: Int[Array, "B"], counts: Int[Array, "B"], new: int) -> Step:
+    def after(cls, start: Int[Array, " B"], counts: Int[Array, " B"], new: int) -> Step:
         """The step in which `counts[b]` of `new` tokens follow the `start[b]` of each row."""
         offsets = jnp.arange(new, dtype=jnp.int32)[None, :]
         positions = jnp.where(offsets < counts[:, None], start[:, None] + offsets, -1)
@@ -67,7 +67,7 @@ class LayerCache(Protocol):
         """
         ...
 
-    def take(self, rows: Int[Array, "R"]) -> LayerCache:
+    def take(self, rows: Int[Array, " R"]) -> LayerCache:
         """The cache whose row r is this one's row ``rows[r]``."""
         ...
 
@@ -75,7 +75,7 @@ class LayerCache(Protocol):
         """The same tokens in a buffer of another length."""
         ...
 
-    def crop(self, lengths: Int[Array, "B"]) -> LayerCache:
+    def crop(self, lengths: Int[Array, " B"]) -> LayerCache:
         """The cache rolled back to its first `lengths[b]` tokens.
 
         Raises:
@@ -96,9 +96,7 @@ class LayerCache(Protocol):
 class Kind(Protocol):
     """How a layer's tokens are kept, described before there is a shape: a small frozen value."""
 
-    def init(
-        self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any
-    ) -> LayerCache:
+    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> LayerCache:
         """An empty layer cache."""
         ...
 
@@ -155,16 +153,16 @@ class Cache:
         return _pytree.nbytes(self)
 
     def advance(
-        self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, "B"] | None = None
+        self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Run the model's layers over new tokens, of which each row's first `counts[b]` are real."""
+        """Run the model's layers over new tokens; each row's first `counts[b]` are real."""
         step, overflowed = self.admit(tokens.shape[1], counts)
         hidden, layers = stack(tokens, step, self.layers)
         return hidden, _pytree.replace(
             self, layers=layers, lengths=step.stop, overflowed=overflowed
         )
 
-    def admit(self, new: int, counts: Int[Array, "B"] | None) -> tuple[Step, Array]:
+    def admit(self, new: int, counts: Int[Array, " B"] | None) -> tuple[Step, Array]:
         """The step for `new` tokens, none in a row that has no room for all, and the new flags."""
         if counts is None:
             counts = jnp.full((self.batch,), new, jnp.int32)
@@ -189,7 +187,7 @@ class Cache:
             )
         return self
 
-    def crop(self, lengths: int | Int[Array, "B"]) -> Cache:
+    def crop(self, lengths: int | Int[Array, " B"]) -> Cache:
         """Roll rows back to their first `lengths` tokens; a row that is shorter stays as it is.
 
         Raises:
@@ -201,7 +199,7 @@ class Cache:
         layers = tuple(layer.crop(new) for layer in self.layers)
         return _pytree.replace(self, layers=layers, lengths=new)
 
-    def take(self, rows: Sequence[int] | Int[Array, "R"]) -> Cache:
+    def take(self, rows: Sequence[int] | Int[Array, " R"]) -> Cache:
         """Reorder, repeat or drop rows: row r of the result is row ``rows[r]`` of this cache.
 
         Raises:
@@ -235,7 +233,7 @@ class Cache:
         return _pytree.replace(self, layers=tuple(layer.resize(slots) for layer in self.layers))
 
     def to_legacy(self) -> tuple[tuple[Array, Array], ...]:
-        """Per layer (keys, values), each ``[B, K, S, H]``, cut to the longest row outside of jit."""
+        """Per layer (keys, values), each ``[B, K, S, H]``, cut to the longest row if known."""
         pairs = tuple(layer.to_legacy() for layer in self.layers)
         if isinstance(self.lengths, jax.core.Tracer):
             return pairs

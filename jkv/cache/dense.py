@@ -55,7 +55,7 @@ class Dense:
         )
         return part.out.astype(q.dtype), cache
 
-    def take(self, rows: Int[Array, "R"]) -> Dense:
+    def take(self, rows: Int[Array, " R"]) -> Dense:
         """The cache with other rows."""
         return Dense(keys=self.keys[rows], values=self.values[rows])
 
@@ -67,7 +67,7 @@ class Dense:
         pad = ((0, 0), (0, 0), (0, change), (0, 0))
         return Dense(keys=jnp.pad(self.keys, pad), values=jnp.pad(self.values, pad))
 
-    def crop(self, lengths: Int[Array, "B"]) -> Dense:
+    def crop(self, lengths: Int[Array, " B"]) -> Dense:
         """Nothing to do: what lies past a row's length is never seen, and overwritten later."""
         del lengths
         return self
@@ -121,7 +121,7 @@ def write(
 
 
 def from_legacy(
-    layers: Sequence[tuple[Any, Any]], lengths: Sequence[int] | Int[Array, "B"] | None = None
+    layers: Sequence[tuple[Any, Any]], lengths: Sequence[int] | Int[Array, " B"] | None = None
 ) -> Cache:
     """A dense cache of (keys, values) per layer, each ``[B, K, S, H]``.
 

@@ -65,7 +65,7 @@ class Tokens:
         """Tokens that a row can hold."""
         return self.tokens.shape[1]
 
-    def take(self, rows: Int[Array, "R"]) -> Tokens:
+    def take(self, rows: Int[Array, " R"]) -> Tokens:
         """Other rows."""
         return replace(self, tokens=self.tokens[rows])
 
@@ -74,7 +74,7 @@ class Tokens:
         change = max(slots - self.capacity, 0)
         return replace(self, tokens=jnp.pad(self.tokens[:, :slots], ((0, 0), (0, change))))
 
-    def crop(self, lengths: Int[Array, "B"]) -> Tokens:
+    def crop(self, lengths: Int[Array, " B"]) -> Tokens:
         """Nothing to do: what lies past a row's length is padding."""
         del lengths
         return self
@@ -100,7 +100,7 @@ class Recompute(Cache):
     """
 
     def advance(
-        self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, "B"] | None = None
+        self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B T D"], Recompute]:
         """Append the tokens, run the layers over the history, return the new tokens' part."""
         (past,) = self.layers

@@ -19,7 +19,7 @@ def attention(
     *,
     positions: Int[Array, "B T"],
     slot_positions: Int[Array, "B S"] | None = None,
-    lengths: Int[Array, "B"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
     scale: float | None = None,
     window: int | None = None,
     sinks: int = 0,
