@@ -129,7 +129,7 @@ def _blocks(mask, q, k, v, positions, slot_positions, lengths):
 
     if q.shape[1] > 1:
         return walk(q, k, v)
-    return lax.platform_dependent(q, k, v, tpu=walk_in_pairs, default=walk)
+    return lax.platform_dependent(q, k, v, tpu=walk_in_pairs, cuda=walk_in_pairs, default=walk)
 
 
 @_blocks.defjvp
