@@ -2,5 +2,7 @@
 
 from jkv.models.config import Config, Rope
 from jkv.models.decoder import Decoder
+from jkv.models.lm import LM, load
+from jkv.models.tokenizer import Tokenizer
 
-__all__ = ["Config", "Decoder", "Rope"]
+__all__ = ["LM", "Config", "Decoder", "Rope", "Tokenizer", "load"]

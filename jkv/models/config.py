@@ -149,7 +149,8 @@ class Config:
             )
         if self.windows and len(self.windows) != self.layers:
             raise ValueError(
-                f"Config got {len(self.windows)} windows for {self.layers} layers; expected one each"
+                f"Config got {len(self.windows)} windows for {self.layers} layers; expected one "
+                "each"
             )
         if self.rope is not None and (self.rope.dims % 2 or self.rope.dims > self.head_dim):
             raise ValueError(

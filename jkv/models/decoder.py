@@ -39,8 +39,18 @@ class Linear(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
         scale = inputs**-0.5
         kernel = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) * scale
-        self.kernel = nnx.Param(kernel.astype(dtype))  # [inputs, outputs]
+        self.shape = (inputs, outputs)
+        self.kernel = nnx.Param(self.layout(kernel.astype(dtype)))  # [inputs, outputs]
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None  # [outputs]
+
+    @staticmethod
+    def layout(matrix: Any) -> Any:
+        """How `kernel` stores the map ``[inputs, outputs]``: whoever sets weights asks this.
+
+        Args:
+            matrix: a jax or numpy array. Axes are moved, nothing is copied or cast.
+        """
+        return matrix
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Project the last axis."""

@@ -1,0 +1,101 @@
+"""Where a checkpoint is: a built-in model, a directory, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from jkv.errors import CheckpointError
+
+BUILT_IN = ("shakespeare",)
+
+# Weights as safetensors, configuration, tokenizer, templates; nothing in other folders, and not
+# the second copy of the weights that some repositories carry in their authors' own layout.
+_WANTED = ("*.json", "*.safetensors", "*.jinja")
+_UNWANTED = ("*/*", "consolidated*")
+
+
+def resolve(source: str | os.PathLike[str], revision: str | None, *, show: bool) -> Path:
+    """The directory of a checkpoint, downloaded where it has to be.
+
+    Args:
+        source: name of a built-in model, else an existing directory, else a repository's id.
+        revision: branch, tag or commit of a repository.
+        show: progress bars while downloading.
+
+    Raises:
+        CheckpointError: there is no such thing, or the hub cannot be reached.
+        ValueError: a source of another kind, or a revision of a local directory.
+    """
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise ValueError(
+            f"load got {source!r}; expected a built-in model ({', '.join(BUILT_IN)}), a directory, "
+            "or a hub id such as 'openai-community/gpt2'"
+        )
+    name = os.fspath(source)
+    is_id = isinstance(source, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
+    if name in BUILT_IN and isinstance(source, str):
+        path = Path(__file__).parent.parent / "data" / name
+        if not path.is_dir():
+            raise CheckpointError(f"the built-in model {name!r} is not part of this installation")
+    elif Path(name).is_dir():
+        path = Path(name)
+    elif is_id and name not in (".", ".."):
+        return _download(name, revision, show)
+    else:
+        raise CheckpointError(
+            f"load got {name!r}, which is neither a directory nor a hub id; the built-in models "
+            f"are {', '.join(BUILT_IN)}"
+        )
+    if revision is not None:
+        raise ValueError(
+            f"load got revision={revision!r} for {name!r}, which is not a repository of the hub"
+        )
+    return path
+
+
+def _download(name: str, revision: str | None, show: bool) -> Path:
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        """No bars."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+    try:
+        path = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(_WANTED),
+            ignore_patterns=list(_UNWANTED),
+            tqdm_class=None if show else Silent,
+        )
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{name} is gated on the hub: accept its terms there, then log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{name} has no revision {revision!r} on the hub") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name} is neither a directory here, nor a repository of the hub that you may read; "
+            "log in with `hf auth login` if it is private"
+        ) from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(
+            f"{name} is neither a directory here nor a valid hub id: {error}"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        which = "" if revision is None else f" at revision {revision!r}"
+        raise CheckpointError(
+            f"{name}{which} is neither a directory here nor in the hub's cache, and the hub cannot "
+            "be reached. Connect (and unset HF_HUB_OFFLINE), or download it where there is a "
+            f"connection with `hf download {name}` and load that directory"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise CheckpointError(f"the hub refused {name}: {error}") from error
+    return Path(path)

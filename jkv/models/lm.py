@@ -1,0 +1,117 @@
+"""A language model: the decoder, its configuration and its tokenizer, from one directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jkv.errors import UnsupportedError
+from jkv.models.checkpoint import Progress, read_checkpoint
+from jkv.models.config import Config
+from jkv.models.decoder import Decoder
+from jkv.models.hub import resolve
+from jkv.models.tokenizer import Tokenizer, read_tokenizer
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    """What `jkv.load` returns.
+
+    Attributes:
+        model: ``logits, cache = model(tokens, cache)``.
+        config: its shape and mathematics.
+        tokenizer: None where the checkpoint has none; ids work without it.
+        source: what it was loaded from.
+    """
+
+    model: Decoder
+    config: Config
+    tokenizer: Tokenizer | None
+    source: str
+
+    def encode(self, texts: str | Sequence[str]) -> list[list[int]]:
+        """Ids of each text, one list per text, with the special tokens the checkpoint adds.
+
+        Raises:
+            UnsupportedError: there is no tokenizer.
+            ValueError: something else than texts.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"encode got {type(texts).__name__}; expected a text or several")
+        tokenizer = self._tokenizer("encode")
+        return [tokenizer.encode(text) for text in texts]
+
+    def decode(self, tokens: Any) -> str | list[str]:
+        """The text of a row of ids, or those of several; -1 (padding) and special tokens skipped.
+
+        Args:
+            tokens: ids ``[T]`` or ``[B, T]``: lists (of any lengths) or integer arrays.
+
+        Raises:
+            UnsupportedError: there is no tokenizer.
+            ValueError: something else than ids.
+        """
+        tokenizer = self._tokenizer("decode")
+        rows = tokens if hasattr(tokens, "ndim") else list(tokens)
+        nested = rows.ndim > 1 if hasattr(rows, "ndim") else any(np.ndim(row) for row in rows)
+        if nested:
+            return [tokenizer.decode(row) for row in rows]
+        return tokenizer.decode(rows)
+
+    def _tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UnsupportedError(
+                f"{what} needs a tokenizer, and {self.source} has no tokenizer.json: use ids"
+            )
+        return self.tokenizer
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> LM:
+    """Load a decoder and its tokenizer.
+
+    Args:
+        source: the built-in model's name ("shakespeare"), else a directory in Hugging Face layout,
+            else the id of a repository of the hub. ("./shakespeare" is a directory in any case.)
+        dtype: of the weights: "float32", "bfloat16" or "float16". By default float32 on the CPU,
+            where products in anything else are slow, and the checkpoint's own elsewhere.
+        revision: branch, tag or commit of a hub repository.
+        progress: called with the bytes read so far and those to read; nothing is shown without.
+
+    Raises:
+        CheckpointError: it cannot be found or is refused; the message lists everything wrong.
+        ValueError: a dtype or source of another kind.
+
+    Example:
+        >>> lm = jkv.load("shakespeare")
+        >>> jkv.generate(lm, ["ROMEO:"], max_new_tokens=16)
+    """
+    name = None if dtype is None else _dtype_name(dtype)
+    directory = resolve(source, revision, show=progress is not None)
+    problems: list[str] = []
+    tokenizer = read_tokenizer(directory, problems)
+    model, config = read_checkpoint(directory, dtype=name, progress=progress, problems=problems)
+    return LM(model=model, config=config, tokenizer=tokenizer, source=os.fspath(source))
+
+
+def _dtype_name(dtype: Any) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in _DTYPES:
+        raise ValueError(f"load got dtype={dtype!r}; expected one of {', '.join(_DTYPES)}")
+    return name

@@ -1,0 +1,174 @@
+"""Safetensors files: a header that is checked before it is believed, and tensors read one by one.
+
+The file is read, not mapped: a mapped file that somebody truncates kills the process, its pages
+count as this process's memory, and JAX on the CPU would make arrays that alias it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jkv.errors import CheckpointError
+from jkv.models.settings import show
+
+# Bytes per element of what the format knows. Those with a name on the right can be read as weights.
+_SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I64": 8,
+    "U64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "C64": 8,
+}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_HEADER_LIMIT = 100_000_000  # the format's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies.
+
+    Attributes:
+        name: in the file.
+        dtype: the format's word for it ("BF16").
+        shape: row-major.
+        path: of the file.
+        start: byte in the file.
+        nbytes: as long as shape and dtype say.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    nbytes: int
+
+    def read(self) -> np.ndarray:
+        """The tensor in memory of its own.
+
+        Raises:
+            CheckpointError: the file has become shorter since its header was read.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            raw = np.fromfile(file, np.uint8, self.nbytes)
+        if raw.size != self.nbytes:
+            raise CheckpointError(
+                f"{self.path.name} ended inside of {self.name} while it was read; is it still "
+                "being written? Load it again when it is complete"
+            )
+        return raw.view(jnp.dtype(DTYPES[self.dtype])).reshape(self.shape)
+
+
+def read_header(path: Path, problems: list[str]) -> dict[str, Tensor]:
+    """The tensors of a file by name; what is wrong with it is added to `problems`.
+
+    A tensor is only reported when its bytes are inside of the file and its alone.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                problems.append(
+                    f"{path.name}: its header would end after the file's {size} bytes; it is "
+                    "truncated, or no safetensors file"
+                )
+                return {}
+            if length > _HEADER_LIMIT:
+                problems.append(f"{path.name}: a header of {length} bytes; expected at most 100 MB")
+                return {}
+            raw = file.read(length)
+    except OSError as error:
+        problems.append(f"{path.name}: cannot be read: {error.strerror or error}")
+        return {}
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{path.name}: its header is not valid: {show(str(error))}")
+        return {}
+    if not isinstance(header, dict):
+        problems.append(f"{path.name}: its header is not an object")
+        return {}
+    header.pop("__metadata__", None)
+    tensors = [_tensor(name, entry, path, 8 + length, problems) for name, entry in header.items()]
+    if None in tensors:
+        return {}
+    found = [tensor for tensor in tensors if tensor is not None]
+    return {t.name: t for t in found} if _tiled(found, path, 8 + length, size, problems) else {}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without repeated keys: readers differ in which of two they believe."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"repeated keys {', '.join(twice)}")
+    return result
+
+
+def _tensor(name: str, entry: Any, path: Path, base: int, problems: list[str]) -> Tensor | None:
+    """One entry of a header, if it agrees with itself."""
+
+    def whole(values: Any) -> bool:
+        return isinstance(values, list) and all(
+            isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in values
+        )
+
+    where = f"{path.name}: {name}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        problems.append(f"{where}: expected dtype, shape and data_offsets, got {show(entry)}")
+        return None
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _SIZES:
+        problems.append(f"{where}: unknown dtype {show(dtype)}")
+        return None
+    if not whole(shape) or not whole(offsets) or len(offsets) != 2:
+        problems.append(f"{where}: shape {show(shape)} and offsets {show(offsets)} are not valid")
+        return None
+    start, stop = offsets
+    nbytes = math.prod(shape) * _SIZES[dtype]
+    if stop - start != nbytes:
+        problems.append(
+            f"{where}: offsets {offsets} hold {stop - start} bytes; {dtype} {shape} takes {nbytes}"
+        )
+        return None
+    return Tensor(name, dtype, tuple(shape), path, base + start, nbytes)
+
+
+def _tiled(tensors: list[Tensor], path: Path, base: int, size: int, problems: list[str]) -> bool:
+    """Whether the tensors follow each other to the end of the file, as the format demands."""
+    at, before = base, "the header"
+    for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
+        if tensor.start != at:
+            how = "overlaps" if tensor.start < at else "leaves a gap after"
+            problems.append(f"{path.name}: {tensor.name} {how} {before}")
+            return False
+        at, before = tensor.start + tensor.nbytes, tensor.name
+    if at > size:
+        problems.append(
+            f"{path.name}: tensors end at byte {at} and the file at {size}; it is truncated"
+        )
+    elif at < size:
+        problems.append(f"{path.name}: {size - at} bytes follow the last tensor; expected none")
+    return at == size

@@ -1,0 +1,203 @@
+"""Text to ids and back, and a conversation to text, as the checkpoint's own files say."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from jkv.errors import UnsupportedError
+from jkv.models import template as _template
+from jkv.models.settings import read_json
+
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+class Tokenizer:
+    """A `tokenizer.json` with the special tokens and chat templates that lie beside it.
+
+    Attributes:
+        special: names to special tokens ("bos_token": "<s>"), as templates call them.
+        templates: names to chat templates; the usual one is "default".
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        special: Mapping[str, Any] | None = None,
+        templates: Mapping[str, str] | None = None,
+    ):
+        # Saved for training: a prompt must be neither cut nor filled up.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.special = dict(special or {})
+        self.templates = dict(templates or {})
+
+    def __repr__(self) -> str:
+        chat = ", ".join(self.templates) or "none"
+        return f"Tokenizer({self.vocab} tokens, chat templates: {chat})"
+
+    @property
+    def vocab(self) -> int:
+        """Tokens, added ones included; a model's own V may be larger."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as it is written in the vocabulary."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            text: any.
+            special: add what the checkpoint puts around a text, mostly a start token.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"encode got {type(text).__name__}; expected a text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"encode got a text that is not valid Unicode: {error}") from error
+        return self._tokenizer.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: Any, *, skip_special: bool = True) -> str:
+        """The text of a row of ids; -1 (padding) is left out.
+
+        Args:
+            ids: a list or array of integers ``[T]``.
+            skip_special: leave special tokens out.
+
+        Raises:
+            ValueError: something else than ids.
+        """
+        return self._tokenizer.decode(_ids(ids), skip_special_tokens=skip_special)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template: str = "default",
+        **values: Any,
+    ) -> str:
+        """A conversation as the model was trained to read it.
+
+        Args:
+            messages: each with a "role" and a "content".
+            add_generation_prompt: end where the assistant's next words begin.
+            template: which, where the checkpoint has several.
+            values: what else its template takes, `tools` or `enable_thinking`.
+
+        Raises:
+            UnsupportedError: there is no such template, or it refuses these messages.
+            ValueError: messages of another form.
+        """
+        if template not in self.templates:
+            have = f"it has {', '.join(self.templates)}" if self.templates else "it has none"
+            raise UnsupportedError(
+                f"the checkpoint has no chat template {template!r} ({have}): write the prompt as a "
+                "text, or load a checkpoint made for chat"
+            )
+        return _template.render(
+            self.templates[template],
+            messages,
+            **({"tools": None, "documents": None} | self.special | values),
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template: str = "default",
+        **values: Any,
+    ) -> list[int]:
+        """Ids of `chat`'s text, in which the template has written all special tokens itself."""
+        text = self.chat(
+            messages, add_generation_prompt=add_generation_prompt, template=template, **values
+        )
+        return self.encode(text, special=False)
+
+
+def _ids(values: Any) -> list[int]:
+    if isinstance(values, str | bytes | Mapping):
+        raise ValueError(f"decode got {type(values).__name__}; expected a row of ids")
+    if hasattr(values, "ndim"):
+        array = np.asarray(values)
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(
+                f"decode got an array of shape {array.shape} and dtype {array.dtype}; expected "
+                "integers [T]"
+            )
+        values = array.tolist()
+    try:
+        ids = [operator.index(value) for value in values]
+    except TypeError as error:
+        raise ValueError(f"decode got {type(values).__name__} of other things than ids") from error
+    if ids and not -1 <= min(ids) <= max(ids) < 2**32:
+        raise ValueError(
+            f"decode got ids from {min(ids)} to {max(ids)}; expected 0 upwards, or -1 for padding"
+        )
+    return [i for i in ids if i >= 0]
+
+
+def read_tokenizer(directory: Path, problems: list[str]) -> Tokenizer | None:
+    """The tokenizer of a checkpoint; None where it has no `tokenizer.json`.
+
+    Args:
+        directory: of the checkpoint.
+        problems: what is wrong is added here.
+    """
+    path = directory / "tokenizer.json"
+    if not path.exists() or read_json(path, problems) is None:
+        return None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+    except Exception as error:  # the bare class is what tokenizers raises
+        problems.append(f"tokenizer.json: {error}")
+        return None
+    special: dict[str, Any] = {}
+    templates: dict[str, str] = {}
+    # The older file first: what tokenizer_config.json says counts more.
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (directory / name).exists():
+            values = read_json(directory / name, problems) or {}
+            special |= _special(values)
+            templates |= _templates(values.get("chat_template"), problems)
+    if (directory / "chat_template.jinja").exists():
+        try:
+            templates["default"] = (directory / "chat_template.jinja").read_text("utf-8")
+        except (OSError, ValueError) as error:
+            problems.append(f"chat_template.jinja: cannot be read: {error}")
+    return Tokenizer(tokenizer, special, templates)
+
+
+def _special(values: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by name, written as text or as an object with its content."""
+    found = {}
+    for name in (f"{word}_token" for word in _SPECIAL):
+        value = values.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _templates(value: Any, problems: list[str]) -> dict[str, str]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    named = value if isinstance(value, list) else [value]
+    pairs = [(v.get("name"), v.get("template")) for v in named if isinstance(v, dict)]
+    if len(pairs) == len(named) and all(isinstance(x, str) for pair in pairs for x in pair):
+        return dict(pairs)
+    problems.append("tokenizer_config.json: chat_template is no text and no list of named ones")
+    return {}
