@@ -155,12 +155,29 @@ class Cache:
     def advance(
         self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Run the model's layers over new tokens; each row's first `counts[b]` are real."""
+        """Run the model's layers over new tokens, of which each row's first `counts[b]` are real.
+
+        Raises:
+            ValueError: tokens for another number of rows.
+        """
+        self.expect(tokens)
         step, overflowed = self.admit(tokens.shape[1], counts)
         hidden, layers = stack(tokens, step, self.layers)
         return hidden, _pytree.replace(
             self, layers=layers, lengths=step.stop, overflowed=overflowed
         )
+
+    def expect(self, tokens: Array) -> None:
+        """Refuse tokens that are not for the rows of this cache.
+
+        Raises:
+            ValueError: another number of rows.
+        """
+        if tokens.shape[0] != self.batch:
+            raise ValueError(
+                f"the cache has {self.batch} rows and the tokens {tokens.shape[0]}; expected as "
+                "many: make another with jkv.init_cache(..., batch=), or choose with cache.take"
+            )
 
     def admit(self, new: int, counts: Int[Array, " B"] | None) -> tuple[Step, Array]:
         """The step for `new` tokens, none in a row that has no room for all, and the new flags."""
@@ -187,8 +204,11 @@ class Cache:
             )
         return self
 
-    def crop(self, lengths: int | Int[Array, " B"]) -> Cache:
+    def crop(self, lengths: Any) -> Cache:
         """Roll rows back to their first `lengths` tokens; a row that is shorter stays as it is.
+
+        Args:
+            lengths: an integer, or one for each row.
 
         Raises:
             ValueError: a length below 0, or lengths of another shape than [B] or [].
@@ -199,8 +219,11 @@ class Cache:
         layers = tuple(layer.crop(new) for layer in self.layers)
         return _pytree.replace(self, layers=layers, lengths=new)
 
-    def take(self, rows: Sequence[int] | Int[Array, " R"]) -> Cache:
+    def take(self, rows: Any) -> Cache:
         """Reorder, repeat or drop rows: row r of the result is row ``rows[r]`` of this cache.
+
+        Args:
+            rows: a list or integer array ``[R]`` of row numbers.
 
         Raises:
             ValueError: a row that is not there.
@@ -213,12 +236,14 @@ class Cache:
             overflowed=self.overflowed[at],
         )
 
-    def resize(self, slots: int) -> Cache:
+    def resize(self, slots: Any) -> Cache:
         """The same tokens in buffers of `slots` slots.
 
         Raises:
+            ValueError: `slots` is no integer of at least 1.
             CacheFullError: a row holds more than that.
         """
+        slots = _integer("resize", "slots", slots)
         if not isinstance(self.lengths, jax.core.Tracer):
             longest = int(np.max(np.asarray(self.lengths), initial=0))
             if slots < longest:
@@ -241,12 +266,18 @@ class Cache:
         return tuple((k[:, :, :longest], v[:, :, :longest]) for k, v in pairs)
 
 
-def concat(caches: Sequence[Cache]) -> Cache:
+def concat(caches: Any) -> Cache:
     """One batch of the rows of several caches, with the slots of the longest.
 
+    Args:
+        caches: a list of them.
+
     Raises:
+        TypeError: something that is no cache.
         ValueError: no cache, or caches of different models, kinds or dtypes.
     """
+    if not isinstance(caches, Sequence) or not all(isinstance(c, Cache) for c in caches):
+        raise TypeError(f"concat got {caches!r:.60}; expected a list of caches")
     if not caches:
         raise ValueError("concat got no caches; expected at least one")
     slots = max((c.capacity for c in caches if c.capacity is not None), default=None)
@@ -266,9 +297,7 @@ def concat(caches: Sequence[Cache]) -> Cache:
     )
 
 
-def init_cache(
-    config: Shape, kind: Any = None, *, batch: int, slots: int, dtype: Any = None
-) -> Any:
+def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: Any = None) -> Any:
     """An empty cache for a model.
 
     Args:
@@ -279,17 +308,29 @@ def init_cache(
         dtype: of the keys and values, the model's by default.
 
     Raises:
-        ValueError: a batch or number of slots below 1.
+        TypeError: something that is no configuration, kind or dtype.
+        ValueError: a batch or number of slots below 1, or a dtype that holds no fractions.
     """
     from jkv.cache.dense import dense
 
     kind = dense() if kind is None else kind
-    for name, value in (("batch", batch), ("slots", slots)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"init_cache got {name}={value!r}; expected an integer of at least 1")
-    if not hasattr(kind, "init") and not hasattr(kind, "init_cache"):
-        raise TypeError(f"init_cache got kind={kind!r}; expected a kind such as jkv.dense()")
-    dtype = jnp.dtype(getattr(config, "dtype", jnp.float32) if dtype is None else dtype)
+    batch, slots = _integer("init_cache", "batch", batch), _integer("init_cache", "slots", slots)
+    if not isinstance(config, Shape):
+        hint = "; pass its .config" if hasattr(config, "config") else ""
+        raise TypeError(
+            f"init_cache got a {type(config).__name__}; expected a configuration with layers, "
+            f"kv_heads and head_dim{hint}"
+        )
+    if isinstance(kind, type) or not (hasattr(kind, "init") or hasattr(kind, "init_cache")):
+        raise TypeError(f"init_cache got kind={kind!r:.60}; expected a kind such as jkv.dense()")
+    try:
+        dtype = jnp.dtype(getattr(config, "dtype", jnp.float32) if dtype is None else dtype)
+    except TypeError:
+        raise TypeError(f"init_cache got dtype={dtype!r}; expected one such as float32") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"init_cache got dtype={dtype}; expected a floating one, such as float32 or bfloat16"
+        )
     if hasattr(kind, "init_cache"):
         return kind.init_cache(config, batch, slots, dtype)
     layers = tuple(
@@ -301,6 +342,12 @@ def init_cache(
         lengths=jnp.zeros((batch,), jnp.int32),
         overflowed=jnp.zeros((batch,), bool),
     )
+
+
+def _integer(where: str, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{where} got {name}={value!r}; expected an integer of at least 1")
+    return int(value)
 
 
 def _per_row(lengths: Any, batch: int, what: str) -> Array:

@@ -39,7 +39,17 @@ class Dense:
         window: int | None = None,
         softcap: float | None = None,
     ) -> tuple[Float[Array, "B T N H"], Dense]:
-        """Write the new tokens, then attend to all that each may see."""
+        """Write the new tokens, then attend to all that each may see.
+
+        Raises:
+            ValueError: keys of other heads than the cache was made for.
+        """
+        held, given = (self.keys.shape[1], self.keys.shape[3]), k.shape[2:]
+        if held != given:
+            raise ValueError(
+                f"the cache holds {held[0]} heads of {held[1]} dimensions, and the model makes "
+                f"{given[0]} of {given[1]}; expected a cache made from this model's configuration"
+            )
         cache = Dense(
             keys=write(self.keys, k, step.positions), values=write(self.values, v, step.positions)
         )

@@ -103,6 +103,7 @@ class Recompute(Cache):
         self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B T D"], Recompute]:
         """Append the tokens, run the layers over the history, return the new tokens' part."""
+        self.expect(tokens)
         (past,) = self.layers
         step, overflowed = self.admit(tokens.shape[1], counts)
         slots = jnp.where(step.positions < 0, past.capacity, step.positions)
