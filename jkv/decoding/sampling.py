@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import abc
 import math
+import numbers
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int, Key
 
 from jkv._axes import Array
@@ -34,7 +36,7 @@ class Transform(Protocol):
         ...
 
     def update(
-        self, logits: Float[Array, "B V"], state: Any, token: Int[Array, "B"]
+        self, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Any]:
         """The changed logits, and the state after `token` (-1: none since `init`)."""
         ...
@@ -47,7 +49,7 @@ class _Stateless(abc.ABC):
         return ()
 
     def update(
-        self, logits: Float[Array, "B V"], state: Any, token: Int[Array, "B"]
+        self, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Any]:
         """See the class."""
         del token
@@ -103,7 +105,8 @@ class TopP(_Stateless):
         order = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         probabilities = jax.nn.softmax(order, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        inside = (before < self.p).at[:, 0].set(True)
+        # Rounding carries the sum of all past 1, where everything is inside.
+        inside = ((before < self.p) | (jnp.float32(self.p) >= 1)).at[:, 0].set(True)
         least = jnp.min(jnp.where(inside, order, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(logits < least, -jnp.inf, logits)
 
@@ -136,7 +139,7 @@ class RepetitionPenalty:
         return said.at[rows, jnp.where(tokens < 0, vocab, tokens)].set(True, mode="drop")
 
     def update(
-        self, logits: Float[Array, "B V"], state: Bool[Array, "B V"], token: Int[Array, "B"]
+        self, logits: Float[Array, "B V"], state: Bool[Array, "B V"], token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Bool[Array, "B V"]]:
         """Push down what has been said, the last token included."""
         vocab = logits.shape[-1]
@@ -157,7 +160,7 @@ class Chain:
         return tuple(t.init(tokens, vocab) for t in self.transforms)
 
     def update(
-        self, logits: Float[Array, "B V"], state: Any, token: Int[Array, "B"]
+        self, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Any]:
         """Each on the result of the one before."""
         after = []
@@ -172,28 +175,29 @@ def greedy() -> Greedy:
     return Greedy()
 
 
-def temperature(value: float) -> Greedy | Temperature:
-    """Divide the logits by `value`; 0 is greedy.
+def temperature(value: Any) -> Greedy | Temperature:
+    """Divide the logits by `value`; 0 is greedy, as is what is too small to divide by (1e-6).
 
     Raises:
         ValueError: a value below 0, or not finite.
     """
     value = _number("temperature", value, "a finite number of at least 0", lambda x: x >= 0)
-    return Greedy() if value == 0 else Temperature(value)
+    # Logits divided by less overflow float32, and the likeliest token would be one of many.
+    return Greedy() if value < 1e-6 else Temperature(value)
 
 
-def top_k(k: int) -> TopK:
+def top_k(k: Any) -> TopK:
     """Keep the k likeliest tokens. Another k compiles anew.
 
     Raises:
         ValueError: k is not an integer of at least 1.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"top_k got {k!r}; expected an integer of at least 1")
-    return TopK(k)
+    return TopK(int(k))
 
 
-def top_p(p: float) -> TopP:
+def top_p(p: Any) -> TopP:
     """Keep the likeliest tokens that together reach probability p.
 
     Raises:
@@ -202,7 +206,7 @@ def top_p(p: float) -> TopP:
     return TopP(_number("top_p", p, "a number above 0 and at most 1", lambda x: 0 < x <= 1))
 
 
-def min_p(p: float) -> MinP:
+def min_p(p: Any) -> MinP:
     """Keep tokens at least p times as likely as the likeliest.
 
     Raises:
@@ -211,7 +215,7 @@ def min_p(p: float) -> MinP:
     return MinP(_number("min_p", p, "a number above 0 and at most 1", lambda x: 0 < x <= 1))
 
 
-def repetition_penalty(penalty: float) -> RepetitionPenalty:
+def repetition_penalty(penalty: Any) -> RepetitionPenalty:
     """Push down tokens already said; 1 changes nothing, below 1 encourages them.
 
     Raises:
@@ -236,13 +240,19 @@ def check(sampler: Any) -> None:
     """Refuse what is no transform.
 
     Raises:
-        TypeError: `init` or `update` is missing.
+        TypeError: `init` or `update` is missing, or it is no pytree of numbers.
     """
     if isinstance(sampler, type) or not isinstance(sampler, Transform):
         raise TypeError(
             f"got {sampler!r} as a sampler; expected one of jkv.sampling's transforms, such as "
             "jkv.sampling.temperature(0.8), or an object with init and update"
         )
+    for leaf in jax.tree.leaves(sampler):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+            raise TypeError(
+                f"got a sampler that holds {leaf!r:.60}; expected a pytree of numbers and arrays, "
+                "such as a dataclass registered with jax.tree_util.register_dataclass"
+            )
 
 
 def needs_key(sampler: Any) -> bool:
@@ -252,7 +262,7 @@ def needs_key(sampler: Any) -> bool:
     return sampler is not None and not isinstance(sampler, Greedy)
 
 
-def row_keys(key: Any, batch: int) -> Key[Array, "B"]:
+def row_keys(key: Any, batch: int) -> Key[Array, " B"]:
     """One key per row: folded from a single key with the row's number, or given as ``[B]``.
 
     Raises:
@@ -264,13 +274,13 @@ def row_keys(key: Any, batch: int) -> Key[Array, "B"]:
     if key.shape == ():
         return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
     if key.shape != (batch,):
-        raise ValueError(f"got keys of shape {key.shape}; expected one key, or {batch}, one per row")
+        raise ValueError(
+            f"got keys of shape {key.shape}; expected one key, or {batch}, one per row"
+        )
     return key
 
 
-def draw(
-    logits: Float[Array, "B V"], keys: Any, positions: Int[Array, "B"]
-) -> Int[Array, "B"]:
+def draw(logits: Float[Array, "B V"], keys: Any, positions: Int[Array, " B"]) -> Int[Array, " B"]:
     """A token per row: by the Gumbel-max trick with the row's key and position, or the likeliest.
 
     Args:
@@ -288,7 +298,7 @@ def draw(
 
 
 def _number(name: str, value: Any, expected: str, holds: Any) -> float:
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    plain = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not plain or not math.isfinite(value) or not holds(value):
         raise ValueError(f"{name} got {value!r}; expected {expected}")
     return float(value)
