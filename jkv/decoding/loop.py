@@ -7,16 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace
 from jkv.cache.base import Cache, init_cache
 from jkv.decoding import sampling
-from jkv.decoding.request import PAD
-
-
+from jkv.decoding.request import PAD, integer
 
 
 @pytree
@@ -40,33 +39,50 @@ class Rollout:
 
 def prefill(
     model: Any,
-    tokens: Int[Array, "B T"],
-    cache: Cache,
-    counts: Int[Array, "B"] | None = None,
+    tokens: Any,
+    cache: Any,
+    counts: Any = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after each row's last new token, and the cache with all of them; pure.
 
     Args:
         model: a decoder.
-        tokens: new ones, padded at the end of rows.
-        cache: of the tokens before.
-        counts: how many of each row's tokens are real, all by default.
+        tokens: ``[B, T]`` integers, new ones, padded at the end of rows.
+        cache: of the tokens before, from `jkv.init_cache` at first.
+        counts: ``[B]`` integers, how many of each row's tokens are real, all by default. The
+            logits of a row without any mean nothing.
+
+    Raises:
+        TypeError: no decoder, no integers, or no cache.
+        ValueError: shapes that do not fit together.
     """
+    _check_pass("prefill", model, cache)
+    tokens = _integers("prefill", "tokens", tokens, (cache.batch, None))
+    if counts is not None:
+        counts = _integers("prefill", "counts", counts, (cache.batch,))
     hidden, cache = model.hidden(tokens, cache, counts)
     return model.logits(_last(hidden, counts)), cache
 
 
 def decode_step(
-    model: Any, token: Int[Array, "B"], cache: Cache, active: Any = None
+    model: Any, token: Any, cache: Any, active: Any = None
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after one more token in each row, and the cache with it; pure.
 
     Args:
         model: a decoder.
-        token: of each row.
+        token: ``[B]`` integers, of each row.
         cache: of the tokens before.
         active: ``[B]`` bool, rows that take part, all by default; the others keep their cache.
+
+    Raises:
+        TypeError: no decoder, no integers, or no cache.
+        ValueError: shapes that do not fit together.
     """
+    _check_pass("decode_step", model, cache)
+    token = _integers("decode_step", "token", token, (cache.batch,))
+    if active is not None:
+        active = _array("decode_step", "active", active, (cache.batch,), jnp.bool_)
     counts = None if active is None else active.astype(jnp.int32)
     hidden, cache = model.hidden(jnp.maximum(token, 0)[:, None], cache, counts)
     return model.logits(hidden[:, 0]), cache
@@ -74,14 +90,14 @@ def decode_step(
 
 def rollout(
     model: Any,
-    logits: Float[Array, "B V"],
-    cache: Cache,
+    logits: Any,
+    cache: Any,
     *,
-    steps: int,
+    steps: Any,
     sampler: Any = None,
     key: Any = None,
-    ends: Int[Array, "B M"] | None = None,
-    said: Int[Array, "B T"] | None = None,
+    ends: Any = None,
+    said: Any = None,
 ) -> Rollout:
     """Draw `steps` tokens after a prefill, in one `lax.scan`; pure: trace it inside your own jit.
 
@@ -89,19 +105,26 @@ def rollout(
 
     Args:
         model: a decoder.
-        logits: of the first token, from `prefill`.
+        logits: ``[B, V]``, of the first token, from `prefill`.
         cache: from `prefill`.
-        steps: tokens per row.
+        steps: tokens per row, an int.
         sampler: a transform of `jkv.sampling`; greedy by default.
         key: a typed key, or one per row; needed where the sampler draws at random.
-        ends: tokens at which a row ends, -1 for none.
-        said: the tokens so far, for samplers that look back.
+        ends: ``[B, M]`` integers, tokens at which a row ends, -1 for none.
+        said: ``[B, T]`` integers, the tokens so far, for samplers that look back; -1 is padding.
 
     Raises:
-        ValueError: `steps` below 1, or a sampler that needs a key without one.
+        TypeError: no decoder, no cache, or arrays of another kind.
+        ValueError: `steps` below 1, shapes that do not fit together, or a sampler that draws at
+            random without a key.
     """
-    if steps < 1:
-        raise ValueError(f"rollout got steps={steps}; expected at least 1")
+    _check_pass("rollout", model, cache)
+    logits = _array("rollout", "logits", logits, (cache.batch, None), jnp.floating)
+    steps = integer("steps", steps, 1)
+    if ends is not None:
+        ends = _integers("rollout", "ends", ends, (cache.batch, None))
+    if said is not None:
+        said = _integers("rollout", "said", said, (cache.batch, None))
     keys = check_sampler(sampler, key, logits.shape[0])
     said = jnp.full((logits.shape[0], 1), PAD, jnp.int32) if said is None else said
     state, token, logprob = begin(logits, cache, said, sampler, keys, ends)
@@ -116,6 +139,43 @@ def rollout(
         logprobs=jnp.concatenate([logprob[:, None], logprobs.T], axis=1),
         state=state,
     )
+
+
+_KINDS = {jnp.integer: "integers", jnp.floating: "floats", jnp.bool_: "bools"}
+
+
+def _check_pass(name: str, model: Any, cache: Any) -> None:
+    if not hasattr(model, "hidden") or not hasattr(model, "logits"):
+        hint = ", as lm.model is" if hasattr(model, "model") else ""
+        raise TypeError(f"{name} got {type(model).__name__} as a model; expected a decoder{hint}")
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"{name} got {type(cache).__name__} as a cache; expected what jkv.init_cache, or the "
+            "step before, returned"
+        )
+
+
+def _integers(name: str, what: str, value: Any, shape: tuple[int | None, ...]) -> Array:
+    return _array(name, what, value, shape, jnp.integer)
+
+
+def _array(name: str, what: str, value: Any, shape: tuple[int | None, ...], kind: Any) -> Array:
+    """`value` as an array of that kind and shape, None being any size."""
+    sizes = ", ".join("any" if s is None else str(s) for s in shape)
+    expected = f"{_KINDS[kind]} [{sizes}]"
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(f"{name} got {what} of type {type(value).__name__}; expected {expected}")
+    if not jnp.issubdtype(value.dtype, kind):
+        raise TypeError(f"{name} got {what} of dtype {value.dtype}; expected {expected}")
+    fits = len(value.shape) == len(shape) and all(
+        n > 0 if s is None else n == s for s, n in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} got {what} of shape {list(value.shape)}; expected {expected}, with as many "
+            "rows as the cache"
+        )
+    return jnp.asarray(value)
 
 
 def check_sampler(sampler: Any, key: Any, batch: int) -> Any:
