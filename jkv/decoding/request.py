@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 PAD = -1  # what stands in the place of a token where there is none
@@ -36,7 +37,8 @@ def split_model(model: Any) -> tuple[Any, Any]:
     decoder = getattr(model, "model", model)
     if not hasattr(decoder, "config") or not hasattr(decoder, "hidden"):
         raise TypeError(
-            f"got {type(model).__name__} as a model; expected lm, lm.model or a jkv.Decoder"
+            f"got {_named(model)} as a model; expected what jkv.load returns, its .model, or a "
+            "jkv.Decoder"
         )
     return decoder, getattr(model, "tokenizer", None)
 
@@ -71,11 +73,13 @@ def rows_of_tokens(
     """
     if isinstance(prompts, str | bytes):
         raise TypeError(f"got the text {prompts!r:.40} as prompts; expected a list of prompts")
-    if not isinstance(prompts, Sequence) and np.ndim(prompts) != 2:
-        raise TypeError(
-            f"got prompts of type {type(prompts).__name__} and shape {np.shape(prompts)}; expected "
-            "a list of rows or an array [B, T]"
-        )
+    if not isinstance(prompts, Sequence):
+        # An array on the device would compile one program per shape to be cut into rows.
+        prompts = _host_array("prompts", prompts)
+        if prompts.ndim != 2:
+            raise TypeError(
+                f"got prompts of {_described(prompts)}; expected a list of rows, or integers [B, T]"
+            )
     if len(prompts) == 0:
         raise ValueError("got no prompts; expected at least one row")
     return [_row(i, row, vocab, tokenizer, may_be_empty) for i, row in enumerate(prompts)]
@@ -89,18 +93,21 @@ def _row(i: int, row: Any, vocab: int, tokenizer: Any, may_be_empty: bool) -> np
                 "or token ids"
             )
         row = tokenizer.encode(row)
-    if np.ndim(row) != 1:
+    array = _host_array(f"prompt {i}", row)
+    if array.ndim != 1:
         raise TypeError(
-            f"prompt {i} has shape {np.shape(row)}; expected a list of token ids (a single prompt "
+            f"prompt {i} is {_described(array)}; expected a list of token ids (a single prompt "
             "goes in a list of its own: [[1, 2, 3]])"
         )
-    array = np.asarray(row)
     if array.size == 0:
         if not may_be_empty:
             raise ValueError(f"prompt {i} is empty; expected at least one token")
         return np.zeros((0,), np.int32)
     if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"prompt {i} has dtype {array.dtype}; expected integers, the token ids")
+        raise TypeError(
+            f"prompt {i} has dtype {array.dtype}; expected integers, the token ids (or one text "
+            "per row)"
+        )
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= vocab:
         raise ValueError(
@@ -108,6 +115,37 @@ def _row(i: int, row: Any, vocab: int, tokenizer: Any, may_be_empty: bool) -> np
             "the model's vocabulary"
         )
     return array.astype(np.int32)
+
+
+def _host_array(name: str, value: Any) -> np.ndarray:
+    """`value` as a numpy array.
+
+    Raises:
+        TypeError: it is being traced, or holds rows of different lengths.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} is traced by jit, vmap or grad, and jkv.generate works on the host; use "
+            "jkv.prefill and jkv.rollout inside of transformations"
+        )
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise TypeError(
+            f"{name} holds lists of different lengths; expected a flat list of token ids"
+        ) from None
+
+
+def _described(array: np.ndarray) -> str:
+    if array.ndim == 0:
+        return f"{_named(array.item())}, no list"
+    return f"an array of shape {array.shape}"
+
+
+def _named(value: Any) -> str:
+    """A value in few words."""
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"a {type(value).__name__}"
 
 
 def stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: Any) -> Stops:
@@ -128,11 +166,15 @@ def stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: 
     """
     if stop is None:
         return Stops(ids=(tuple(end_ids),) * batch, strings=((),) * batch)
-    if isinstance(stop, str | int | np.integer):
+    stop = _plain_stop(stop)
+    if isinstance(stop, str | int):
         stop = (stop,)
-    if not isinstance(stop, Sequence):
-        raise TypeError(f"stop got {stop!r}; expected ids, strings, or one list of them per row")
-    nested = [isinstance(s, Sequence) and not isinstance(s, str) for s in stop]
+    if not isinstance(stop, Sequence) or isinstance(stop, bytes):
+        raise TypeError(
+            f"stop got {_named(stop)}; expected token ids, strings, or one list of them per row"
+        )
+    stop = [_plain_stop(s) for s in stop]
+    nested = [isinstance(s, Sequence) and not isinstance(s, str | bytes) for s in stop]
     if any(nested) and (not all(nested) or len(stop) != batch):
         raise ValueError(
             f"stop got {len(stop)} entries, {sum(nested)} of them lists; expected ids and strings "
@@ -152,9 +194,15 @@ def stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: 
     return Stops(ids=tuple(ids), strings=tuple(strings))
 
 
+def _plain_stop(stop: Any) -> Any:
+    """Arrays and their scalars as plain numbers and lists."""
+    return stop.tolist() if isinstance(stop, np.ndarray | np.generic | jax.Array) else stop
+
+
 def _stop_id(value: Any, vocab: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"stop got {value!r}; expected a token id or a string")
+    value = _plain_stop(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"stop got {_named(value)}; expected a token id or a string")
     if not 0 <= value < vocab:
         raise ValueError(f"stop got token {value}; expected ids from 0 to {vocab - 1}")
     return int(value)

@@ -1,4 +1,4 @@
-"""One generation on the host: prefill in chunks, decode in blocks, one block ahead of the reader."""
+"""One generation on the host: prefill in chunks, decode in blocks, one ahead of the reader."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jkv.cache.base import Cache
@@ -52,6 +53,7 @@ class Result:
     history: tuple[np.ndarray, ...]
     prefill_seconds: float
     decode_seconds: float
+    config: Any = None  # of the model, so that another one does not resume with its keys
 
     def __repr__(self) -> str:
         """Shapes rather than numbers."""
@@ -63,19 +65,19 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to generate; see `jkv.generate`."""
+    """How to generate, see `jkv.generate`; unchecked until a `Run` says what is wrong."""
 
-    max_new_tokens: int
+    max_new_tokens: Any
     cache: Any = None
     sampler: Any = None
     stop: Any = None
     key: Any = None
-    return_logprobs: bool = False
-    resume: Result | None = None
-    slots: int | None = None
-    block: int = 32
-    prefill_chunk: int = 256
-    progress: Progress | None = None
+    return_logprobs: Any = False
+    resume: Any = None  # Result
+    slots: Any = None
+    block: Any = 32
+    prefill_chunk: Any = 256
+    progress: Any = None  # Progress
 
 
 @dataclasses.dataclass
@@ -98,30 +100,31 @@ class Run:
         self.max_new = integer("max_new_tokens", options.max_new_tokens, 1)
         self.size = integer("block", options.block, 1)
         integer("prefill_chunk", options.prefill_chunk, 16)
+        _check_plain(options)
         self.new = rows_of_tokens(
             prompts, config.vocab, tokenizer=self.tokenizer, may_be_empty=resume is not None
         )
         batch = len(self.new)
         self.history = self._history(resume)
         self.keys = loop.check_sampler(options.sampler, options.key, batch)
-        self.stops: Stops = stops(
-            options.stop, batch, config.vocab, config.end_ids, self.tokenizer
-        )
+        self.stops: Stops = stops(options.stop, batch, config.vocab, config.end_ids, self.tokenizer)
         self.ends = self.stops.matrix()
         longest = max(map(len, self.history))
         if longest + self.max_new > config.context:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_new_tokens={self.max_new} make "
-                f"{longest + self.max_new}, more than the model's context of {config.context}"
+                f"{longest + self.max_new}, more than the model's context of {config.context}; "
+                "shorten the prompt or ask for fewer tokens"
             )
         self.needed = longest + self.max_new - 1
         self.cache = self._first_cache(longest)
         self.rows = [_Row(strings) for strings in self.stops.strings]
         self.state: loop.State | None = None
+        self.exhausted = False  # all blocks have been read, rather than interrupted
         self.started = time.perf_counter()
         self.first_read = self.last_read = self.started
 
-    def _history(self, resume: Result | None) -> list[np.ndarray]:
+    def _history(self, resume: Any) -> list[np.ndarray]:
         """All tokens of each row so far; a resumed row's waiting token joins its new ones."""
         if resume is None:
             return list(self.new)
@@ -136,8 +139,11 @@ class Run:
                 f"resume got {len(self.new)} prompts for {len(resume.history)} rows; expected one "
                 "each, [] where there is nothing to add"
             )
-        if self.model.config.layers != _layers(resume.cache):
-            raise ValueError("resume got the result of another model")
+        differ = _differences(resume.config, self.model.config)
+        if differ:
+            raise ValueError(
+                f"resume got the result of another model ({differ}); expected one of this model"
+            )
         old = resume.history
         history = [np.concatenate([a, b]) for a, b in zip(old, self.new, strict=True)]
         self.new = [np.concatenate([a[-1:], b]) for a, b in zip(old, self.new, strict=True)]
@@ -146,7 +152,7 @@ class Run:
     def _first_cache(self, longest: int) -> Cache:
         """The cache to begin with: a new one, or the resumed one with room for what comes."""
         options, config = self.options, self.model.config
-        kind = dense() if options.cache is None else options.cache
+        kind = dense() if options.cache is None else _checked_kind(options.cache)
         if options.slots is not None and integer("slots", options.slots, 1) < self.needed:
             raise CacheFullError(
                 f"slots={options.slots} cannot hold {longest} prompt tokens and "
@@ -174,6 +180,7 @@ class Run:
             if waiting is not None:
                 yield self._accept(*waiting)
             if ahead is None:
+                self.exhausted = True
                 return
             waiting = ahead
 
@@ -277,7 +284,7 @@ class Run:
         if any(row.strings for row in self.rows):
             # A row is found to have stopped after the device went on with it.
             kept = [len(h) + n - 1 for h, n in zip(self.history, lengths, strict=True)]
-            cache = cache.crop(np.asarray(kept, np.int32))
+            cache = cache.crop(jnp.asarray(kept, jnp.int32))
         said = [np.asarray(row.tokens, np.int32) for row in self.rows]
         logprobs = None
         if self.options.return_logprobs:
@@ -290,11 +297,10 @@ class Run:
             finish_reasons=tuple(row.reason or "length" for row in self.rows),
             logprobs=logprobs,
             cache=cache,
-            history=tuple(
-                np.concatenate([h, s]) for h, s in zip(self.history, said, strict=True)
-            ),
+            history=tuple(np.concatenate([h, s]) for h, s in zip(self.history, said, strict=True)),
             prefill_seconds=self.first_read - self.started,
             decode_seconds=self.last_read - self.first_read,
+            config=self.model.config,
         )
 
 
@@ -302,35 +308,35 @@ def generate(
     model: Any,
     prompts: Any,
     *,
-    max_new_tokens: int,
+    max_new_tokens: Any,
     cache: Any = None,
     sampler: Any = None,
     stop: Any = None,
     key: Any = None,
-    return_logprobs: bool = False,
-    resume: Result | None = None,
-    slots: int | None = None,
-    prefill_chunk: int = 256,
-    progress: Progress | None = None,
+    return_logprobs: Any = False,
+    resume: Any = None,
+    slots: Any = None,
+    prefill_chunk: Any = 256,
+    progress: Any = None,
 ) -> Result:
     """Continue prompts of any lengths, in one batch.
 
     Args:
         model: `lm.model`, or `lm` where prompts or stops are texts.
         prompts: a list of rows, each a list or array of ids (or a text), or an array ``[B, T]``.
-        max_new_tokens: per row, at most.
+        max_new_tokens: per row, at most; an int.
         cache: the kind, `jkv.dense()` by default.
         sampler: a transform of `jkv.sampling`; greedy by default.
         stop: ids and strings at which a row ends, or one list of them per row; None is the
             checkpoint's end-of-text ids, () is nothing. What stopped a row is part of its tokens.
         key: `jax.random.key(seed)`, or one key per row; for samplers that draw at random.
         return_logprobs: also the log-probability of each new token under the model.
-        resume: an earlier result to go on from: its last token of each row and the new prompts
+        resume: an earlier `Result` to go on from: its last token of each row and the new prompts
             are prefilled, nothing else. The earlier result stays valid. An empty prompt adds
             nothing to a row.
         slots: tokens that each row's cache has room for; by default what is needed, rounded up so
             that few programs serve all requests.
-        prefill_chunk: tokens per pass of the prefill.
+        prefill_chunk: tokens per pass of the prefill, at least 16.
         progress: called with (done, total) tokens of the longest prompt after each chunk.
 
     Raises:
@@ -357,6 +363,44 @@ def generate(
     return run.result()
 
 
-def _layers(cache: Cache) -> int:
-    """Layers of the model that a cache was made for."""
-    return getattr(cache.layers[0], "layers", len(cache.layers))
+def _check_plain(options: Options) -> None:
+    """Refuse what would only be noticed in the middle of the work, or never.
+
+    Raises:
+        TypeError: something that is no function or no bool.
+    """
+    if options.progress is not None and not callable(options.progress):
+        raise TypeError(
+            f"progress got {options.progress!r}; expected a function of (done, total) tokens"
+        )
+    if not isinstance(options.return_logprobs, bool | np.bool_):
+        raise TypeError(f"return_logprobs got {options.return_logprobs!r}; expected True or False")
+
+
+def _checked_kind(kind: Any) -> Any:
+    """`kind`, if it says how tokens are kept.
+
+    Raises:
+        TypeError: it does not.
+    """
+    if isinstance(kind, Cache):
+        raise TypeError(
+            f"cache got a {type(kind).__name__} that already holds tokens; expected a kind such as "
+            "jkv.dense(). To go on from an earlier result pass it as resume="
+        )
+    known = hasattr(kind, "init") or hasattr(kind, "init_cache")
+    if isinstance(kind, type) or not known or kind.__hash__ is None:
+        raise TypeError(
+            f"cache got {kind!r:.60}; expected a kind such as jkv.dense() or jkv.none()"
+        )
+    return kind
+
+
+# What keys and values depend on, beside the weights; the context may differ.
+_IDENTITY = ("family", "vocab", "layers", "width", "heads", "kv_heads", "head_dim", "rope", "dtype")
+
+
+def _differences(old: Any, new: Any) -> str:
+    """In what two configurations differ as far as a cache is concerned."""
+    pairs = ((name, getattr(old, name, None), getattr(new, name, None)) for name in _IDENTITY)
+    return ", ".join(f"{name} {a!r} rather than {b!r}" for name, a, b in pairs if a != b)
