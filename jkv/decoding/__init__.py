@@ -3,5 +3,17 @@
 from jkv.decoding import sampling
 from jkv.decoding.loop import Rollout, decode_step, prefill, rollout
 from jkv.decoding.run import Result, generate
+from jkv.decoding.stream import Block, Stream, stream
 
-__all__ = ["Result", "Rollout", "decode_step", "generate", "prefill", "rollout", "sampling"]
+__all__ = [
+    "Block",
+    "Result",
+    "Rollout",
+    "Stream",
+    "decode_step",
+    "generate",
+    "prefill",
+    "rollout",
+    "sampling",
+    "stream",
+]

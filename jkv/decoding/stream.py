@@ -1,0 +1,189 @@
+"""Generation in blocks: what `generate` says, as it is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jkv.decoding.request import PAD
+from jkv.decoding.run import Options, Result, Run
+from jkv.errors import JkvError
+
+_UNREADABLE = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The next few tokens of every row.
+
+    Attributes:
+        tokens: ``[B, t]`` int32, -1 after a row's end.
+        texts: per row the text that is new, "" while a character is incomplete; joined over all
+            blocks it is the decoded text of all the row's tokens. None without a tokenizer.
+        done: ``[B]`` bool, rows that have ended with this block or before.
+    """
+
+    tokens: np.ndarray
+    texts: tuple[str, ...] | None
+    done: np.ndarray
+
+
+class Pieces:
+    """Tokens to text a few at a time: only text that no later token can change is given out.
+
+    Joined, the pieces are the decoded text of all tokens: a character whose bytes are spread over
+    several tokens comes whole, with the last of them.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), probe: int | None = None):
+        self._tokenizer = tokenizer
+        self._probe = incomplete(tokenizer) if probe is None else probe
+        self._window = list(before)  # the latest tokens: decoding them all would be quadratic
+        self._shown = len(tokenizer.decode(self._window)) if self._window else 0
+
+    def push(self, tokens: Sequence[int], *, last: bool = False) -> str:
+        """The text that `tokens` add; all that was held back too, where they are the last."""
+        fresh = list(tokens)
+        self._window += fresh
+        text = self._tokenizer.decode(self._window) if self._window else ""
+        settled = len(text) if last else self._settled(text)
+        piece = text[self._shown : settled]
+        self._shown = max(self._shown, settled)
+        if settled == len(text) and fresh:
+            tail = self._tokenizer.decode(fresh)
+            # Some decoders strip the first space of what they are given: there must be a text
+            # before the next token, or it would lose its own.
+            if tail:
+                self._window, self._shown = fresh, len(tail)
+        return piece
+
+    def _settled(self, text: str) -> int:
+        """How many characters stay as they are whatever follows."""
+        if self._probe >= 0:
+            # Followed by a lone byte, an unfinished character comes out differently (and, with
+            # byte-fallback decoders, so does the whole run of bytes that it belongs to).
+            other = self._tokenizer.decode([*self._window, self._probe])
+            same = (a == b for a, b in zip(text, other, strict=False))
+            text = text[: next((i for i, equal in enumerate(same) if not equal), len(text))]
+        return len(text.rstrip(_UNREADABLE))
+
+
+def incomplete(tokenizer: Any) -> int:
+    """A token that is part of a character, -1 where there is none among the first thousand."""
+    found = (i for i in range(1024) if _UNREADABLE in tokenizer.decode([i]))
+    return next(found, -1)
+
+
+class Stream(Iterator[Block]):
+    """An iterator of blocks; `result` once it is exhausted."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._blocks = run.blocks()
+        self._result: Result | None = None
+        self._pieces: list[Pieces] | None = None
+        if run.tokenizer is not None:
+            probe = incomplete(run.tokenizer)
+            self._pieces = [Pieces(run.tokenizer, probe=probe) for _ in run.rows]
+
+    def __iter__(self) -> Stream:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Block:
+        """The next block.
+
+        Raises:
+            CacheFullError: at the end, if a row had no room.
+        """
+        if self._result is not None:
+            raise StopIteration
+        ended = [row.reason is not None for row in self._run.rows]
+        for tokens in self._blocks:
+            width = int((tokens != PAD).sum(axis=1).max())
+            if width:  # nothing is left in it where all rows had met their stop strings
+                return self._block(tokens[:, :width], ended)
+        if not self._run.exhausted:
+            raise JkvError("the stream was interrupted; ask for a new one")
+        self._result = self._run.result()
+        raise StopIteration
+
+    def _block(self, tokens: np.ndarray, ended: list[bool]) -> Block:
+        done = np.asarray([row.reason is not None for row in self._run.rows])
+        texts = None
+        if self._pieces is not None:
+            texts = tuple(
+                "" if before else pieces.push(row[row != PAD].tolist(), last=bool(now))
+                for pieces, row, before, now in zip(self._pieces, tokens, ended, done, strict=True)
+            )
+        return Block(tokens=tokens, texts=texts, done=done)
+
+    @property
+    def result(self) -> Result:
+        """Everything said, as `jkv.generate` returns it.
+
+        Raises:
+            JkvError: before the last block has been taken.
+        """
+        if self._result is None:
+            raise JkvError("the stream has not ended: take all its blocks before its result")
+        return self._result
+
+
+def stream(
+    model: Any,
+    prompts: Any,
+    *,
+    max_new_tokens: Any,
+    block: Any = 16,
+    cache: Any = None,
+    sampler: Any = None,
+    stop: Any = None,
+    key: Any = None,
+    return_logprobs: Any = False,
+    resume: Any = None,
+    slots: Any = None,
+    prefill_chunk: Any = 256,
+    progress: Any = None,
+) -> Stream:
+    """The tokens of `jkv.generate` in blocks, the first alone: an iterator of `Block`.
+
+    While a block is in the reader's hands the device is at work on the next.
+
+    Args:
+        model: see `jkv.generate`, as for all that is not below.
+        prompts: one row each.
+        max_new_tokens: per row, at most.
+        block: tokens per row that are computed at a time, at most.
+        cache: the kind.
+        sampler: a transform of `jkv.sampling`.
+        stop: ids and strings at which a row ends.
+        key: for samplers that draw at random.
+        return_logprobs: in the `result`.
+        resume: an earlier result to go on from.
+        slots: tokens that each row's cache has room for.
+        prefill_chunk: tokens per pass of the prefill.
+        progress: called after each of them.
+
+    Raises:
+        TypeError: see `jkv.generate`; all but a full cache is raised at the call.
+        ValueError: likewise.
+        CacheFullError: likewise.
+    """
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        cache=cache,
+        sampler=sampler,
+        stop=stop,
+        key=key,
+        return_logprobs=return_logprobs,
+        resume=resume,
+        slots=slots,
+        block=block,
+        prefill_chunk=prefill_chunk,
+        progress=progress,
+    )
+    return Stream(Run(model, prompts, options))
