@@ -9,6 +9,8 @@ from jkv.errors import UnsupportedError
 from jkv.ops.attention import reference, xla
 from jkv.ops.partial import Partial
 
+__all__ = ["IMPLEMENTATIONS", "attention"]
+
 IMPLEMENTATIONS = ("xla", "reference")
 
 

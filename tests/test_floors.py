@@ -1,0 +1,194 @@
+"""The house: imports point down, the words need no JAX, and what is public is there and described.
+
+Read from the sources, so that a module nobody imports is checked too.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jkv
+
+PACKAGE = Path(jkv.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+ROOTS = ("jkv", "jkv.__main__")
+
+# From the ground up; a package counts with all that is in it. What a floor may import is every
+# floor below it and itself; the root names things for others and imports on first use only.
+FLOORS = {
+    "jkv._axes": 0,
+    "jkv._pytree": 0,
+    "jkv._version": 0,
+    "jkv.errors": 0,
+    "jkv.ops": 1,
+    "jkv.cache": 2,
+    "jkv.models": 3,
+    "jkv.decoding": 4,
+    "jkv.cli": 6,
+}
+
+# Where the bare class is caught, because a library raises nothing narrower.
+BROAD = {"jkv.models.tokenizer": "tokenizers raises Exception itself"}
+
+
+def module_of(path: Path) -> str:
+    parts = ("jkv", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> int | None:
+    parts = module.split(".")
+    for end in range(len(parts), 0, -1):
+        if (floor := FLOORS.get(".".join(parts[:end]))) is not None:
+            return floor
+    return None
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of jkv that a file imports, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:  # relative
+                package = module_of(path).split(".")
+                package = package if path.name == "__init__.py" else package[:-1]
+                package = package[: len(package) - node.level + 1]
+                base = ".".join([*package, *([base] if base else [])])
+            # `from jkv import ops` imports jkv.ops; `from jkv.ops import merge` jkv.ops only.
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return {name for name in found if name == "jkv" or name.startswith("jkv.")}
+
+
+# The root and `python -m jkv` stand above all floors.
+@pytest.mark.parametrize("path", [p for p in FILES if module_of(p) not in ROOTS], ids=module_of)
+def test_every_module_stands_on_a_floor(path):
+    assert floor_of(module_of(path)) is not None, f"say in FLOORS where {module_of(path)} stands"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_down(path):
+    here = floor_of(module_of(path))
+    above = {
+        name: floor
+        for name in imports_of(path)
+        if (floor := floor_of(name)) is not None and here is not None and floor > here
+    }
+    assert not above, f"{module_of(path)} is on floor {here} and imports {above}"
+
+
+def test_the_import_parser_sees_all_forms(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "ops").mkdir()
+    file = tmp_path / "ops" / "bad.py"
+    file.write_text(
+        "import jkv.cli\nfrom jkv import models\nfrom jkv.cache.base import Step\n"
+        "def f():\n    from ..decoding import loop\n"
+    )
+    seen = {floor_of(name) for name in imports_of(file)} - {None}
+    assert seen == {2, 3, 4, 6}
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["jkv", "jkv.errors"])
+def test_imports_without_jax(module):
+    code = f"import sys, {module}; print('jax' in sys.modules, 'numpy' in sys.modules)"
+    assert run_python(code) == "False False"
+
+
+def test_errors_need_no_jax_at_all():
+    # Not merely unused: importing JAX fails here.
+    code = (
+        "import sys; sys.modules['jax'] = None; import jkv.errors as e; print(e.JkvError.__name__)"
+    )
+    assert "JkvError" in run_python(code)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_no_assert_and_no_swallowing(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{module_of(path)}:{getattr(node, 'lineno', 0)}"
+        assert not isinstance(node, ast.Assert), f"{where}: users get errors, not assertions"
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            for kind in caught:
+                name = "everything" if kind is None else ast.unparse(kind)
+                if name == "Exception" and module_of(path) in BROAD:
+                    continue
+                assert name not in ("everything", "Exception", "BaseException"), (
+                    f"{where} catches {name}"
+                )
+
+
+@pytest.mark.parametrize("name", jkv.__all__)
+def test_public_names_resolve(name):
+    assert getattr(jkv, name) is not None
+    assert name in dir(jkv)
+
+
+def test_unknown_names_raise():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        jkv.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=module_of)
+def test_packages_list_what_is_public(path):
+    module = importlib.import_module(module_of(path))
+    assert module.__doc__
+    assert len(set(module.__all__)) == len(module.__all__)
+    for name in module.__all__:
+        assert hasattr(module, name)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_everything_public_is_described(path):
+    """Every module, and every function, class and method whose name has no underscore."""
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{module_of(path)} has no docstring"
+
+    def walk(node: ast.AST, prefix: str) -> list[str]:
+        missing = []
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{prefix}{child.name}"
+                public = not child.name.startswith("_")
+                overload = any(ast.unparse(d).endswith("overload") for d in child.decorator_list)
+                stated = any(
+                    "D102" in line
+                    for line in lines[child.lineno - 1 : child.body[0].end_lineno or child.lineno]
+                )
+                if public and not overload and not stated and not ast.get_docstring(child):
+                    missing.append(name)
+                if isinstance(child, ast.ClassDef) and public:
+                    missing += walk(child, f"{name}.")
+        return missing
+
+    lines = path.read_text().splitlines()
+    assert walk(tree, "") == []
+
+
+def test_public_functions_describe_their_arguments():
+    """What a user calls says what it raises, or cannot raise; the listed functions take input."""
+    for name in ("generate", "init_cache", "from_legacy", "concat"):
+        assert "Raises:" in (inspect.getdoc(getattr(jkv, name)) or ""), name
