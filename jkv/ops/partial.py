@@ -1,6 +1,7 @@
 """Attention over part of the tokens, and the exact merge of two such parts."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from jkv._axes import Array
 from jkv._pytree import pytree
@@ -28,12 +29,15 @@ def merge(*parts: Partial) -> Partial:
     if not parts:
         raise ValueError("merge got no partial results; expected at least one")
     lse = jnp.stack([part.lse for part in parts])
-    top = jnp.max(lse, axis=0)
+    # The result does not depend on the shift, so neither do its derivatives.
+    top = lax.stop_gradient(jnp.max(lse, axis=0))
     # A query that saw nothing anywhere has top = -inf, and -inf - -inf is NaN.
     shift = jnp.where(jnp.isneginf(top), 0.0, top)
     weights = jnp.exp(lse - shift[None])
     total = jnp.sum(weights, axis=0)
     outs = jnp.stack([part.out for part in parts])
     out = jnp.sum(outs * weights[..., None], axis=0)
-    out = out / jnp.where(total == 0, 1.0, total)[..., None]
-    return Partial(out=out, lse=shift + jnp.log(total))
+    # Nothing seen: the logarithm of 1 is replaced, so that no derivative is 0 times infinity.
+    some = jnp.where(total == 0, 1.0, total)
+    lse = jnp.where(total == 0, -jnp.inf, shift + jnp.log(some))
+    return Partial(out=out / some[..., None], lse=lse)
