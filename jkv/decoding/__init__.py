@@ -1,12 +1,14 @@
 """From logits to text: the compiled decode loop, sampling, streaming and chat."""
 
 from jkv.decoding import sampling
+from jkv.decoding.chat import Chat
 from jkv.decoding.loop import Rollout, decode_step, prefill, rollout
 from jkv.decoding.run import Result, generate
 from jkv.decoding.stream import Block, Stream, stream
 
 __all__ = [
     "Block",
+    "Chat",
     "Result",
     "Rollout",
     "Stream",

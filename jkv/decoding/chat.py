@@ -1,0 +1,229 @@
+"""A conversation: turns through the checkpoint's template, with the cache of what they share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jkv.decoding import loop, request
+from jkv.decoding.run import Result
+from jkv.decoding.stream import Stream, stream
+from jkv.errors import CacheFullError, JkvError, UnsupportedError
+
+Message = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Past:
+    """All that a turn changes, as one value: a turn that fails leaves the value before it."""
+
+    messages: tuple[Message, ...]
+    result: Result | None = None
+    turns: int = 0
+    reused: int = 0
+    prefilled: int = 0
+
+
+class Chat:
+    """A conversation with a model, in which each turn prefills only what is new.
+
+    The whole conversation is tokenised at each turn and compared with the tokens that the cache
+    holds; it is cropped to what both have in common, wherever the template or the tokenizer has
+    moved a boundary. A turn that fails or is interrupted leaves the conversation as it was.
+
+    Example:
+        >>> chat = jkv.Chat(jkv.load("Qwen/Qwen3-0.6B"), system="Be brief.")
+        >>> chat.send("What is a cache?")
+        >>> for piece in chat.stream("And a ring buffer?"): print(piece, end="", flush=True)
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        *,
+        system: Any = None,
+        max_new_tokens: Any = 256,
+        cache: Any = None,
+        sampler: Any = None,
+        key: Any = None,
+        stop: Any = None,
+        context: Any = None,
+        on_full: Any = "raise",
+    ):
+        """Begin a conversation.
+
+        Args:
+            lm: from `jkv.load`, a checkpoint with a tokenizer and a chat template.
+            system: what the model is told before the first turn.
+            max_new_tokens: per reply, at most.
+            cache: the kind, `jkv.dense()` by default.
+            sampler: a transform of `jkv.sampling`; greedy by default.
+            key: for samplers that draw at random; each turn draws with a key folded from it.
+            stop: see `jkv.generate`. A string that ends a reply is left out of it.
+            context: tokens of the conversation and the reply at most, the model's by default.
+            on_full: when they do not fit: "raise", or "drop" the oldest turns for good; the system
+                prompt stays.
+
+        Raises:
+            UnsupportedError: no tokenizer, no chat template, or one that takes no system prompt.
+            TypeError: an argument of a wrong type.
+            ValueError: an argument out of range.
+        """
+        decoder, self._tokenizer = request.split_model(lm)
+        if self._tokenizer is None:
+            raise UnsupportedError(
+                "chat needs the checkpoint's tokenizer: pass what jkv.load returns, of a directory "
+                "with a tokenizer.json"
+            )
+        config = decoder.config
+        self._lm = lm
+        self._max_new = request.integer("max_new_tokens", max_new_tokens, 1)
+        self._context = config.context
+        if context is not None:
+            self._context = request.integer("context", context, 2)
+        if self._context > config.context:
+            raise ValueError(
+                f"context got {context}; expected at most the model's, which is {config.context}"
+            )
+        if on_full not in ("raise", "drop"):
+            raise ValueError(f"on_full got {on_full!r}; expected 'raise' or 'drop'")
+        self._drop = on_full == "drop"
+        loop.check_sampler(sampler, key, 1)
+        stops = request.stops(stop, 1, config.vocab, config.end_ids, self._tokenizer)
+        self._strings = stops.strings[0]
+        self._options = {"cache": cache, "sampler": sampler, "stop": stop}
+        self._key = key
+        self._system = () if system is None else (_message("system", system),)
+        # What the template thinks of it is known before the first turn.
+        self._ids((*self._system, _message("user", "Hello")))
+        self._past = _Past(self._system)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation, each message with its role and content."""
+        return [dict(message) for message in self._past.messages]
+
+    @property
+    def reused(self) -> int:
+        """Tokens of the last turn's prompt that were in the cache."""
+        return self._past.reused
+
+    @property
+    def prefilled(self) -> int:
+        """Tokens of the last turn's prompt that were not, and had to be computed."""
+        return self._past.prefilled
+
+    def reset(self) -> None:
+        """Begin anew: the same system prompt, still in the cache, and the same keys."""
+        self._past = _Past(self._system, self._past.result)
+
+    def send(self, text: Any) -> str:
+        """Say something and wait for the whole reply.
+
+        Raises:
+            TypeError: no text.
+            CacheFullError: the conversation does not fit into the context.
+        """
+        return "".join(self.stream(text))
+
+    def stream(self, text: Any) -> Iterator[str]:
+        """Say something and get the reply in pieces; the turn counts once all have been taken.
+
+        Raises:
+            TypeError: no text.
+            CacheFullError: the conversation does not fit into the context.
+        """
+        past = self._past
+        messages, ids = self._fit((*past.messages, _message("user", text)))
+        start, new = _common(past.result, ids)
+        reused = 0 if start is None else len(start.history[0]) - 1
+        key = None if self._key is None else jax.random.fold_in(self._key, past.turns)
+        options = self._options | ({} if start is None else {"cache": None})
+        blocks = stream(
+            self._lm, [new], max_new_tokens=self._max_new, resume=start, key=key, **options
+        )
+        after = _Past(messages, None, past.turns + 1, reused, len(ids) - reused)
+        return self._reply(past, after, blocks)
+
+    def _reply(self, past: _Past, after: _Past, blocks: Stream) -> Iterator[str]:
+        """Pieces of text; at their end the conversation goes from `past` to `after`."""
+        said, given = "", 0
+        for block in blocks:
+            said += "" if block.texts is None else block.texts[0]
+            settled = _until_stop(said, self._strings, last=bool(block.done[0]))
+            if settled > given:
+                yield said[given:settled]
+                given = settled
+        if self._past is not past:
+            raise JkvError("another turn was taken while this reply was being read; send it again")
+        reply = _message("assistant", said[:given])
+        self._past = dataclasses.replace(
+            after, messages=(*after.messages, reply), result=blocks.result
+        )
+
+    def _ids(self, messages: tuple[Message, ...]) -> list[int]:
+        return self._tokenizer.chat_ids(list(messages), add_generation_prompt=True)
+
+    def _fit(self, messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], list[int]]:
+        """The conversation, without its oldest turns where it is too long, and its tokens."""
+        first = len(self._system)
+        while True:
+            ids = self._ids(messages)
+            if len(ids) + self._max_new <= self._context:
+                return messages, ids
+            # Templates want turns in pairs: a question goes with its answer.
+            if not self._drop or len(messages) <= first + 2:
+                raise CacheFullError(
+                    f"the conversation has {len(ids)} tokens and max_new_tokens={self._max_new} "
+                    f"make {len(ids) + self._max_new}, more than the context of {self._context}; "
+                    + (
+                        "shorten the text or ask for fewer tokens"
+                        if len(messages) <= first + 2
+                        else "reset() it, or make the chat with on_full='drop'"
+                    )
+                )
+            messages = messages[:first] + messages[first + 2 :]
+
+
+def _message(role: str, content: Any) -> Message:
+    if not isinstance(content, str):
+        raise TypeError(f"the {role}'s message is {content!r:.60}; expected a text")
+    return {"role": role, "content": content}
+
+
+def _common(past: Result | None, ids: list[int]) -> tuple[Result | None, list[int]]:
+    """What of an earlier turn a prompt can go on from, and the tokens to add to it.
+
+    The cache is cropped to the longest prefix that it shares with the prompt, less the prompt's
+    last token, which must be computed to have logits: that is the state after a turn whose last
+    token was the first that differs.
+    """
+    if past is None:
+        return None, ids
+    held = past.history[0][: int(past.cache.lengths[0])]
+    size = min(len(held), len(ids) - 1)
+    differ = np.flatnonzero(held[:size] != np.asarray(ids[:size]))
+    keep = int(differ[0]) if len(differ) else size
+    if keep == 0:
+        return None, ids
+    try:
+        cache = past.cache.crop(keep)
+    except UnsupportedError:  # a kind that has let go of what comes before
+        return None, ids
+    history = (np.asarray(ids[: keep + 1], np.int32),)
+    return dataclasses.replace(past, cache=cache, history=history), ids[keep + 1 :]
+
+
+def _until_stop(text: str, strings: tuple[str, ...], *, last: bool) -> int:
+    """How much of a text may be shown: up to a stop string, or to what could become one."""
+    found = [at for at in (text.find(s) for s in strings) if at >= 0]
+    if found:
+        return min(found)
+    if last:
+        return len(text)
+    begun = (n for s in strings for n in range(len(s) - 1, 0, -1) if text.endswith(s[:n]))
+    return len(text) - max(begun, default=0)
