@@ -1,0 +1,82 @@
+"""How fast decoding is: without a cache, with one, and in transformers, on GPT-2 124M's shapes.
+
+    python scripts/bench_decode.py --json results.json --plot results.png
+    python scripts/bench_decode.py --quick --only one-row buffers
+
+The weights are random, float32, and the same for all. Contestants take turns within one run, and
+what is shown are medians. transformers takes part where it is installed with torch (the `compare`
+extra). Everything takes about 15 minutes on two cores, --quick about 3.
+
+Sections: one-row, 976 tokens after 24; eight-rows, 512 prompt tokens each; buffers, position 512
+in 1024 and 8192 slots; bandwidth, the share of the machine's memory bandwidth that is reached;
+first-token, in a fresh process and in one that finds its programs compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench import machine, report
+from bench.runners import TINY, Shape, write_checkpoint
+from bench.sections import SECTIONS, Bench
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time per token (one-row)")
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help="just these")
+    parser.add_argument("--tiny", action="store_true", help="a model of no use, to try the script")
+    options = parser.parse_args(arguments)
+    options.only = options.only or list(SECTIONS)
+    if options.plot and "one-row" not in options.only:
+        parser.error("--plot draws the section one-row; name it in --only too")
+    return options
+
+
+def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """All sections that were asked for."""
+    shape = TINY if options.tiny else Shape()
+    title = "a tiny model" if options.tiny else "GPT-2 124M, float32, one row"
+    results: dict[str, Any] = {
+        "machine": machine.describe(),
+        "title": title,
+        "quick": options.quick,
+        "sections": {},
+    }
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name) / "gpt2"
+        write_checkpoint(directory, shape)
+        bench = Bench(directory, shape, quick=options.quick, say=console.print)
+        for section in options.only:
+            console.print(f"{section}: load {machine.load()}")
+            results["sections"][section] = SECTIONS[section](bench)
+    return results
+
+
+def main() -> int:
+    """Measure, write, show."""
+    options = parse()
+    # The tables are the output; how it goes is said beside them.
+    results = measure(options, Console(stderr=True, highlight=False))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if options.plot:
+        report.plot(results, options.plot)
+    report.show(results, Console(highlight=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
