@@ -11,16 +11,25 @@ import argparse
 import sys
 import time
 
+import jax
 import numpy as np
 
 import jkv
 
 
-def timed(lm: jkv.LM, prompt: str, tokens: int, kind: object) -> tuple[jkv.Result, float]:
+def timed(lm: jkv.LM, kind: object, args: argparse.Namespace) -> tuple[jkv.Result, float]:
     """A generation and the seconds it took, programs compiled beforehand."""
 
     def run() -> jkv.Result:
-        return jkv.generate(lm, [prompt], max_new_tokens=tokens, cache=kind, stop=())
+        return jkv.generate(
+            lm,
+            [args.prompt],
+            max_new_tokens=args.tokens,
+            cache=kind,
+            sampler=jkv.sampling.temperature(args.temperature),
+            key=jax.random.key(args.seed),
+            stop=(),
+        )
 
     run()
     start = time.perf_counter()
@@ -32,17 +41,17 @@ def main() -> int:
     """Both runs, one under the other; fails where their tokens differ."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompt", default="ROMEO:\n", help="what the text begins with")
-    parser.add_argument("--tokens", type=int, default=0, help="how many; as many as fit")
+    parser.add_argument("--tokens", type=int, default=240, help="how many to add")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--seed", type=int, default=0, help="another one says something else")
     args = parser.parse_args()
 
     lm = jkv.load("shakespeare")
-    room = lm.config.context - len(lm.encode([args.prompt])[0])
-    tokens = min(args.tokens or room, room)
     results, seconds = {}, {}
     for name, kind in (("without a cache", jkv.none()), ("with a cache", jkv.dense())):
-        print(f"{name}: {tokens} tokens ...", end="", flush=True)
-        results[name], seconds[name] = timed(lm, args.prompt, tokens, kind)
-        print(f" {seconds[name]:.2f} s, {tokens / seconds[name]:.0f} tokens/s")
+        print(f"{name}: {args.tokens} tokens ...", end="", flush=True)
+        results[name], seconds[name] = timed(lm, kind, args)
+        print(f" {seconds[name]:.2f} s, {args.tokens / seconds[name]:.0f} tokens/s")
 
     plain, cached = results.values()
     slow, fast = seconds.values()
@@ -50,7 +59,9 @@ def main() -> int:
     if not np.array_equal(plain.tokens, cached.tokens):
         print("The two runs said different things: that is a fault of jkv.", file=sys.stderr)
         return 1
-    print(f"Both runs said the same {tokens} tokens; with a cache {slow / fast:.1f} times as fast.")
+    print(
+        f"Both runs said the same {args.tokens} tokens; with a cache {slow / fast:.1f} times as fast."
+    )
     return 0
 
 
