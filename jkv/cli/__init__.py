@@ -1,0 +1,67 @@
+"""The command `jkv`: text from a checkpoint, a conversation, and what a checkpoint is.
+
+Everything heavy is imported inside the commands: `jkv --help` does not wait for JAX.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from jkv._version import __version__
+from jkv.cli.chat import chat
+from jkv.cli.errors import complain, is_ours
+from jkv.cli.generate import generate
+from jkv.cli.info import info
+from jkv.errors import JkvError
+
+app = typer.Typer(name="jkv", add_completion=False, pretty_exceptions_enable=False)
+for command in (generate, chat, info):
+    app.command()(command)
+
+# Some versions of typer bring a copy of click; this is the base of usage errors in either.
+_UsageError: type[Exception] = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
+
+
+@app.callback(invoke_without_command=True)
+def _jkv(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Text from decoders, with the key/value cache of your choice."""
+    if version:
+        print(f"jkv {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit: 0, 2 after an error of the user's, 130 after Ctrl-C."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        return app(args=arguments, prog_name="jkv", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except _UsageError as error:
+        return complain(_advice(error))
+    except (JkvError, ValueError, TypeError) as error:
+        if not is_ours(error):
+            raise
+        return complain(str(error))
+
+
+def _advice(error: Any) -> str:
+    """A usage error's message, and where to read on."""
+    path = "jkv" if error.ctx is None else error.ctx.command_path
+    return f"{error.format_message()} See '{path} --help'."
+
+
+__all__ = ["app", "main"]

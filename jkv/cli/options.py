@@ -1,0 +1,72 @@
+"""Options that several commands share, and what becomes of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str, typer.Option("--model", help="The built-in model's name, a directory, or a hub id.")
+]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Draw from the likeliest tokens that together reach P.")
+]
+MinP = Annotated[
+    float | None, typer.Option(help="Draw from tokens at least P times as likely as the likeliest.")
+]
+Penalty = Annotated[
+    float | None,
+    typer.Option("--repetition-penalty", help="Above 1: push down tokens already said."),
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is drawn at random.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="A text at which to end, beside the checkpoint's own ends; repeatable."),
+]
+CacheSpec = Annotated[
+    str, typer.Option("--cache", metavar="SPEC", help="The kind of cache: dense or none.")
+]
+Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One object on standard output.")]
+
+
+def drawing(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    penalty: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """The keywords `sampler` and `key` that the options describe.
+
+    Raises:
+        ValueError: a value out of range, used or not.
+    """
+    import jax
+
+    from jkv import sampling
+
+    # The penalty comes first: its numbers are meant for logits that nothing has scaled.
+    chosen = [] if penalty is None else [sampling.repetition_penalty(penalty)]
+    heat = sampling.temperature(temperature)
+    cuts = [
+        make(value)
+        for make, value in (
+            (sampling.top_k, top_k),
+            (sampling.top_p, top_p),
+            (sampling.min_p, min_p),
+        )
+        if value is not None
+    ]
+    if temperature == 0:  # the likeliest token is in every cut
+        return {"sampler": sampling.chain(*chosen, heat) if chosen else None, "key": None}
+    return {"sampler": sampling.chain(*chosen, heat, *cuts), "key": jax.random.key(seed)}
+
+
+def stops(texts: list[str] | None, config: Any) -> list[Any] | None:
+    """What `stop=` gets: the texts beside the checkpoint's end-of-text ids."""
+    return [*config.end_ids, *texts] if texts else None
