@@ -186,10 +186,12 @@ class Decoder(nnx.Module):
         self.config = config
         table = jax.random.normal(rngs.params(), (config.vocab, config.width), jnp.float32)
         self.embedding = nnx.Param((table * 0.02).astype(config.dtype))  # [V, D]
-        self.positions = None
+        # Assigned once: an attribute of an NNX module that was None cannot become a parameter.
+        places = None
         if config.rope is None:
             table = jax.random.normal(rngs.params(), (config.context, config.width), jnp.float32)
-            self.positions = nnx.Param((table * 0.02).astype(config.dtype))  # [context, D]
+            places = nnx.Param((table * 0.02).astype(config.dtype))  # [context, D]
+        self.positions = places
         self.blocks = nnx.List(
             [Block(config, config.window(i), rngs) for i in range(config.layers)]
         )
@@ -253,6 +255,11 @@ class Decoder(nnx.Module):
         self, tokens: Array, step: Step, layers: tuple[Any, ...], branch: Branch
     ) -> tuple[Array, tuple[Any, ...]]:
         config = self.config
+        if len(layers) != config.layers:
+            raise ValueError(
+                f"the cache has {len(layers)} layers and the model {config.layers}; expected a "
+                "cache made from this model's configuration"
+            )
         x = self.embedding[...][tokens]
         if config.embed_scale != 1.0:
             # Rounded to the weights' dtype first, as the models that scale were trained.

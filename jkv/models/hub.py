@@ -17,7 +17,7 @@ _WANTED = ("*.json", "*.safetensors", "*.jinja")
 _UNWANTED = ("*/*", "consolidated*")
 
 
-def resolve(source: str | os.PathLike[str], revision: str | None, *, show: bool) -> Path:
+def resolve(source: Any, revision: str | None, *, show: bool) -> Path:
     """The directory of a checkpoint, downloaded where it has to be.
 
     Args:
@@ -98,4 +98,6 @@ def _download(name: str, revision: str | None, show: bool) -> Path:
         ) from error
     except errors.HfHubHTTPError as error:
         raise CheckpointError(f"the hub refused {name}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be downloaded: {error}") from error
     return Path(path)

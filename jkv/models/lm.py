@@ -36,15 +36,22 @@ class LM:
     tokenizer: Tokenizer | None
     source: str
 
-    def encode(self, texts: str | Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Any) -> list[list[int]]:
         """Ids of each text, one list per text, with the special tokens the checkpoint adds.
+
+        Args:
+            texts: one or several.
 
         Raises:
             UnsupportedError: there is no tokenizer.
             ValueError: something else than texts.
         """
         texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        if (
+            not isinstance(texts, Sequence)
+            or isinstance(texts, bytes)
+            or not all(isinstance(text, str) for text in texts)
+        ):
             raise ValueError(f"encode got {type(texts).__name__}; expected a text or several")
         tokenizer = self._tokenizer("encode")
         return [tokenizer.encode(text) for text in texts]

@@ -118,12 +118,12 @@ def _compile(source: str) -> jinja2.Template:
     return sandbox.from_string(source)
 
 
-def render(source: str, messages: Sequence[Mapping[str, Any]], **values: Any) -> str:
+def render(source: str, messages: Any, **values: Any) -> str:
     """The text of a conversation.
 
     Args:
         source: the template.
-        messages: each with a "role" and mostly a "content".
+        messages: a list of mappings, each with a "role" and mostly a "content".
         values: what else the template sees.
 
     Raises:
@@ -160,7 +160,8 @@ def _plain(value: Any) -> Any:
         return value
     for kind in (str, int, float):
         if isinstance(value, kind):
-            return kind(value)
+            # The base's method: a subclass (an enum) may write itself otherwise.
+            return str.__str__(value) if kind is str else kind(value)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Tokenizer:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Any,
         *,
         add_generation_prompt: bool = True,
         template: str = "default",
@@ -89,7 +89,7 @@ class Tokenizer:
         """A conversation as the model was trained to read it.
 
         Args:
-            messages: each with a "role" and a "content".
+            messages: a list of mappings, each with a "role" and a "content".
             add_generation_prompt: end where the assistant's next words begin.
             template: which, where the checkpoint has several.
             values: what else its template takes, `tools` or `enable_thinking`.
@@ -113,7 +113,7 @@ class Tokenizer:
 
     def chat_ids(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Any,
         *,
         add_generation_prompt: bool = True,
         template: str = "default",
