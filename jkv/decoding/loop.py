@@ -126,7 +126,6 @@ def rollout(
     if said is not None:
         said = _integers("rollout", "said", said, (cache.batch, None))
     keys = check_sampler(sampler, key, logits.shape[0])
-    said = jnp.full((logits.shape[0], 1), PAD, jnp.int32) if said is None else said
     state, token, logprob = begin(logits, cache, said, sampler, keys, ends)
 
     def body(state: State, _: None):
@@ -196,11 +195,12 @@ def check_sampler(sampler: Any, key: Any, batch: int) -> Any:
 
 
 def begin(
-    logits: Array, cache: Cache, said: Array, sampler: Any, keys: Any, ends: Any
+    logits: Array, cache: Cache, said: Any, sampler: Any, keys: Any, ends: Any
 ) -> tuple[State, Array, Array]:
     """Draw each row's first token: the state, the token [B] and its log-probability [B]."""
-    inner = () if sampler is None else sampler.init(said, logits.shape[-1])
     nothing = jnp.full((logits.shape[0],), PAD, jnp.int32)
+    said = nothing[:, None] if said is None else said
+    inner = () if sampler is None else sampler.init(said, logits.shape[-1])
     state = State(cache=cache, token=nothing, done=cache.overflowed, sampling=inner)
     return _choose(logits, state, sampler, keys, ends)
 
@@ -279,7 +279,7 @@ def absorb(
 
 @functools.partial(jax.jit, donate_argnums=2)
 def begun(
-    model: Any, last: Array, cache: Cache, said: Array, sampler: Any, keys: Any, ends: Any
+    model: Any, last: Array, cache: Cache, said: Any, sampler: Any, keys: Any, ends: Any
 ) -> tuple[State, Array, Array]:
     """The first token after a prefill."""
     return begin(model.logits(last), cache, said, sampler, keys, ends)

@@ -19,11 +19,13 @@ class Stops:
     ids: tuple[tuple[int, ...], ...]  # per row
     strings: tuple[tuple[str, ...], ...]  # per row
 
-    def matrix(self) -> np.ndarray | None:
-        """The ids as int32 ``[B, M]`` padded with a value that no token has, None without any."""
-        width = max(map(len, self.ids))
-        if width == 0:
-            return None
+    def matrix(self) -> np.ndarray:
+        """The ids as int32 ``[B, M]``, padded with a value that no token has.
+
+        Also without any, and M a power of two: requests that differ in their stops alone are
+        served by one program.
+        """
+        width = bucket(max(map(len, self.ids)), 4)
         rows = [list(ids) + [-2] * (width - len(ids)) for ids in self.ids]
         return np.asarray(rows, np.int32)
 

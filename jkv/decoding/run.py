@@ -158,14 +158,14 @@ class Run:
                 f"slots={options.slots} cannot hold {longest} prompt tokens and "
                 f"{self.max_new} new ones; expected at least {self.needed}"
             )
+        grows = kind if options.resume is None else options.resume.cache
+        first = longest + self.size if getattr(grows, "grows", False) else self.needed
+        slots = options.slots or bucket(min(first, self.needed))
         if options.resume is not None:
             old = options.resume.cache
-            slots = options.slots or bucket(self.needed)
             if old.capacity is None or old.capacity >= slots:
                 return loop.copied(old)
             return loop.resized(old, slots)
-        first = longest + self.size if getattr(kind, "grows", False) else self.needed
-        slots = options.slots or bucket(min(first, self.needed))
         return loop.new_cache(config, kind, len(self.new), slots, config.dtype)
 
     def blocks(self) -> Iterator[np.ndarray]:
@@ -205,7 +205,9 @@ class Run:
             if progress is not None:
                 jax.block_until_ready(last)
                 progress(min(done, total), total)
-        said = padded(self.history, bucket(max(map(len, self.history))))
+        # Only samplers look back; another width is another program.
+        looks = self.options.sampler is not None
+        said = padded(self.history, bucket(max(map(len, self.history)))) if looks else None
         self.state, token, logprob = loop.begun(
             self.model, last, self.cache, said, self.options.sampler, self.keys, self.ends
         )
@@ -214,7 +216,7 @@ class Run:
     def _dispatch(self, steps: int) -> tuple[Any, Any, Any]:
         """Start up to `steps` more tokens; nothing is waited for."""
         state = self.state
-        if state.cache.grows:
+        if state.cache.grows and self.options.slots is None:
             held = max(map(len, self.history)) + max(len(r.tokens) for r in self.rows)
             wanted = bucket(min(held + 2 * self.size, self.needed))
             if state.cache.capacity < wanted:
