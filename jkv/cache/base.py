@@ -75,8 +75,8 @@ class LayerCache(Protocol):
         """The same tokens in a buffer of another length."""
         ...
 
-    def crop(self, lengths: Int[Array, " B"]) -> LayerCache:
-        """The cache rolled back to its first `lengths[b]` tokens.
+    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> LayerCache:
+        """The cache rolled back from `held[b]` tokens to the first `lengths[b]` of them.
 
         Raises:
             UnsupportedError: what is needed has been overwritten.
@@ -87,8 +87,14 @@ class LayerCache(Protocol):
         """The rows of this cache followed by those of others of the same kind and length."""
         ...
 
-    def to_legacy(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """Keys and values of the tokens in order, one slot per position."""
+    def to_legacy(
+        self, lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Keys and values of each row's `lengths[b]` tokens in order, one slot per position.
+
+        Raises:
+            UnsupportedError: a token's have not been kept.
+        """
         ...
 
 
@@ -216,7 +222,7 @@ class Cache:
         """
         wanted = _per_row(lengths, self.batch, "crop")
         new = jnp.minimum(jnp.maximum(wanted, 0), self.lengths)
-        layers = tuple(layer.crop(new) for layer in self.layers)
+        layers = tuple(layer.crop(self.lengths, new) for layer in self.layers)
         return _pytree.replace(self, layers=layers, lengths=new)
 
     def take(self, rows: Any) -> Cache:
@@ -259,7 +265,7 @@ class Cache:
 
     def to_legacy(self) -> tuple[tuple[Array, Array], ...]:
         """Per layer (keys, values), each ``[B, K, S, H]``, cut to the longest row if known."""
-        pairs = tuple(layer.to_legacy() for layer in self.layers)
+        pairs = tuple(layer.to_legacy(self.lengths) for layer in self.layers)
         if isinstance(self.lengths, jax.core.Tracer):
             return pairs
         longest = int(np.max(np.asarray(self.lengths), initial=0))
@@ -283,9 +289,8 @@ def concat(caches: Any) -> Cache:
     slots = max((c.capacity for c in caches if c.capacity is not None), default=None)
     if slots is not None:
         caches = [c if c.capacity == slots else c.resize(slots) for c in caches]
-    kinds = {_signature(c) for c in caches}
-    if len(kinds) > 1:
-        raise ValueError(f"concat got caches of different kinds or shapes: {sorted(kinds)}")
+    if len({_signature(c) for c in caches}) > 1:
+        raise ValueError(f"concat got caches of different kinds or shapes: {caches}")
     first, rest = caches[0], caches[1:]
     return _pytree.replace(
         first,
@@ -377,8 +382,7 @@ def _rows(rows: Any, batch: int) -> Array:
     return jnp.asarray(array, jnp.int32)
 
 
-def _signature(cache: Cache) -> str:
-    """Everything but the batch: structure, shapes from the second axis on, dtypes."""
+def _signature(cache: Cache) -> tuple[Any, ...]:
+    """Everything but the batch: kinds, shapes from the second axis on, dtypes."""
     leaves, tree = jax.tree.flatten(cache)
-    shapes = [f"{leaf.dtype}{list(leaf.shape[1:])}" for leaf in leaves]
-    return f"{type(cache).__name__} {tree.num_leaves} {' '.join(sorted(set(shapes)))}"
+    return tree, *((leaf.dtype, leaf.shape[1:]) for leaf in leaves)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from jkv import ops
 from jkv._axes import Array
@@ -77,9 +77,9 @@ class Dense:
         pad = ((0, 0), (0, 0), (0, change), (0, 0))
         return Dense(keys=jnp.pad(self.keys, pad), values=jnp.pad(self.values, pad))
 
-    def crop(self, lengths: Int[Array, " B"]) -> Dense:
+    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Dense:
         """Nothing to do: what lies past a row's length is never seen, and overwritten later."""
-        del lengths
+        del held, lengths
         return self
 
     def concat(self, others: Sequence[Dense]) -> Dense:
@@ -89,8 +89,11 @@ class Dense:
             values=jnp.concatenate([self.values, *(o.values for o in others)]),
         )
 
-    def to_legacy(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    def to_legacy(
+        self, lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
         """Keys and values as they are."""
+        del lengths
         return self.keys, self.values
 
 
@@ -110,22 +113,22 @@ def dense() -> DenseKind:
 
 
 def write(
-    buffer: Float[Array, "B K S H"], new: Float[Array, "B T K H"], slots: Int[Array, "B T"]
-) -> Float[Array, "B K S H"]:
+    buffer: Num[Array, "B K S *H"], new: Num[Array, "B T K *H"], slots: Int[Array, "B T"]
+) -> Num[Array, "B K S *H"]:
     """Put each row's new tokens into its own slots; a slot that does not exist is dropped.
 
     Rows and heads are one axis while writing, as they are while reading: with a reshape between
     the update and the product that reads it, XLA updates once per shape and copies the buffer.
     """
-    batch, heads, size, dim = buffer.shape
+    batch, heads, size, *rest = buffer.shape
     count = new.shape[1]
     # Negative indices wrap in JAX; past the end they are dropped. Distinct, to stay unique.
     nowhere = size + jnp.arange(count, dtype=slots.dtype)[None, :]
     slots = jnp.where(slots < 0, nowhere, slots)
     slots = jnp.broadcast_to(slots[:, None], (batch, heads, count)).reshape(-1, count)
     lines = jnp.arange(batch * heads)[:, None]
-    tokens = new.transpose(0, 2, 1, 3).reshape(-1, count, dim).astype(buffer.dtype)
-    merged = buffer.reshape(-1, size, dim)
+    tokens = jnp.swapaxes(new, 1, 2).reshape(-1, count, *rest).astype(buffer.dtype)
+    merged = buffer.reshape(-1, size, *rest)
     merged = merged.at[lines, slots].set(tokens, mode="drop", unique_indices=True)
     return merged.reshape(buffer.shape)
 

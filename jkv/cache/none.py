@@ -74,21 +74,22 @@ class Tokens:
         change = max(slots - self.capacity, 0)
         return replace(self, tokens=jnp.pad(self.tokens[:, :slots], ((0, 0), (0, change))))
 
-    def crop(self, lengths: Int[Array, " B"]) -> Tokens:
+    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Tokens:
         """Nothing to do: what lies past a row's length is padding."""
-        del lengths
+        del held, lengths
         return self
 
     def concat(self, others: Sequence[Tokens]) -> Tokens:
         """The rows of all."""
         return replace(self, tokens=jnp.concatenate([self.tokens, *(o.tokens for o in others)]))
 
-    def to_legacy(self) -> tuple[Array, Array]:
+    def to_legacy(self, lengths: Int[Array, " B"]) -> tuple[Array, Array]:
         """There are no keys and values to give.
 
         Raises:
             UnsupportedError: always.
         """
+        del lengths
         raise UnsupportedError("a cache of kind none() keeps no keys and values to convert")
 
 
