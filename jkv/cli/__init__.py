@@ -28,16 +28,21 @@ _UsageError: type[Exception] = next(
 )
 
 
-@app.callback(invoke_without_command=True)
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"jkv {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
 def _jkv(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
 ) -> None:
     """Text from decoders, with the key/value cache of your choice."""
-    if version:
-        print(f"jkv {__version__}")
-    elif context.invoked_subcommand is None:
-        print(context.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return app(args=arguments, prog_name="jkv", standalone_mode=False) or 0
+        return app(args=arguments or ["--help"], prog_name="jkv", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except _UsageError as error:
@@ -61,7 +67,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _advice(error: Any) -> str:
     """A usage error's message, and where to read on."""
     path = "jkv" if error.ctx is None else error.ctx.command_path
-    return f"{error.format_message()} See '{path} --help'."
+    return f"{error.format_message().rstrip('.')}. See '{path} --help'."
 
 
 __all__ = ["app", "main"]

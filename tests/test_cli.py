@@ -1,0 +1,525 @@
+"""The command line, mostly in this process; a new one costs seconds."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import jkv
+from jkv.cli import main, process
+from jkv.decoding.run import Run
+from tests.decoding import texts
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = [
+    "model",
+    "cache",
+    "dtype",
+    "outputs",
+    "prefill_seconds",
+    "decode_seconds",
+    "tokens_per_second",
+    "cache_bytes",
+    "compile_seconds",
+]
+GENERATE = ("generate", "--model")
+NINE = ("--max-new-tokens", "9")
+
+
+def write_checkpoint(directory: Path, template: str | None = texts.TEMPLATE) -> str:
+    """A Llama of one layer with random weights and the byte-level tokenizer."""
+    directory.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": texts.VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "eos_token_id": texts.END,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    tokenizer = texts.byte_level(template)
+    (directory / "tokenizer.json").write_text(tokenizer._tokenizer.to_str())
+    settings = {} if template is None else {"chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    shapes = {
+        "embed_tokens": (texts.VOCAB, 16),
+        "norm": (16,),
+        "layers.0.input_layernorm": (16,),
+        "layers.0.post_attention_layernorm": (16,),
+        "layers.0.self_attn.q_proj": (16, 16),
+        "layers.0.self_attn.k_proj": (8, 16),
+        "layers.0.self_attn.v_proj": (8, 16),
+        "layers.0.self_attn.o_proj": (16, 16),
+        "layers.0.mlp.gate_proj": (24, 16),
+        "layers.0.mlp.up_proj": (24, 16),
+        "layers.0.mlp.down_proj": (16, 24),
+    }
+    rng = np.random.default_rng(1)
+    weights = {
+        f"model.{name}.weight": rng.normal(size=shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def mute(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Without a chat template."""
+    return write_checkpoint(tmp_path_factory.mktemp("cli") / "mute", template=None)
+
+
+@pytest.fixture(scope="session")
+def lm(tiny: str) -> jkv.LM:
+    return jkv.load(tiny)
+
+
+def reference(lm: jkv.LM, prompts: list[str], **asked: Any) -> Any:
+    """What `jkv.generate` returns, with the programs that the command has compiled."""
+    blocks = jkv.stream(lm, prompts, **asked)
+    list(blocks)
+    return blocks.result
+
+
+@pytest.fixture
+def run(capsys: Any, monkeypatch: Any) -> Any:
+    """Runs the command: its status, standard output and standard error."""
+    # What is said about programs on disk must not stay in this process.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
+
+    def run(*arguments: str) -> tuple[Any, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            main(list(arguments))
+        heard = capsys.readouterr()
+        return exit.value.code, heard.out, heard.err
+
+    return run
+
+
+@pytest.fixture
+def say(monkeypatch: Any) -> Any:
+    """Sets what comes through the pipe."""
+    return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_help_and_version_do_not_wait_for_jax():
+    code = (
+        "import sys\n"
+        "from jkv.cli import main\n"
+        "for arguments in ([], ['--help'], ['generate', '--help'], ['--version']):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as e: assert e.code == 0, arguments\n"
+        "assert not {'jax', 'numpy', 'flax'} & set(sys.modules), 'heavy'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("generate", "chat", "info", "--max-new-tokens", f"jkv {jkv.__version__}"):
+        assert word in done.stdout
+
+
+def test_the_text_goes_to_standard_output_and_the_figures_do_not(run, tiny, lm):
+    status, out, err = run(*GENERATE, tiny, "--prompt", "he wo", *NINE)
+    want = reference(lm, ["he wo"], max_new_tokens=9)
+    assert status == 0
+    assert out == f"he wo{lm.decode(want.tokens[0])}\n"
+    assert len(err.splitlines()) == 1
+    assert "cache dense" in err
+
+
+def test_json_is_one_object_and_all_there_is(run, tiny, lm):
+    prompts = ["he wo", "x"]
+    arguments = ["--prompt", "he wo", "--prompt", "x", *NINE]
+    status, out, err = run("generate", "--model", tiny, *arguments, "--json")
+    report = json.loads(out)
+    assert (status, err) == (0, "")
+    assert out.count("\n") == 1
+    assert list(report) == KEYS
+    assert (report["model"], report["cache"], report["dtype"]) == (tiny, "dense", "float32")
+    want = jkv.generate(lm, prompts, max_new_tokens=9)
+    for i, output in enumerate(report["outputs"]):
+        tokens = want.tokens[i][: want.lengths[i]].tolist()
+        assert output == {
+            "prompt": prompts[i],
+            "prompt_tokens": lm.encode(prompts[i])[0],
+            "tokens": tokens,
+            "text": lm.decode(tokens),
+            "finish_reason": want.finish_reasons[i],
+        }
+    assert report["cache_bytes"] == want.cache.nbytes
+    said = int(want.lengths.sum()) - 2
+    assert report["tokens_per_second"] == pytest.approx(said / report["decode_seconds"])
+    assert 0 < report["prefill_seconds"] < 60
+    assert report["compile_seconds"] > 0
+
+
+def test_json_has_standard_output_for_itself(run, tiny):
+    arguments = ["--model", tiny, "--prompt", "x", "--max-new-tokens", "5", "--json"]
+    plain = json.loads(run("generate", *arguments)[1])["outputs"]
+    for flag in ("--show-steps", "--stream"):
+        _, out, err = run("generate", *arguments, flag)
+        assert json.loads(out)["outputs"] == plain
+        assert err.startswith("step 1: x" if flag == "--show-steps" else "x")
+
+
+def test_one_token_has_no_speed(run, tiny):
+    _, out, _ = run("generate", "--model", tiny, "--prompt", "x", "--max-new-tokens", "1", "--json")
+    report = json.loads(out)
+    assert report["tokens_per_second"] is None
+    assert len(report["outputs"][0]["tokens"]) == 1
+
+
+def test_every_kind_of_cache_says_the_same(run, tiny):
+    reports = {}
+    for spec in ("dense", "none"):
+        arguments = ["--prompt", "he wo", "--prompt", "x", *NINE]
+        _, out, _ = run("generate", "--model", tiny, *arguments, "--cache", spec, "--json")
+        reports[spec] = json.loads(out)
+        assert reports[spec]["cache"] == spec
+    assert reports["dense"]["outputs"] == reports["none"]["outputs"]
+    assert reports["dense"]["cache_bytes"] > reports["none"]["cache_bytes"]
+
+
+def test_dtype(run, tiny):
+    arguments = ["generate", "--model", tiny, "--prompt", "x", "--max-new-tokens", "3", "--json"]
+    plain, half = (json.loads(run(*arguments, *more)[1]) for more in ([], ["--dtype", "bfloat16"]))
+    assert half["dtype"] == "bfloat16"
+    assert half["cache_bytes"] < 0.6 * plain["cache_bytes"]
+
+
+def test_sampling_options_are_a_chain(run, tiny, lm):
+    options = {
+        "--temperature": "1.5",
+        "--top-k": "40",
+        "--top-p": "0.9",
+        "--min-p": "0.01",
+        "--repetition-penalty": "1.2",
+    }
+    arguments = [
+        "generate",
+        "--model",
+        tiny,
+        "--prompt",
+        "he wo",
+        "--max-new-tokens",
+        "9",
+        "--json",
+    ]
+    for name, value in options.items():
+        arguments += [name, value]
+    said = [
+        json.loads(run(*arguments, "--seed", seed)[1])["outputs"][0]["tokens"]
+        for seed in ("3", "3", "4")
+    ]
+    sampling = jkv.sampling
+    chain = sampling.chain(
+        sampling.repetition_penalty(1.2),
+        sampling.temperature(1.5),
+        sampling.top_k(40),
+        sampling.top_p(0.9),
+        sampling.min_p(0.01),
+    )
+    want = reference(lm, ["he wo"], max_new_tokens=9, sampler=chain, key=jax.random.key(3))
+    assert said[0] == want.tokens[0][: want.lengths[0]].tolist()
+    assert said[0] == said[1] != said[2]
+
+
+def test_a_penalty_counts_without_a_temperature(run, tiny, lm):
+    arguments = [
+        "generate",
+        "--model",
+        tiny,
+        "--prompt",
+        "he wo",
+        "--max-new-tokens",
+        "9",
+        "--json",
+    ]
+    out = run(*arguments, "--repetition-penalty", "1.9", "--top-k", "2")[1]
+    sampler = jkv.sampling.chain(jkv.sampling.repetition_penalty(1.9), jkv.sampling.greedy())
+    want = reference(lm, ["he wo"], max_new_tokens=9, sampler=sampler)
+    assert json.loads(out)["outputs"][0]["tokens"] == want.tokens[0][: want.lengths[0]].tolist()
+
+
+def test_stop_texts(run, tiny, lm):
+    text = lm.decode(reference(lm, ["he wo"], max_new_tokens=9).tokens[0])
+    stop = text[1:4]
+    arguments = [
+        "generate",
+        "--model",
+        tiny,
+        "--prompt",
+        "he wo",
+        "--max-new-tokens",
+        "9",
+        "--json",
+    ]
+    out = run(*arguments, "--stop", "not there", "--stop", stop)[1]
+    output = json.loads(out)["outputs"][0]
+    assert output["finish_reason"] == "stop"
+    assert stop in output["text"]
+    assert text.startswith(output["text"])
+    assert len(output["text"]) < len(text)
+    assert json.loads(run(*arguments, "--stop", "not there")[1])["outputs"][0]["text"] == text
+
+
+def test_show_steps_prints_the_text_after_each_token(run, tiny):
+    arguments = [*GENERATE, tiny, "--prompt", "he wo", *NINE]
+    whole = run(*arguments)[1].rstrip("\n")
+    _, out, _ = run(*arguments, "--show-steps")
+    lines = out.removesuffix("\n").split("\n")
+    assert [line.split(":")[0] for line in lines] == [f"step {i}" for i in range(1, 10)]
+    shown = [line.split(": ", 1)[1] for line in lines]
+    assert all(b.startswith(a) for a, b in itertools.pairwise(shown))
+    assert shown[-1] == whole.replace("\n", "\\n")
+    out = run(*arguments, "--prompt", "x", "--show-steps")[1]
+    assert out.startswith("step 1 [1]: he wo")
+    assert "\nstep 1 [2]: x" in out
+
+
+def test_stream_says_the_same(run, tiny):
+    arguments = [*GENERATE, tiny, "--prompt", "he wo", *NINE]
+    assert run(*arguments, "--stream")[1] == run(*arguments)[1]
+
+
+BAD = [
+    ([], "Missing option '--prompt'"),
+    (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens got 0"),
+    (["--prompt", "x", "--max-new-tokens", "many"], "valid int"),
+    (["--prompt", "x", "--max-new-tokens", "500"], "context of 128"),
+    (["--prompt", ""], "prompt 0 is empty"),
+    (["--prompt", "x", "--temperature", "nan"], "temperature got nan"),
+    (["--prompt", "x", "--temperature", "-1"], "temperature got -1.0"),
+    (["--prompt", "x", "--top-p", "0"], "top_p got 0.0"),
+    (["--prompt", "x", "--top-k", "0"], "top_k got 0"),
+    (["--prompt", "x", "--min-p", "2"], "min_p got 2.0"),
+    (["--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty got 0.0"),
+    (["--prompt", "x", "--seed", "-1"], "'--seed'"),
+    (["--prompt", "x", "--stop", ""], "empty string"),
+    (["--prompt", "x", "--cache", "ring"], "cache got 'ring'; expected one of dense, none"),
+    (["--prompt", "x", "--cache", "dense(3)"], "expected dense"),
+    (["--prompt", "x", "--dtype", "int4"], "float32, bfloat16, float16"),
+    (["--prompt", "x", "--model", "/not/there"], "'/not/there'"),
+    (["--prompt", "x", "--model", str(ROOT / "tests")], "config.json"),
+    (["--prompt", "x", "--prompt", "y", "--stream"], "give one --prompt"),
+    (["--prompt", "x", "--colour"], "No such option"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[m for _, m in BAD])
+def test_an_error_is_one_line_and_status_2(run, tiny, arguments, message):
+    status, out, err = run("generate", "--model", tiny, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.startswith("jkv: ")
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_command_is_an_error_too(run):
+    status, out, err = run("genrate")
+    assert (status, out) == (2, "")
+    assert "No such command 'genrate'" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, KeyError])
+def test_a_bug_is_not_taken_for_an_error_of_the_users(monkeypatch, error):
+    def broken(*_: object) -> None:
+        raise error("a bug")
+
+    monkeypatch.setattr(process, "load", broken)
+    with pytest.raises(error, match="a bug"):
+        main(["generate", "--prompt", "x"])
+
+
+def test_ctrl_c_is_status_130(run, tiny, monkeypatch, say):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_dispatch", interrupted)
+    status, _, err = run("generate", "--model", tiny, "--prompt", "x")
+    assert status == 130
+    assert "Traceback" not in err
+    say("hello\n")
+    assert run("chat", "--model", tiny)[0] == 130
+
+
+def test_info(run, tiny, lm):
+    status, out, err = run("info", tiny, "--json")
+    facts = json.loads(out)
+    assert (status, err) == (0, "")
+    weights = 261 * 16 + 3 * 16 + 2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16
+    assert facts["parameters"] == weights
+    assert facts["weight_bytes"] == 4 * weights
+    assert facts["cache_bytes_per_token"] == 2 * 1 * 2 * 4 * 4  # k and v, layers, heads, dim, bytes
+    assert facts["family"] == "llama"
+    assert facts["chat_template"] is True
+    half = json.loads(run("info", tiny, "--json", "--dtype", "bfloat16")[1])
+    assert half["cache_bytes_per_token"] == facts["cache_bytes_per_token"] / 2
+    assert half["weight_bytes"] == facts["weight_bytes"] / 2
+    status, out, err = run("info", tiny)
+    assert (status, err) == (0, "")
+    assert f"{weights:,}" in out
+    status, out, err = run("info", "/not/there")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+
+
+def test_chat_from_a_pipe(run, tiny, lm, say):
+    arguments = ["chat", "--model", tiny, "--system", "Hear.", "--max-new-tokens", "8"]
+    say("he who\n\nwhy\n/reset\nhe who\n/quit\nnot any more\n")
+    status, out, err = run(*arguments)
+    chat = jkv.Chat(lm, system="Hear.", max_new_tokens=8)
+    first, second = chat.send("he who"), chat.send("why")
+    assert (status, err) == (0, "")
+    assert out == f"{first}\n{second}\n{first}\n"
+
+
+def test_chat_samples_with_the_seed(run, tiny, lm, say):
+    heard = []
+    for seed in ("3", "3", "4"):
+        say("he who\nwhy\n")
+        arguments = ["--max-new-tokens", "8", "--temperature", "2", "--seed", seed]
+        heard.append(run("chat", "--model", tiny, *arguments)[1])
+    assert heard[0] == heard[1] != heard[2]
+
+
+def test_chat_with_a_full_context(run, tiny, say):
+    many = "".join(f"{i}\n" for i in range(12))
+    arguments = ["chat", "--model", tiny, "--max-new-tokens", "30"]
+    say(many)
+    assert run(*arguments)[0] == 0
+    say(many)
+    status, _, err = run(*arguments, "--on-full", "raise")
+    assert status == 2
+    assert "more than the context of 128" in err
+    assert err.count("\n") == 1
+
+
+def test_chat_on_a_terminal_survives_what_cannot_be_said(run, tiny, monkeypatch):
+    lines = iter(["x" * 200, "he who"])
+
+    def typed(prompt: str) -> str:
+        assert prompt == "> "
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    status, out, err = run("chat", "--model", tiny, "--max-new-tokens", "8")
+    assert status == 0
+    assert "shorten the text" in err
+    assert out.count("\n") == 1
+
+
+def test_chat_without_a_template(run, mute, say):
+    say("hello\n")
+    status, out, err = run("chat", "--model", mute)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "no chat template" in err
+    assert run("generate", "--model", mute, "--prompt", "x", "--max-new-tokens", "2")[0] == 0
+
+
+def test_bars_are_for_terminals(run, tiny, monkeypatch):
+    arguments = ["generate", "--model", tiny, "--prompt", "x", "--max-new-tokens", "3"]
+    assert "loading" not in run(*arguments)[2]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    status, out, err = run(*arguments)
+    assert status == 0
+    assert "loading" in err
+    assert "prefill" in err
+    assert out.startswith("x")
+    assert "loading" not in out
+
+
+def test_compiled_programs_are_kept_for_the_next_process(tiny, tmp_path):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+    command = [sys.executable, "-m", "jkv", "generate", "--model", tiny, "--prompt", "x"]
+    reports = []
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--max-new-tokens", "5", "--json"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=clean | {"XDG_CACHE_HOME": str(tmp_path)},
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        reports.append(json.loads(done.stdout))
+    assert list((tmp_path / "jkv" / "programs").iterdir())
+    assert reports[0]["outputs"] == reports[1]["outputs"]
+    assert reports[1]["compile_seconds"] < 0.7 * reports[0]["compile_seconds"]
+
+
+@pytest.fixture
+def kept() -> Any:
+    """Where JAX keeps programs, put back at the end."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield lambda: jax.config.jax_compilation_cache_dir
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_where_programs_are_kept(kept, monkeypatch, tmp_path):
+    before = kept()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    process.keep_programs()
+    assert kept() == before, "the user has said no"
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no/such/place")
+    process.keep_programs()
+    assert kept() == before, "there is nowhere to write"
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    process.keep_programs()
+    assert kept() == str(tmp_path / "jkv" / "programs")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    process.keep_programs()
+    assert kept() == str(tmp_path / "jkv" / "programs"), "what is set stays"
+
+
+def test_the_clock_counts_overlapping_spans_once():
+    clock = process.Clock()
+    clock._spans = [(2.0, 3.0), (1.0, 4.0), (6.0, 7.0), (9.0, 20.0)]
+    assert clock.working(0.0, 10.0) == pytest.approx(1 + 2 + 2)
+    assert clock.working(2.5, 3.5) == 0.0
+    assert clock.working(4.0, 6.0) == 2.0
+
+
+def test_a_real_model_from_the_command_line(run, shared):
+    source = str(shared / "models" / "stories260k")
+    arguments = ["--prompt", "Once upon a time", "--max-new-tokens", "12"]
+    status, out, _ = run("generate", "--model", source, *arguments)
+    assert status == 0
+    assert out == "Once upon a time, there was a little girl named Lily. She\n"
