@@ -55,13 +55,11 @@ def main() -> int:
 
     plain, cached = results.values()
     slow, fast = seconds.values()
-    print(f"\n{args.prompt}{lm.decode(cached.tokens)[0]}\n")
+    print(f"\n{args.prompt}{lm.decode(cached.tokens[0])}\n")
     if not np.array_equal(plain.tokens, cached.tokens):
         print("The two runs said different things: that is a fault of jkv.", file=sys.stderr)
         return 1
-    print(
-        f"Both runs said the same {args.tokens} tokens; with a cache {slow / fast:.1f} times as fast."
-    )
+    print(f"The same {args.tokens} tokens both times; with a cache {slow / fast:.1f}x as fast.")
     return 0
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -118,9 +119,9 @@ class Transformers:
 
         def watch(ids: Any, scores: Any, **_: Any) -> Any:
             seconds.append(time.perf_counter() - start)
-            return torch.zeros(ids.shape[0], dtype=torch.bool)
+            return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
-        ids = torch.from_numpy(prompts.astype(np.int64))
+        ids = torch.from_numpy(prompts.astype(np.int64)).to(self.model.device)
         start = time.perf_counter()
         out = self.model.generate(
             ids,
@@ -133,7 +134,7 @@ class Transformers:
             **self.how,
         )
         said = np.arange(1, len(seconds) + 1)
-        return Trace(out[:, length:].numpy(), said, np.asarray(seconds))
+        return Trace(out[:, length:].cpu().numpy(), said, np.asarray(seconds))
 
 
 def have_transformers() -> bool:
@@ -142,7 +143,7 @@ def have_transformers() -> bool:
 
 
 def open_transformers(directory: Path) -> Any:
-    """The checkpoint as transformers loads it, on all cores."""
+    """The checkpoint as transformers loads it, where jkv computes and on all cores."""
     import torch
     import transformers
 
@@ -152,7 +153,8 @@ def open_transformers(directory: Path) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32)
-    return model.eval()
+    gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
+    return model.eval().to("cuda" if gpu else "cpu")
 
 
 def write_checkpoint(directory: Path, shape: Shape, seed: int = 0) -> None:
