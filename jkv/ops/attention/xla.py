@@ -1,9 +1,10 @@
 """Attention over the cache for any device that XLA compiles for.
 
-Two forms of the same sum. `_whole` scores all slots at once: it is differentiable and best for
-short buffers. `_blocks` walks over blocks of slots with an online softmax, from the first block
-that a window reaches to the last that is filled, so its cost follows the filled length and not the
-buffer. Derivatives of any order are those of `_whole`: a loop of traced length has no reverse.
+Two forms of the same sum. `_whole` scores all slots at once: it is differentiable and best where
+most of the buffer is filled. `_walk` goes over blocks of slots with an online softmax, from the
+first block that a window reaches to the last that is filled, so that the cost follows the filled
+length and not the buffer. `_blocks` takes the cheaper of the two at each step. Derivatives of any
+order are those of `_whole`: a loop of traced length has no reverse.
 
 Rows and heads are one axis inside, ``Z = B * K``: with two batch axes XLA reshapes between the
 cache's update and the product, makes the update twice and copies the cache at every step.
@@ -21,6 +22,7 @@ from jkv.ops.masks import visible
 from jkv.ops.partial import Partial
 
 BLOCK = 128  # slots; measured on the CPU against 64, 256, 512 and 1024
+FEW = 16  # new tokens up to which the scores over a whole buffer are small beside it
 
 
 class _Mask(NamedTuple):
@@ -103,33 +105,67 @@ def _weighted(weights: Array, v: Array) -> Array:
 def _whole(mask, q, k, v, positions, slot_positions, lengths):
     """Output [Z, R, H] and log-sum-exp [Z, R], all slots at once."""
     at = _positions_of(jnp.arange(k.shape[1]), slot_positions, lengths, positions.shape[0])
-    scores = _scores(mask, q, k, positions, at)
+    weights, total, lse = _softmax(_scores(mask, q, k, positions, at))
+    return _weighted(weights, _safe_values(v, positions, at)) / total, lse
+
+
+def _whole_in_place(mask, q, k, v, positions, slot_positions, lengths):
+    """Like `_whole`, reading the values where they lie.
+
+    Zeroing what no query sees takes a copy of the values, and is needed only where the product
+    shows it: a weight of zero makes anything but infinity and NaN vanish by itself.
+    """
+    at = _positions_of(jnp.arange(k.shape[1]), slot_positions, lengths, positions.shape[0])
+    weights, total, lse = _softmax(_scores(mask, q, k, positions, at))
+    out = _weighted(weights, v)
+
+    def zeroed(weights, v, out):
+        del out
+        return _weighted(weights, _safe_values(v, positions, at))
+
+    out = lax.cond(jnp.any(jnp.isnan(out)), zeroed, lambda w, v, out: out, weights, v, out)
+    return out / total, lse
+
+
+def _softmax(scores: Array) -> tuple[Array, Array, Array]:
+    """Weights [Z, R, S], their sum [Z, R, 1] (1 where nothing is seen) and log-sum-exp [Z, R]."""
     top = lax.stop_gradient(jnp.max(scores, axis=-1))
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     weights = jnp.exp(scores - top[..., None])
     total = jnp.sum(weights, axis=-1)
     empty = total == 0
-    out = _weighted(weights, _safe_values(v, positions, at))
-    out = out / jnp.where(empty, 1.0, total)[..., None]
-    return out, jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1.0, total)))
+    total = jnp.where(empty, 1.0, total)
+    return weights, total[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(total))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _blocks(mask, q, k, v, positions, slot_positions, lengths):
-    """Like `_whole`, walking over the filled blocks of slots."""
+    """Like `_whole`, at the cost of what is filled."""
 
     def walk(q, k, v):
         return _walk(mask, q, k, v, positions, slot_positions, lengths)
 
-    def walk_in_pairs(q, k, v):
+    def in_pairs(q, k, v):
         # One query row makes a vector product, for which XLA:TPU copies the whole cache at
         # every step; two rows make a matrix product, which reads it in place.
+        if q.shape[1] > 1:
+            return walk(q, k, v)
         out, lse = walk(jnp.concatenate([q, q], axis=1), k, v)
         return out[:, :1], lse[:, :1]
 
-    if q.shape[1] > 1:
-        return walk(q, k, v)
-    return lax.platform_dependent(q, k, v, tpu=walk_in_pairs, cuda=walk_in_pairs, default=walk)
+    def shorter(q, k, v):
+        # A block is sliced out of the cache, which costs as much again as reading it: where
+        # about half of the buffer or more is to be read, one pass over all of it is quicker.
+        first, last = _block_range(mask, positions, slot_positions, lengths, k.shape[1])
+        most = (last - first) * (BLOCK * 5) >= k.shape[1] * 2
+
+        def whole(q, k, v):
+            return _whole_in_place(mask, q, k, v, positions, slot_positions, lengths)
+
+        return lax.cond(most, whole, walk, q, k, v)
+
+    few = positions.shape[1] <= FEW
+    return lax.platform_dependent(q, k, v, cpu=shorter if few else walk, default=in_pairs)
 
 
 @_blocks.defjvp
