@@ -10,13 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 import jkv
 from bench.runners import TINY, Jkv, Shape, Trace, write_checkpoint
 from bench.sections import SECTIONS, _agreement, _curve, _ratios
+from tests.conftest import ROOT
 
 SCRIPT = ROOT / "scripts" / "bench_decode.py"
 
