@@ -103,7 +103,8 @@ def tiny_model(tiny_config):
 
     from jkv.models import Decoder
 
-    model = Decoder(tiny_config, rngs=nnx.Rngs(0))
+    # In one program: one compilation instead of one per operation.
+    model = jax.jit(lambda: Decoder(tiny_config, rngs=nnx.Rngs(0)))()
     # Drawn as for training, logits are nearly flat; spread them, so that a wrong cache shows in
     # the greedy tokens and not in the fifth digit only.
     model.embedding[...] = model.embedding[...] * 50

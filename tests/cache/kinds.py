@@ -1,0 +1,47 @@
+"""The one list of kinds of cache. A new kind is one line here, and the whole suite runs on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jkv
+from tests.cache import throwaway
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kind, and what may be asked of it."""
+
+    name: str
+    kind: Any
+    nbytes: Callable[[int, int, int, int, int], int]  # of (layers, B, K, S, H), float32
+    exact: bool = True  # the tokens are those of a model without a cache
+    window: int | None = None  # of the model that it is compared with
+    layered: bool = True  # has a LayerCache per layer
+    fills: bool = True  # runs full
+    rolls_back: bool = True  # whatever its length
+
+
+def dense_bytes(layers, b, k, s, h):
+    return layers * 2 * b * k * s * h * 4
+
+
+def int8_bytes(layers, b, k, s, h, near=6):
+    return layers * 2 * b * k * (s * (h + 4) + near * h * 4)
+
+
+KINDS = [
+    Case("dense", jkv.dense(), dense_bytes),
+    Case("none", jkv.none(), lambda layers, b, k, s, h: b * s * 4, layered=False),
+    Case(
+        "ring",
+        throwaway.ring(7),
+        lambda layers, b, k, s, h: layers * 2 * b * k * 7 * h * 4,
+        window=7,
+        fills=False,
+        rolls_back=False,
+    ),
+    Case("int8", throwaway.int8(6), int8_bytes, exact=False),
+]
