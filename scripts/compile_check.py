@@ -109,17 +109,19 @@ def program(case: Case) -> tuple[Any, Any, Any]:
     cache = jax.eval_shape(
         lambda: init_cache(config, case.kind, batch=case.batch, slots=case.slots)
     )
-    rows = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
+    rows: Any = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
     if case.new > 1:
         tokens = jax.ShapeDtypeStruct((case.batch, case.new), jnp.int32)
         hidden = jax.ShapeDtypeStruct((case.batch, config.width), jnp.dtype(case.dtype))
         return loop.absorb, (model, tokens, cache, rows, hidden), cache
-    flags = jax.ShapeDtypeStruct((case.batch,), bool)
+    flags: Any = jax.ShapeDtypeStruct((case.batch,), bool)
     state = loop.State(cache=cache, token=rows, done=flags, sampling=())
     ends = jax.ShapeDtypeStruct((case.batch, 1), jnp.int32)
 
+    advanced: Any = loop.advanced
+
     def decode(model: Any, state: Any, ends: Any, steps: Any) -> Any:
-        return loop.advanced.__wrapped__(32, model, state, None, None, ends, steps)
+        return advanced.__wrapped__(32, model, state, None, None, ends, steps)
 
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     return jax.jit(decode, donate_argnums=1), (model, state, ends, steps), cache

@@ -30,7 +30,7 @@ PROMPT, NEW = 14, 12  # tokens
 
 def main() -> None:
     """Write all cases, or those named."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", help="all by default")
     parser.add_argument("--shared", type=Path, help="holds models/stories260k")
     args = parser.parse_args()

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from jkv import _pytree
@@ -250,7 +251,7 @@ class Cache:
             CacheFullError: a row holds more than that.
         """
         slots = _integer("resize", "slots", slots)
-        if not isinstance(self.lengths, jax.core.Tracer):
+        if not isinstance(self.lengths, Tracer):
             longest = int(np.max(np.asarray(self.lengths), initial=0))
             if slots < longest:
                 raise CacheFullError(
@@ -266,7 +267,7 @@ class Cache:
     def to_legacy(self) -> tuple[tuple[Array, Array], ...]:
         """Per layer (keys, values), each ``[B, K, S, H]``, cut to the longest row if known."""
         pairs = tuple(layer.to_legacy(self.lengths) for layer in self.layers)
-        if isinstance(self.lengths, jax.core.Tracer):
+        if isinstance(self.lengths, Tracer):
             return pairs
         longest = int(np.max(np.asarray(self.lengths), initial=0))
         return tuple((k[:, :, :longest], v[:, :, :longest]) for k, v in pairs)
@@ -363,7 +364,7 @@ def _per_row(lengths: Any, batch: int, what: str) -> Array:
             f"{what} got lengths of shape {array.shape} and dtype {array.dtype}; expected an "
             f"integer or one integer for each of {batch} rows"
         )
-    if not isinstance(array, jax.core.Tracer) and np.any(np.asarray(array) < 0):
+    if not isinstance(array, Tracer) and np.any(np.asarray(array) < 0):
         raise ValueError(f"{what} got a negative length in {np.asarray(array).tolist()}")
     return jnp.broadcast_to(jnp.asarray(array, jnp.int32), (batch,))
 
@@ -375,7 +376,7 @@ def _rows(rows: Any, batch: int) -> Array:
             f"take got rows of shape {array.shape} and dtype {array.dtype}; expected a list of "
             "row numbers"
         )
-    if not isinstance(array, jax.core.Tracer):
+    if not isinstance(array, Tracer):
         known = np.asarray(array)
         if known.min() < 0 or known.max() >= batch:
             raise ValueError(f"take got rows {known.tolist()}; expected numbers 0 to {batch - 1}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 PAD = -1  # what stands in the place of a token where there is none
 
@@ -125,7 +126,7 @@ def _host_array(name: str, value: Any) -> np.ndarray:
     Raises:
         TypeError: it is being traced, or holds rows of different lengths.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError(
             f"{name} is traced by jit, vmap or grad, and jkv.generate works on the host; use "
             "jkv.prefill and jkv.rollout inside of transformations"

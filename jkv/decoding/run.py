@@ -119,7 +119,7 @@ class Run:
         self.needed = longest + self.max_new - 1
         self.cache = self._first_cache(longest)
         self.rows = [_Row(strings) for strings in self.stops.strings]
-        self.state: loop.State | None = None
+        self.state: Any = None  # a loop.State from the prefill on
         self.exhausted = False  # all blocks have been read, rather than interrupted
         self.started = time.perf_counter()
         self.first_read = self.last_read = self.started

@@ -175,7 +175,7 @@ def _slot(model: Decoder, name: str, place: Place, paths: list[str]) -> _Slot | 
     if place.kind == "array":
         owner, _, leaf = paths[0].rpartition(".")
         owners = (_walk(model, owner),)
-        variables = (getattr(owners[0], leaf, None),)
+        variables: tuple[Any, ...] = (getattr(owners[0], leaf, None),)
     else:
         leaf = "bias" if place.kind == "bias" else "kernel"
         owners = tuple(_walk(model, path) for path in paths)

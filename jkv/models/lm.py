@@ -67,7 +67,7 @@ class LM:
             ValueError: something else than ids.
         """
         tokenizer = self._tokenizer("decode")
-        rows = tokens if hasattr(tokens, "ndim") else list(tokens)
+        rows: Any = tokens if hasattr(tokens, "ndim") else list(tokens)
         nested = rows.ndim > 1 if hasattr(rows, "ndim") else any(np.ndim(row) for row in rows)
         if nested:
             return [tokenizer.decode(row) for row in rows]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
@@ -40,9 +41,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             for many, times in ((left, right), (right, left)):
                 repeats = isinstance(many, str | list | tuple) and isinstance(times, int)
                 if repeats and len(many) * times > _LONGEST:
-                    raise jinja2.sandbox.SecurityError("a repetition that is too long")
+                    raise jinja2.exceptions.SecurityError("a repetition that is too long")
         elif abs(right) > 64 or abs(left) > 1e6:
-            raise jinja2.sandbox.SecurityError("a power that is too large")
+            raise jinja2.exceptions.SecurityError("a power that is too large")
         return super().call_binop(context, operator, left, right)
 
 
@@ -72,7 +73,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a namespace with the name {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace with the name {name!r}")
 
 
 def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
@@ -158,10 +159,11 @@ def _plain(value: Any) -> Any:
     """JSON's types and nothing else: the methods of other objects are not the sandbox's."""
     if value is None or isinstance(value, bool):
         return value
-    for kind in (str, int, float):
+    if isinstance(value, str):
+        return str.__str__(value)  # the base's method: a subclass (an enum) may write otherwise
+    for kind in (int, float):
         if isinstance(value, kind):
-            # The base's method: a subclass (an enum) may write itself otherwise.
-            return str.__str__(value) if kind is str else kind(value)
+            return kind(value)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -196,7 +196,7 @@ def _templates(value: Any, problems: list[str]) -> dict[str, str]:
     if isinstance(value, str):
         return {"default": value}
     named = value if isinstance(value, list) else [value]
-    pairs = [(v.get("name"), v.get("template")) for v in named if isinstance(v, dict)]
+    pairs: list[Any] = [(v.get("name"), v.get("template")) for v in named if isinstance(v, dict)]
     if len(pairs) == len(named) and all(isinstance(x, str) for pair in pairs for x in pair):
         return dict(pairs)
     problems.append("tokenizer_config.json: chat_template is no text and no list of named ones")
