@@ -13,7 +13,8 @@ from jaxtyping import Float
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace
-from jkv.cache.base import Cache, init_cache
+from jkv.cache.base import Cache
+from jkv.cache.init import init_cache
 from jkv.decoding import sampling
 from jkv.decoding.request import PAD, integer
 

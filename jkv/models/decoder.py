@@ -210,7 +210,7 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         cache: Any = None,
-        counts: Int[Array, "B"] | None = None,
+        counts: Int[Array, " B"] | None = None,
         *,
         branch: Branch = _unchanged,
     ) -> tuple[Float[Array, "B T V"], Any]:
@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         cache: Any = None,
-        counts: Int[Array, "B"] | None = None,
+        counts: Int[Array, " B"] | None = None,
         *,
         branch: Branch = _unchanged,
     ) -> tuple[Float[Array, "B T D"], Any]:

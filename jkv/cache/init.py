@@ -1,0 +1,53 @@
+"""From a description to an empty cache."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jkv.cache.base import Cache, Shape, _integer
+from jkv.cache.dense import dense
+
+
+def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: Any = None) -> Any:
+    """An empty cache for a model.
+
+    Args:
+        config: the model's configuration (`layers`, `kv_heads`, `head_dim`, `dtype`).
+        kind: how tokens are kept: `jkv.dense()` by default, `jkv.none()`, ...
+        batch: rows.
+        slots: tokens that each row has room for.
+        dtype: of the keys and values, the model's by default.
+
+    Raises:
+        TypeError: something that is no configuration, kind or dtype.
+        ValueError: a batch or number of slots below 1, or a dtype that holds no fractions.
+    """
+    kind = dense() if kind is None else kind
+    batch, slots = _integer("init_cache", "batch", batch), _integer("init_cache", "slots", slots)
+    if not isinstance(config, Shape):
+        hint = "; pass its .config" if hasattr(config, "config") else ""
+        raise TypeError(
+            f"init_cache got a {type(config).__name__}; expected a configuration with layers, "
+            f"kv_heads and head_dim{hint}"
+        )
+    if isinstance(kind, type) or not (hasattr(kind, "init") or hasattr(kind, "init_cache")):
+        raise TypeError(f"init_cache got kind={kind!r:.60}; expected a kind such as jkv.dense()")
+    try:
+        dtype = jnp.dtype(getattr(config, "dtype", jnp.float32) if dtype is None else dtype)
+    except TypeError:
+        raise TypeError(f"init_cache got dtype={dtype!r}; expected one such as float32") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"init_cache got dtype={dtype}; expected a floating one, such as float32 or bfloat16"
+        )
+    if hasattr(kind, "init_cache"):
+        return kind.init_cache(config, batch, slots, dtype)
+    layers = tuple(
+        kind.init(batch, slots, config.kv_heads, config.head_dim, dtype)
+        for _ in range(config.layers)
+    )
+    return Cache(
+        layers=layers,
+        lengths=jnp.zeros((batch,), jnp.int32),
+        overflowed=jnp.zeros((batch,), bool),
+    )
