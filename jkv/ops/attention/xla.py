@@ -121,7 +121,16 @@ def _whole_in_place(mask, q, k, v, positions, slot_positions, lengths):
 
     def zeroed(weights, v, out):
         del out
-        return _weighted(weights, _safe_values(v, positions, at))
+        lines = v.shape[0]
+
+        # One line after another: for all at once there would be a second cache of values, in
+        # memory that is set aside whether this branch is taken or not.
+        def line(z):
+            row = z * positions.shape[0] // lines
+            values = _safe_values(v[z][None], positions[row][None], at[row][None])
+            return _weighted(weights[z][None], values)[0]
+
+        return lax.map(line, jnp.arange(lines))
 
     out = lax.cond(jnp.any(jnp.isnan(out)), zeroed, lambda w, v, out: out, weights, v, out)
     return out / total, lse
