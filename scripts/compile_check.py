@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import functools
+import importlib
 import math
 import os
 import re
@@ -39,7 +40,7 @@ class Case:
     kv_heads: int = 4
     slots: int = 1024
     head_dim: int = 64
-    layers: int = 3
+    layers: int = 2
     dtype: str = "float32"
 
 
@@ -70,21 +71,20 @@ def measure(case: Case, sharding: Any = None) -> Report:
 
     function, arguments, cache = program(case)
 
-    def shape(leaf: Any) -> Any:
+    def placed(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    compiled = function.lower(*jax.tree.map(shape, arguments)).compile()
-    memory = compiled.memory_analysis()
+    compiled = function.lower(*jax.tree.map(placed, arguments)).compile()
     biggest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
     return Report(
         cache=nbytes(cache),
-        temporaries=memory.temp_size_in_bytes,
+        temporaries=compiled.memory_analysis().temp_size_in_bytes,
         copies=count_copies(compiled.as_text(), biggest),
     )
 
 
 def program(case: Case) -> tuple[Any, Any, Any]:
-    """The jitted function, its arguments' shapes, and the cache among them."""
+    """The jitted function, the shapes of its arguments, and of the cache among them."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -105,31 +105,133 @@ def program(case: Case) -> tuple[Any, Any, Any]:
         rope=Rope(dims=case.head_dim),
         dtype=case.dtype,
     )
-    model = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    cache = jax.eval_shape(
-        lambda: init_cache(config, case.kind, batch=case.batch, slots=case.slots)
-    )
-    rows: Any = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
+    rows = jnp.zeros((case.batch,), jnp.int32)
+
+    def arguments() -> Any:
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        cache = init_cache(config, case.kind, batch=case.batch, slots=case.slots)
+        if case.new > 1:
+            tokens = jnp.zeros((case.batch, case.new), jnp.int32)
+            last = jnp.zeros((case.batch, config.width), case.dtype)
+            return model, tokens, cache, rows, last
+        state = loop.State(cache=cache, token=rows, done=rows > 0, sampling=())
+        ends = jnp.zeros((case.batch, 1), jnp.int32)
+        return model, state, None, None, ends, jnp.int32(0)
+
+    shapes = jax.eval_shape(arguments)
     if case.new > 1:
-        tokens = jax.ShapeDtypeStruct((case.batch, case.new), jnp.int32)
-        hidden = jax.ShapeDtypeStruct((case.batch, config.width), jnp.dtype(case.dtype))
-        return loop.absorb, (model, tokens, cache, rows, hidden), cache
-    flags: Any = jax.ShapeDtypeStruct((case.batch,), bool)
-    state = loop.State(cache=cache, token=rows, done=flags, sampling=())
-    ends = jax.ShapeDtypeStruct((case.batch, 1), jnp.int32)
-
-    advanced: Any = loop.advanced
-
-    def decode(model: Any, state: Any, ends: Any, steps: Any) -> Any:
-        return advanced.__wrapped__(32, model, state, None, None, ends, steps)
-
-    steps = jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.jit(decode, donate_argnums=1), (model, state, ends, steps), cache
+        return loop.absorb, shapes, shapes[2]
+    decode = jax.jit(functools.partial(loop.advanced.__wrapped__, 32), donate_argnums=1)
+    return decode, shapes, shapes[1].cache
 
 
-def count_copies(program: str, size: int) -> int:
+def count_copies(text: str, size: int) -> int:
     """How many `copy` operations of exactly `size` elements a compiled program holds."""
-    found = 0
-    for shape in re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:copy|copy-start)\(", program):
-        found += math.prod(int(n) for n in shape.split(",") if n) == size
-    return found
+    # An asynchronous copy has a tuple of shapes, of which the first is where it goes.
+    shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=\n]* copy(?:-start)?\(", text)
+    return sum(math.prod(int(n) for n in shape.split(",") if n) == size for shape in shapes)
+
+
+def devices(target: str, textproto: Path) -> dict[str, Any]:
+    """Shardings onto one device of each kind that a target stands for; None is the CPU here.
+
+    Raises:
+        ImportError: the target's compiler is not installed.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    if target == "cpu":
+        return {"cpu": None}
+    needed = {"tpu": "libtpu", "h200": "jax_plugins.xla_cuda13"}[target]
+    importlib.import_module(needed)
+    if target == "tpu":
+        found = {
+            name: topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x2")
+            for name in ("v5e", "v6e")
+        }
+    else:
+        found = {
+            "h200": topologies.get_topology_desc(
+                platform="cuda",
+                topology_name="",
+                topology="1x1x1",
+                target_config=textproto.read_text(),
+            )
+        }
+    return {
+        name: jax.sharding.SingleDeviceSharding(topology.devices[0])
+        for name, topology in found.items()
+    }
+
+
+def cases(target: str, throwaway: Any) -> dict[str, Case]:
+    """What is compiled, by name; sizes are no cost, nothing of this is ever allocated."""
+    from jkv.cache import dense
+
+    # On an accelerator the buffers must be too long for the chip's own memory: a TPU carries a
+    # whole small cache into it and out again, which is no second cache.
+    slots = 4096 if target == "cpu" else 32768
+    kinds = {
+        "dense": dense(),
+        "ring": throwaway.ring(slots),
+        "int8": throwaway.int8(64),
+    }
+    forms = [("float32", 64)] if target == "cpu" else [("bfloat16", 128)]
+    return {
+        f"{name} B={batch} G={groups} {dtype} H={dim}": Case(
+            kind, batch, groups, slots=slots, head_dim=dim, dtype=dtype
+        )
+        for name, kind in kinds.items()
+        for dtype, dim in forms
+        for batch in (1, 8)
+        for groups in (1, 4)
+    }
+
+
+def main() -> int:
+    """Print a table and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--target", choices=TARGETS, default="cpu")
+    parser.add_argument(
+        "--textproto",
+        type=Path,
+        default=ROOT.parent / "shared" / "hardware" / "h200.textproto",
+        help="what the compiler asks about the H200",
+    )
+    arguments = parser.parse_args()
+    if arguments.target == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    sys.path.insert(0, str(ROOT))
+    if arguments.target == "h200" and not arguments.textproto.exists():
+        print(f"SKIPPED: {arguments.textproto} is not there; say where with --textproto")
+        return SKIPPED
+    try:
+        shardings = devices(arguments.target, arguments.textproto)
+    except ImportError as error:
+        print(f"SKIPPED: the compiler for {arguments.target} is not installed ({error})")
+        return SKIPPED
+
+    from tests.cache import throwaway
+
+    failed = 0
+    print(
+        f"{'device':8}{'decode loop':34}{'cache':>11}{'temporaries':>13}{'share':>9}{'copies':>8}"
+    )
+    for device, sharding in shardings.items():
+        for name, case in cases(arguments.target, throwaway).items():
+            report = measure(case, sharding)
+            failed += not report.free
+            print(
+                f"{device:8}{name:34}{report.cache / 2**20:>7.0f} MiB"
+                f"{report.temporaries / 2**20:>9.1f} MiB{report.share:>9.1%}{report.copies:>8}"
+                + ("" if report.free else "  A SECOND CACHE"),
+                flush=True,
+            )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

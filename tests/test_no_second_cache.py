@@ -1,0 +1,117 @@
+"""No second cache: the compiled decode loop holds its cache once and copies none of it.
+
+For this machine's CPU; `scripts/compile_check.py` asks the same of compilers for TPUs and GPUs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jkv
+from jkv._pytree import pytree, static
+from jkv.cache.base import Step
+from tests.cache import throwaway
+from tests.conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("compile_check", ROOT / "scripts/compile_check.py")
+check: Any = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = check  # dataclasses look their module up
+spec.loader.exec_module(check)
+
+CASES = check.cases("cpu", throwaway)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decode_loop(name):
+    report = check.measure(CASES[name])
+    assert report.copies == 0, report
+    assert report.share < 0.1, report
+
+
+@pytest.mark.parametrize("kind", ["ring", "int8"])
+def test_reading_before_writing(kind):
+    """Free as well, once the write's index says that the read comes first."""
+    kinds = {
+        "ring": throwaway.ring(4096, read_first=True),
+        "int8": throwaway.int8(64, read_first=True),
+    }
+    report = check.measure(check.Case(kinds[kind], 1, 1, slots=4096))
+    assert report.free, report
+
+
+@pytest.mark.parametrize(
+    "kind", [jkv.dense(), throwaway.ring(4096), throwaway.int8(64)], ids=["dense", "ring", "int8"]
+)
+def test_prefill_copies_nothing(kind):
+    """A chunk's activations are temporaries, and no share of the cache; copies there are none."""
+    assert check.measure(check.Case(kind, 1, 4, new=32, slots=4096)).copies == 0
+
+
+@pytree
+class Textbook:
+    """The cache that everybody writes first: two axes of rows and heads, update, then product."""
+
+    keys: jax.Array
+    values: jax.Array
+    capacity: int = static(default=4096)
+
+    def attend(self, q, k, v, step: Step, *, scale, window=None, softcap=None):
+        def put(buffer, new):
+            start = (0, 0, step.start[0], 0)
+            return jax.lax.dynamic_update_slice(buffer, jnp.swapaxes(new, 1, 2), start)
+
+        cache = Textbook(put(self.keys, k), put(self.values, v), self.capacity)
+        scores = jnp.einsum("btkh,bksh->bkts", q, cache.keys) * scale
+        seen = jnp.arange(self.capacity)[None, None, None] < step.stop[0]
+        weights = jax.nn.softmax(jnp.where(seen, scores, -1e30))
+        return jnp.einsum("bkts,bksh->btkh", weights, cache.values), cache
+
+
+class TextbookKind:
+    def init(self, batch, slots, kv_heads, head_dim, dtype):
+        shape = (batch, kv_heads, slots, head_dim)
+        return Textbook(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots)
+
+
+def test_a_second_cache_is_seen():
+    """The check itself: a loop that is known to copy does not pass it."""
+    report = check.measure(check.Case(TextbookKind(), 1, 1, slots=4096))
+    assert not report.free, report
+    assert report.copies or report.share > 0.5
+
+
+def test_copies_are_counted():
+    text = """
+      %copy.1 = f32[4,128,64]{2,1,0} copy(%p)
+      %c = (f32[1,4,128,64]{3,2,1,0}, f32[1,4,128,64]{3,2,1,0}, u32[]) copy-start(%p)
+      ROOT %copy.2 = bf16[128,256]{1,0:T(8,128)(2,1)S(1)} copy(%q)
+      %copy.3 = f32[4,128]{1,0} copy(%r)
+      %fusion = f32[4,128,64]{2,1,0} fusion(%p), calls=%copy_computation
+    """
+    assert check.count_copies(text, 4 * 128 * 64) == 3
+    assert check.count_copies(text, 4 * 128) == 1
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["tpu", "h200"])
+def test_other_compilers(target):
+    """In a process of its own: a compiler for another device is loaded once and for good."""
+    done = subprocess.run(
+        [sys.executable, "scripts/compile_check.py", "--target", target],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=540,
+        check=False,
+    )
+    if done.returncode == check.SKIPPED:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
