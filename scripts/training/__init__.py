@@ -1,0 +1,1 @@
+"""The parts of `scripts/train.py`: the text as tokens, a run's state, the finished directory."""
