@@ -258,27 +258,6 @@ def held_out_loss(model: Decoder, corpus: Corpus, length: int, rows: int) -> flo
     return float(total / len(corpus.held))
 
 
-class Signals:
-    """Remembers the first SIGINT or SIGTERM; the second one acts as it always does."""
-
-    def __init__(self):
-        self.caught = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._catch)
-        return self
-
-    def _catch(self, number: int, frame: Any) -> None:
-        self.caught = number
-        self.__exit__()
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def window(args: argparse.Namespace, step: int) -> tuple[int, bool]:
     """Length of the windows of a step, and whether they are the long ones."""
     long = step >= round(args.long_from * args.steps)
@@ -295,7 +274,7 @@ def train(args: argparse.Namespace, run: Run, corpus: Corpus, facts: dict[str, A
         state.save_tree(home / "state.safetensors", run.tree(), {"run": facts, **run.facts()})
 
     began = time.monotonic() - run.seconds
-    with Signals() as signals, report.reporter(args.steps, run.step) as tell:
+    with state.Signals() as signals, report.reporter(args.steps, run.step) as tell:
         while run.step < args.steps and not signals.caught:
             length, long = window(args, run.step)
             rows = args.batch_tokens // length

@@ -1,9 +1,10 @@
-"""The state of a run on disk: written whole or not at all, and never pickled."""
+"""The state of a run: written whole or not at all, never pickled, saved when a signal ends it."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,24 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What two sets of hyper-parameters disagree on, for people; empty when they agree."""
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     return ", ".join(f"{n}={old.get(n)!r} there, {new.get(n)!r} now" for n in names)
+
+
+class Signals:
+    """Remembers the first SIGINT or SIGTERM; the second one acts as it always does."""
+
+    def __init__(self):
+        self.caught = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def _catch(self, number: int, frame: Any) -> None:
+        self.caught = number
+        self.__exit__()
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
