@@ -37,7 +37,11 @@ class Lines:
         self._losses.append(loss)
         self._tokens += tokens
         if number % _EVERY == 0 or number == self.steps:
-            print(f"step {number}/{self.steps}  {self.summary()}", flush=True)
+            mean, speed = self.means()
+            print(
+                f"step {number}/{self.steps}  loss {mean:.4f} nats/token  {speed:.0f} tokens/s",
+                flush=True,
+            )
             self._losses.clear()
             self._restart()
 
@@ -46,25 +50,23 @@ class Lines:
         print(f"step {number}/{self.steps}  held out {loss:.4f} nats/character", flush=True)
         self._restart()
 
-    def summary(self) -> str:
-        """Mean training loss and speed since the last line."""
+    def means(self) -> tuple[float, float]:
+        """Training loss since the last line, tokens per second since the last pause."""
         loss = sum(self._losses) / max(1, len(self._losses))
-        speed = self._tokens / max(1e-9, time.monotonic() - self._since)
-        return f"loss {loss:.4f} nats/token  {speed:.0f} tokens/s"
+        return loss, self._tokens / max(1e-9, time.monotonic() - self._since)
 
     def _restart(self) -> None:
         self._tokens, self._since = 0, time.monotonic()
 
 
 class Bar(Lines):
-    """A bar with loss, held-out loss, tokens per second and the time that is left."""
+    """A bar with loss, held-out loss (both in nats), tokens per second and the time left."""
 
     def __init__(self, steps: int, done: int, console: Console):
         super().__init__(steps, done)
         self._held = ""
         self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
@@ -88,13 +90,19 @@ class Bar(Lines):
         """Move the bar by one step."""
         self._losses = [*self._losses[1 - _EVERY :], loss]
         self._tokens += tokens
-        self._bar.update(self._task, completed=number, note=self.summary() + self._held)
+        self._show(number)
 
     def held_out(self, number: int, loss: float) -> None:
         """Tell the held-out loss from now on."""
-        self._held = f"  held out {loss:.4f} nats/character"
-        self._bar.update(self._task, completed=number, note=self.summary() + self._held)
+        self._held = f", held out {loss:.3f}/character"
+        self._show(number)
         self._restart()
+
+    def _show(self, number: int) -> None:
+        """In few words: what does not fit beside the bar is cut off."""
+        loss, speed = self.means()
+        note = f"loss {loss:.3f}/token{self._held}, {speed:.0f} tokens/s"
+        self._bar.update(self._task, completed=number, note=note)
 
 
 def reporter(steps: int, done: int) -> Lines:

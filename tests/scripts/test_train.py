@@ -216,8 +216,8 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
         tell.held_out(4, 1.25)
     out = capsys.readouterr().out
     assert "4/10" in out
-    assert "loss 2.5000" in out
-    assert "held out 1.2500" in out
+    assert "loss 2.500/token" in out
+    assert "held out 1.250/character" in out
 
 
 @pytest.fixture(scope="module")
