@@ -25,23 +25,39 @@ def _jitted():
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_greedy_tokens(name, tmp_path):
-    """One program for all seeds: the weights are its arguments."""
+    """One program for all seeds, and no cache: the weights are its arguments."""
     for seed in SEEDS:
-        path = tmp_path / str(seed)
-        reference.save(reference.random_model(CASES[name], seed), path, CASES[name])
-        theirs = reference.load(path)
-        ours = jkv.load(path)
-        prompts = reference.random_prompts(theirs, rows=3, length=16, seed=seed)
+        ours, theirs, prompts = _pair(name, seed, tmp_path)
+        tokens = reference.greedy(theirs, prompts, 12)
         wanted = reference.logits(theirs, prompts)
-        logits = np.asarray(_jitted()(ours.model, jnp.asarray(prompts, jnp.int32)))
-        error = np.abs(logits - wanted).max() / wanted.std()
+        rows = jnp.asarray(np.concatenate([prompts, tokens[:, :-1]], axis=1), jnp.int32)
+        logits = np.asarray(_jitted()(ours.model, rows))
+        prompt = prompts.shape[1]
+        error = np.abs(logits[:, :prompt] - wanted).max() / wanted.std()
         print(f"{name} seed {seed}: {error:.2e}")
         assert error <= 1e-4
-        tokens = reference.greedy(theirs, prompts, 12)
-        if _close_call(theirs, prompts, tokens):
-            continue
-        out = jkv.generate(ours.model, prompts.tolist(), max_new_tokens=12, stop=())
-        np.testing.assert_array_equal(np.asarray(out.tokens), tokens)
+        if not _close_call(theirs, prompts, tokens):
+            np.testing.assert_array_equal(logits[:, prompt - 1 :].argmax(-1), tokens)
+
+
+@pytest.mark.parametrize(
+    "name", {case["model_type"]: name for name, case in CASES.items()}.values()
+)
+def test_generate(name, tmp_path):
+    """One model of each family through the dense cache."""
+    ours, theirs, prompts = _pair(name, 7, tmp_path)
+    tokens = reference.greedy(theirs, prompts, 12)
+    assert not _close_call(theirs, prompts, tokens)
+    out = jkv.generate(ours.model, prompts.tolist(), max_new_tokens=12, stop=())
+    np.testing.assert_array_equal(np.asarray(out.tokens), tokens)
+
+
+def _pair(name, seed, tmp_path):
+    """A random model in jkv and in transformers, and prompts."""
+    path = tmp_path / str(seed)
+    reference.save(reference.random_model(CASES[name], seed), path, CASES[name])
+    theirs = reference.load(path)
+    return jkv.load(path), theirs, reference.random_prompts(theirs, rows=3, length=16, seed=seed)
 
 
 def _close_call(model, prompts, tokens) -> bool:
