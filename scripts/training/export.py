@@ -91,6 +91,8 @@ def tokenizer_config(context: int) -> dict[str, Any]:
         "eos_token": END,
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
+        # transformers 4 would also make token_type_ids, which a Llama refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         "chat_template": CHAT_TEMPLATE,
     }
 
