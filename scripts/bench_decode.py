@@ -62,6 +62,8 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         for section in options.only:
             console.print(f"{section}: load {machine.load()}")
             results["sections"][section] = SECTIONS[section](bench)
+            if options.json:  # after each, so that an interrupted run leaves what it has
+                options.json.write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -70,8 +72,6 @@ def main() -> int:
     options = parse()
     # The tables are the output; how it goes is said beside them.
     results = measure(options, Console(stderr=True, highlight=False))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
     if options.plot:
         report.plot(results, options.plot)
     report.show(results, Console(highlight=False))
