@@ -3,7 +3,8 @@
 from jkv.decoding import sampling
 from jkv.decoding.chat import Chat
 from jkv.decoding.loop import Rollout, decode_step, prefill, rollout
-from jkv.decoding.run import Result, generate
+from jkv.decoding.result import Result
+from jkv.decoding.run import generate
 from jkv.decoding.stream import Block, Stream, stream
 
 __all__ = [

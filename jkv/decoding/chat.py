@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jkv.decoding import loop, request
-from jkv.decoding.run import Result
+from jkv.decoding.result import Result
 from jkv.decoding.stream import Stream, stream
 from jkv.errors import CacheFullError, JkvError, UnsupportedError
 

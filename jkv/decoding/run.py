@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import loop
+from jkv.decoding.options import Options, check_plain, checked_kind
 from jkv.decoding.request import (
     PAD,
     Stops,
@@ -24,60 +25,8 @@ from jkv.decoding.request import (
     split_model,
     stops,
 )
+from jkv.decoding.result import Result, differences
 from jkv.errors import CacheFullError
-
-Progress = Callable[[int, int], None]  # tokens of the longest prompt done, and in all
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Result:
-    """What was generated, and the cache to go on from.
-
-    Attributes:
-        tokens: ``[B, T]`` int32, the new tokens, -1 after a row's end.
-        lengths: ``[B]``, how many new tokens each row has, its stop token included.
-        finish_reasons: per row "stop" or "length".
-        logprobs: ``[B, T]`` float32 natural logarithms under the model itself, before any sampling
-            transform, 0 after a row's end; None unless asked for.
-        cache: of all tokens but each row's last, which has no keys and values yet.
-        history: per row all tokens, prompts included.
-        prefill_seconds: until the first token was read.
-        decode_seconds: from there to the last.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    finish_reasons: tuple[str, ...]
-    logprobs: np.ndarray | None
-    cache: Cache
-    history: tuple[np.ndarray, ...]
-    prefill_seconds: float
-    decode_seconds: float
-    config: Any = None  # of the model, so that another one does not resume with its keys
-
-    def __repr__(self) -> str:
-        """Shapes rather than numbers."""
-        return (
-            f"Result(tokens=int32{list(self.tokens.shape)}, lengths={self.lengths.tolist()}, "
-            f"finish_reasons={self.finish_reasons})"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to generate, see `jkv.generate`; unchecked until a `Run` says what is wrong."""
-
-    max_new_tokens: Any
-    cache: Any = None
-    sampler: Any = None
-    stop: Any = None
-    key: Any = None
-    return_logprobs: Any = False
-    resume: Any = None  # Result
-    slots: Any = None
-    block: Any = 32
-    prefill_chunk: Any = 256
-    progress: Any = None  # Progress
 
 
 @dataclasses.dataclass
@@ -100,7 +49,7 @@ class Run:
         self.max_new = integer("max_new_tokens", options.max_new_tokens, 1)
         self.size = integer("block", options.block, 1)
         integer("prefill_chunk", options.prefill_chunk, 16)
-        _check_plain(options)
+        check_plain(options)
         self.new = rows_of_tokens(
             prompts, config.vocab, tokenizer=self.tokenizer, may_be_empty=resume is not None
         )
@@ -139,7 +88,7 @@ class Run:
                 f"resume got {len(self.new)} prompts for {len(resume.history)} rows; expected one "
                 "each, [] where there is nothing to add"
             )
-        differ = _differences(resume.config, self.model.config)
+        differ = differences(resume.config, self.model.config)
         if differ:
             raise ValueError(
                 f"resume got the result of another model ({differ}); expected one of this model"
@@ -152,7 +101,7 @@ class Run:
     def _first_cache(self, longest: int) -> Cache:
         """The cache to begin with: a new one, or the resumed one with room for what comes."""
         options, config = self.options, self.model.config
-        kind = dense() if options.cache is None else _checked_kind(options.cache)
+        kind = dense() if options.cache is None else checked_kind(options.cache)
         if options.slots is not None and integer("slots", options.slots, 1) < self.needed:
             raise CacheFullError(
                 f"slots={options.slots} cannot hold {longest} prompt tokens and "
@@ -363,46 +312,3 @@ def generate(
     for _ in run.blocks():
         pass
     return run.result()
-
-
-def _check_plain(options: Options) -> None:
-    """Refuse what would only be noticed in the middle of the work, or never.
-
-    Raises:
-        TypeError: something that is no function or no bool.
-    """
-    if options.progress is not None and not callable(options.progress):
-        raise TypeError(
-            f"progress got {options.progress!r}; expected a function of (done, total) tokens"
-        )
-    if not isinstance(options.return_logprobs, bool | np.bool_):
-        raise TypeError(f"return_logprobs got {options.return_logprobs!r}; expected True or False")
-
-
-def _checked_kind(kind: Any) -> Any:
-    """`kind`, if it says how tokens are kept.
-
-    Raises:
-        TypeError: it does not.
-    """
-    if isinstance(kind, Cache):
-        raise TypeError(
-            f"cache got a {type(kind).__name__} that already holds tokens; expected a kind such as "
-            "jkv.dense(). To go on from an earlier result pass it as resume="
-        )
-    known = hasattr(kind, "init") or hasattr(kind, "init_cache")
-    if isinstance(kind, type) or not known or kind.__hash__ is None:
-        raise TypeError(
-            f"cache got {kind!r:.60}; expected a kind such as jkv.dense() or jkv.none()"
-        )
-    return kind
-
-
-# What keys and values depend on, beside the weights; the context may differ.
-_IDENTITY = ("family", "vocab", "layers", "width", "heads", "kv_heads", "head_dim", "rope", "dtype")
-
-
-def _differences(old: Any, new: Any) -> str:
-    """In what two configurations differ as far as a cache is concerned."""
-    pairs = ((name, getattr(old, name, None), getattr(new, name, None)) for name in _IDENTITY)
-    return ", ".join(f"{name} {a!r} rather than {b!r}" for name, a, b in pairs if a != b)

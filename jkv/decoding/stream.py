@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jkv.decoding.options import Options
 from jkv.decoding.request import PAD
-from jkv.decoding.run import Options, Result, Run
+from jkv.decoding.result import Result
+from jkv.decoding.run import Run
 from jkv.errors import JkvError
 
 _UNREADABLE = "\ufffd"  # what a decoder writes for bytes that are no character (yet)

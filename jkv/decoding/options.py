@@ -1,0 +1,63 @@
+"""How to generate: the keywords of `generate` and `stream` as one value, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jkv.cache.base import Cache
+
+Progress = Callable[[int, int], None]  # tokens of the longest prompt done, and in all
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to generate, see `jkv.generate`; unchecked until a `Run` says what is wrong."""
+
+    max_new_tokens: Any
+    cache: Any = None
+    sampler: Any = None
+    stop: Any = None
+    key: Any = None
+    return_logprobs: Any = False
+    resume: Any = None  # Result
+    slots: Any = None
+    block: Any = 32
+    prefill_chunk: Any = 256
+    progress: Any = None  # Progress
+
+
+def check_plain(options: Options) -> None:
+    """Refuse what would only be noticed in the middle of the work, or never.
+
+    Raises:
+        TypeError: something that is no function or no bool.
+    """
+    if options.progress is not None and not callable(options.progress):
+        raise TypeError(
+            f"progress got {options.progress!r}; expected a function of (done, total) tokens"
+        )
+    if not isinstance(options.return_logprobs, bool | np.bool_):
+        raise TypeError(f"return_logprobs got {options.return_logprobs!r}; expected True or False")
+
+
+def checked_kind(kind: Any) -> Any:
+    """`kind`, if it says how tokens are kept.
+
+    Raises:
+        TypeError: it does not.
+    """
+    if isinstance(kind, Cache):
+        raise TypeError(
+            f"cache got a {type(kind).__name__} that already holds tokens; expected a kind such as "
+            "jkv.dense(). To go on from an earlier result pass it as resume="
+        )
+    known = hasattr(kind, "init") or hasattr(kind, "init_cache")
+    if isinstance(kind, type) or not known or kind.__hash__ is None:
+        raise TypeError(
+            f"cache got {kind!r:.60}; expected a kind such as jkv.dense() or jkv.none()"
+        )
+    return kind
