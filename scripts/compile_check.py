@@ -177,7 +177,7 @@ def cases(target: str, throwaway: Any) -> dict[str, Case]:
         "ring": throwaway.ring(slots),
         "int8": throwaway.int8(64),
     }
-    forms = [("float32", 64)] if target == "cpu" else [("bfloat16", 128)]
+    forms = [("float32", 64)] if target == "cpu" else [("bfloat16", 128), ("float32", 128)]
     return {
         f"{name} B={batch} G={groups} {dtype} H={dim}": Case(
             kind, batch, groups, slots=slots, head_dim=dim, dtype=dtype

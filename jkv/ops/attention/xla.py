@@ -11,7 +11,7 @@ cache's update and the product, makes the update twice and copies the cache at e
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,13 @@ from jkv.ops.partial import Partial
 
 BLOCK = 128  # slots; measured on the CPU against 64, 256, 512 and 1024
 FEW = 16  # new tokens up to which the scores over a whole buffer are small beside it
+
+# Products of float32 in float32. By default TPUs round to bfloat16 first, for which XLA converts
+# the whole cache at every step, and NVIDIA GPUs to TF32; neither gives the tokens of the CPU.
+_PRODUCT: dict[str, Any] = {
+    "preferred_element_type": jnp.float32,
+    "precision": lax.Precision.HIGHEST,
+}
 
 
 class _Mask(NamedTuple):
@@ -56,10 +63,21 @@ def attention(
     k = k.reshape(batch * kv_heads, slots, dim)
     v = v.reshape(batch * kv_heads, slots, dim)
     mask = _Mask(scale, window, sinks, softcap)
-    if slots <= BLOCK:
-        out, lse = _whole(mask, rows, k, v, positions, slot_positions, lengths)
+    form = _whole if slots <= BLOCK else _blocks
+
+    def plain(q, k, v):
+        return form(mask, q, k, v, positions, slot_positions, lengths)
+
+    def in_pairs(q, k, v):
+        # One query row makes a vector product, for which XLA copies or converts the whole cache
+        # at every step on TPUs and GPUs; two rows make a matrix product, which reads it in place.
+        out, lse = plain(jnp.concatenate([q, q], axis=1), k, v)
+        return out[:, :1], lse[:, :1]
+
+    if groups * new > 1:
+        out, lse = plain(rows, k, v)
     else:
-        out, lse = _blocks(mask, rows, k, v, positions, slot_positions, lengths)
+        out, lse = lax.platform_dependent(rows, k, v, cpu=plain, default=in_pairs)
     out = out.reshape(batch, kv_heads, groups, new, dim).transpose(0, 3, 1, 2, 4)
     lse = lse.reshape(batch, kv_heads, groups, new).transpose(0, 3, 1, 2)
     return Partial(out=out.reshape(q.shape), lse=lse.reshape(batch, new, heads))
@@ -80,7 +98,7 @@ def _scores(mask: _Mask, q: Array, k: Array, positions: Array, at: Array) -> Arr
     """Masked scores [Z, R, S'] in float32; R counts groups first, then new tokens."""
     batch, new = positions.shape
     z, r, _ = q.shape
-    scores = jnp.einsum("zrh,zsh->zrs", q, k, preferred_element_type=jnp.float32) * mask.scale
+    scores = jnp.einsum("zrh,zsh->zrs", q, k, **_PRODUCT) * mask.scale
     if mask.softcap is not None:
         scores = mask.softcap * jnp.tanh(scores / mask.softcap)
     seen = visible(positions, at, window=mask.window, sinks=mask.sinks)
@@ -97,9 +115,7 @@ def _safe_values(v: Array, positions: Array, at: Array) -> Array:
 
 
 def _weighted(weights: Array, v: Array) -> Array:
-    return jnp.einsum(
-        "zrs,zsh->zrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("zrs,zsh->zrh", weights.astype(v.dtype), v, **_PRODUCT)
 
 
 def _whole(mask, q, k, v, positions, slot_positions, lengths):
@@ -154,14 +170,6 @@ def _blocks(mask, q, k, v, positions, slot_positions, lengths):
     def walk(q, k, v):
         return _walk(mask, q, k, v, positions, slot_positions, lengths)
 
-    def in_pairs(q, k, v):
-        # One query row makes a vector product, for which XLA:TPU copies the whole cache at
-        # every step; two rows make a matrix product, which reads it in place.
-        if q.shape[1] > 1:
-            return walk(q, k, v)
-        out, lse = walk(jnp.concatenate([q, q], axis=1), k, v)
-        return out[:, :1], lse[:, :1]
-
     def shorter(q, k, v):
         # A block is sliced out of the cache, which costs as much again as reading it: where
         # about half of the buffer or more is to be read, one pass over all of it is quicker.
@@ -174,7 +182,7 @@ def _blocks(mask, q, k, v, positions, slot_positions, lengths):
         return lax.cond(most, whole, walk, q, k, v)
 
     few = positions.shape[1] <= FEW
-    return lax.platform_dependent(q, k, v, cpu=shorter if few else walk, default=in_pairs)
+    return lax.platform_dependent(q, k, v, cpu=shorter if few else walk, default=walk)
 
 
 @_blocks.defjvp
