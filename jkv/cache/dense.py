@@ -143,7 +143,8 @@ def from_legacy(
         lengths: tokens in each row, S by default.
 
     Raises:
-        ValueError: no layers, arrays whose shapes differ, or lengths outside 0..S.
+        ValueError: no layers, arrays whose shapes differ or whose dtype holds no fractions, or
+            lengths that are no integers or outside 0..S.
     """
     if not layers:
         raise ValueError("from_legacy got no layers; expected one (keys, values) pair per layer")
@@ -154,15 +155,22 @@ def from_legacy(
                 f"from_legacy got layer {i} with keys {np.shape(keys)} and values "
                 f"{np.shape(values)}; expected two arrays [B, K, S, H] of one shape"
             )
-        made.append(Dense(keys=jnp.array(keys), values=jnp.array(values)))
+        layer = Dense(keys=jnp.array(keys), values=jnp.array(values))
+        if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (layer.keys, layer.values)):
+            raise ValueError(
+                f"from_legacy got layer {i} with keys of {layer.keys.dtype} and values of "
+                f"{layer.values.dtype}; expected floating ones"
+            )
+        made.append(layer)
     rows_and_slots = {(d.keys.shape[0], d.keys.shape[2]) for d in made}
     if len(rows_and_slots) > 1:
         raise ValueError(f"from_legacy got layers of different (B, S): {sorted(rows_and_slots)}")
     batch, slots = rows_and_slots.pop()
     filled = np.full((batch,), slots) if lengths is None else np.asarray(lengths)
-    if filled.shape != (batch,) or np.any(filled < 0) or np.any(filled > slots):
+    whole = np.issubdtype(filled.dtype, np.integer) and filled.shape == (batch,)
+    if not whole or np.any(filled < 0) or np.any(filled > slots):
         raise ValueError(
-            f"from_legacy got lengths {filled.tolist()}; expected {batch} of them from 0 to {slots}"
+            f"from_legacy got lengths {filled.tolist()}; expected {batch} integers from 0 to {slots}"
         )
     return Cache(
         layers=tuple(made),
