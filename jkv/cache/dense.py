@@ -170,7 +170,8 @@ def from_legacy(
     whole = np.issubdtype(filled.dtype, np.integer) and filled.shape == (batch,)
     if not whole or np.any(filled < 0) or np.any(filled > slots):
         raise ValueError(
-            f"from_legacy got lengths {filled.tolist()}; expected {batch} integers from 0 to {slots}"
+            f"from_legacy got lengths {filled.tolist()}; expected {batch} integers from 0 to "
+            f"{slots}, the slots there are"
         )
     return Cache(
         layers=tuple(made),
