@@ -652,13 +652,9 @@ def test_all_is_as_before(world):
 def test_good_calls_beside_the_bad_ones(world):
     """The positive twins of what is refused above only for a detail."""
     world.generate(np.asarray([[1, 10], [0, 2]]), max_new_tokens=np.int64(2))
-    world.generate(slots=6)
     world.generate(stop=np.asarray([0, 10]))
     world.generate(stop=[[1], []])
     world.text(stop=["a", "b"])
     world.generate(key=jax.random.split(jax.random.key(0), 2), sampler=HOT)
-    world.generate([[], []], resume=world.good, slots=10, max_new_tokens=4)
-    roll(world, ends=TOKENS, said=TOKENS, sampler=HOT, key=jax.random.key(0))
-    jkv.prefill(world.model, np.ones((2, 3), int), world.cache, np.asarray([3, 0]))
     world.cache.take(np.asarray([1, 1, 0])).crop([1, 0, 2]).resize(9)
     attend(window=1)

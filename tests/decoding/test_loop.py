@@ -248,10 +248,7 @@ def gradients_agree(got, want, scale=1e-4):
 REWARDS = jnp.asarray([[1.0], [-0.5]])
 
 
-@pytest.mark.parametrize(
-    ("kind", "slots"), [(jkv.dense(), 160), (jkv.none(), 16)], ids=["dense", "none"]
-)
-def test_a_policy_gradient_through_a_rollout(tiny_model, drawn, kind, slots):
+def test_a_policy_gradient_through_a_rollout(tiny_model, drawn):
     """Its logprobs differentiated with respect to the model, against the uncached model's.
 
     One row ends early, and what comes after must not count, nor be NaN.
@@ -269,8 +266,8 @@ def test_a_policy_gradient_through_a_rollout(tiny_model, drawn, kind, slots):
             model,
             PROMPTS,
             COUNTS,
-            kind=kind,
-            slots=slots,
+            kind=jkv.dense(),
+            slots=160,
             sampler=HOT,
             key=jax.random.key(3),
             ends=ends,
@@ -288,37 +285,6 @@ def test_a_policy_gradient_through_a_rollout(tiny_model, drawn, kind, slots):
         return total
 
     gradients_agree(through_the_loop(tiny_model), teacher_forced(tiny_model))
-
-
-def test_the_gradient_against_finite_differences(tiny_model, drawn):
-    _, free = drawn
-
-    @jax.jit
-    def loss(model):
-        # Of tokens that are given: those drawn could change with the weights.
-        cache = jkv.init_cache(model.config, batch=2, slots=16)
-        logits, cache = jkv.prefill(model, PROMPTS, cache, COUNTS)
-        token = free.tokens[:, 0]
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)
-        logits, _ = jkv.decode_step(model, token, cache)
-        return jnp.sum(chosen * REWARDS) + jnp.sum(logits**2) * 1e-2
-
-    gradient = jax.jit(jax.grad(loss))(tiny_model)
-    leaves, tree = jax.tree.flatten(tiny_model)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    way = jax.tree.unflatten(
-        tree,
-        [jax.random.normal(k, x.shape) * jnp.std(x) for k, x in zip(keys, leaves, strict=True)],
-    )
-    slope = sum(
-        float(jnp.sum(a * b))
-        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(way), strict=True)
-    )
-    size = 1e-3
-    ahead = loss(jax.tree.map(lambda x, d: x + size * d, tiny_model, way))
-    behind = loss(jax.tree.map(lambda x, d: x - size * d, tiny_model, way))
-    assert abs(slope) > 1e-2
-    np.testing.assert_allclose(float(ahead - behind) / (2 * size), slope, rtol=2e-2)
 
 
 def test_the_gradient_through_a_prefill(tiny_model):

@@ -59,14 +59,6 @@ def test_some_alone_without_a_cache(lm):
         assert oracle.said(out) == [tokens]
 
 
-def test_pairs_of_all_lengths(lm):
-    for first, second in zip(range(0, 16, 2), range(15, 0, -2), strict=True):
-        out = jkv.generate(
-            lm.model, [IDS[first], IDS[second]], max_new_tokens=NEW, stop=(), slots=SLOTS
-        )
-        assert oracle.said(out) == [TOKENS[first], TOKENS[second]]
-
-
 def test_texts_and_small_chunks(lm):
     prompts = [case["prompt"] for case in GOLDEN]
     out = jkv.generate(lm, prompts, max_new_tokens=NEW, stop=(), slots=SLOTS, prefill_chunk=16)

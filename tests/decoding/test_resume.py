@@ -54,13 +54,13 @@ def whole(model, histories, new, kind, draw):
     )
 
 
-def test_turns_equal_the_conversation_at_once(tiny_model, kind, draw):
+def test_turns_equal_the_conversation_at_once(tiny_model, draw):
     """Rows that ended apart; turns that add nothing, one token, and more than a bucket."""
-    out = ends_apart(tiny_model, kind, draw)
+    out = ends_apart(tiny_model, jkv.dense(), draw)
     for turn in TURNS:
         before = [np.append(h, t).astype(int) for h, t in zip(out.history, turn, strict=True)]
         after = jkv.generate(tiny_model, turn, max_new_tokens=9, resume=out, slots=96, **draw)
-        assert oracle.said(after) == whole(tiny_model, before, 9, kind, draw)
+        assert oracle.said(after) == whole(tiny_model, before, 9, jkv.dense(), draw)
         for row, history in enumerate(after.history):
             assert history.tolist() == [*before[row], *after.tokens[row].tolist()]
         oracle.check_cache(tiny_model, after)

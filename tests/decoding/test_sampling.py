@@ -397,9 +397,6 @@ def test_no_key_is_used_twice(tiny_model):
     with jax.debug_key_reuse(True):
         key = jax.random.key(0)
         out = sampled(tiny_model, PROMPTS[:2], key, new=5)
-        cache = jkv.init_cache(tiny_model.config, batch=1, slots=8)
-        logits, cache = jkv.prefill(tiny_model, jnp.asarray([[1, 2]]), cache)
-        jkv.rollout(tiny_model, logits, cache, steps=3, sampler=HOT, key=jax.random.key(1))
 
         @jax.jit
         def twice(key):
