@@ -133,14 +133,12 @@ def write(
     return merged.reshape(buffer.shape)
 
 
-def from_legacy(
-    layers: Sequence[tuple[Any, Any]], lengths: Sequence[int] | Int[Array, " B"] | None = None
-) -> Cache:
+def from_legacy(layers: Sequence[tuple[Any, Any]], lengths: Any = None) -> Cache:
     """A dense cache of (keys, values) per layer, each ``[B, K, S, H]``.
 
     Args:
         layers: one pair per layer, all with the same B and S.
-        lengths: tokens in each row, S by default.
+        lengths: tokens in each row, a list or integer array ``[B]``; S by default.
 
     Raises:
         ValueError: no layers, arrays whose shapes differ or whose dtype holds no fractions, or
