@@ -11,9 +11,9 @@ def after(index: Int[Array, "..."], result: Float[Array, "..."]) -> Int[Array, "
 
     A cache that attends to what it holds and then overwrites part of it (a ring) is updated in
     place only if the compiler knows that the read comes first. Nothing tells it so, and XLA on
-    the CPU then keeps a copy of the whole buffer at every step. A write whose index depends on
-    the read is an order that no pass removes, as `lax.optimization_barrier` is before the copies
-    are decided. A NaN compares false, so the index never changes.
+    the CPU then copies the whole buffer at every step. A write whose index depends on the read is
+    an order that no pass can remove; `lax.optimization_barrier` is removed before the copies are
+    decided. No result is above infinity and a NaN compares false, so the index never changes.
     """
     first = result[(0,) * result.ndim]
     return index + (first > jnp.inf).astype(index.dtype)

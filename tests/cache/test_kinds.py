@@ -35,7 +35,7 @@ def windowed(model, window):
     if window is None:
         return model
     config = dataclasses.replace(model.config, windows=(window,) * model.config.layers)
-    other = Decoder(config, rngs=nnx.Rngs(0))
+    other = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
     nnx.update(other, nnx.state(model))
     return other
 
