@@ -121,7 +121,8 @@ def program(case: Case) -> tuple[Any, Any, Any]:
     shapes = jax.eval_shape(arguments)
     if case.new > 1:
         return loop.absorb, shapes, shapes[2]
-    decode = jax.jit(functools.partial(loop.advanced.__wrapped__, 32), donate_argnums=1)
+    advanced: Any = loop.advanced  # without its jit, whose first argument is static
+    decode = jax.jit(functools.partial(advanced.__wrapped__, 32), donate_argnums=1)
     return decode, shapes, shapes[1].cache
 
 
@@ -191,7 +192,7 @@ def cases(target: str, throwaway: Any) -> dict[str, Case]:
 
 def main() -> int:
     """Print a table and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description="Look for a second cache.")
     parser.add_argument("--target", choices=TARGETS, default="cpu")
     parser.add_argument(
         "--textproto",
