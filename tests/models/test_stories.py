@@ -17,8 +17,6 @@ KINDS = {"dense": jkv.dense(), "none": jkv.none()}
 @pytest.fixture(scope="module")
 def lm(shared):
     path = shared / "models" / "stories260k"
-    if not path.is_dir():
-        pytest.skip("shared/models/stories260k is not there")
     return jkv.load(path)
 
 
