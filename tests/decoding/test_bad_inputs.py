@@ -545,13 +545,13 @@ bad(
 bad(
     "from too long rows",
     ValueError,
-    r"lengths \[6, 1\]; expected 2 of them from 0 to 5",
+    r"lengths \[6, 1\]; expected 2 integers from 0 to 5",
     lambda w: jkv.from_legacy(w.tree(), [6, 1]),
 )
 bad(
     "from rows without lengths",
     ValueError,
-    "expected 2 of them",
+    "expected 2 integers",
     lambda w: jkv.from_legacy(w.tree(), [1]),
 )
 
