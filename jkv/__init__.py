@@ -33,6 +33,7 @@ _HOME = {
     "CacheFullError": "jkv.errors",
     "CheckpointError": "jkv.errors",
     "JkvError": "jkv.errors",
+    "NonFiniteError": "jkv.errors",
     "UnsupportedError": "jkv.errors",
 }
 _MODULES = {

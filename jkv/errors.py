@@ -9,6 +9,10 @@ class CacheFullError(JkvError, ValueError):
     """A row had no slot left for a new token: the write was dropped and nothing was changed."""
 
 
+class NonFiniteError(JkvError, ValueError):
+    """NaN or infinity was given to a cache that rounds what it stores."""
+
+
 class UnsupportedError(JkvError, ValueError):
     """An operation that this kind of cache, model or device cannot honour."""
 

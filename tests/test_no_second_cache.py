@@ -16,7 +16,7 @@ import pytest
 
 import jkv
 from jkv._pytree import pytree, static
-from jkv.cache.base import Step
+from jkv.cache.protocol import Step
 from tests.cache import throwaway
 from tests.conftest import ROOT
 

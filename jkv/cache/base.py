@@ -1,9 +1,9 @@
-"""The protocol of a layer's cache, and the cache of a whole model."""
+"""The cache of a whole model: a value, and the algebra on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,115 +14,8 @@ from jaxtyping import Float, Int
 from jkv import _pytree
 from jkv._axes import Array
 from jkv._pytree import pytree
-from jkv.errors import CacheFullError, UnsupportedError
-
-
-@pytree
-class Step:
-    """What all layers share in one forward pass: where the new tokens are.
-
-    The tokens of a row are contiguous and come first: token t of row b has position
-    ``start[b] + t`` while that is below ``stop[b]``, and -1 (padding) from there on.
-    """
-
-    positions: Array  # [B, T] int32
-    start: Array  # [B] int32, tokens in the row before this pass
-    stop: Array  # [B] int32, and after it
-
-    @classmethod
-    def after(cls, start: Int[Array, " B"], counts: Int[Array, " B"], new: int) -> Step:
-        """The step in which `counts[b]` of `new` tokens follow the `start[b]` of each row."""
-        offsets = jnp.arange(new, dtype=jnp.int32)[None, :]
-        positions = jnp.where(offsets < counts[:, None], start[:, None] + offsets, -1)
-        return cls(positions=positions, start=start, stop=start + counts)
-
-
-@runtime_checkable
-class LayerCache(Protocol):
-    """One layer's keys and values: a frozen pytree that knows how to attend to itself.
-
-    One method rather than "append" and "read": the order of the two is the cache's own affair
-    (a ring given a chunk longer than itself must read first), and what a cache stores never has
-    to be written out in full for somebody else to read.
-    """
-
-    @property
-    def capacity(self) -> int | None:
-        """Tokens that a row can hold, None when it never runs full."""
-        ...
-
-    def attend(
-        self,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        step: Step,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> tuple[Float[Array, "B T N H"], LayerCache]:
-        """Attention of the new tokens over the old and themselves, and the cache with both.
-
-        Tokens at position -1 are padding: nothing of them is stored, what they get is undefined.
-        """
-        ...
-
-    def take(self, rows: Int[Array, " R"]) -> LayerCache:
-        """The cache whose row r is this one's row ``rows[r]``."""
-        ...
-
-    def resize(self, slots: int) -> LayerCache:
-        """The same tokens in a buffer of another length."""
-        ...
-
-    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> LayerCache:
-        """The cache rolled back from `held[b]` tokens to the first `lengths[b]` of them.
-
-        Raises:
-            UnsupportedError: what is needed has been overwritten.
-        """
-        ...
-
-    def concat(self, others: Sequence[LayerCache]) -> LayerCache:
-        """The rows of this cache followed by those of others of the same kind and length."""
-        ...
-
-    def to_legacy(
-        self, lengths: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """Keys and values of each row's `lengths[b]` tokens in order, one slot per position.
-
-        Raises:
-            UnsupportedError: a token's have not been kept.
-        """
-        ...
-
-
-@runtime_checkable
-class Kind(Protocol):
-    """How a layer's tokens are kept, described before there is a shape: a small frozen value."""
-
-    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> LayerCache:
-        """An empty layer cache."""
-        ...
-
-
-@runtime_checkable
-class Shape(Protocol):
-    """What a cache must know of a model's configuration."""
-
-    @property
-    def layers(self) -> int: ...  # noqa: D102
-    @property
-    def kv_heads(self) -> int: ...  # noqa: D102
-    @property
-    def head_dim(self) -> int: ...  # noqa: D102
-
-
-# The model without its cache: tokens [B, T], their step and the layers' caches in; the hidden
-# states [B, T, D] and the next caches out.
-Stack = Callable[[Array, Step, tuple[Any, ...]], tuple[Array, tuple[Any, ...]]]
+from jkv.cache.protocol import Stack, Step, bound
+from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 
 
 @pytree
@@ -198,10 +91,11 @@ class Cache:
         return step, self.overflowed | ~fits
 
     def check(self) -> Cache:
-        """This cache, if no row ever overflowed.
+        """This cache, if no row ever overflowed and nothing was stored that cannot be.
 
         Raises:
-            CacheFullError: some did.
+            CacheFullError: a row overflowed.
+            NonFiniteError: NaN or infinity among keys or values that were to be rounded.
         """
         full = np.flatnonzero(np.asarray(self.overflowed))
         if len(full):
@@ -209,6 +103,14 @@ class Cache:
                 f"the cache is full: rows {full.tolist()} had no room for their new tokens in "
                 f"{self.capacity} slots; nothing was written. Ask for more slots or fewer tokens"
             )
+        for i, layer in enumerate(self.layers):
+            broken = np.flatnonzero(np.asarray(getattr(layer, "broken", ())))
+            if len(broken):
+                raise NonFiniteError(
+                    f"layer {i} was given NaN or infinity as keys or values of rows "
+                    f"{broken.tolist()}, which no code can hold; expected finite ones. Look at the "
+                    "model's own activations, or use jkv.dense() to keep them as they are"
+                )
         return self
 
     def crop(self, lengths: Any) -> Cache:
@@ -242,6 +144,48 @@ class Cache:
             lengths=self.lengths[at],
             overflowed=self.overflowed[at],
         )
+
+    def fork(self, count: Any) -> Cache:
+        """Every row `count` times, copies next to each other: prefill once, go on many ways.
+
+        Raises:
+            ValueError: `count` is no integer of at least 1.
+        """
+        return self.take(np.repeat(np.arange(self.batch), _integer("fork", "count", count)))
+
+    def convert(self, to: Any, *, config: Any = None, slots: Any = None) -> Cache:
+        """The same tokens in a cache of another kind; what is kept of them is up to that kind.
+
+        Args:
+            to: the kind, such as `jkv.quantized(bits=4)`.
+            config: the model's configuration, for kinds that depend on the model or the layer.
+            slots: tokens that each row has room for, by default as many as now.
+
+        Raises:
+            UnsupportedError: a token's keys and values have not been kept, or the kind keeps none.
+            CacheFullError: fewer slots than tokens.
+        """
+        if not hasattr(to, "init"):
+            raise UnsupportedError(
+                f"convert got {to!r:.60}; expected a kind that keeps keys and values, such as "
+                "jkv.dense()"
+            )
+        pairs = self.to_legacy()
+        held = pairs[0][0].shape[2]
+        room = self.capacity if self.capacity is not None else max(held, 1)
+        slots = room if slots is None else _integer("convert", "slots", slots)
+        if slots < held:
+            raise CacheFullError(f"convert got slots={slots} for rows of up to {held} tokens")
+        step = Step.after(jnp.zeros_like(self.lengths), self.lengths, held)
+        layers = []
+        for i, (keys, values) in enumerate(pairs):
+            batch, heads, _, dim = keys.shape
+            kind = to if config is None else bound(to, config, i)
+            layer = kind.init(batch, slots, heads, dim, keys.dtype)
+            if held:
+                layer = layer.put(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), step)
+            layers.append(layer)
+        return _pytree.replace(self, layers=tuple(layers))
 
     def resize(self, slots: Any) -> Cache:
         """The same tokens in buffers of `slots` slots.

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int, Num
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree
-from jkv.cache.base import Cache, Step
+from jkv.cache.base import Cache
+from jkv.cache.protocol import Step
 
 
 @pytree
@@ -44,15 +45,7 @@ class Dense:
         Raises:
             ValueError: keys of other heads than the cache was made for.
         """
-        held, given = (self.keys.shape[1], self.keys.shape[3]), k.shape[2:]
-        if held != given:
-            raise ValueError(
-                f"the cache holds {held[0]} heads of {held[1]} dimensions, and the model makes "
-                f"{given[0]} of {given[1]}; expected a cache made from this model's configuration"
-            )
-        cache = Dense(
-            keys=write(self.keys, k, step.positions), values=write(self.values, v, step.positions)
-        )
+        cache = self.put(k, v, step)
         part = ops.attention(
             q,
             cache.keys,
@@ -64,6 +57,17 @@ class Dense:
             softcap=softcap,
         )
         return part.out.astype(q.dtype), cache
+
+    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Dense:
+        """Each new token in the slot of its position.
+
+        Raises:
+            ValueError: keys of other heads than the cache was made for.
+        """
+        check_heads(self.keys, k)
+        return Dense(
+            keys=write(self.keys, k, step.positions), values=write(self.values, v, step.positions)
+        )
 
     def take(self, rows: Int[Array, " R"]) -> Dense:
         """The cache with other rows."""
@@ -110,6 +114,21 @@ class DenseKind:
 def dense() -> DenseKind:
     """Every token, in the model's dtype. Exact: the tokens are those of a model without a cache."""
     return DenseKind()
+
+
+def check_heads(held: Any, new: Array) -> None:
+    """Refuse keys ``[B, T, K, H]`` for a buffer ``[B, K, S, H]`` of other heads.
+
+    Raises:
+        ValueError: another number of heads, or of dimensions.
+    """
+    heads, dim = held.shape[1], held.shape[3]
+    if (heads, dim) != new.shape[2:]:
+        raise ValueError(
+            f"the cache holds {heads} heads of {dim} dimensions, and the model makes "
+            f"{new.shape[2]} of {new.shape[3]}; expected a cache made from this model's "
+            "configuration"
+        )
 
 
 def write(
@@ -178,4 +197,4 @@ def from_legacy(layers: Sequence[tuple[Any, Any]], lengths: Any = None) -> Cache
     )
 
 
-__all__ = ["Dense", "DenseKind", "dense", "from_legacy", "write"]
+__all__ = ["Dense", "DenseKind", "check_heads", "dense", "from_legacy", "write"]

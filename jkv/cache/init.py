@@ -4,8 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jkv.cache.base import Cache, Shape, _integer
+from jkv.cache.base import Cache, _integer
 from jkv.cache.dense import dense
+from jkv.cache.protocol import Shape, bound
 
 
 def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: Any = None) -> Any:
@@ -43,8 +44,8 @@ def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: 
     if hasattr(kind, "init_cache"):
         return kind.init_cache(config, batch, slots, dtype)
     layers = tuple(
-        kind.init(batch, slots, config.kv_heads, config.head_dim, dtype)
-        for _ in range(config.layers)
+        bound(kind, config, i).init(batch, slots, config.kv_heads, config.head_dim, dtype)
+        for i in range(config.layers)
     )
     return Cache(
         layers=layers,

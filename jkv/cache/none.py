@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
-from jkv.cache.base import Cache, Shape, Stack, Step
+from jkv.cache.base import Cache
+from jkv.cache.protocol import Shape, Stack, Step
 from jkv.errors import UnsupportedError
 
 
@@ -48,6 +49,11 @@ class Chunk:
             softcap=softcap,
         )
         return part.out.astype(q.dtype), self
+
+    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Chunk:
+        """Nothing is kept."""
+        del k, v, step
+        return self
 
 
 @pytree

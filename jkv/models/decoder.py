@@ -11,8 +11,8 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
-from jkv.cache.base import Step
 from jkv.cache.none import Chunk
+from jkv.cache.protocol import Step
 from jkv.models.config import Config
 from jkv.ops.rope import angles, rotate
 

@@ -18,8 +18,8 @@ from jax import lax
 
 from jkv import ops
 from jkv._pytree import pytree, replace, static
-from jkv.cache.base import Step
 from jkv.cache.dense import write
+from jkv.cache.protocol import Step
 from jkv.errors import UnsupportedError
 from jkv.ops.order import after
 
@@ -203,7 +203,8 @@ class Rounded:
         slots = after(step.positions, part.out)
         return part.out.astype(q.dtype), self.put(k, v, step, slots, part.out)
 
-    def put(self, k, v, step: Step, slots, result=None) -> Rounded:
+    def put(self, k, v, step: Step, slots=None, result=None) -> Rounded:
+        slots = step.positions if slots is None else slots
         return Rounded(
             keys=self.keys.put(k, slots),
             values=self.values.put(v, slots),
