@@ -2,6 +2,7 @@
 
 from jkv.decoding import sampling
 from jkv.decoding.chat import Chat
+from jkv.decoding.draft import Draft, prompt_lookup
 from jkv.decoding.loop import Rollout, decode_step, prefill, rollout
 from jkv.decoding.result import Result
 from jkv.decoding.run import generate
@@ -10,12 +11,14 @@ from jkv.decoding.stream import Block, Stream, stream
 __all__ = [
     "Block",
     "Chat",
+    "Draft",
     "Result",
     "Rollout",
     "Stream",
     "decode_step",
     "generate",
     "prefill",
+    "prompt_lookup",
     "rollout",
     "sampling",
     "stream",

@@ -269,6 +269,12 @@ def copied(cache: Cache) -> Cache:
     return jax.tree.map(jnp.copy, cache)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def forked(last: Array, cache: Cache, count: int) -> tuple[Array, Cache]:
+    """Each row of a prefill `count` times, copies next to each other."""
+    return jnp.repeat(last, count, axis=0), cache.fork(count)
+
+
 @functools.partial(jax.jit, donate_argnums=(2, 4))
 def absorb(
     model: Any, tokens: Array, cache: Cache, counts: Array, last: Array

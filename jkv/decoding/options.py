@@ -28,6 +28,8 @@ class Options:
     block: Any = 32
     prefill_chunk: Any = 256
     progress: Any = None  # Progress
+    samples: Any = 1
+    draft: Any = None  # Draft
 
 
 def check_plain(options: Options) -> None:

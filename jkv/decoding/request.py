@@ -20,6 +20,13 @@ class Stops:
     ids: tuple[tuple[int, ...], ...]  # per row
     strings: tuple[tuple[str, ...], ...]  # per row
 
+    def repeated(self, count: int) -> Stops:
+        """Those of each row `count` times, next to each other."""
+        return Stops(
+            ids=tuple(ids for ids in self.ids for _ in range(count)),
+            strings=tuple(strings for strings in self.strings for _ in range(count)),
+        )
+
     def matrix(self) -> np.ndarray:
         """The ids as int32 ``[B, M]``, padded with a value that no token has.
 

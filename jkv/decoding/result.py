@@ -24,6 +24,8 @@ class Result:
         history: per row all tokens, prompts included.
         prefill_seconds: until the first token was read.
         decode_seconds: from there to the last.
+        passes: ``[B]``, passes of the model after the prefill in which each row took part: as many
+            as its new tokens but one, fewer where a draft was right.
     """
 
     tokens: np.ndarray
@@ -35,6 +37,13 @@ class Result:
     prefill_seconds: float
     decode_seconds: float
     config: Any = None  # of the model, so that another one does not resume with its keys
+    passes: np.ndarray | None = None
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """New tokens per row and pass, those of the prefill left out: above 1 with a good draft."""
+        passes = 0 if self.passes is None else int(self.passes.sum())
+        return float((self.lengths - 1).sum()) / passes if passes else 1.0
 
     def __repr__(self) -> str:
         """Shapes rather than numbers."""

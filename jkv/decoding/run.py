@@ -13,7 +13,7 @@ import numpy as np
 
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
-from jkv.decoding import loop
+from jkv.decoding import draft, loop
 from jkv.decoding.options import Options, check_plain, checked_kind
 from jkv.decoding.request import (
     PAD,
@@ -53,10 +53,17 @@ class Run:
         self.new = rows_of_tokens(
             prompts, config.vocab, tokenizer=self.tokenizer, may_be_empty=resume is not None
         )
-        batch = len(self.new)
-        self.history = self._history(resume)
+        self.samples = integer("samples", options.samples, 1)
+        batch = len(self.new) * self.samples
+        self.history = [row for row in self._history(resume) for _ in range(self.samples)]
         self.keys = loop.check_sampler(options.sampler, options.key, batch)
-        self.stops: Stops = stops(options.stop, batch, config.vocab, config.end_ids, self.tokenizer)
+        if self.samples > 1 and self.keys is None:
+            raise ValueError(
+                f"samples={self.samples} of a sampler that draws nothing at random would all be "
+                "the same; expected one that does, such as jkv.sampling.temperature(0.8), and a key"
+            )
+        stopping = stops(options.stop, len(self.new), config.vocab, config.end_ids, self.tokenizer)
+        self.stops: Stops = stopping.repeated(self.samples)
         self.ends = self.stops.matrix()
         longest = max(map(len, self.history))
         if longest + self.max_new > config.context:
@@ -67,6 +74,10 @@ class Run:
             )
         self.needed = longest + self.max_new - 1
         self.cache = self._first_cache(longest)
+        self.draft = None
+        if options.draft is not None:
+            self.draft = draft.checked(options.draft, batch, longest + self.max_new)
+            draft.check_goes_with(self.cache, options.sampler, config.vocab)
         self.rows = [_Row(strings) for strings in self.stops.strings]
         self.state: Any = None  # a loop.State from the prefill on
         self.exhausted = False  # all blocks have been read, rather than interrupted
@@ -125,7 +136,9 @@ class Run:
             ahead = None
             if said < self.max_new and not self._finished():
                 steps = min(self.size, self.max_new - said)
-                ahead, said = self._dispatch(steps), said + steps
+                ahead = self._dispatch(steps)
+                # With a draft, how many they are is known once they have been read.
+                said += steps if self.draft is None else 0
             if waiting is not None:
                 yield self._accept(*waiting)
             if ahead is None:
@@ -136,8 +149,8 @@ class Run:
     def _finished(self) -> bool:
         return all(row.reason is not None for row in self.rows)
 
-    def _prefill(self) -> tuple[Any, Any, Any]:
-        """All prompts into the cache, chunk by chunk, and the first token of each row."""
+    def absorb(self) -> Any:
+        """All prompts into the cache, chunk by chunk; the hidden states after their last tokens."""
         counts = np.asarray([len(row) for row in self.new], np.int32)
         total, chunk, done = int(counts.max()), self.options.prefill_chunk, 0
         width = self.model.config.width
@@ -154,12 +167,22 @@ class Run:
             if progress is not None:
                 jax.block_until_ready(last)
                 progress(min(done, total), total)
+        return last
+
+    def _prefill(self) -> tuple[Any, Any, Any]:
+        """Each prompt once, a row for each of its samples, and the first token of each row."""
+        last = self.absorb()
+        if self.samples > 1:
+            last, self.cache = loop.forked(last, self.cache, self.samples)
         # Only samplers look back; another width is another program.
         looks = self.options.sampler is not None
         said = padded(self.history, bucket(max(map(len, self.history)))) if looks else None
         self.state, token, logprob = loop.begun(
             self.model, last, self.cache, said, self.options.sampler, self.keys, self.ends
         )
+        if self.draft is not None:
+            slots = bucket(max(map(len, self.history)) + self.max_new)
+            self.state = draft.drafting(self.state, padded(self.history, slots))
         return token[:, None], logprob[:, None], self.state.done
 
     def _dispatch(self, steps: int) -> tuple[Any, Any, Any]:
@@ -171,15 +194,12 @@ class Run:
             if state.cache.capacity < wanted:
                 cache = loop.resized(state.cache, wanted)
                 state = dataclasses.replace(state, cache=cache)
-        self.state, *out = loop.advanced(
-            self.size,
-            self.model,
-            state,
-            self.options.sampler,
-            self.keys,
-            self.ends,
-            np.int32(steps),
-        )
+        how = (self.options.sampler, self.keys, self.ends)
+        if self.draft is None:
+            self.state, *out = loop.advanced(self.size, self.model, state, *how, np.int32(steps))
+        else:
+            limits = np.asarray([len(row) + self.max_new for row in self.history], np.int32)
+            self.state, *out = draft.drafted(self.size, self.model, state, self.draft, *how, limits)
         return tuple(out)
 
     def _accept(
@@ -188,6 +208,7 @@ class Run:
         """Read a block from the device into the rows, and cut rows at their stop strings."""
         block = np.array(tokens)
         values = np.asarray(logprobs) if self.options.return_logprobs else None
+        ended = np.asarray(done)
         self.last_read = time.perf_counter()
         if block_of == 1:
             self.first_read = self.last_read
@@ -206,8 +227,8 @@ class Run:
                 row.reason = "stop"
             elif row.tokens and row.tokens[-1] in self.stops.ids[i]:
                 row.reason = "stop"
-            elif len(row.tokens) >= self.max_new:
-                row.reason = "length"
+            elif len(row.tokens) >= self.max_new or ended[i]:
+                row.reason = "length"  # or no room, which `result` says
         return block
 
     def _first_stop(self, row: _Row, fresh: int) -> int | None:
@@ -252,6 +273,7 @@ class Run:
             prefill_seconds=self.first_read - self.started,
             decode_seconds=self.last_read - self.first_read,
             config=self.model.config,
+            passes=lengths - 1 if self.draft is None else np.asarray(self.state.passes),
         )
 
 
@@ -269,6 +291,8 @@ def generate(
     slots: Any = None,
     prefill_chunk: Any = 256,
     progress: Any = None,
+    samples: Any = 1,
+    draft: Any = None,
 ) -> Result:
     """Continue prompts of any lengths, in one batch.
 
@@ -289,11 +313,19 @@ def generate(
             that few programs serve all requests.
         prefill_chunk: tokens per pass of the prefill, at least 16.
         progress: called with (done, total) tokens of the longest prompt after each chunk.
+        samples: rows of the result per prompt, next to each other, drawn apart. It is what each
+            prompt given so many times says, but prefilled once: one key stands for as many as there
+            are rows in the result, and a resumed turn has a prompt for each of them.
+        draft: proposes tokens, of which one pass then says as many as are right:
+            `jkv.prompt_lookup()`, or a function of (history [B, S], lengths [B]) that returns
+            [B, k] tokens. The result is the same, sooner where texts repeat themselves.
 
     Raises:
-        TypeError: prompts, stops, sampler or key of a wrong type.
+        TypeError: prompts, stops, sampler, key or draft of a wrong type.
         ValueError: empty prompts, ids outside the vocabulary, more tokens than the model's context,
-            numbers out of range.
+            numbers out of range, samples that would all be the same, or a draft with a sampler that
+            remembers.
+        UnsupportedError: a draft with a kind of cache that cannot roll back in the decode loop.
         CacheFullError: `slots` too small for what is asked.
     """
     options = Options(
@@ -307,6 +339,8 @@ def generate(
         slots=slots,
         prefill_chunk=prefill_chunk,
         progress=progress,
+        samples=samples,
+        draft=draft,
     )
     run = Run(model, prompts, options)
     for _ in run.blocks():

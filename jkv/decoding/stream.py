@@ -22,7 +22,7 @@ class Block:
     """The next few tokens of every row.
 
     Attributes:
-        tokens: ``[B, t]`` int32, -1 after a row's end.
+        tokens: ``[B, t]`` int32, -1 after a row's end (with a draft, after what it has said yet).
         texts: per row the text that is new, "" while a character is incomplete; joined over all
             blocks it is the decoded text of all the row's tokens. None without a tokenizer.
         done: ``[B]`` bool, rows that have ended with this block or before.
@@ -150,6 +150,8 @@ def stream(
     slots: Any = None,
     prefill_chunk: Any = 256,
     progress: Any = None,
+    samples: Any = 1,
+    draft: Any = None,
 ) -> Stream:
     """The tokens of `jkv.generate` in blocks, the first alone: an iterator of `Block`.
 
@@ -169,10 +171,14 @@ def stream(
         slots: tokens that each row's cache has room for.
         prefill_chunk: tokens per pass of the prefill.
         progress: called after each of them.
+        samples: rows per prompt.
+        draft: proposes tokens. Rows then say different numbers of them: in a block each has -1
+            after its own.
 
     Raises:
         TypeError: see `jkv.generate`; all but a full cache is raised at the call.
         ValueError: likewise.
+        UnsupportedError: likewise.
         CacheFullError: likewise.
     """
     options = Options(
@@ -187,5 +193,7 @@ def stream(
         block=block,
         prefill_chunk=prefill_chunk,
         progress=progress,
+        samples=samples,
+        draft=draft,
     )
     return Stream(Run(model, prompts, options))

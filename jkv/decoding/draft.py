@@ -1,0 +1,289 @@
+"""Speculative decoding: several tokens per pass, the same tokens as without it.
+
+A draft proposes what a row may say next. One pass of the model then tells what the row does say
+after each proposed token, and the proposals up to the first that differs are kept, together with
+the token that the model puts in its place (Leviathan et al. 2023, arXiv:2211.17192). A token is
+drawn with a key that depends on its position alone, so that this holds for tokens drawn at random
+as for greedy ones: a draft changes when tokens come, never which.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Bool, Int
+
+from jkv._axes import Array
+from jkv._pytree import pytree, replace, static
+from jkv.cache.base import Cache
+from jkv.decoding import sampling
+from jkv.decoding.loop import State
+from jkv.decoding.request import PAD, integer
+from jkv.errors import UnsupportedError
+
+
+@runtime_checkable
+class Draft(Protocol):
+    """Proposes what rows may say next; traced into the decode loop.
+
+    A plain function, or any pytree that can be called: what it holds as arrays are arguments of
+    the compiled loop, so that a draft model's weights can be among them.
+    """
+
+    def __call__(self, history: Int[Array, "B S"], lengths: Int[Array, " B"]) -> Int[Array, "B k"]:
+        """The next k tokens of each row, -1 from where there is nothing to propose.
+
+        Args:
+            history: all tokens of each row, -1 past its end.
+            lengths: how many they are, at least 1.
+        """
+        ...
+
+
+@pytree
+class PromptLookup:
+    """See `prompt_lookup`."""
+
+    ngram: int = static()
+    tokens: int = static()
+
+    def __call__(self, history: Int[Array, "B S"], lengths: Int[Array, " B"]) -> Int[Array, "B k"]:
+        """What followed the latest of the longest matches, going on into itself at the end."""
+        batch, slots = history.shape
+        at = jnp.arange(slots)[None, :]
+        last = lengths[:, None] - 1
+        matched = jnp.zeros((batch, slots), jnp.int32)  # tokens that agree, counted backwards
+        going = at < last
+        for back in range(self.ngram):
+            wanted = jnp.take_along_axis(history, jnp.maximum(last - back, 0), axis=1)
+            going = going & (at >= back) & (jnp.roll(history, back, axis=1) == wanted)
+            matched = matched + going
+        best = jnp.argmax(matched * slots + at * (matched > 0), axis=1)[:, None]
+        found = jnp.take_along_axis(matched, best, axis=1) > 0
+        # The tokens between the match and the row's end are a period: past the end they repeat.
+        steps = jnp.arange(self.tokens)[None, :] % jnp.maximum(last - best, 1)
+        tokens = jnp.take_along_axis(history, jnp.minimum(best + 1 + steps, slots - 1), axis=1)
+        return jnp.where(found, tokens, PAD)
+
+
+def prompt_lookup(ngram: Any = 3, tokens: Any = 8) -> PromptLookup:
+    """Propose what followed the same words earlier in the row: for texts that repeat themselves.
+
+    The row's last `ngram` tokens are looked for in all that is before them, prompt and answer, and
+    the tokens after the latest place are proposed; where they are not found, fewer of them are.
+    Source: Saxena 2023, "Prompt Lookup Decoding".
+
+    Args:
+        ngram: tokens to look for, at most.
+        tokens: proposed per pass.
+
+    Raises:
+        ValueError: no integers of at least 1.
+    """
+    return PromptLookup(
+        ngram=integer("prompt_lookup's ngram", ngram, 1),
+        tokens=integer("prompt_lookup's tokens", tokens, 1),
+    )
+
+
+@pytree
+class _Function:
+    """A draft that holds no arrays."""
+
+    function: Any = static()
+
+    def __call__(self, history: Array, lengths: Array) -> Array:
+        return self.function(history, lengths)
+
+
+@pytree
+class Drafted:
+    """`loop.State` with all that the rows have said, which is what a draft looks at."""
+
+    cache: Cache
+    token: Array  # [B] int32, said, but not yet in the cache
+    done: Array  # [B] bool
+    sampling: Any  # of a sampler without memory: no leaves
+    history: Array  # [B, S] int32, -1 past a row's end
+    passes: Array  # [B] int32, in which each row took part
+
+
+def checked(draft: Any, batch: int, slots: int) -> Any:
+    """The draft as a pytree that can be called.
+
+    Raises:
+        TypeError: it cannot be called, or not hashed, or proposes no tokens.
+    """
+    if isinstance(draft, type) or not callable(draft):
+        raise TypeError(
+            f"draft got {draft!r:.60}; expected jkv.prompt_lookup(), or a function of "
+            "(history [B, S], lengths [B]) that proposes tokens [B, k]"
+        )
+    if not all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(draft)):
+        if draft.__hash__ is None:
+            raise TypeError(
+                f"draft got {draft!r:.60}, which is neither hashable nor a pytree of arrays; "
+                "expected a function or a frozen dataclass"
+            )
+        draft = _Function(draft)
+    history, lengths = jnp.zeros((batch, slots), jnp.int32), jnp.zeros((batch,), jnp.int32)
+    found = jax.eval_shape(draft, history, lengths)
+    shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", np.dtype(object))
+    fits = shape is not None and len(shape) == 2 and shape[0] == batch and shape[1] > 0
+    if not fits or not jnp.issubdtype(dtype, jnp.integer):
+        got = f"{dtype}{list(shape)}" if shape is not None else type(found).__name__
+        raise TypeError(f"draft proposed {got} for {batch} rows; expected integers [{batch}, k]")
+    return draft
+
+
+def check_goes_with(cache: Any, sampler: Any, vocab: int) -> None:
+    """Refuse caches and samplers for which a pass over proposals cannot be taken back.
+
+    Raises:
+        UnsupportedError: a cache that does not roll back inside of a compiled loop.
+        ValueError: a sampler that remembers what was said.
+    """
+    try:
+        jax.eval_shape(lambda c: c.crop(c.lengths), cache)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            "draft proposes tokens that are taken back out of the cache where the model says "
+            f"others, and this kind of cache cannot do that inside the decode loop ({error}); "
+            "expected one such as jkv.dense(), or no draft"
+        ) from None
+    if sampler is None:
+        return
+    said = jax.ShapeDtypeStruct((cache.batch, 1), jnp.int32)
+    if jax.tree.leaves(jax.eval_shape(lambda s, t: s.init(t, vocab), sampler, said)):
+        raise ValueError(
+            "draft looks several tokens ahead, which a sampler that remembers what was said cannot "
+            "(a repetition_penalty does); expected one without memory, or no draft"
+        )
+
+
+def drafting(state: State, history: np.ndarray) -> Drafted:
+    """The state after a prefill, and the tokens ``[B, S]`` so far, all but the one in the state."""
+    return Drafted(
+        cache=state.cache,
+        token=state.token,
+        done=state.done,
+        sampling=state.sampling,
+        history=jnp.asarray(history),
+        passes=jnp.zeros_like(state.token),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def drafted(
+    size: int,
+    model: Any,
+    state: Drafted,
+    draft: Any,
+    sampler: Any,
+    keys: Any,
+    ends: Array,
+    limits: Array,
+) -> tuple[Drafted, Array, Array, Array]:
+    """Passes until a row has said all of `size` tokens that another pass might say, or all ended.
+
+    Rows say different numbers of tokens. Returns the state, tokens and log-probabilities [B, size],
+    -1 and 0 after what a row has said, and which rows are done.
+
+    Args:
+        size: tokens per row, at most.
+        model: a decoder.
+        state: as it was left.
+        draft: what `checked` returns.
+        sampler: one without memory.
+        keys: of the rows, or None.
+        ends: ``[B, M]``, tokens at which a row ends.
+        limits: ``[B]``, tokens of a row at which it ends, prompt included.
+    """
+    batch = state.token.shape[0]
+    rows = jnp.arange(batch)[:, None]
+    # What the prefill said is not in the history yet.
+    waiting = state.history.at[rows, state.cache.lengths[:, None]].set(state.token[:, None])
+    state = replace(state, history=waiting, done=state.done | (state.cache.lengths + 1 >= limits))
+    width = jax.eval_shape(draft, state.history, state.token).shape[1] + 1
+
+    def going(carry: Any) -> Array:
+        i, state, counts, _, _ = carry
+        most = jnp.max(jnp.where(state.done, 0, counts))
+        return ((i == 0) | (most + width <= size)) & ~jnp.all(state.done)
+
+    def body(carry: Any) -> Any:
+        i, state, counts, tokens, logprobs = carry
+        start = state.cache.lengths + 1
+        room = jnp.minimum(size - counts, limits - start)
+        state, token, logprob, said = verify(model, state, draft, sampler, keys, ends, room)
+        state = replace(state, done=state.done | (state.cache.lengths + 1 >= limits))
+        offsets = jnp.arange(width)[None, :]
+        at = jnp.where(said, counts[:, None] + offsets, size)
+        tokens = tokens.at[rows, at].set(token, mode="drop")
+        logprobs = logprobs.at[rows, at].set(logprob, mode="drop")
+        return i + 1, state, counts + jnp.sum(said, axis=1), tokens, logprobs
+
+    tokens = jnp.full((batch, size), PAD, jnp.int32)
+    logprobs = jnp.zeros((batch, size), jnp.float32)
+    carry = (jnp.int32(0), state, jnp.zeros_like(state.token), tokens, logprobs)
+    _, state, _, tokens, logprobs = lax.while_loop(going, body, carry)
+    # The flags twice: the state is donated to the next call before the host has read these.
+    return state, tokens, logprobs, jnp.copy(state.done)
+
+
+def verify(
+    model: Any,
+    state: Drafted,
+    draft: Any,
+    sampler: Any,
+    keys: Any,
+    ends: Int[Array, "B M"],
+    room: Int[Array, " B"],
+) -> tuple[Drafted, Int[Array, "B T"], Array, Bool[Array, "B T"]]:
+    """One pass: the next state, tokens, their log-probabilities, and which of them are said.
+
+    The rows that are not done say at least one token each, and at most `room`.
+    """
+    held, active = state.cache.lengths, ~state.done
+    proposed = draft(state.history, held + 1).astype(jnp.int32)
+    order = jnp.arange(proposed.shape[1] + 1)[None, :]
+    known = (proposed >= 0) & (proposed < model.config.vocab)
+    known = known & (order[:, 1:] < room[:, None])
+    known = jnp.cumprod(known, axis=1) > 0
+    tokens = jnp.concatenate([state.token[:, None], jnp.where(known, proposed, 0)], axis=1)
+    counts = jnp.where(active, 1 + jnp.sum(known, axis=1), 0)
+    hidden, cache = model.hidden(tokens, state.cache, counts)
+    logits = model.logits(hidden)  # [B, T, V]
+
+    def choose(logits: Array, token: Array, position: Array) -> Array:
+        if sampler is not None:
+            logits, _ = sampler.update(logits, state.sampling, token)
+        return sampling.draw(logits, keys, position)
+
+    chosen = jax.vmap(choose, in_axes=1, out_axes=1)(logits, tokens, held[:, None] + 1 + order)
+    logprobs = jnp.take_along_axis(logits, chosen[..., None], axis=2)[..., 0]
+    logprobs = logprobs - jax.nn.logsumexp(logits, axis=-1)
+    # A token is said if all proposals before it are what was chosen in their places, and no end.
+    ended = jnp.any(chosen[..., None] == ends[:, None], axis=-1)
+    goes_on = known & (chosen[:, :-1] == proposed) & ~ended[:, :-1]
+    said = jnp.cumprod(goes_on, axis=1) > 0
+    said = jnp.concatenate([active[:, None], said & active[:, None]], axis=1)
+    said = said & ~cache.overflowed[:, None]
+    count = jnp.sum(said, axis=1)
+    latest = jnp.take_along_axis(chosen, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    at = jnp.where(said, held[:, None] + 1 + order, state.history.shape[1])
+    rows = jnp.arange(at.shape[0])[:, None]
+    state = Drafted(
+        cache=cache.crop(held + count),
+        token=jnp.where(count > 0, latest, state.token),
+        done=state.done | cache.overflowed | jnp.any(said & ended, axis=1),
+        sampling=state.sampling,
+        history=state.history.at[rows, at].set(chosen, mode="drop"),
+        passes=state.passes + active,
+    )
+    return state, chosen, logprobs, said
