@@ -22,6 +22,15 @@ class Case:
     layered: bool = True  # has a LayerCache per layer
     fills: bool = True  # runs full
     rolls_back: bool = True  # whatever its length
+    off: float = 0.35  # what a random life may find beside a value of up to 1, where not exact
+
+    def sees(self, query: int, position: int) -> bool:
+        """Whether a token at a position still sees another."""
+        return position <= query and (self.window is None or query - position < self.window)
+
+    def rolls_back_from(self, held: int) -> bool:
+        """Whether a row of so many tokens may be shortened."""
+        return self.rolls_back or held <= (self.window or 0)
 
 
 def dense_bytes(layers, b, k, s, h):

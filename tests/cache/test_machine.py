@@ -1,0 +1,185 @@
+"""Random lives of a cache against lists of tokens, for every kind.
+
+A key encodes its position and a value its token, so that a query can ask for one position and see
+which token is found there: one lost, doubled, moved or kept too long is seen at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import jkv
+from jkv.cache.protocol import Step
+from tests.cache.kinds import KINDS
+
+SLOTS, HEADS, DIM, MOST = 40, 2, 16, 4
+SHARP = 6.0  # times the scores: a query sees what it asks for and hardly anything else
+WAVES = np.random.default_rng(1).uniform(0.2, 3.0, DIM // 2)
+VALUES = np.random.default_rng(2).uniform(-1, 1, (512, HEADS, DIM)).astype(np.float32)
+
+
+def key_of(position):
+    """[..., DIM], of length DIM / 2 with itself and less with any other within SLOTS."""
+    turns = np.asarray(position)[..., None] * WAVES
+    return np.concatenate([np.cos(turns), np.sin(turns)], axis=-1).astype(np.float32)
+
+
+@jax.jit
+def appended(layer, tokens, start, counts):
+    """The layer with new tokens [B, T]; asking for nothing."""
+    step = Step.after(start, counts, tokens.shape[1])
+    k, v = material(tokens, step.positions)
+    return layer.attend(jnp.zeros_like(k), k, v, step, scale=SHARP)[1]
+
+
+def material(tokens, positions):
+    turns = positions[..., None] * jnp.asarray(WAVES, jnp.float32)[None, None]
+    k = jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1)
+    return jnp.broadcast_to(k[:, :, None], (*k.shape[:2], HEADS, DIM)), jnp.asarray(VALUES)[tokens]
+
+
+@jax.jit
+def asked(layer, token, start):
+    """What a next token finds at each position: [targets, B, HEADS, DIM]."""
+    step = Step.after(start, jnp.ones_like(start), 1)
+    k, v = material(token[:, None], step.positions)
+
+    def ask(target):
+        q = jnp.broadcast_to(target, (*k.shape[:2], HEADS, DIM))
+        return layer.attend(q, k, v, step, scale=SHARP)[0][:, 0]
+
+    return jax.lax.map(ask, jnp.asarray(key_of(np.arange(SLOTS))))
+
+
+def found(case, row, token):
+    """The same from the list of a row's tokens, in float64."""
+    row = [*row, token]
+    seen = [p for p in range(len(row)) if case.sees(len(row) - 1, p)]
+    scores = SHARP * key_of(np.arange(SLOTS)).astype(float) @ key_of(seen).T.astype(float)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.einsum("ts,snh->tnh", weights, VALUES[[row[p] for p in seen]].astype(float))
+
+
+class Life(RuleBasedStateMachine):
+    """One cache, and the lists of tokens that it should be."""
+
+    case: Any
+    appended = 0
+
+    @initialize(rows=st.integers(1, 3))
+    def born(self, rows):
+        self.layer = self.case.kind.init(rows, SLOTS, HEADS, DIM, jnp.float32)
+        self.rows = [[] for _ in range(rows)]
+        self.next = 0
+
+    def lengths(self):
+        return jnp.asarray([len(row) for row in self.rows], jnp.int32)
+
+    @rule(size=st.sampled_from([11, 4, 1]), data=st.data())
+    def append(self, size, data):
+        limit = SLOTS - 1
+        wanted = [data.draw(st.sampled_from([size, size - 1, 0])) for _ in self.rows]
+        counts = [min(n, limit - len(row)) for n, row in zip(wanted, self.rows, strict=True)]
+        tokens = np.full((len(self.rows), size), 511, np.int32)
+        for b, count in enumerate(counts):
+            new = [(self.next + i) % 510 for i in range(count)]
+            self.next += count
+            tokens[b, :count] = new
+        self.layer = appended(self.layer, tokens, self.lengths(), np.asarray(counts, np.int32))
+        for row, line, count in zip(self.rows, tokens, counts, strict=True):
+            row.extend(line[:count].tolist())
+            Life.appended += count
+
+    @precondition(lambda self: any(self.rows))
+    @rule(data=st.data())
+    def crop(self, data):
+        keep = [data.draw(st.integers(0, len(row))) for row in self.rows]
+        rows = zip(self.rows, keep, strict=True)
+        if not all(n == len(row) or self.case.rolls_back_from(len(row)) for row, n in rows):
+            return
+        self.layer = self.layer.crop(self.lengths(), jnp.asarray(keep, jnp.int32))
+        self.rows = [row[:n] for row, n in zip(self.rows, keep, strict=True)]
+
+    @rule(data=st.data())
+    def take(self, data):
+        order = data.draw(st.lists(st.integers(0, len(self.rows) - 1), min_size=1, max_size=MOST))
+        self.layer = self.layer.take(jnp.asarray(order))
+        self.rows = [list(self.rows[r]) for r in order]
+
+    @precondition(lambda self: 2 * len(self.rows) <= MOST)
+    @rule()
+    def fork(self):
+        cache = jkv.Cache((self.layer,), self.lengths(), jnp.zeros(len(self.rows), bool)).fork(2)
+        self.layer, self.rows = cache.layers[0], [list(row) for row in self.rows for _ in (0, 1)]
+
+    @precondition(lambda self: len(self.rows) > 1)
+    @rule()
+    def part_and_join(self):
+        count = len(self.rows)
+        parts = [self.layer.take(jnp.asarray([r])) for r in range(count)]
+        self.layer = parts[-1].concat(parts[:-1])
+        self.rows = [self.rows[-1], *self.rows[:-1]]
+
+    @invariant()
+    def every_position_holds_its_token(self):
+        token = np.full(len(self.rows), 510, np.int32)
+        got = np.asarray(asked(self.layer, token, self.lengths()))
+        for b, row in enumerate(self.rows):
+            want = found(self.case, row, 510)
+            bound = 1e-4 if self.case.exact else self.case.off
+            assert np.abs(got[:, b] - want).max() < bound, (b, row)
+
+
+def lives(case):
+    """Run some, the same each time; how many tokens were appended in all."""
+    Life.appended = 0
+    machine = type("Life", (Life,), {"case": case})
+    options = settings(
+        max_examples=12,
+        stateful_step_count=14,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(machine, settings=options)
+    return Life.appended
+
+
+@pytest.mark.parametrize("case", [c for c in KINDS if c.layered], ids=lambda c: c.name)
+def test_random_lives(case):
+    assert lives(case) > 100  # tokens that were appended, in all
+
+
+def test_a_lost_token_would_be_seen():
+    """The machine itself: a cache that forgets one token, or doubles one, does not pass."""
+
+    class Forgetful:
+        name, exact, off, layered = "forgetful", True, 0.0, True
+
+        @staticmethod
+        def sees(query, position):
+            return position <= query and position != 3
+
+        kind = jkv.dense()
+        rolls_back_from = staticmethod(lambda held: True)
+
+    with pytest.raises(AssertionError):
+        lives(Forgetful)
