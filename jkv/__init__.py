@@ -18,6 +18,8 @@ _HOME = {
     "from_legacy": "jkv.cache",
     "init_cache": "jkv.cache",
     "none": "jkv.cache",
+    "per_layer": "jkv.cache",
+    "window": "jkv.cache",
     "Config": "jkv.models",
     "Decoder": "jkv.models",
     "LM": "jkv.models",

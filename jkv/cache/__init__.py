@@ -4,16 +4,21 @@ from jkv.cache.base import Cache, concat
 from jkv.cache.dense import Dense, dense, from_legacy
 from jkv.cache.init import init_cache
 from jkv.cache.none import none
+from jkv.cache.per_layer import per_layer
 from jkv.cache.protocol import LayerCache, Step
+from jkv.cache.window import Window, window
 
 __all__ = [
     "Cache",
     "Dense",
     "LayerCache",
     "Step",
+    "Window",
     "concat",
     "dense",
     "from_legacy",
     "init_cache",
     "none",
+    "per_layer",
+    "window",
 ]

@@ -48,6 +48,11 @@ class Cache:
         return any(getattr(layer, "grows", False) for layer in self.layers)
 
     @property
+    def unbounded(self) -> bool:
+        """Whether a model may run past its context: no layer needs to look further back."""
+        return all(getattr(layer, "unbounded", False) for layer in self.layers)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its arrays."""
         return _pytree.nbytes(self)

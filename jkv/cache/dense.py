@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Num
 
 from jkv import ops
 from jkv._axes import Array
-from jkv._pytree import pytree
+from jkv._pytree import pytree, replace, static
 from jkv.cache.base import Cache
 from jkv.cache.protocol import Step
 
@@ -23,6 +23,7 @@ class Dense:
 
     keys: Array  # [B, K, S, H]
     values: Array  # [B, K, S, H]
+    grows: bool = static(default=False)  # a loop gives it slots as it goes
 
     @property
     def capacity(self) -> int:
@@ -65,21 +66,20 @@ class Dense:
             ValueError: keys of other heads than the cache was made for.
         """
         check_heads(self.keys, k)
-        return Dense(
-            keys=write(self.keys, k, step.positions), values=write(self.values, v, step.positions)
-        )
+        keys, values = write(self.keys, k, step.positions), write(self.values, v, step.positions)
+        return replace(self, keys=keys, values=values)
 
     def take(self, rows: Int[Array, " R"]) -> Dense:
         """The cache with other rows."""
-        return Dense(keys=self.keys[rows], values=self.values[rows])
+        return replace(self, keys=self.keys[rows], values=self.values[rows])
 
     def resize(self, slots: int) -> Dense:
         """The same tokens in a longer buffer, or in a shorter one that still holds them."""
         change = slots - self.capacity
         if change <= 0:
-            return Dense(keys=self.keys[:, :, :slots], values=self.values[:, :, :slots])
+            return replace(self, keys=self.keys[:, :, :slots], values=self.values[:, :, :slots])
         pad = ((0, 0), (0, 0), (0, change), (0, 0))
-        return Dense(keys=jnp.pad(self.keys, pad), values=jnp.pad(self.values, pad))
+        return replace(self, keys=jnp.pad(self.keys, pad), values=jnp.pad(self.values, pad))
 
     def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Dense:
         """Nothing to do: what lies past a row's length is never seen, and overwritten later."""
@@ -88,7 +88,8 @@ class Dense:
 
     def concat(self, others: Sequence[Dense]) -> Dense:
         """The rows of all."""
-        return Dense(
+        return replace(
+            self,
             keys=jnp.concatenate([self.keys, *(o.keys for o in others)]),
             values=jnp.concatenate([self.values, *(o.values for o in others)]),
         )
@@ -105,15 +106,29 @@ class Dense:
 class DenseKind:
     """See `dense`."""
 
+    grows: bool = False
+
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Dense:
         """An empty layer: zeros."""
         shape = (batch, kv_heads, slots, head_dim)
-        return Dense(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+        keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        return Dense(keys=keys, values=values, grows=self.grows)
 
 
-def dense() -> DenseKind:
-    """Every token, in the model's dtype. Exact: the tokens are those of a model without a cache."""
-    return DenseKind()
+def dense(grow: Any = False) -> DenseKind:
+    """Every token, in the model's dtype. Exact: the tokens are those of a model without a cache.
+
+    Args:
+        grow: begin with little and double the buffer whenever it is full, between two blocks of
+            `generate`, `stream` or `Chat`: a conversation then needs no maximum in advance, and
+            one of n tokens at most log2(n) sizes. In a loop of your own, `Cache.resize` grows it.
+
+    Raises:
+        TypeError: `grow` is no bool.
+    """
+    if not isinstance(grow, bool):
+        raise TypeError(f"dense got grow={grow!r}; expected True or False")
+    return DenseKind(grow)
 
 
 def check_heads(held: Any, new: Array) -> None:

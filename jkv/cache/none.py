@@ -63,7 +63,6 @@ class Tokens:
     tokens: Array  # [B, S] int32
     layers: int = static()  # of the model
 
-    # The work of a pass grows with the buffer, so a loop keeps it as short as it can.
     grows: ClassVar[bool] = True
 
     @property
@@ -106,6 +105,9 @@ class Recompute(Cache):
     A `Cache` to whoever calls it, so that no model, loop or test needs to know of it.
     """
 
+    # The work of a pass grows with the buffer, so a loop keeps it as short as it can.
+    recomputes: ClassVar[bool] = True
+
     def advance(
         self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B T D"], Recompute]:
@@ -128,6 +130,7 @@ class NoneKind:
     """See `none`."""
 
     grows: ClassVar[bool] = True
+    recomputes: ClassVar[bool] = True
 
     def init_cache(self, config: Shape, batch: int, slots: int, dtype: Any) -> Recompute:
         """An empty history."""

@@ -121,6 +121,12 @@ def bound(kind: Any, config: Any, layer: int) -> Any:
     return kind.bind(config, layer) if hasattr(kind, "bind") else kind
 
 
+def unbounded(kind: Any, config: Any) -> bool:
+    """Whether a model may run past its context with this kind, in all its layers."""
+    layers = range(config.layers)
+    return all(getattr(bound(kind, config, i), "unbounded", False) for i in layers)
+
+
 @runtime_checkable
 class Shape(Protocol):
     """What a cache must know of a model's configuration."""

@@ -43,10 +43,11 @@ def int8_bytes(layers, b, k, s, h, near=6):
 
 KINDS = [
     Case("dense", jkv.dense(), dense_bytes),
+    Case("dense:grow", jkv.dense(grow=True), dense_bytes),
     Case("none", jkv.none(), lambda layers, b, k, s, h: b * s * 4, layered=False),
     Case(
-        "ring",
-        throwaway.ring(7),
+        "window",
+        jkv.window(7),
         lambda layers, b, k, s, h: layers * 2 * b * k * 7 * h * 4,
         window=7,
         fills=False,

@@ -1,0 +1,133 @@
+"""Another kind of cache for each layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jkv.cache.dense import dense
+from jkv.cache.protocol import bound
+from jkv.errors import UnsupportedError
+
+
+class _PerLayer:
+    """What both forms share: they are nothing without a layer."""
+
+    def _used(self) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    @property
+    def grows(self) -> bool:
+        """Whether any layer's does."""
+        return any(getattr(kind, "grows", False) for kind in self._used())
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether every layer's is."""
+        return all(getattr(kind, "unbounded", False) for kind in self._used())
+
+    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Any:
+        """There is no layer without a model.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        del batch, slots, kv_heads, head_dim, dtype
+        raise UnsupportedError(
+            "per_layer has another kind for each layer of a model; make the cache with "
+            "jkv.init_cache(config, ...), or pass config= to convert"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedKind(_PerLayer):
+    """See `per_layer`: one kind for each layer."""
+
+    kinds: tuple[Any, ...]
+
+    def _used(self) -> tuple[Any, ...]:
+        return self.kinds
+
+    def bind(self, config: Any, layer: int) -> Any:
+        """The layer's kind.
+
+        Raises:
+            ValueError: the model has another number of layers.
+        """
+        if len(self.kinds) != config.layers:
+            raise ValueError(
+                f"per_layer got {len(self.kinds)} kinds for a model of {config.layers} layers; "
+                "expected one for each"
+            )
+        return bound(self.kinds[layer], config, layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class EndsKind(_PerLayer):
+    """See `per_layer`: one kind for the layers at the ends, another between."""
+
+    default: Any
+    first: int
+    last: int
+    exact: Any
+
+    def _used(self) -> tuple[Any, ...]:
+        return (self.default, self.exact) if self.first + self.last else (self.default,)
+
+    def bind(self, config: Any, layer: int) -> Any:
+        """The layer's kind.
+
+        Raises:
+            ValueError: the model has fewer layers than are to be kept exact.
+        """
+        if self.first + self.last > config.layers:
+            raise ValueError(
+                f"per_layer got first={self.first} and last={self.last} for a model of "
+                f"{config.layers} layers; expected no more than there are"
+            )
+        between = self.first <= layer < config.layers - self.last
+        return bound(self.default if between else self.exact, config, layer)
+
+
+def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> Any:
+    """Another kind for each layer, or one kind with the layers at the ends kept in another.
+
+    Args:
+        kinds: a list with one kind per layer; or the kind of all layers but those named next.
+        first: layers at the start that are kept in `exact`.
+        last: layers at the end that are.
+        exact: their kind, `jkv.dense()` by default.
+
+    Raises:
+        TypeError: something that is no kind of a layer.
+        ValueError: no kinds, `first` or `last` below 0, or beside a list.
+
+    Example:
+        >>> jkv.per_layer([jkv.dense(), jkv.window(256)] * 6)
+        >>> jkv.per_layer(jkv.window(256), first=1, last=1)
+    """
+    for name, value in (("first", first), ("last", last)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+            raise ValueError(f"per_layer got {name}={value!r}; expected an integer of at least 0")
+    if isinstance(kinds, list | tuple):
+        if not kinds:
+            raise ValueError("per_layer got no kinds; expected one for each layer")
+        if first or last or exact is not None:
+            raise ValueError(
+                "per_layer got a list, which names every layer's kind, and first, last or exact; "
+                "expected one or the other"
+            )
+        return ListedKind(tuple(_checked(kind) for kind in kinds))
+    exact = dense() if exact is None else exact
+    return EndsKind(_checked(kinds), int(first), int(last), _checked(exact))
+
+
+def _checked(kind: Any) -> Any:
+    if isinstance(kind, type) or not hasattr(kind, "init") or kind.__hash__ is None:
+        raise TypeError(
+            f"per_layer got {kind!r:.60}; expected kinds that keep keys and values, such as "
+            "jkv.dense()"
+        )
+    return kind

@@ -1,0 +1,296 @@
+"""The last tokens in a ring, with or without the first ones: windows and attention sinks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Float, Int
+
+from jkv import ops
+from jkv._axes import Array
+from jkv._pytree import pytree, replace, static
+from jkv.cache.dense import Dense, dense
+from jkv.cache.protocol import Step
+from jkv.cache.ring import Ring, chunk
+from jkv.errors import UnsupportedError
+from jkv.ops.rope import angles, rotate
+
+Positions = Literal["cache", "text", "clamped"]
+
+
+@pytree
+class Window:
+    """A layer's last W tokens in a ring, and its first s in a buffer of their own.
+
+    Keys are kept as the model rotated them, at their positions in the text. Between the tokens of
+    the window that is right under every rule of positions, since rotary scores depend on distances
+    alone; the rules differ in how far the sinks are, and turn the queries that look at them.
+    """
+
+    ring: Ring
+    sinks: Dense | None  # the tokens at positions below s
+    positions: Positions = static(default="text")
+    rope: Any = static(default=None)  # the model's rotary positions, where the rule needs them
+
+    unbounded: ClassVar[bool] = True
+
+    @property
+    def capacity(self) -> None:
+        """Never full."""
+        return None
+
+    @property
+    def first(self) -> int:
+        """How many sinks there are: s."""
+        return 0 if self.sinks is None else self.sinks.capacity
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        step: Step,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Float[Array, "B T N H"], Window]:
+        """Each new token over the sinks and the W tokens up to itself, however many are new.
+
+        A window of the model's own that is shorter takes the place of W.
+
+        Raises:
+            ValueError: keys of other heads than the cache was made for.
+        """
+        window = self.ring.size if window is None else min(window, self.ring.size)
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        since = jnp.full_like(step.start, self.first)
+        sinks = self._put_sinks(k, v, step)
+        parts = _read_sinks(replace(self, sinks=sinks), q, step, window, options)
+        options["window"] = window
+        if q.shape[1] == 1:
+            # The token that one new token overwrites is the one that leaves its window.
+            ring = self.ring.put(k, v, step)
+            part = ops.merge(*parts, ring.read(q, step, step.stop, since, **options))
+        else:
+            past = replace(step, positions=_where(step.positions >= self.first, step.positions))
+            part = ops.merge(
+                *parts,
+                self.ring.read(q, step, step.start, since, **options),
+                # Queries among the sinks see sinks alone.
+                chunk(q, k, v, past, **options),
+            )
+            ring = self.ring.put(k, v, step, part.out)
+        return part.out.astype(q.dtype), replace(self, ring=ring, sinks=sinks)
+
+    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Window:
+        """The new tokens in the ring, and among the sinks where they are the first.
+
+        Raises:
+            ValueError: keys of other heads than the cache was made for.
+        """
+        return replace(self, ring=self.ring.put(k, v, step), sinks=self._put_sinks(k, v, step))
+
+    def _put_sinks(self, k: Array, v: Array, step: Step) -> Dense | None:
+        if self.sinks is None:
+            return None
+        early = replace(step, positions=_where(step.positions < self.first, step.positions))
+        return self.sinks.put(k, v, early)
+
+    def take(self, rows: Int[Array, " R"]) -> Window:
+        """The cache with other rows."""
+        sinks = None if self.sinks is None else self.sinks.take(rows)
+        return replace(self, ring=self.ring.take(rows), sinks=sinks)
+
+    def resize(self, slots: int) -> Window:
+        """The same: a window has its size, whatever there is room for elsewhere."""
+        del slots
+        return self
+
+    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Window:
+        """Nothing to do, where no token that would be seen again has been overwritten.
+
+        Raises:
+            UnsupportedError: one has been, or, under `jit`, may have been.
+        """
+        # A row of sinks alone needs nothing of the ring, and the ring nothing of the sinks.
+        wanted = jnp.where(lengths <= self.first, held, lengths)
+        self.ring.check_crop(held - self.first, wanted - self.first)
+        return self
+
+    def concat(self, others: Sequence[Window]) -> Window:
+        """The rows of all."""
+        sinks = self.sinks
+        if sinks is not None:
+            sinks = sinks.concat([o.sinks for o in others if o.sinks is not None])
+        return replace(self, ring=self.ring.concat([o.ring for o in others]), sinks=sinks)
+
+    def to_legacy(
+        self, lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Keys and values of rows of at most s + W tokens, as the model made them.
+
+        Raises:
+            UnsupportedError: a row is longer, or, under `jit`, may be.
+        """
+        most = self.first + self.ring.size
+        if isinstance(lengths, Tracer) or (np.asarray(lengths) > most).any():
+            raise UnsupportedError(
+                f"a window of {self.ring.size} tokens and {self.first} sinks has let go of what "
+                "lay between, or, under jit, may have; to_legacy and convert need every token"
+            )
+        rows = self.ring.keys.shape[0]
+        at = jnp.broadcast_to(jnp.arange(self.first, most)[None], (rows, self.ring.size))
+        keys, values = (jnp.swapaxes(x, 1, 2) for x in self.ring.at(at))
+        if self.sinks is None:
+            return keys, values
+        return (
+            jnp.concatenate([self.sinks.keys, keys], axis=2),
+            jnp.concatenate([self.sinks.values, values], axis=2),
+        )
+
+
+def _where(chosen: Array, positions: Array) -> Array:
+    """The positions of the tokens chosen, all others as padding."""
+    return jnp.where(chosen, positions, -1)
+
+
+def _read_sinks(
+    cache: Window, q: Array, step: Step, window: int, options: dict[str, Any]
+) -> list[ops.Partial]:
+    """Attention over the sinks by the cache's rule of positions, in disjoint parts."""
+    sinks, rope, at = cache.sinks, cache.rope, step.positions
+    if sinks is None:
+        return []
+
+    def read(q: Array, keys: Array, positions: Array, **more: Any) -> ops.Partial:
+        return ops.attention(
+            q, keys, sinks.values, positions=positions, lengths=step.stop, **options, **more
+        )
+
+    if cache.positions == "text":
+        return [read(q, sinks.keys, at)]
+    if cache.positions == "cache":
+        # In the cache the query is at the end, as soon as it is full.
+        back = jnp.maximum(at - (cache.first + window - 1), 0)
+        return [read(_turned_back(q, back, rope), sinks.keys, at)]
+    # A query up to `window` past a sink is as far as it is; all beyond are as far as that.
+    near = read(q, sinks.keys, at, window=window + 1)
+    places = jnp.broadcast_to(jnp.arange(cache.first)[None], (q.shape[0], cache.first))
+    keys = jnp.swapaxes(_turned_back(jnp.swapaxes(sinks.keys, 1, 2), places, rope), 1, 2)
+    beyond = _turned_back(q, jnp.maximum(at - window, 0), rope)
+    return [near, read(beyond, keys, at - (window + 1))]
+
+
+def _turned_back(x: Array, by: Array, rope: Any) -> Array:
+    """Queries or keys ``[B, T, heads, H]`` as if each came `by` ``[B, T]`` positions earlier.
+
+    In float32, so as not to round to the model's dtype twice. YaRN's magnitude is in them already.
+    """
+    cos, sin = angles(by, rope.frequencies())
+    return rotate(x.astype(jnp.float32), cos, -sin, interleaved=rope.interleaved)
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowKind:
+    """See `window`."""
+
+    size: int | None
+    sinks: int
+    positions: Positions
+    rope: Any = None  # of the model, once bound to it
+
+    @property
+    def unbounded(self) -> bool:
+        """A model with this may run past its context."""
+        return self.size is not None
+
+    @property
+    def _turns(self) -> bool:
+        return self.sinks > 0 and self.positions != "text"
+
+    def bind(self, config: Any, layer: int) -> Any:
+        """The kind for one layer: no longer than its own window, and with the model's rotation.
+
+        Raises:
+            UnsupportedError: no size for a model without windows, or positions that cannot turn.
+        """
+        own = _own(config, layer)
+        size = own if self.size is None else self.size if own is None else min(own, self.size)
+        if self.size is None and all(_own(config, i) is None for i in range(config.layers)):
+            raise UnsupportedError(
+                "window() takes the model's own windows, and this model has none; give the size: "
+                "window(1024)"
+            )
+        rope = getattr(config, "rope", None)
+        if self._turns and rope is None:
+            raise UnsupportedError(
+                f"window(sinks={self.sinks}, positions={self.positions!r}) turns the queries that "
+                "look at the sinks, and this model has no rotary positions to turn: learned ones "
+                "are in the keys for good, and end with the context. Use positions='text' within "
+                "it, or no sinks"
+            )
+        if size is None:
+            return dense()
+        return dataclasses.replace(self, size=size, rope=rope if self._turns else None)
+
+    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Window:
+        """An empty layer: zeros.
+
+        Raises:
+            UnsupportedError: it depends on the model, and has not been bound to one.
+        """
+        del slots
+        if self.size is None or (self._turns and self.rope is None):
+            raise UnsupportedError(
+                "this window depends on the model's own windows or rotary positions; make the "
+                "cache with jkv.init_cache(config, ...), or pass config= to convert"
+            )
+        ring = Ring.empty(batch, self.size, kv_heads, head_dim, dtype)
+        if not self.sinks:
+            return Window(ring=ring, sinks=None)
+        sinks = dense().init(batch, self.sinks, kv_heads, head_dim, dtype)
+        return Window(ring=ring, sinks=sinks, positions=self.positions, rope=self.rope)
+
+
+def _own(config: Any, layer: int) -> int | None:
+    """The layer's own window; a bare shape has none."""
+    return config.window(layer) if hasattr(config, "window") else None
+
+
+def window(size: Any = None, sinks: Any = 0, positions: Any = "cache") -> WindowKind:
+    """The last `size` tokens, and the first `sinks` of them for good; never full.
+
+    Without sinks, exact for models trained with a window of at most `size`; other models forget
+    what is further back. With sinks a model with rotary positions runs on past the length that it
+    was trained for: attention needs somewhere to go, and goes to the first tokens.
+
+    Args:
+        size: tokens that each sees, itself included; less where a layer's own window is shorter.
+            None: each layer's own window, and all tokens in layers without one, which is exact.
+        sinks: first tokens that all see besides, also in layers whose own window hides them.
+        positions: how far the sinks are. "cache": positions are counted within the cache, as in
+            StreamingLLM (Xiao et al. 2023, arXiv:2309.17453). "clamped": `size` tokens at most, as
+            in LM-Infinite (Han et al. 2023, arXiv:2308.16137). "text": as far as in the text, a
+            distance that grows past all that the model was trained for.
+
+    Raises:
+        ValueError: a size below 1, sinks below 0, or another rule.
+    """
+    for name, value, least in (("size", size, 1), ("sinks", sinks, 0)):
+        plain = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not (plain and value >= least) and not (value is None and name == "size"):
+            raise ValueError(
+                f"window got {name}={value!r}; expected an integer of at least {least}"
+            )
+    if positions not in get_args(Positions):
+        raise ValueError(
+            f"window got positions={positions!r}; expected one of "
+            f"{', '.join(map(repr, get_args(Positions)))}"
+        )
+    return WindowKind(None if size is None else int(size), int(sinks), positions)
