@@ -1,7 +1,7 @@
-"""What each kind of cache costs in quality: held-out text through the real decode path.
+r"""What each kind of cache costs in quality: held-out text through the real decode path.
 
     python scripts/quality.py --model shakespeare --text tinyshakespeare.txt
-    python scripts/quality.py --model DIR --text FILE --cache dense --cache int8 --cache int4 \\
+    python scripts/quality.py --model DIR --text FILE --cache dense --cache int8 --cache int4 \
         --json quality.json --plot quality.png
 
 Every kind is given the same rows of the text's held-out end: a prompt in one pass, as a prefill,
@@ -118,7 +118,7 @@ def follow(model: Any, tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
 
 
 def distributions(lm: jkv.LM, kind: Any, rows: np.ndarray, prompt: int) -> tuple[Any, Any, float]:
-    """Log-probabilities [T, B, V] of what follows the prompt, the cache, and seconds of decoding."""
+    """Log-probabilities [T, B, V] after the prompt and later, the cache, seconds of decoding."""
     cache = jkv.init_cache(lm.config, kind, batch=len(rows), slots=rows.shape[1])
     first, cache = read(lm.model, jnp.asarray(rows[:, :prompt]), cache)
     first.block_until_ready()

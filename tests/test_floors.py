@@ -30,7 +30,9 @@ FLOORS = {
     "jkv.ops": 1,
     "jkv.cache": 2,
     "jkv.models": 3,
+    "jkv.testing": 3,
     "jkv.decoding": 4,
+    "jkv.planning": 5,
     "jkv.cli": 6,
 }
 

@@ -96,7 +96,8 @@ class Life(RuleBasedStateMachine):
         limit = SLOTS - 1
         wanted = [data.draw(st.sampled_from([size, size - 1, 0])) for _ in self.rows]
         counts = [min(n, limit - len(row)) for n, row in zip(wanted, self.rows, strict=True)]
-        tokens = np.full((len(self.rows), size), 511, np.int32)
+        width = 1 if size == 1 else 11  # few shapes: each is a compilation
+        tokens = np.full((len(self.rows), width), 511, np.int32)
         for b, count in enumerate(counts):
             new = [(self.next + i) % 510 for i in range(count)]
             self.next += count

@@ -1,0 +1,258 @@
+"""Whether a kind of cache keeps its promises: for whoever writes one.
+
+A key says at which position it is and a value which token, so that a query can ask for one position
+and see which token is found there. One that is lost, doubled, moved, or kept too long is told by
+number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jkv.cache import Cache, LayerCache, Step, init_cache
+from jkv.errors import UnsupportedError
+
+HEADS, DIM = 2, 16
+SHARP = 6.0  # times the scores: a query sees what it asks for and hardly anything else
+
+Sees = Callable[[int, int], bool]
+
+
+def everything(query: int, position: int) -> bool:
+    """What a cache that forgets nothing lets a token see: all before it, and itself."""
+    return position <= query
+
+
+def check_kind(
+    kind: Any,
+    *,
+    sees: Sees = everything,
+    tolerance: float = 1e-4,
+    slots: int = 48,
+    chunks: Sequence[int] = (1, 5, 2, 7, 1, 11, 1),
+    rolls_back: bool = True,
+) -> None:
+    """Run a kind of cache through everything that a layer cache must do.
+
+    Args:
+        kind: with ``init(batch, slots, kv_heads, head_dim, dtype)``, or ``bind`` as well.
+        sees: whether the token at a position still sees another, (query, position) to bool: the
+            mask that the kind means.
+        tolerance: of what is found beside values between -1 and 1; 0.3 suits a kind that rounds.
+        slots: that each row has room for.
+        chunks: sizes of the passes in which tokens come.
+        rolls_back: whether rows may be shortened after all that.
+
+    Raises:
+        AssertionError: a promise is broken; the message says which, where, and what was seen.
+
+    Example:
+        >>> check_kind(jkv.window(8), sees=lambda q, p: q - 8 < p <= q, rolls_back=False)
+    """
+    probe = _Probe(kind, sees, tolerance, slots, longest=max(chunks))
+    probe.is_a_value()
+    rows = probe.fed(chunks)
+    probe.padding_is_not_stored()
+    probe.rows_move(rows)
+    probe.resizes(rows)
+    probe.converts(rows)
+    if rolls_back:
+        probe.rolls_back(rows)
+    probe.is_compiled_once()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """As much of a model as a cache asks for."""
+
+    layers: int = 1
+    kv_heads: int = HEADS
+    head_dim: int = DIM
+    dtype: str = "float32"
+    context: int = 1 << 20
+    rope: Any = None
+
+    def window(self, layer: int) -> None:
+        del layer
+
+
+@dataclasses.dataclass
+class _Rows:
+    """A layer, and the tokens that are in it."""
+
+    layer: Any
+    tokens: list[list[int]]
+
+    @property
+    def lengths(self) -> jax.Array:
+        return jnp.asarray([len(row) for row in self.tokens], jnp.int32)
+
+
+def _key(position: Any) -> np.ndarray:
+    """[..., DIM]: as long as any other, and far from each within a few hundred positions."""
+    waves = np.random.default_rng(1).uniform(0.2, 3.0, DIM // 2)
+    turns = np.asarray(position)[..., None] * waves
+    return np.concatenate([np.cos(turns), np.sin(turns)], axis=-1).astype(np.float32)
+
+
+_VALUES = np.random.default_rng(2).uniform(-1, 1, (512, HEADS, DIM)).astype(np.float32)
+
+
+class _Probe:
+    def __init__(self, kind: Any, sees: Sees, tolerance: float, slots: int, longest: int):
+        self.kind, self.sees, self.tolerance = kind, sees, tolerance
+        self.slots, self.longest = slots, longest
+        self.keys = jnp.asarray(_key(np.arange(slots + 1)))
+        self.random = np.random.default_rng(0)
+        self.compiled = 0
+        self.attend = jax.jit(self._attend)
+
+    def new(self, rows: int) -> Any:
+        return init_cache(_Config(), self.kind, batch=rows, slots=self.slots).layers[0]
+
+    def _attend(self, layer: Any, tokens: Any, asked: Any, start: Any, counts: Any) -> Any:
+        """Each new token [B, T] asks for a position; padding is NaN."""
+        self.compiled += 1
+        step = Step.after(start, counts, tokens.shape[1])
+        real = (step.positions >= 0)[..., None, None]
+        k = jnp.broadcast_to(
+            self.keys[jnp.maximum(step.positions, 0)][:, :, None], (*tokens.shape, HEADS, DIM)
+        )
+        q = jnp.broadcast_to(self.keys[asked][:, :, None], k.shape)
+        k, v = (jnp.where(real, x, jnp.nan) for x in (k, jnp.asarray(_VALUES)[tokens]))
+        return layer.attend(jnp.where(real, q, 0.0), k, v, step, scale=SHARP)
+
+    def push(self, rows: _Rows, counts: Sequence[int], what: str) -> _Rows:
+        """New tokens in each row, and what each of them sees."""
+        # Two shapes and no more: a kind costs as many compilations.
+        size = 1 if max(counts) == 1 else self.longest
+        tokens = self.random.integers(0, 512, (len(counts), size)).astype(np.int32)
+        held = np.asarray(rows.lengths)
+        newest = held + np.asarray(counts)
+        asked = self.random.integers(0, np.maximum(newest, 1)[:, None], tokens.shape)
+        out, layer = self.attend(
+            rows.layer, tokens, asked.astype(np.int32), held, np.asarray(counts, np.int32)
+        )
+        out = np.asarray(out, float)
+        given = zip(rows.tokens, tokens, counts, strict=True)
+        told = [[*row, *line[:n].tolist()] for row, line, n in given]
+        for b, count in enumerate(counts):
+            for t in range(count):
+                self.compare(
+                    out[b, t], told[b], int(held[b]) + t, int(asked[b, t]), f"{what}, row {b}"
+                )
+        return _Rows(layer, told)
+
+    def compare(self, got: np.ndarray, row: list[int], query: int, asked: int, what: str) -> None:
+        seen = [p for p in range(query + 1) if self.sees(query, p)]
+        scores = SHARP * _key(seen).astype(float) @ _key(asked).astype(float)
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        want = np.einsum("s,snh->nh", weights, _VALUES[[row[p] for p in seen]].astype(float))
+        off = np.abs(got - want).max()
+        if not off <= self.tolerance:
+            nearest = np.abs(_VALUES - got).max(axis=(1, 2)).argmin()
+            places = [p for p, token in enumerate(row) if token == nearest]
+            raise AssertionError(
+                f"{what}: the token at position {query} asked for position {asked} and is off by "
+                f"{off:.3g}, more than {self.tolerance}; what it got is nearest to the tokens at "
+                f"positions {places}. It should see {len(seen)} tokens, {seen[:1]} to {seen[-1:]}"
+            )
+
+    def holds(self, rows: _Rows, what: str) -> None:
+        """Every position of every row, asked for by one more token that is not kept."""
+        for _ in range(4):
+            self.push(rows, [1] * len(rows.tokens), what)
+
+    def is_a_value(self) -> None:
+        layer = self.new(2)
+        if not isinstance(layer, LayerCache):
+            lacks = [n for n in dir(LayerCache) if n[0] != "_" and not hasattr(layer, n)]
+            raise AssertionError(f"{type(layer).__name__} is no LayerCache: it lacks {lacks}")
+        hash(self.kind)
+        leaves, tree = jax.tree.flatten(layer)
+        if jax.tree.structure(jax.tree.unflatten(tree, leaves)) != tree:
+            raise AssertionError(f"{type(layer).__name__} changes when it is rebuilt as a pytree")
+        if len({leaf.unsafe_buffer_pointer() for leaf in leaves}) < len(leaves):
+            raise AssertionError("one buffer is in two leaves: such a cache cannot be donated")
+
+    def fed(self, chunks: Sequence[int]) -> _Rows:
+        """Rows of different lengths, in chunks; one row has nothing new in some of them."""
+        rows = _Rows(self.new(3), [[], [], []])
+        for i, size in enumerate(chunks):
+            counts = [size, max(size - i % 3, 0), size if i % 2 else 0]
+            rows = self.push(rows, counts, f"chunk {i} of {size} tokens")
+        return rows
+
+    def padding_is_not_stored(self) -> None:
+        before = self.new(3)
+        _, after = self.attend(
+            before,
+            np.zeros((3, self.longest), np.int32),
+            np.zeros((3, self.longest), np.int32),
+            np.zeros(3, np.int32),
+            np.asarray([0, 2, 1], np.int32),
+        )
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            if not np.array_equal(a[0], b[0]):
+                raise AssertionError("a row without new tokens has changed")
+
+    def rows_move(self, rows: _Rows) -> None:
+        order = [2, 0, 0]
+        taken = _Rows(rows.layer.take(jnp.asarray(order)), [list(rows.tokens[r]) for r in order])
+        self.holds(taken, "after take")
+        parts = [rows.layer.take(jnp.asarray([r])) for r in (1, 2, 0)]
+        joined = _Rows(parts[0].concat(parts[1:]), [list(rows.tokens[r]) for r in (1, 2, 0)])
+        self.holds(joined, "after concat")
+
+    def resizes(self, rows: _Rows) -> None:
+        longer = rows.layer.resize(self.slots + 16).resize(self.slots)
+        self.holds(_Rows(longer, rows.tokens), "after resize")
+
+    def converts(self, rows: _Rows) -> None:
+        try:
+            keys, values = rows.layer.to_legacy(rows.lengths)
+        except UnsupportedError:
+            return
+        for b, row in enumerate(rows.tokens):
+            for name, got, want in (
+                ("keys", keys, np.repeat(_key(np.arange(len(row)))[:, None], HEADS, axis=1)),
+                ("values", values, _VALUES[row]),
+            ):
+                off = np.abs(np.swapaxes(np.asarray(got[b]), 0, 1)[: len(row)] - want).max(
+                    initial=0
+                )
+                if not off <= max(self.tolerance, 1e-6):
+                    raise AssertionError(f"to_legacy: {name} of row {b} are off by {off:.3g}")
+
+    def rolls_back(self, rows: _Rows) -> None:
+        for back in (0, 1, 9):
+            kept = [max(len(row) - back * (b + 1), 0) for b, row in enumerate(rows.tokens)]
+            layer = rows.layer.crop(rows.lengths, jnp.asarray(kept, jnp.int32))
+            short = _Rows(layer, [row[:n] for row, n in zip(rows.tokens, kept, strict=True)])
+            self.holds(short, f"after crop by {back}")
+            again = self.push(short, [3, 1, 2], f"going on after crop by {back}")
+            self.holds(again, f"after going on from crop by {back}")
+
+    def is_compiled_once(self) -> None:
+        rows, counts = _Rows(self.new(3), [[], [], []]), [1, 1, 1]
+        rows = self.push(rows, counts, "a first token")
+        before = self.compiled
+        for _ in range(5):
+            rows = self.push(rows, counts, "one token after another")
+        if self.compiled > before:
+            raise AssertionError(
+                "a step compiles anew: the cache it returns differs in shape, dtype or a static "
+                "field from the one it was given"
+            )
+        cache = Cache((rows.layer,), rows.lengths, jnp.zeros(3, bool))
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), cache)
+        forked = jax.jit(jax.vmap(lambda cache: cache.take(jnp.asarray([2, 1, 0]))))(stacked)
+        flat = jax.tree.map(lambda leaf: leaf[0], forked)
+        self.holds(_Rows(flat.layers[0], rows.tokens[::-1]), "after vmap")

@@ -1,0 +1,97 @@
+"""The check that others run their own caches through: ours pass it, broken ones do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+import jkv
+from jkv._pytree import pytree
+from jkv.cache.dense import Dense
+from jkv.testing import check_kind
+from tests.cache.kinds import KINDS
+
+
+@pytest.mark.parametrize("case", [c for c in KINDS if c.layered], ids=lambda c: c.name)
+def test_every_kind_passes(case):
+    check_kind(
+        case.kind,
+        sees=case.sees,
+        tolerance=1e-4 if case.exact else case.off,
+        rolls_back=case.rolls_back,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    layer: Any
+
+    def init(self, batch, slots, kv_heads, head_dim, dtype):
+        made = jkv.dense().init(batch, slots, kv_heads, head_dim, dtype)
+        return self.layer(made.keys, made.values)
+
+
+@pytree
+class OffByOne(Dense):
+    """Each token in the slot after its own."""
+
+    def put(self, k, v, step):
+        return OffByOne(
+            *vars(
+                super().put(
+                    k,
+                    v,
+                    dataclasses.replace(
+                        step, positions=jnp.where(step.positions < 0, -1, step.positions + 1)
+                    ),
+                )
+            ).values()
+        )
+
+
+@pytree
+class Padded(Dense):
+    """Stores padding, at slot 0."""
+
+    def put(self, k, v, step):
+        made = super().put(
+            k, v, dataclasses.replace(step, positions=jnp.maximum(step.positions, 0))
+        )
+        return Padded(made.keys, made.values)
+
+
+@pytree
+class Stuck(Dense):
+    """Takes rows that it was not asked for."""
+
+    def put(self, k, v, step):
+        made = super().put(k, v, step)
+        return Stuck(made.keys, made.values)
+
+    def take(self, rows):
+        return Stuck(*vars(super().take(jnp.sort(rows))).values())
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"), [(OffByOne, "asked for"), (Padded, "off by"), (Stuck, "after take")]
+)
+def test_a_broken_one_does_not(layer, message):
+    with pytest.raises(AssertionError, match=message):
+        check_kind(Broken(layer))
+
+
+def test_something_else():
+    class Nothing:
+        def init(self, batch, slots, kv_heads, head_dim, dtype):
+            return jnp.zeros(batch)
+
+    with pytest.raises(AssertionError, match=r"lacks .*attend"):
+        check_kind(Nothing())
+
+
+def test_a_window_is_no_dense_cache():
+    with pytest.raises(AssertionError, match="should see"):
+        check_kind(jkv.dense(), sees=lambda query, position: query - 7 < position <= query)
