@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -265,7 +266,8 @@ def main() -> None:
         "setting": dataclasses.asdict(setting),
         "kinds": measure(lm, specs, rows, setting),
     }
-    Console().print(table(results))
+    # A file has no width of its own.
+    Console(width=None if sys.stdout.isatty() else 120).print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot:
