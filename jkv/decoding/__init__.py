@@ -1,6 +1,7 @@
 """From logits to text: the compiled decode loop, sampling, streaming and chat."""
 
 from jkv.decoding import sampling
+from jkv.decoding.beam import Beams, beam_search
 from jkv.decoding.chat import Chat
 from jkv.decoding.draft import Draft, prompt_lookup
 from jkv.decoding.loop import Rollout, decode_step, prefill, rollout
@@ -9,12 +10,14 @@ from jkv.decoding.run import generate
 from jkv.decoding.stream import Block, Stream, stream
 
 __all__ = [
+    "Beams",
     "Block",
     "Chat",
     "Draft",
     "Result",
     "Rollout",
     "Stream",
+    "beam_search",
     "decode_step",
     "generate",
     "prefill",

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkv.decoding import loop, request
+from jkv.cache.dense import dense
+from jkv.decoding import loop, request, room
+from jkv.decoding.options import checked_kind
 from jkv.decoding.result import Result
 from jkv.decoding.stream import Stream, stream
 from jkv.errors import CacheFullError, JkvError, UnsupportedError
@@ -64,7 +66,8 @@ class Chat:
             sampler: a transform of `jkv.sampling`; greedy by default.
             key: for samplers that draw at random; each turn draws with a key folded from it.
             stop: see `jkv.generate`. A string that ends a reply is left out of it.
-            context: tokens of the conversation and the reply at most, the model's by default.
+            context: tokens of the conversation and the reply at most; by default the model's, or
+                any number where the cache lets it run past that.
             on_full: when they do not fit: "raise", or "drop" the oldest turns for good; the system
                 prompt stays.
 
@@ -82,12 +85,11 @@ class Chat:
         config = decoder.config
         self._lm = lm
         self._max_new = request.integer("max_new_tokens", max_new_tokens, 1)
-        self._context = config.context
-        if context is not None:
-            self._context = request.integer("context", context, 2)
-        if self._context > config.context:
+        most = room.limit(config, dense() if cache is None else checked_kind(cache))
+        self._context = most if context is None else request.integer("context", context, 2)
+        if most is not None and self._context is not None and self._context > most:
             raise ValueError(
-                f"context got {context}; expected at most the model's, which is {config.context}"
+                f"context got {context}; expected at most the model's, which is {most}"
             )
         if on_full not in ("raise", "drop"):
             raise ValueError(f"on_full got {on_full!r}; expected 'raise' or 'drop'")
@@ -173,7 +175,7 @@ class Chat:
         first = len(self._system)
         while True:
             ids = self._ids(messages)
-            if len(ids) + self._max_new <= self._context:
+            if self._context is None or len(ids) + self._max_new <= self._context:
                 return messages, ids
             # Templates want turns in pairs: a question goes with its answer.
             if not self._drop or len(messages) <= first + 2:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
-from jkv.decoding import draft, loop
+from jkv.decoding import draft, loop, room
 from jkv.decoding.options import Options, check_plain, checked_kind
 from jkv.decoding.request import (
     PAD,
@@ -26,7 +26,7 @@ from jkv.decoding.request import (
     stops,
 )
 from jkv.decoding.result import Result, differences
-from jkv.errors import CacheFullError
+from jkv.errors import CacheFullError, UnsupportedError
 
 
 @dataclasses.dataclass
@@ -66,14 +66,10 @@ class Run:
         self.stops: Stops = stopping.repeated(self.samples)
         self.ends = self.stops.matrix()
         longest = max(map(len, self.history))
-        if longest + self.max_new > config.context:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens={self.max_new} make "
-                f"{longest + self.max_new}, more than the model's context of {config.context}; "
-                "shorten the prompt or ask for fewer tokens"
-            )
+        kind = dense() if options.cache is None else checked_kind(options.cache)
+        room.check_limit(config, kind if resume is None else resume.cache, longest, self.max_new)
         self.needed = longest + self.max_new - 1
-        self.cache = self._first_cache(longest)
+        self.cache = self._first_cache(kind, longest)
         self.draft = None
         if options.draft is not None:
             self.draft = draft.checked(options.draft, batch, longest + self.max_new)
@@ -109,18 +105,17 @@ class Run:
         self.new = [np.concatenate([a[-1:], b]) for a, b in zip(old, self.new, strict=True)]
         return history
 
-    def _first_cache(self, longest: int) -> Cache:
+    def _first_cache(self, kind: Any, longest: int) -> Cache:
         """The cache to begin with: a new one, or the resumed one with room for what comes."""
         options, config = self.options, self.model.config
-        kind = dense() if options.cache is None else checked_kind(options.cache)
         if options.slots is not None and integer("slots", options.slots, 1) < self.needed:
             raise CacheFullError(
                 f"slots={options.slots} cannot hold {longest} prompt tokens and "
                 f"{self.max_new} new ones; expected at least {self.needed}"
             )
-        grows = kind if options.resume is None else options.resume.cache
-        first = longest + self.size if getattr(grows, "grows", False) else self.needed
-        slots = options.slots or bucket(min(first, self.needed))
+        kept = kind if options.resume is None else options.resume.cache
+        first = longest + 2 * self.size if getattr(kept, "grows", False) else self.needed
+        slots = options.slots or room.slots_for(min(first, self.needed), kept)
         if options.resume is not None:
             old = options.resume.cache
             if old.capacity is None or old.capacity >= slots:
@@ -150,24 +145,28 @@ class Run:
         return all(row.reason is not None for row in self.rows)
 
     def absorb(self) -> Any:
-        """All prompts into the cache, chunk by chunk; the hidden states after their last tokens."""
-        counts = np.asarray([len(row) for row in self.new], np.int32)
+        """All prompts into the cache; the hidden states after their last tokens."""
+        last, self.cache = self._read(self.new, self.cache, self.options.progress)
+        return last
+
+    def _read(
+        self, rows: list[np.ndarray], cache: Cache, progress: Any = None
+    ) -> tuple[Any, Cache]:
+        """Rows of tokens into a cache, which is donated, chunk by chunk."""
+        counts = np.asarray([len(row) for row in rows], np.int32)
         total, chunk, done = int(counts.max()), self.options.prefill_chunk, 0
         width = self.model.config.width
         last = np.zeros((len(counts), width), self.model.config.dtype)
-        progress = self.options.progress
         while done < total:
             size = min(chunk, bucket(total - done, 16))
-            tokens = padded([row[done : done + size] for row in self.new], size)
+            tokens = padded([row[done : done + size] for row in rows], size)
             here = np.clip(counts - done, 0, size)
-            last, self.cache = loop.absorb(
-                self.model, np.maximum(tokens, 0), self.cache, here, last
-            )
+            last, cache = loop.absorb(self.model, np.maximum(tokens, 0), cache, here, last)
             done += size
             if progress is not None:
                 jax.block_until_ready(last)
                 progress(min(done, total), total)
-        return last
+        return last, cache
 
     def _prefill(self) -> tuple[Any, Any, Any]:
         """Each prompt once, a row for each of its samples, and the first token of each row."""
@@ -190,10 +189,10 @@ class Run:
         state = self.state
         if state.cache.grows and self.options.slots is None:
             held = max(map(len, self.history)) + max(len(r.tokens) for r in self.rows)
-            wanted = bucket(min(held + 2 * self.size, self.needed))
+            # One block of those that have been dispatched has not been read.
+            wanted = room.slots_for(min(held + 2 * self.size, self.needed), state.cache)
             if state.cache.capacity < wanted:
-                cache = loop.resized(state.cache, wanted)
-                state = dataclasses.replace(state, cache=cache)
+                state = dataclasses.replace(state, cache=room.grown(state.cache, wanted))
         how = (self.options.sampler, self.keys, self.ends)
         if self.draft is None:
             self.state, *out = loop.advanced(self.size, self.model, state, *how, np.int32(steps))
@@ -245,6 +244,14 @@ class Run:
         counts = range(len(row.tokens) - fresh + 1, len(row.tokens) + 1)
         return next(n for n in counts if complete(n))
 
+    def _cropped(self, cache: Cache, rows: list[np.ndarray]) -> Cache:
+        """The cache of rows that it holds more of."""
+        try:
+            return cache.crop(np.asarray([len(row) for row in rows], np.int32))
+        except UnsupportedError:
+            # A window has let go of what the shorter rows would see: they are read once more.
+            return self._read(rows, cache.crop(0))[1]
+
     def result(self) -> Result:
         """Everything said, once `blocks` is exhausted.
 
@@ -253,11 +260,11 @@ class Run:
         """
         cache = self.state.cache.check()
         lengths = np.asarray([len(row.tokens) for row in self.rows])
+        said = [np.asarray(row.tokens, np.int32) for row in self.rows]
+        history = [np.concatenate([h, s]) for h, s in zip(self.history, said, strict=True)]
         if any(row.strings for row in self.rows):
             # A row is found to have stopped after the device went on with it.
-            kept = [len(h) + n - 1 for h, n in zip(self.history, lengths, strict=True)]
-            cache = cache.crop(jnp.asarray(kept, jnp.int32))
-        said = [np.asarray(row.tokens, np.int32) for row in self.rows]
+            cache = self._cropped(cache, [h[:-1] for h in history])
         logprobs = None
         if self.options.return_logprobs:
             logprobs = np.zeros((len(said), int(lengths.max())), np.float32)
@@ -269,7 +276,7 @@ class Run:
             finish_reasons=tuple(row.reason or "length" for row in self.rows),
             logprobs=logprobs,
             cache=cache,
-            history=tuple(np.concatenate([h, s]) for h, s in zip(self.history, said, strict=True)),
+            history=tuple(history),
             prefill_seconds=self.first_read - self.started,
             decode_seconds=self.last_read - self.first_read,
             config=self.model.config,
@@ -323,7 +330,7 @@ def generate(
     Raises:
         TypeError: prompts, stops, sampler, key or draft of a wrong type.
         ValueError: empty prompts, ids outside the vocabulary, more tokens than the model's context,
-            numbers out of range, samples that would all be the same, or a draft with a sampler that
+            (but see `jkv.window`), numbers out of range, samples that would all be the same, or a draft with a sampler that
             remembers.
         UnsupportedError: a draft with a kind of cache that cannot roll back in the decode loop.
         CacheFullError: `slots` too small for what is asked.

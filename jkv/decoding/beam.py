@@ -1,0 +1,295 @@
+"""Beam search: the likeliest continuations that a search of limited width finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Float, Int
+
+from jkv._axes import Array
+from jkv._pytree import pytree, replace
+from jkv.cache.base import Cache
+from jkv.decoding import loop
+from jkv.decoding.options import Options
+from jkv.decoding.request import PAD, bucket, integer
+from jkv.decoding.run import Run
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Beams:
+    """What `beam_search` finds: W hypotheses for each prompt, the best first.
+
+    Attributes:
+        tokens: ``[B, W, T]`` int32, new tokens, -1 after a hypothesis' end.
+        scores: ``[B, W]`` float32, the sum of its tokens' natural log-probabilities divided by its
+            length to the power of `length_penalty`.
+        lengths: ``[B, W]``, new tokens of each, the one that ended it included.
+        finish_reasons: per prompt and hypothesis "stop" or "length".
+    """
+
+    tokens: np.ndarray
+    scores: np.ndarray
+    lengths: np.ndarray
+    finish_reasons: tuple[tuple[str, ...], ...]
+
+    def __repr__(self) -> str:
+        """Shapes rather than numbers."""
+        return f"Beams(tokens=int32{list(self.tokens.shape)}, lengths={self.lengths.tolist()})"
+
+
+@pytree
+class Found:
+    """Hypotheses that have ended, the best first."""
+
+    tokens: Array  # [B, W, T] int32
+    scores: Array  # [B, W] float32, -inf where there is none yet
+    lengths: Array  # [B, W] int32
+    stopped: Array  # [B, W] bool, by a token rather than by the length
+
+
+@pytree
+class Search:
+    """A search between two steps: what runs, the likeliest first, and what has ended."""
+
+    cache: Cache  # a row per beam, those of a prompt next to each other
+    tokens: Array  # [B, W, T] int32
+    sums: Array  # [B, W] float32, of log-probabilities; -inf where nothing runs
+    found: Found
+    done: Array  # [B] bool
+
+
+def beam_search(
+    model: Any,
+    prompts: Any,
+    *,
+    max_new_tokens: Any,
+    beams: Any = 4,
+    length_penalty: Any = 1.0,
+    early_stopping: Any = False,
+    stop: Any = None,
+    cache: Any = None,
+    resume: Any = None,
+    slots: Any = None,
+    prefill_chunk: Any = 256,
+    progress: Any = None,
+) -> Beams:
+    """The W best continuations of each prompt among those that W beams come across.
+
+    Each step extends all running beams by all tokens. Of the W likeliest extensions those that end
+    are kept as hypotheses, with the score ``sum of log-probabilities / length ** length_penalty``;
+    the W likeliest that don't end run on. The extensions of the last step all end. A prompt is done
+    when no beam that still runs can reach the score of its W-th hypothesis. One beam is greedy
+    decoding: there, the first end is the only one.
+
+    The prompts are prefilled once; the beams' caches are copies of theirs, reordered at each step.
+
+    Args:
+        model: `lm.model`, or `lm` where prompts are texts.
+        prompts: one row each, see `jkv.generate`.
+        max_new_tokens: per hypothesis, at most; an int.
+        beams: W, at most the vocabulary. Another number compiles anew.
+        length_penalty: 0 compares plain sums, which favours short hypotheses, 1 the mean per token.
+        early_stopping: a prompt is done as soon as it has W hypotheses, whatever the beams that
+            still run could reach.
+        stop: ids at which a hypothesis ends, or one list of them per prompt; None is the
+            checkpoint's end-of-text ids, () is nothing.
+        cache: the kind, `jkv.dense()` by default.
+        resume: an earlier `Result` to go on from.
+        slots: tokens that each row's cache has room for.
+        prefill_chunk: tokens per pass of the prefill, at least 16.
+        progress: called with (done, total) tokens of the longest prompt after each chunk.
+
+    Raises:
+        TypeError: prompts or stops of a wrong type, or `early_stopping` no bool.
+        ValueError: numbers out of range, stop strings, or what `jkv.generate` refuses.
+        CacheFullError: `slots` too small for what is asked.
+
+    Reference: Wu et al. 2016, arXiv:1609.08144 (section 7), with the length penalty of Hugging
+    Face's `generate(num_beams=W, early_stopping="never")`, which finds the same.
+    """
+    width = integer("beams", beams, 1)
+    penalty = _finite("length_penalty", length_penalty)
+    if not isinstance(early_stopping, bool | np.bool_):
+        raise TypeError(f"early_stopping got {early_stopping!r}; expected True or False")
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        cache=cache,
+        stop=stop,
+        resume=resume,
+        slots=slots,
+        block=max_new_tokens,  # all of them are one program
+        prefill_chunk=prefill_chunk,
+        progress=progress,
+    )
+    run = Run(model, prompts, options)
+    if width > run.model.config.vocab:
+        raise ValueError(
+            f"beams got {width}; expected at most {run.model.config.vocab}, the model's vocabulary"
+        )
+    strings = [s for row in run.stops.strings for s in row]
+    if strings:
+        raise ValueError(
+            f"stop got the string {strings[0]!r}; beams end at token ids only: expected those"
+        )
+    last, copies = loop.forked(run.absorb(), run.cache, width)
+    search = searched(
+        width,
+        bucket(run.max_new, 16),
+        run.model,
+        last,
+        copies,
+        run.ends,
+        np.int32(run.max_new),
+        np.float32(penalty),
+        np.bool_(early_stopping or width == 1),
+    )
+    search.cache.check()
+    return _read(search.found)
+
+
+def _read(found: Found) -> Beams:
+    lengths = np.asarray(found.lengths)
+    stopped = np.asarray(found.stopped).tolist()
+    return Beams(
+        tokens=np.array(found.tokens)[:, :, : int(lengths.max())],
+        scores=np.array(found.scores),
+        lengths=lengths,
+        finish_reasons=tuple(tuple("stop" if s else "length" for s in row) for row in stopped),
+    )
+
+
+def _finite(name: str, value: Any) -> float:
+    plain = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not plain or not math.isfinite(value):
+        raise ValueError(f"{name} got {value!r}; expected a finite number")
+    return float(value)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def searched(
+    width: int,
+    size: int,
+    model: Any,
+    last: Array,
+    cache: Cache,
+    ends: Array,
+    steps: Array,
+    penalty: Array,
+    early: Array,
+) -> Search:
+    """The search after a prefill: `steps` of at most `size` tokens, fewer where all are done.
+
+    Args:
+        width: W.
+        size: T.
+        model: a decoder.
+        last: ``[B * W, D]``, hidden states after the prompts.
+        cache: of as many rows.
+        ends: ``[B, M]``, tokens that end a hypothesis.
+        steps: tokens per hypothesis, at most.
+        penalty: the exponent of a hypothesis' length.
+        early: whether W hypotheses are enough.
+    """
+    batch = last.shape[0] // width
+    nothing = jnp.full((batch, width, size), PAD, jnp.int32)
+    worst = jnp.full((batch, width), -jnp.inf, jnp.float32)
+    search = Search(
+        cache=cache,
+        tokens=nothing,
+        sums=worst.at[:, 0].set(0.0),  # all beams are the same so far, and would stay so
+        found=Found(
+            tokens=nothing,
+            scores=worst,
+            lengths=jnp.zeros((batch, width), jnp.int32),
+            stopped=jnp.zeros((batch, width), bool),
+        ),
+        done=jnp.zeros((batch,), bool),
+    )
+
+    def chosen(i: Array, logits: Array, search: Search) -> tuple[Search, Array]:
+        logits = logits.reshape(batch, width, -1)
+        return select(search, logits, ends, i, steps, penalty, early)
+
+    def going(carry: Any) -> Array:
+        i, search = carry
+        return (i < steps) & ~jnp.all(search.done)
+
+    def body(carry: Any) -> Any:
+        i, search = carry
+        token = lax.dynamic_index_in_dim(search.tokens, i - 1, axis=2, keepdims=False)
+        active = jnp.repeat(~search.done, width)
+        logits, cache = loop.decode_step(model, token.reshape(-1), search.cache, active)
+        search, parents = chosen(i, logits, search)
+        if width > 1:
+            rows = jnp.arange(batch)[:, None] * width + parents
+            cache = cache.take(rows.reshape(-1))
+        return i + 1, replace(search, cache=cache)
+
+    search, _ = chosen(jnp.int32(0), model.logits(last), search)
+    return lax.while_loop(going, body, (jnp.int32(1), search))[1]
+
+
+def select(
+    search: Search,
+    logits: Float[Array, "B W V"],
+    ends: Int[Array, "B M"],
+    i: Int[Array, ""],
+    steps: Int[Array, ""],
+    penalty: Float[Array, ""],
+    early: Any,
+) -> tuple[Search, Int[Array, "B W"]]:
+    """Extend the beams by token number `i`: the next search, and which beam each comes from."""
+    batch, width, vocab = logits.shape
+    sums = search.sums[:, :, None] + jax.nn.log_softmax(logits)
+    at = jnp.where(ends < 0, vocab, ends)  # negative indices would wrap
+    rows = jnp.arange(batch)[:, None]
+    ending = jnp.zeros((batch, vocab), bool).at[rows, at].set(True, mode="drop")
+    final = i + 1 >= steps
+
+    def best(sums: Array) -> tuple[Array, Array, Array, Array]:
+        """The W best extensions: their sums, parents, tokens and whole sequences."""
+        top, index = lax.top_k(sums.reshape(batch, -1), width)
+        parents, tokens = index // vocab, index % vocab
+        sequences = jnp.take_along_axis(search.tokens, parents[:, :, None], axis=1)
+        sequences = lax.dynamic_update_index_in_dim(sequences, tokens, i, axis=2)
+        return top, parents, tokens, sequences
+
+    top, _, tokens, sequences = best(sums)
+    stopped = jnp.take_along_axis(ending, tokens, axis=1)
+    ended = (stopped | final) & ~search.done[:, None] & ~jnp.isneginf(top)
+    length = (i + 1).astype(jnp.float32)
+    fresh = Found(
+        tokens=sequences,
+        scores=jnp.where(ended, top / length**penalty, -jnp.inf),
+        lengths=jnp.full((batch, width), i + 1, jnp.int32),
+        stopped=stopped,
+    )
+    found = _better(search.found, fresh)
+
+    sums, parents, _, sequences = best(jnp.where(ending[:, None, :], -jnp.inf, sums))
+    # Sums only fall. With a positive penalty a score is best at the greatest length, else at once.
+    reach = jnp.where(penalty > 0, steps.astype(jnp.float32), length + 1)
+    worst = found.scores[:, -1]
+    done = search.done | final | (sums[:, 0] / reach**penalty <= worst)
+    done = done | (early & ~jnp.isneginf(worst))
+    return Search(cache=search.cache, tokens=sequences, sums=sums, found=found, done=done), parents
+
+
+def _better(old: Found, new: Found) -> Found:
+    """The W best of both, the earlier of equals."""
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
+    scores, at = lax.top_k(both.scores, old.scores.shape[1])
+    return Found(
+        tokens=jnp.take_along_axis(both.tokens, at[:, :, None], axis=1),
+        scores=scores,
+        lengths=jnp.take_along_axis(both.lengths, at, axis=1),
+        stopped=jnp.take_along_axis(both.stopped, at, axis=1),
+    )
