@@ -15,10 +15,12 @@ _HOME = {
     "Step": "jkv.cache",
     "concat": "jkv.cache",
     "dense": "jkv.cache",
+    "evicting": "jkv.cache",
     "from_legacy": "jkv.cache",
     "init_cache": "jkv.cache",
     "none": "jkv.cache",
     "per_layer": "jkv.cache",
+    "pyramid": "jkv.cache",
     "window": "jkv.cache",
     "Config": "jkv.models",
     "Decoder": "jkv.models",
@@ -46,6 +48,7 @@ _MODULES = {
     "models": "jkv.models",
     "ops": "jkv.ops",
     "sampling": "jkv.decoding.sampling",
+    "scores": "jkv.cache.scores",
 }
 
 __all__ = ["__version__", *_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -2,23 +2,28 @@
 
 from jkv.cache.base import Cache, concat
 from jkv.cache.dense import Dense, dense, from_legacy
+from jkv.cache.evicting import Evicting, evicting
 from jkv.cache.init import init_cache
 from jkv.cache.none import none
 from jkv.cache.per_layer import per_layer
 from jkv.cache.protocol import LayerCache, Step
+from jkv.cache.pyramid import pyramid
 from jkv.cache.window import Window, window
 
 __all__ = [
     "Cache",
     "Dense",
+    "Evicting",
     "LayerCache",
     "Step",
     "Window",
     "concat",
     "dense",
+    "evicting",
     "from_legacy",
     "init_cache",
     "none",
     "per_layer",
+    "pyramid",
     "window",
 ]

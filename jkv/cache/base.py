@@ -192,6 +192,24 @@ class Cache:
             layers.append(layer)
         return _pytree.replace(self, layers=tuple(layers))
 
+    def evict(self, budget: Any, score: Any = None) -> Cache:
+        """The best `budget` tokens of each row and head, in an evicting cache.
+
+        Nothing has looked at the tokens yet: `jkv.scores.key_norm` needs nobody to, and those that
+        do keep the newest. A cache that evicts already is cut down by the scores it has.
+
+        Args:
+            budget: tokens, or one number for each key/value head.
+            score: of `jkv.scores`, by default `key_norm`; it stays that of the cache.
+
+        Raises:
+            UnsupportedError: a cache that has let go of tokens in its own way.
+            ValueError: a larger budget than an evicting cache has, or another score.
+        """
+        from jkv.cache.evicting import evicted  # which is made of what this module defines
+
+        return evicted(self, budget, score)
+
     def resize(self, slots: Any) -> Cache:
         """The same tokens in buffers of `slots` slots.
 

@@ -41,6 +41,11 @@ def int8_bytes(layers, b, k, s, h, near=6):
     return layers * 2 * b * k * (s * (h + 4) + near * h * 4)
 
 
+def evicting_bytes(budget):
+    """Keys, values, positions and scores."""
+    return lambda layers, b, k, s, h: layers * b * k * budget * (2 * h * 4 + 4 + 4)
+
+
 KINDS = [
     Case("dense", jkv.dense(), dense_bytes),
     Case("dense:grow", jkv.dense(grow=True), dense_bytes),
@@ -54,4 +59,6 @@ KINDS = [
         rolls_back=False,
     ),
     Case("int8", throwaway.int8(6), int8_bytes, exact=False),
+    # A budget that no row of the suite uses up; what eviction does is in test_evicting.py.
+    Case("evicting", jkv.evicting(40), evicting_bytes(40), fills=False),
 ]

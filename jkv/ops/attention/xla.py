@@ -126,13 +126,18 @@ def _whole(mask, q, k, v, positions, slot_positions, lengths):
 
 
 def _whole_in_place(mask, q, k, v, positions, slot_positions, lengths):
-    """Like `_whole`, reading the values where they lie.
+    """Like `_whole`, reading the values where they lie."""
+    at = _positions_of(jnp.arange(k.shape[1]), slot_positions, lengths, positions.shape[0])
+    weights, total, lse = _softmax(_scores(mask, q, k, positions, at))
+    return _weighted_in_place(weights, v, positions, at) / total, lse
+
+
+def _weighted_in_place(weights: Array, v: Array, positions: Array, at: Array) -> Array:
+    """Like `_weighted` of `_safe_values`, without writing them out.
 
     Zeroing what no query sees takes a copy of the values, and is needed only where the product
     shows it: a weight of zero makes anything but infinity and NaN vanish by itself.
     """
-    at = _positions_of(jnp.arange(k.shape[1]), slot_positions, lengths, positions.shape[0])
-    weights, total, lse = _softmax(_scores(mask, q, k, positions, at))
     out = _weighted(weights, v)
 
     def zeroed(weights, v, out):
@@ -148,8 +153,7 @@ def _whole_in_place(mask, q, k, v, positions, slot_positions, lengths):
 
         return lax.map(line, jnp.arange(lines))
 
-    out = lax.cond(jnp.any(jnp.isnan(out)), zeroed, lambda w, v, out: out, weights, v, out)
-    return out / total, lse
+    return lax.cond(jnp.any(jnp.isnan(out)), zeroed, lambda w, v, out: out, weights, v, out)
 
 
 def _softmax(scores: Array) -> tuple[Array, Array, Array]:

@@ -1,0 +1,452 @@
+"""A budget of tokens per head: a score says which tokens stay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Float, Int
+
+from jkv._axes import Array
+from jkv._pytree import pytree, replace, static
+from jkv.cache import scores as _scores
+from jkv.cache.dense import check_heads, write
+from jkv.cache.protocol import Step
+from jkv.errors import UnsupportedError
+from jkv.ops.attention.weights import attention_weights
+from jkv.ops.order import after
+
+EMPTY = -1  # a slot without a token
+CLOSED = -2  # and one that its head may not use
+_MOST = float(np.finfo(np.float32).max)
+
+
+@pytree
+class Evicting:
+    """A layer's best tokens by a score, each head its own, in any order of slots.
+
+    Of equal scores the newest token is kept, whatever slots they are in.
+    """
+
+    keys: Array  # [B, K, S, H]
+    values: Array  # [B, K, S, H]
+    positions: Array  # [B, K, S] int32, EMPTY or CLOSED where there is no token
+    scores: Array  # [B, K, S] float32
+    score: Any = static()  # of jkv.scores, or one like them
+    recent: int = static()  # the newest tokens, kept whatever their scores
+    sinks: int = static()  # and the first
+
+    @property
+    def capacity(self) -> None:
+        """Never full."""
+        return None
+
+    @property
+    def keeps(self) -> int:
+        """Tokens of a row, at most, however long it is."""
+        return self.keys.shape[2]
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether no token looks back without limit; see `EvictingKind.unbounded`."""
+        return _is_window(self.score, self.sinks)
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        step: Step,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Float[Array, "B T N H"], Evicting]:
+        """One new token takes a slot and looks at what is left; several look at all, then some go.
+
+        Raises:
+            ValueError: keys of other heads than the cache was made for, or a score of another
+                shape than the tokens.
+        """
+        options: dict[str, Any] = {
+            "positions": step.positions,
+            "scale": scale,
+            "window": window,
+            "softcap": softcap,
+        }
+        check_heads(self.keys, k)
+        if q.shape[1] == 1:
+            cache = self._put_one(k, v, step, window)
+            held = (cache.keys, cache.values, cache.positions)
+            out, weights = attention_weights(q, [held], **options)
+            return out.astype(q.dtype), cache._judged(weights, step.positions, step)
+        new = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), self._places(step))
+        held = (self.keys, self.values, self.positions)
+        out, weights = attention_weights(q, [held, new], **options)
+        cache = self._put_many(k, v, step, weights, step.positions, window, out)
+        return out.astype(q.dtype), cache
+
+    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Evicting:
+        """The new tokens, nobody having looked at any: see each score for what it makes of that.
+
+        Raises:
+            ValueError: keys of other heads than the cache was made for.
+        """
+        check_heads(self.keys, k)
+        queries = jnp.max(step.positions, axis=1)[:, None]
+        if k.shape[1] == 1:
+            cache = self._put_one(k, v, step, None)
+            return cache._judged(_nobody(cache.scores), queries, step)
+        nobody = _nobody(jnp.concatenate([self.scores, self._places(step)], axis=-1))
+        return self._put_many(k, v, step, nobody, queries, None, None)
+
+    def _places(self, step: Step) -> Array:
+        """Positions of the new tokens, for each head: [B, K, T]."""
+        batch, new = step.positions.shape
+        return jnp.broadcast_to(step.positions[:, None], (batch, self.keys.shape[1], new))
+
+    def _put_one(self, k: Array, v: Array, step: Step, window: int | None) -> Evicting:
+        """A row's one new token in an empty slot of each head, or in that of the worst token."""
+        rank = self._rank(self.scores, self.positions, step, window)
+        rank = jnp.where(self.positions == CLOSED, jnp.inf, rank)
+        worst = rank == jnp.min(rank, axis=-1, keepdims=True)
+        oldest = jnp.where(worst, self.positions, jnp.iinfo(jnp.int32).max)
+        slot = jnp.argmin(oldest, axis=-1)[..., None].astype(jnp.int32)
+        places = self._places(step)
+        return self._written(k, v, places, jnp.where(places >= 0, slot, -1))
+
+    def _put_many(
+        self,
+        k: Array,
+        v: Array,
+        step: Step,
+        weights: Array,
+        queries: Array,
+        window: int | None,
+        result: Array | None,
+    ) -> Evicting:
+        """The best of old and new tokens: the new ones among them take the others' slots."""
+        slots, places = self.keys.shape[2], self._places(step)
+
+        def joined(old: Array, new: Array) -> Array:
+            return jnp.concatenate([old, new.astype(old.dtype)], axis=2)
+
+        both = replace(
+            self,
+            keys=joined(self.keys, jnp.swapaxes(k, 1, 2)),
+            values=joined(self.values, jnp.swapaxes(v, 1, 2)),
+            positions=joined(self.positions, places),
+            scores=joined(self.scores, jnp.zeros_like(places)),
+        )._judged(weights, queries, step)
+        best = _best_first(both._rank(both.scores, both.positions, step, window), both.positions)
+        open_slots = jnp.sum(self.positions != CLOSED, axis=-1, keepdims=True)
+        kept = (jnp.argsort(best, axis=-1) < open_slots) & (both.positions >= 0)
+        old, new = kept[..., :slots], kept[..., slots:]
+        free = jnp.argsort(old | (self.positions == CLOSED), axis=-1).astype(jnp.int32)
+        # Where anything is evicted all slots are filled again: the free ones are just enough.
+        nth = jnp.clip(jnp.cumsum(new, axis=-1) - 1, 0, slots - 1)
+        target = jnp.where(new, jnp.take_along_axis(free, nth, axis=-1), -1)
+        if result is not None:
+            target = after(target, result)
+        cache = replace(self, scores=both.scores[..., :slots])
+        return cache._written(k, v, places, target, both.scores[..., slots:])
+
+    def _written(
+        self, k: Array, v: Array, places: Array, slots: Array, scores: Array | None = None
+    ) -> Evicting:
+        """New tokens in each head's own `slots` [B, K, T], nowhere where they are -1."""
+        new = slots.shape[2]
+
+        def put(buffer: Array, tokens: Array) -> Array:
+            # Rows and heads as rows of one head each.
+            lines = buffer.reshape(-1, 1, *buffer.shape[2:])
+            tokens = tokens.reshape(-1, new, 1, *buffer.shape[3:])
+            return write(lines, tokens, slots.reshape(-1, new)).reshape(buffer.shape)
+
+        return replace(
+            self,
+            keys=put(self.keys, jnp.swapaxes(k, 1, 2)),
+            values=put(self.values, jnp.swapaxes(v, 1, 2)),
+            positions=put(self.positions, places),
+            scores=put(self.scores, jnp.zeros(slots.shape) if scores is None else scores),
+        )
+
+    def _judged(self, weights: Array, queries: Array, step: Step) -> Evicting:
+        """With the scores after this pass; a row without new tokens keeps what it has."""
+        shape = self.scores.shape
+        fresh = self.positions >= step.start[:, None, None]
+        seen = _scores.Seen(
+            previous=self.scores,
+            weights=weights,
+            keys=self.keys,
+            values=self.values,
+            positions=self.positions,
+            queries=queries,
+            fresh=fresh,
+        )
+        found = jnp.asarray(self.score(seen))
+        if found.shape != shape or not jnp.issubdtype(found.dtype, jnp.floating):
+            raise ValueError(
+                f"the score {self.score} made {found.dtype}{list(found.shape)}; expected "
+                f"float32{list(shape)}, a number for each token, as in seen.previous"
+            )
+        counts = (self.positions >= 0) & (step.stop > step.start)[:, None, None]
+        return replace(self, scores=jnp.where(counts, found.astype(jnp.float32), self.scores))
+
+    def _rank(self, scores: Array, positions: Array, step: Step, window: int | None) -> Array:
+        """What a token is worth once protection and the layer's window have been considered."""
+        last = (step.stop - 1)[:, None, None]
+        rank = jnp.clip(jnp.where(jnp.isnan(scores), -_MOST, scores), -_MOST, _MOST)
+        if window is not None:
+            rank = jnp.where(positions <= last - window, -_MOST, rank)  # nobody will see it again
+        always = (positions > last - self.recent) | (positions < self.sinks)
+        return jnp.where(positions < 0, -jnp.inf, jnp.where(always, jnp.inf, rank))
+
+    def take(self, rows: Int[Array, " R"]) -> Evicting:
+        """The cache with other rows."""
+        return jax.tree.map(lambda leaf: leaf[rows], self)
+
+    def resize(self, slots: int) -> Evicting:
+        """The same: the budget is what it is, whatever there is room for elsewhere."""
+        del slots
+        return self
+
+    def concat(self, others: Sequence[Evicting]) -> Evicting:
+        """The rows of all."""
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, *others)
+
+    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Evicting:
+        """Later tokens leave their slots; scores stay what they had become with them.
+
+        Raises:
+            UnsupportedError: an earlier token has been evicted, or, under `jit`, may have been.
+        """
+        self._need("crop", jnp.where(lengths < held, lengths, 0))
+        gone = self.positions >= lengths[:, None, None]
+        return replace(
+            self,
+            positions=jnp.where(gone, EMPTY, self.positions),
+            scores=jnp.where(gone, 0.0, self.scores),
+        )
+
+    def to_legacy(
+        self, lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Keys and values of rows of which no token has been evicted, in order.
+
+        Raises:
+            UnsupportedError: one has been, or, under `jit`, may have been.
+        """
+        self._need("to_legacy", lengths)
+        order = jnp.argsort(self.positions.astype(jnp.uint32), axis=-1)[..., None]
+        keys = jnp.take_along_axis(self.keys, order, axis=2)
+        return keys, jnp.take_along_axis(self.values, order, axis=2)
+
+    def _need(self, what: str, lengths: Array) -> None:
+        """Refuse where a head has not kept all of a row's first `lengths[b]` tokens."""
+        if isinstance(lengths, Tracer) or isinstance(self.positions, Tracer):
+            raise UnsupportedError(
+                f"{what} under jit: whether an evicting cache still holds what it would need is "
+                "only known outside of it"
+            )
+        held, wanted = np.asarray(self.positions), np.asarray(lengths)
+        count = ((held >= 0) & (held < wanted[:, None, None])).sum(axis=-1)
+        short = np.flatnonzero((count < wanted[:, None]).any(axis=1))
+        if len(short):
+            raise UnsupportedError(
+                f"{what}: tokens of rows {short.tolist()} that it would need have been evicted "
+                f"(a budget of {self.keys.shape[2]}); keep the cache from before, it is still a "
+                "value, or give a larger budget"
+            )
+
+    def evict(self, held: Int[Array, " B"], budget: int | tuple[int, ...]) -> Evicting:
+        """The best of these tokens by their own scores, in smaller buffers.
+
+        Raises:
+            ValueError: a larger budget, or one that the first tokens alone fill.
+        """
+        budgets = _per_head(budget, self.keys.shape[1])
+        slots, most = max(budgets), self.keys.shape[2]
+        if slots > most:
+            raise ValueError(
+                f"evict got a budget of {slots} for a cache of {most} tokens; expected at most "
+                "that: what was evicted does not come back"
+            )
+        recent = min(self.recent, min(budgets) - self.sinks)
+        if recent < 1:
+            raise ValueError(
+                f"evict got a budget of {min(budgets)} for a cache that always keeps the first "
+                f"{self.sinks} tokens; expected more than that"
+            )
+        smaller = replace(self, recent=recent)
+        step = Step.after(held, jnp.zeros_like(held), 1)
+        rank = smaller._rank(self.scores, self.positions, step, None)
+        order = _best_first(rank, self.positions)[..., :slots]
+        positions = jnp.take_along_axis(self.positions, order, axis=-1)
+        closed = np.arange(slots)[None, None] >= np.asarray(budgets)[None, :, None]
+        return replace(
+            smaller,
+            keys=jnp.take_along_axis(self.keys, order[..., None], axis=2),
+            values=jnp.take_along_axis(self.values, order[..., None], axis=2),
+            positions=jnp.where(closed, CLOSED, positions),
+            scores=jnp.where(closed, 0.0, jnp.take_along_axis(self.scores, order, axis=-1)),
+        )
+
+
+def _best_first(rank: Array, positions: Array) -> Array:
+    """Slots by falling rank, of equals the newest first."""
+    slots = lax.broadcasted_iota(jnp.int32, rank.shape, rank.ndim - 1)
+    return lax.sort((-rank, -positions, slots), dimension=-1, num_keys=2)[2]
+
+
+def _nobody(scores: Array) -> Array:
+    """Weights of one query that looks at no token: [B, K, 1, 1, S]."""
+    return jnp.zeros((*scores.shape[:2], 1, 1, scores.shape[2]), jnp.float32)
+
+
+def _is_window(score: Any, sinks: int) -> bool:
+    return score is _scores.recency and sinks == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvictingKind:
+    """See `evicting`."""
+
+    budget: int | tuple[int, ...]
+    score: Any
+    recent: int
+    sinks: int
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether a model may run past its context: only where what is kept is a window.
+
+        Tokens keep their positions in the text, so a token that is kept for long is looked at
+        from a distance that the model was never trained for.
+        """
+        return _is_window(self.score, self.sinks)
+
+    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Evicting:
+        """An empty layer: zeros.
+
+        Raises:
+            ValueError: budgets for another number of heads.
+        """
+        del slots
+        budgets = np.asarray(_per_head(self.budget, kv_heads))
+        held = (batch, kv_heads, int(budgets.max()))
+        closed = np.arange(held[2])[None] >= budgets[:, None]
+        shape = (*held, head_dim)
+        return Evicting(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            positions=jnp.array(np.broadcast_to(np.where(closed, CLOSED, EMPTY), held), jnp.int32),
+            scores=jnp.zeros(held, jnp.float32),
+            score=self.score,
+            recent=self.recent,
+            sinks=self.sinks,
+        )
+
+
+def evicting(
+    budget: Any, score: Any = _scores.h2o, recent: Any = None, sinks: Any = 0
+) -> EvictingKind:
+    """Never more than `budget` tokens per row and head, each head its own; never full.
+
+    As long as nothing has been evicted, exact. A new token of the decode loop takes the place of
+    the token with the lowest score by what was known before it, and of equals of the oldest; the
+    tokens of a prefill's chunk look at all that was kept and at each other, and then the best of
+    all stay. In a layer with a window, tokens that have left it go first.
+
+    Tokens keep their positions in the text. The layer's bytes do not grow with the text; during a
+    chunk of T tokens the attention weights do exist, B * N * T * (budget + T) of them.
+
+    Args:
+        budget: tokens; or one number for each key/value head, in buffers of the largest.
+        score: of `jkv.scores`, or a function like them.
+        recent: the newest tokens, kept whatever their scores; a quarter of the budget by default.
+        sinks: the first tokens, kept likewise.
+
+    Raises:
+        TypeError: a score that cannot be called, or not be hashed.
+        ValueError: numbers out of range, more kept for good than there is room for, or budgets per
+            head with a score that keeps the same tokens in all.
+    """
+    budgets = budget if isinstance(budget, list | tuple) else (budget,)
+    if not budgets:
+        raise ValueError("evicting got no budgets; expected one for each key/value head, or one")
+    budgets = tuple(count("budget", each, 1) for each in budgets)
+    least = min(budgets)
+    sinks = count("sinks", sinks, 0)
+    recent = max(least // 4, 1) if recent is None else count("recent", recent, 1)
+    if recent + sinks > least:
+        raise ValueError(
+            f"evicting got recent={recent} and sinks={sinks} for a budget of {least}; expected at "
+            "most as many, since these are kept whatever their scores"
+        )
+    if not callable(score) or isinstance(score, type) or score.__hash__ is None:
+        raise TypeError(
+            f"evicting got score={score!r:.60}; expected one of jkv.scores, such as "
+            "jkv.scores.h2o, or a function like them that can be hashed"
+        )
+    if score is _scores.tova and len(set(budgets)) > 1:
+        raise ValueError(
+            f"evicting got the budgets {budgets} with jkv.scores.tova, which keeps the same tokens "
+            "in all heads; expected one budget for all, or another score"
+        )
+    kept = budgets if isinstance(budget, list | tuple) else budgets[0]
+    return EvictingKind(kept, score, recent, sinks)
+
+
+def evicted(cache: Any, budget: Any, score: Any = None) -> Any:
+    """See `Cache.evict`."""
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, Evicting):
+            if score is not None and score != layer.score:
+                raise ValueError(
+                    f"evict got score={score!r:.60} for layer {i}, whose tokens have been judged "
+                    f"by {layer.score!r:.60}; leave score out"
+                )
+            layers.append(layer.evict(cache.lengths, evicting(budget, layer.score).budget))
+            continue
+        kind = evicting(budget, _scores.key_norm if score is None else score)
+        keys, values = layer.to_legacy(cache.lengths)
+        if not isinstance(cache.lengths, Tracer):
+            held = max(int(np.max(np.asarray(cache.lengths), initial=0)), 1)
+            keys, values = keys[:, :, :held], values[:, :, :held]
+        batch, heads, held, dim = keys.shape
+        step = Step.after(jnp.zeros_like(cache.lengths), cache.lengths, held)
+        empty = kind.init(batch, held, heads, dim, keys.dtype)
+        layers.append(empty.put(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), step))
+    return replace(cache, layers=tuple(layers))
+
+
+def count(name: str, value: Any, least: int) -> int:
+    """`value` as an int.
+
+    Raises:
+        ValueError: it is none, or below `least`.
+    """
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(
+            f"an evicting cache got {name}={value!r}; expected an integer of at least {least}"
+        )
+    return int(value)
+
+
+def _per_head(budget: int | tuple[int, ...], kv_heads: int) -> tuple[int, ...]:
+    budgets = budget if isinstance(budget, tuple) else (budget,) * kv_heads
+    if len(budgets) != kv_heads:
+        raise ValueError(
+            f"an evicting cache got {len(budgets)} budgets for {kv_heads} key/value heads; "
+            "expected one for each, or one for all"
+        )
+    return budgets

@@ -1,0 +1,77 @@
+"""Another budget for each layer: more in the first, less in the last."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jkv.cache import scores as _scores
+from jkv.cache.evicting import Evicting, EvictingKind, count, evicting
+from jkv.errors import UnsupportedError
+
+
+@dataclasses.dataclass(frozen=True)
+class PyramidKind:
+    """See `pyramid`."""
+
+    budget: int
+    ratio: float
+    score: Any
+    recent: int | None
+    sinks: int
+
+    def budgets(self, layers: int) -> list[int]:
+        """What each layer gets, from the first to the last: falling, and `budget` on average."""
+        # Rounding is the same up and down, so what one layer gains another loses.
+        most = self.budget * (self.ratio - 1) / (self.ratio + 1)
+        ends = max(layers - 1, 1)
+        steps = [(layers - 1 - 2 * i) / ends for i in range(layers)]
+        return [self.budget + round(most * step) for step in steps]
+
+    def bind(self, config: Any, layer: int) -> EvictingKind:
+        """The kind for one layer.
+
+        Raises:
+            ValueError: a layer's budget does not suffice for what is always kept.
+        """
+        return evicting(self.budgets(config.layers)[layer], self.score, self.recent, self.sinks)
+
+    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Evicting:
+        """There is no layer without a model.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        del batch, slots, kv_heads, head_dim, dtype
+        raise UnsupportedError(
+            "pyramid has another budget for each layer of a model; make the cache with "
+            "jkv.init_cache(config, ...), or pass config= to convert"
+        )
+
+
+def pyramid(
+    budget: Any, ratio: Any = 4.0, score: Any = _scores.h2o, recent: Any = None, sinks: Any = 0
+) -> PyramidKind:
+    """`evicting` with more tokens in the first layers than in the last, falling in equal steps.
+
+    Attention is spread in the first layers and narrows towards the last. Source: PyramidKV, Cai et
+    al. 2024, arXiv:2406.02069, whose default beta = 20 is a ratio of 39.
+
+    Args:
+        budget: tokens per row and head, on average over the layers.
+        ratio: of the first layer's budget to the last's, at least 1.
+        score: see `evicting`.
+        recent: see `evicting`; by default a quarter of each layer's own budget.
+        sinks: see `evicting`.
+
+    Raises:
+        ValueError: numbers out of range.
+    """
+    budget, sinks = count("budget", budget, 1), count("sinks", sinks, 0)
+    number = isinstance(ratio, int | float | np.number) and not isinstance(ratio, bool)
+    if not number or not 1 <= ratio < np.inf:
+        raise ValueError(f"pyramid got ratio={ratio!r}; expected a number of at least 1")
+    evicting(budget, score, recent, sinks)
+    return PyramidKind(budget, float(ratio), score, recent, sinks)

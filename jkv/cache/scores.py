@@ -1,0 +1,141 @@
+"""Scores: which tokens a cache of limited size keeps. A score is a function; write your own.
+
+It is called once per pass and layer with what that pass saw, and says how much each token is
+worth; the highest are kept. To accumulate, add to `seen.previous`:
+
+    >>> def value_norm(seen): return jnp.linalg.norm(seen.values.astype(jnp.float32), axis=-1)
+    >>> jkv.generate(lm, prompts, max_new_tokens=64, cache=jkv.evicting(128, score=value_norm))
+
+It is part of the compiled program, like the kind: pass the same function again and not a new
+lambda each time. What it says of an empty slot does not matter; NaN is worth less than anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jkv._axes import Array
+from jkv._pytree import pytree
+
+
+@pytree
+class Seen:
+    """One pass over a layer's tokens, those held and those new in it, as a score sees them.
+
+    A `put`, which has no queries, is one query that looks at nothing: weights of zero.
+    """
+
+    previous: Array  # [B, K, S] float32, the scores before; 0 for new tokens
+    weights: Array  # [B, K, G, T, S] float32, who looks at whom; zero for padding queries
+    keys: Array  # [B, K, S, H], as rotated; in empty slots anything
+    values: Array  # [B, K, S, H]
+    positions: Array  # [B, K, S] int32, below 0 where there is no token; in any order
+    queries: Array  # [B, T] int32, positions of the queries, -1 for padding
+    fresh: Array  # [B, K, S] bool, tokens that are new in this pass
+
+
+Score = Callable[[Seen], Array]
+
+
+def key_norm(seen: Seen) -> Float[Array, "B K S"]:
+    """Keys of small L2 norm are kept: they tend to be the ones looked at.
+
+    Needs no attention: the choice for `Cache.evict`. Source: Devoto et al. 2024, arXiv:2406.11430.
+    """
+    keys = seen.keys.reshape(-1, *seen.keys.shape[2:]).astype(jnp.float32)
+    return -jnp.sqrt(jnp.sum(keys * keys, axis=-1)).reshape(seen.positions.shape)
+
+
+def h2o(seen: Seen) -> Float[Array, "B K S"]:
+    """All attention that a token ever got, summed over queries and the heads of a group.
+
+    Heavy hitters. After a `put` new tokens stand at 0, and of equals the newest are kept.
+    Source: Zhang et al. 2023, arXiv:2306.14048.
+    """
+    return seen.previous + jnp.sum(seen.weights, axis=(2, 3))
+
+
+def tova(seen: Seen) -> Float[Array, "B K S"]:
+    """The attention of the last query alone, averaged over all heads: they keep the same tokens.
+
+    A mesh that shards heads averages over each device's own. A `put` has no query: the newest are
+    kept. Source: Oren et al. 2024, arXiv:2401.06104.
+    """
+    last = jnp.argmax(seen.queries, axis=1)[:, None, None, None, None]
+    weights = jnp.take_along_axis(seen.weights, last, axis=3)[:, :, :, 0]
+    mean = jnp.mean(weights, axis=(1, 2))
+    return jnp.broadcast_to(mean[:, None], seen.positions.shape)
+
+
+def recency(seen: Seen) -> Float[Array, "B K S"]:
+    """The newest tokens: a window, which every other score should beat."""
+    return seen.positions.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapKV:
+    """See `snapkv`."""
+
+    window: int
+    pool: int
+
+    def __call__(self, seen: Seen) -> Float[Array, "B K S"]:
+        """Attention of the last queries in a prefill; in decode the prompt stands as it is."""
+        kept = jnp.float32(jnp.inf)
+        if seen.weights.shape[3] == 1:
+            return jnp.where(seen.fresh, kept, seen.previous)
+        since = jnp.max(seen.queries, axis=1) - self.window
+        watching = (seen.queries >= 0) & (seen.queries > since[:, None])
+        looked = jnp.where(watching[:, None, None, :, None], seen.weights, 0.0)
+        pooled = _pooled(jnp.sum(looked, axis=(2, 3)), seen.positions, self.pool // 2)
+        return jnp.where(seen.positions > since[:, None, None], kept, pooled)
+
+
+def snapkv(window: Any = 32, pool: Any = 7) -> SnapKV:
+    """What the end of a prompt looks at is kept of it, and then all that is generated.
+
+    After each chunk of a prefill: the attention of its last `window` queries, of which each token
+    is given the largest among its neighbours, and above all the tokens of those queries. The
+    prompt's scores then stay as they are; what is generated displaces its lowest, and once no
+    prompt is left the oldest. Source: Li et al. 2024, arXiv:2404.14469 (largest: their "maxpool").
+
+    Args:
+        window: queries that look, of the last chunk; so the chunk should not be shorter.
+        pool: width of a neighbourhood, in positions; odd.
+
+    Raises:
+        ValueError: no integers, below 1, or an even `pool`.
+    """
+    for name, value in (("window", window), ("pool", pool)):
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or value < 1 or (name == "pool" and value % 2 == 0):
+            raise ValueError(
+                f"snapkv got {name}={value!r}; expected an integer of at least 1"
+                + (", odd: a token and as many on either side" if name == "pool" else "")
+            )
+    return SnapKV(int(window), int(pool))
+
+
+def _pooled(
+    scores: Float[Array, "B K S"], positions: Int[Array, "B K S"], reach: int
+) -> Float[Array, "B K S"]:
+    """The largest score among the tokens at most `reach` positions away, in whatever slots."""
+    order = jnp.argsort(positions, axis=-1)
+    places = jnp.take_along_axis(positions, order, axis=-1)
+    line = jnp.take_along_axis(scores, order, axis=-1)
+    best = line
+    # Neighbours in position are at most as many slots apart, once the slots are in order.
+    for shift in (s for d in range(1, reach + 1) for s in (d, -d)):
+        place, score = jnp.roll(places, shift, axis=-1), jnp.roll(line, shift, axis=-1)
+        near = (place >= 0) & (jnp.abs(place - places) <= reach)
+        best = jnp.where(near, jnp.maximum(best, score), best)
+    return jnp.take_along_axis(best, jnp.argsort(order, axis=-1), axis=-1)
+
+
+__all__ = ["Score", "Seen", "SnapKV", "h2o", "key_norm", "recency", "snapkv", "tova"]
