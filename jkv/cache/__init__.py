@@ -1,6 +1,7 @@
 """Caches: one file per kind of storage, one protocol for all."""
 
 from jkv.cache.base import Cache, concat
+from jkv.cache.compressed import NearFar, fp8, near_far, quantized, sparse
 from jkv.cache.dense import Dense, dense, from_legacy
 from jkv.cache.evicting import Evicting, evicting
 from jkv.cache.init import init_cache
@@ -11,6 +12,11 @@ from jkv.cache.pyramid import pyramid
 from jkv.cache.window import Window, window
 
 __all__ = [
+    "NearFar",
+    "fp8",
+    "near_far",
+    "quantized",
+    "sparse",
     "Cache",
     "Dense",
     "Evicting",

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.cache.base import Cache
 from jkv.cache.protocol import Step
+from jkv.ops.write import write
 
 
 @pytree
@@ -144,27 +145,6 @@ def check_heads(held: Any, new: Array) -> None:
             f"{new.shape[2]} of {new.shape[3]}; expected a cache made from this model's "
             "configuration"
         )
-
-
-def write(
-    buffer: Num[Array, "B K S *H"], new: Num[Array, "B T K *H"], slots: Int[Array, "B T"]
-) -> Num[Array, "B K S *H"]:
-    """Put each row's new tokens into its own slots; a slot that does not exist is dropped.
-
-    Rows and heads are one axis while writing, as they are while reading: with a reshape between
-    the update and the product that reads it, XLA updates once per shape and copies the buffer.
-    """
-    batch, heads, size, *rest = buffer.shape
-    count = new.shape[1]
-    # Negative indices wrap in JAX; past the end they are dropped. Distinct, to stay unique.
-    nowhere = size + jnp.arange(count, dtype=slots.dtype)[None, :]
-    slots = jnp.where(slots < 0, nowhere, slots)
-    slots = jnp.broadcast_to(slots[:, None], (batch, heads, count)).reshape(-1, count)
-    lines = jnp.arange(batch * heads)[:, None]
-    tokens = jnp.swapaxes(new, 1, 2).reshape(-1, count, *rest).astype(buffer.dtype)
-    merged = buffer.reshape(-1, size, *rest)
-    merged = merged.at[lines, slots].set(tokens, mode="drop", unique_indices=True)
-    return merged.reshape(buffer.shape)
 
 
 def from_legacy(layers: Sequence[tuple[Any, Any]], lengths: Any = None) -> Cache:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from jkv._axes import Array
 from jkv.errors import UnsupportedError
 from jkv.ops.attention import reference, xla
+from jkv.ops.encoded import Encoded
 from jkv.ops.partial import Partial
 
 __all__ = ["IMPLEMENTATIONS", "attention"]
@@ -16,8 +17,8 @@ IMPLEMENTATIONS = ("xla", "reference")
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | Encoded,
+    v: Float[Array, "B K S H"] | Encoded,
     *,
     positions: Int[Array, "B T"],
     slot_positions: Int[Array, "B S"] | None = None,
@@ -32,8 +33,10 @@ def attention(
 
     Args:
         q: queries, already rotated.
-        k: keys of the slots; each of the K heads serves N / K query heads.
-        v: values of the slots.
+        k: keys of the slots; each of the K heads serves N / K query heads. An array, or in a
+            codec's form (`jkv.ops.encoded`), which is read a block at a time and never decoded
+            as a whole.
+        v: values of the slots, likewise.
         positions: of the queries; -1 is padding, which sees nothing.
         slot_positions: of the tokens in the slots, -1 where a slot is empty. Without it slot s
             holds position s.
@@ -70,6 +73,7 @@ def attention(
         if lengths is not None:
             filled = jax.lax.broadcasted_iota(jnp.int32, slot_positions.shape, 1)
             slot_positions = jnp.where(filled < lengths[:, None], slot_positions, -1)
+        k, v = (x.decode() if isinstance(x, Encoded) else x for x in (k, v))
         return reference.attention(
             q, k, v, positions=positions, slot_positions=slot_positions, **shape
         )

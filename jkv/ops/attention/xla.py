@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jkv._axes import Array
+from jkv.ops.encoded import Encoded
 from jkv.ops.masks import visible
 from jkv.ops.partial import Partial
 
@@ -43,8 +44,8 @@ class _Mask(NamedTuple):
 
 def attention(
     q: Array,
-    k: Array,
-    v: Array,
+    k: Any,
+    v: Any,
     *,
     positions: Array,
     slot_positions: Array | None,
@@ -60,10 +61,11 @@ def attention(
     groups = heads // kv_heads
     rows = q.reshape(batch, new, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch * kv_heads, groups * new, dim)
-    k = k.reshape(batch * kv_heads, slots, dim)
-    v = v.reshape(batch * kv_heads, slots, dim)
+    # Encoded tokens are decoded a block at a time, never all of them.
+    encoded = isinstance(k, Encoded) or isinstance(v, Encoded)
+    k, v = _merged(k), _merged(v)
     mask = _Mask(scale, window, sinks, softcap)
-    form = _whole if slots <= BLOCK else _blocks
+    form = _walk if encoded else _whole if slots <= BLOCK else _blocks
 
     def plain(q, k, v):
         return form(mask, q, k, v, positions, slot_positions, lengths)
@@ -83,6 +85,11 @@ def attention(
     return Partial(out=out.reshape(q.shape), lse=lse.reshape(batch, new, heads))
 
 
+def _merged(x: Any) -> Any:
+    """Rows and heads as one axis."""
+    return x.merged() if isinstance(x, Encoded) else x.reshape(-1, *x.shape[2:])
+
+
 def _positions_of(slots: Array, slot_positions: Array | None, lengths: Array | None, batch: int):
     """Positions [B, S'] held by the slots numbered `slots` [S'], -1 where nothing is."""
     if slot_positions is None:
@@ -96,9 +103,13 @@ def _positions_of(slots: Array, slot_positions: Array | None, lengths: Array | N
 
 def _scores(mask: _Mask, q: Array, k: Array, positions: Array, at: Array) -> Array:
     """Masked scores [Z, R, S'] in float32; R counts groups first, then new tokens."""
+    return _masked(mask, jnp.einsum("zrh,zsh->zrs", q, k, **_PRODUCT), positions, at)
+
+
+def _masked(mask: _Mask, products: Array, positions: Array, at: Array) -> Array:
     batch, new = positions.shape
-    z, r, _ = q.shape
-    scores = jnp.einsum("zrh,zsh->zrs", q, k, **_PRODUCT) * mask.scale
+    z, r, _ = products.shape
+    scores = products * mask.scale
     if mask.softcap is not None:
         scores = mask.softcap * jnp.tanh(scores / mask.softcap)
     seen = visible(positions, at, window=mask.window, sinks=mask.sinks)
@@ -108,10 +119,16 @@ def _scores(mask: _Mask, q: Array, k: Array, positions: Array, at: Array) -> Arr
 
 def _safe_values(v: Array, positions: Array, at: Array) -> Array:
     """Values [Z, S', H] with zeros where no query can look: zero weight times NaN is NaN."""
+    used = _used(v.shape[0], positions, at)
+    return jnp.where(used[..., None], v, jnp.zeros((), v.dtype))
+
+
+def _used(lines: int, positions: Array, at: Array) -> Array:
+    """Slots [Z, S'] at which some query may look."""
     batch = positions.shape[0]
     used = (at >= 0) & (at <= jnp.max(positions, axis=1)[:, None])
-    used = jnp.broadcast_to(used[:, None], (batch, v.shape[0] // batch, at.shape[1]))
-    return jnp.where(used.reshape(v.shape[0], at.shape[1], 1), v, jnp.zeros((), v.dtype))
+    used = jnp.broadcast_to(used[:, None], (batch, lines // batch, at.shape[1]))
+    return used.reshape(lines, at.shape[1])
 
 
 def _weighted(weights: Array, v: Array) -> Array:
@@ -197,25 +214,25 @@ def _blocks_jvp(mask, primals, tangents):
 
 def _walk(mask, q, k, v, positions, slot_positions, lengths):
     slots = k.shape[1]
+    size = min(BLOCK, slots)
     first, last = _block_range(mask, positions, slot_positions, lengths, slots)
 
     def block(i, carry):
         out, top, total = carry
         # The last block is moved back to end with the buffer; what it repeats is masked.
-        start = jnp.minimum(i * BLOCK, slots - BLOCK)
-        numbers = start + jnp.arange(BLOCK)
+        start = jnp.minimum(i * size, slots - size)
+        numbers = start + jnp.arange(size)
         at = _positions_of(numbers, slot_positions, lengths, positions.shape[0])
-        at = jnp.where((numbers >= i * BLOCK)[None, :], at, -1)
-        scores = _scores(mask, q, lax.dynamic_slice_in_dim(k, start, BLOCK, 1), positions, at)
+        at = jnp.where((numbers >= i * size)[None, :], at, -1)
+        scores = _masked(mask, _block_products(q, k, start, size), positions, at)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         shift = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
         weights = jnp.exp(scores - shift[..., None])
         faded = jnp.exp(top - shift)
-        values = _safe_values(lax.dynamic_slice_in_dim(v, start, BLOCK, 1), positions, at)
-        out = out * faded[..., None] + _weighted(weights, values)
+        out = out * faded[..., None] + _block_sum(weights, v, start, positions, at)
         return out, new_top, total * faded + jnp.sum(weights, axis=-1)
 
-    out = jnp.zeros(q.shape, jnp.float32)
+    out = jnp.zeros((*q.shape[:2], v.shape[-1]), jnp.float32)
     nothing = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     out, top, total = lax.fori_loop(
         first, last, block, (out, nothing, jnp.zeros(q.shape[:2], jnp.float32))
@@ -223,9 +240,25 @@ def _walk(mask, q, k, v, positions, slot_positions, lengths):
     return out / jnp.where(total == 0, 1.0, total)[..., None], top + jnp.log(total)
 
 
+def _block_products(q: Array, k: Any, start: Array, size: int) -> Array:
+    """Products [Z, R, S'] with the keys of some slots."""
+    if isinstance(k, Encoded):
+        return k.scores(q.astype(jnp.float32), start, size)
+    k = lax.dynamic_slice_in_dim(k, start, size, 1)
+    return jnp.einsum("zrh,zsh->zrs", q, k, **_PRODUCT)
+
+
+def _block_sum(weights: Array, v: Any, start: Array, positions: Array, at: Array) -> Array:
+    """Weighted sum [Z, R, H] of the values of some slots."""
+    if isinstance(v, Encoded):
+        return v.weighted(weights, start, _used(v.shape[0], positions, at))
+    v = lax.dynamic_slice_in_dim(v, start, at.shape[1], 1)
+    return _weighted(weights, _safe_values(v, positions, at))
+
+
 def _block_range(mask, positions, slot_positions, lengths, slots):
     """First and one past the last block that any query of the pass can see."""
-    count = -(-slots // BLOCK)
+    count = -(-slots // BLOCK)  # one that is shorter than a block is one
     if slot_positions is not None:
         filled = slots if lengths is None else jnp.max(lengths)
         return jnp.int32(0), jnp.minimum(-(-filled // BLOCK), count).astype(jnp.int32)

@@ -1,0 +1,367 @@
+"""Caches that round what they keep: recent tokens exact, older ones in a codec's form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from jkv import ops
+from jkv._axes import Array
+from jkv._pytree import pytree, replace, static
+from jkv.cache.dense import check_heads, write
+from jkv.cache.protocol import Step
+from jkv.cache.ring import Ring, chunk
+from jkv.ops.encoded import Affine, Codec, Encoded, Float8, Sparse, finite
+from jkv.ops.order import after
+
+# Tokens that can be rolled back without rounding any a second time: drafts are shorter.
+SLACK = 16
+
+
+@pytree
+class NearFar:
+    """A layer's keys and values in two parts: the newest tokens exact, all before them encoded.
+
+    Tokens leave the near part in whole units (as many as are encoded together) once `recent` newer
+    ones are there, and are encoded at that moment, once: which are where follows from a row's
+    length alone. New tokens see each other, and the near part, before anything is rounded.
+    """
+
+    keys: Encoded  # far, [B, K, S', H]
+    values: Encoded  # far, [B, K, S', H]
+    near: Ring | None  # of recent + unit + SLACK tokens; None where every token is encoded at once
+    broken: Array  # [B] bool, rows that were given NaN or infinity
+    recent: int = static()
+    slots: int = static()
+    dtype: str = static()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self.slots
+
+    @property
+    def unit(self) -> int:
+        """Tokens that leave the near part together."""
+        return max(self.keys.unit, self.values.unit)
+
+    def far(self, count: Int[Array, " B"]) -> Int[Array, " B"]:
+        """How many of a row's `count` tokens are in the far part."""
+        return jnp.maximum(count - self.recent, 0) // self.unit * self.unit
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        step: Step,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Float[Array, "B T N H"], NearFar]:
+        """Attention over both parts and the new tokens as they are, and the cache with all.
+
+        Raises:
+            ValueError: keys of other heads than the cache was made for.
+        """
+        options = {"scale": scale, "window": window, "softcap": softcap}
+        if q.shape[1] == 1:
+            # One token overwrites nothing that it sees: written first, nothing is ever copied.
+            stored = self.put(k, v, step)
+            if stored.near is None:
+                parts = [
+                    stored._read(q, step, step.start, options),
+                    chunk(q, k, v, step, **options),
+                ]
+            else:
+                since = stored.far(step.stop)
+                near = stored.near.read(q, step, step.stop, since, **options)
+                parts = [stored._read(q, step, since, options), near]
+            return ops.merge(*parts).out.astype(q.dtype), stored
+        since = self.far(step.start)
+        parts = [self._read(q, step, since, options), chunk(q, k, v, step, **options)]
+        if self.near is not None:
+            parts.append(self.near.read(q, step, step.start, since, **options))
+        out = ops.merge(*parts).out
+        return out.astype(q.dtype), self._put(k, v, step, out)
+
+    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> NearFar:
+        """The new tokens into the near part, and what they push out of it into the far one.
+
+        Raises:
+            ValueError: keys of other heads than the cache was made for.
+        """
+        return self._put(k, v, step, None)
+
+    def _put(self, k: Array, v: Array, step: Step, result: Array | None) -> NearFar:
+        check_heads(self.keys, k)
+        first, unit = self.far(step.start), self.unit
+        count = 1 if k.shape[1] == 1 else (k.shape[1] + unit - 1) // unit
+        numbers = first[:, None] // unit + jnp.arange(count)[None, :]
+        numbers = jnp.where(numbers < self.far(step.stop)[:, None] // unit, numbers, -1)
+        if result is not None:
+            numbers = after(numbers, result)
+        near = None if self.near is None else self.near.put(k, v, step, result)
+        # One new token at a time leaves the ring long after it came; of a chunk, part may leave
+        # without ever having been in it.
+        source = near if k.shape[1] == 1 else self.near
+        old_k, old_v = _leaving(source, k, v, step, first[:, None] + jnp.arange(count * unit)[None])
+        real = (step.positions >= 0)[:, :, None, None]
+        return replace(
+            self,
+            keys=_stored(self.keys, old_k, numbers, unit),
+            values=_stored(self.values, old_v, numbers, unit),
+            near=near,
+            broken=self.broken | ~(finite(k, real) & finite(v, real)),
+        )
+
+    def _read(self, q: Array, step: Step, count: Array, options: dict[str, Any]) -> ops.Partial:
+        return ops.attention(
+            q, self.keys, self.values, positions=step.positions, lengths=count, **options
+        )
+
+    def take(self, rows: Int[Array, " R"]) -> NearFar:
+        """The cache with other rows."""
+        return jax.tree.map(lambda leaf: leaf[rows], self)
+
+    def resize(self, slots: int) -> NearFar:
+        """The same tokens with room for more, or for fewer that still hold them."""
+        far = far_slots(slots, self.recent, self.unit)
+        return replace(
+            self, keys=self.keys.resize(far), values=self.values.resize(far), slots=slots
+        )
+
+    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> NearFar:
+        """The near part moves back: over tokens that it still holds, then over rounded ones.
+
+        Rolled back by more than `SLACK` tokens, fewer than a unit of the tokens that are left will
+        be rounded a second time.
+        """
+        if self.near is None:
+            return self
+        near, size = self.near, self.near.size
+        wanted = near.held(lengths)
+        there = (wanted >= (held - size)[:, None])[:, None, :, None]
+        first = jnp.maximum(lengths - size, 0) // self.unit * self.unit
+        span = (-(-size // self.unit) + 1) * self.unit  # that many slots hold what is wanted
+
+        def refilled(exact: Array, rounded: Encoded) -> Array:
+            part = _slots(rounded, first, min(span, rounded.shape[2])).decode()
+            return jnp.where(there, exact, _along(part, wanted - first[:, None], exact.dtype))
+
+        near = Ring(keys=refilled(near.keys, self.keys), values=refilled(near.values, self.values))
+        return replace(self, near=near)
+
+    def concat(self, others: Sequence[NearFar]) -> NearFar:
+        """The rows of all."""
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, *others)
+
+    def to_legacy(
+        self, lengths: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Keys and values as they are remembered: the far part decoded, the near part exact."""
+        far = self.far(lengths)
+
+        def whole(rounded: Encoded, exact: Array | None) -> Array:
+            decoded = rounded.decode().astype(self.dtype)[:, :, : self.slots]
+            room = ((0, 0), (0, 0), (0, self.slots - decoded.shape[2]), (0, 0))
+            decoded = jnp.pad(decoded, room)
+            if self.near is None or exact is None:
+                return decoded
+            held = self.near.held(lengths)
+            held = jnp.where(held >= far[:, None], held, -1)
+            return write(decoded, jnp.swapaxes(exact, 1, 2), held)
+
+        near = self.near
+        return (
+            whole(self.keys, None if near is None else near.keys),
+            whole(self.values, None if near is None else near.values),
+        )
+
+
+def far_slots(slots: int, recent: int, unit: int) -> int:
+    """Slots of the far part of a cache for `slots` tokens: whole units, at least one."""
+    return max((slots - recent) // unit * unit, unit)
+
+
+def _leaving(
+    near: Ring | None, k: Array, v: Array, step: Step, positions: Int[Array, "B R"]
+) -> tuple[Array, Array]:
+    """Keys and values [B, R, K, H] at positions that lie in the ring, or among the new tokens.
+
+    What lies at positions that no token has yet is anything.
+    """
+    if k.shape[1] == 1 and near is not None:
+        return near.at(positions)
+    at = jnp.clip(positions - step.start[:, None], 0, k.shape[1] - 1)[..., None, None]
+    new_k, new_v = (jnp.take_along_axis(x, at, axis=1) for x in (k, v))
+    if near is None:
+        return new_k, new_v
+    old_k, old_v = near.at(positions)
+    new = (positions >= step.start[:, None])[..., None, None]
+    return jnp.where(new, new_k, old_k), jnp.where(new, new_v, old_v)
+
+
+def _stored(far: Encoded, tokens: Array, numbers: Array, unit: int) -> Encoded:
+    """The far part with units of tokens, of which its own units may be fractions."""
+    parts = unit // far.unit
+    at = numbers[..., None] * parts + jnp.arange(parts)[None, None]
+    at = jnp.where(numbers[..., None] < 0, -1, at)
+    return far.put(tokens, at.reshape(at.shape[0], -1))
+
+
+def _slots(encoded: Encoded, first: Int[Array, " B"], size: int) -> Encoded:
+    """Slots first[b] to first[b] + size of each row, both whole units."""
+    slots = encoded.shape[2]
+
+    def cut(leaf: Array) -> Array:
+        per = slots // leaf.shape[2]
+        at = jnp.minimum(first[:, None] // per + jnp.arange(size // per)[None], leaf.shape[2] - 1)
+        at = at.reshape(at.shape[0], 1, -1, *(1,) * (leaf.ndim - 3))
+        return jnp.take_along_axis(leaf, at, axis=2)
+
+    return jax.tree.map(cut, encoded)
+
+
+def _along(tokens: Array, at: Array, dtype: Any) -> Array:
+    """Tokens [B, K, R, H] in the order of `at` [B, W]; anything where it points outside."""
+    at = jnp.clip(at, 0, tokens.shape[2] - 1)[:, None, :, None]
+    return jnp.take_along_axis(tokens, at, axis=2).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class NearFarKind:
+    """See `near_far`, `quantized`, `fp8` and `sparse`: how old keys and values are stored."""
+
+    keys: Codec
+    values: Codec
+    recent: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        units = sorted((self.keys.unit, self.values.unit))
+        if units[1] % units[0]:
+            raise ValueError(
+                f"keys are encoded {self.keys.unit} tokens at a time and values "
+                f"{self.values.unit}; expected one to divide the other"
+            )
+        recent = self.recent
+        if isinstance(recent, bool) or not isinstance(recent, int) or recent < 0:
+            raise ValueError(
+                f"got {recent!r} recent tokens to keep exact; expected an integer of at least 0"
+            )
+
+    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> NearFar:
+        """An empty layer."""
+        unit = max(self.keys.unit, self.values.unit)
+        room = far_slots(slots, self.recent, unit)
+        near = None
+        if self.recent or unit > 1:
+            near = Ring.empty(batch, self.recent + unit + SLACK, kv_heads, head_dim, dtype)
+        return NearFar(
+            keys=self.keys.empty(batch, kv_heads, room, head_dim, dtype),
+            values=self.values.empty(batch, kv_heads, room, head_dim, dtype),
+            near=near,
+            broken=jnp.zeros((batch,), bool),
+            recent=self.recent,
+            slots=slots,
+            dtype=jnp.dtype(dtype).name,
+        )
+
+
+def quantized(
+    bits: int = 8,
+    *,
+    residual: int | None = None,
+    group: int | None = None,
+    key_axis: str | None = None,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+) -> NearFarKind:
+    """Keys and values in 8, 4 or 2 bits, packed, with a step and a zero point for each group.
+
+    At 4 and 2 bits keys are grouped per channel over `group` tokens, since some channels of keys
+    are many times as large as others, and values per token (KIVI, Liu et al. 2024,
+    arXiv:2402.02750). What has been rounded is never rounded again.
+
+    Args:
+        bits: 8, 4 or 2.
+        residual: newest tokens that stay exact: 0 at 8 bits and 128 below by default.
+        group: numbers that share a step: channels of a token, or tokens of a channel. The whole
+            token at 8 bits and 64 below by default.
+        key_axis: "channel" or "token"; "token" at 8 bits and "channel" below by default.
+        key_bits: of keys, where they differ from those of values.
+        value_bits: of values.
+
+    Raises:
+        ValueError: numbers of bits, groups or axes that there are no codecs for.
+    """
+    low = min(key_bits or bits, value_bits or bits) < 8
+    residual = (128 if low else 0) if residual is None else residual
+    return NearFarKind(
+        keys=_affine(key_bits or bits, key_axis, group),
+        values=_affine(value_bits or bits, "token", group),
+        recent=residual,
+    )
+
+
+def _affine(bits: int, axis: str | None, group: int | None) -> Affine:
+    axis = ("token" if bits == 8 else "channel") if axis is None else axis
+    # A group of one token may be all of it; one of tokens must fit into a block of attention.
+    whole = None if axis == "token" and bits == 8 else 64
+    return Affine(bits=bits, axis=axis, group=whole if group is None else group)
+
+
+def fp8(*, residual: int = 0) -> NearFarKind:
+    """Keys and values as 8-bit floats with a scale per token (e4m3, arXiv:2209.05433).
+
+    Args:
+        residual: newest tokens that stay exact.
+
+    Raises:
+        ValueError: a negative residual.
+    """
+    return NearFarKind(keys=Float8(), values=Float8(), recent=residual)
+
+
+def near_far(*, recent: int = 128, far: Any) -> NearFarKind:
+    """The newest tokens exact, older ones in any codec: two partials, merged.
+
+    Args:
+        recent: newest tokens that stay exact.
+        far: a kind that rounds, such as `jkv.quantized(bits=4)`, or a codec of `jkv.ops.encoded`
+            for keys and values alike.
+
+    Raises:
+        TypeError: `far` is neither.
+        ValueError: a negative `recent`.
+    """
+    if isinstance(far, NearFarKind):
+        return dataclasses.replace(far, recent=recent)
+    if isinstance(far, type) or not (hasattr(far, "unit") and hasattr(far, "empty")):
+        raise TypeError(
+            f"near_far got far={far!r:.60}; expected a kind that rounds, such as "
+            "jkv.quantized(bits=4), or a codec"
+        )
+    return NearFarKind(keys=far, values=far, recent=recent)
+
+
+def sparse(keep: float = 0.25, *, bits: int | None = None, residual: int = 0) -> NearFarKind:
+    """The largest `keep` share of each token's channels, with their indices; the rest is zero.
+
+    Args:
+        keep: share of the channels, above 0 and at most 1.
+        bits: 8 or 4, to round what is kept as well; in the model's dtype by default.
+        residual: newest tokens that stay whole.
+
+    Raises:
+        ValueError: a share or number of bits out of range.
+    """
+    codec = Sparse(keep=keep, inner=None if bits is None else _affine(bits, "token", None))
+    return NearFarKind(keys=codec, values=codec, recent=residual)

@@ -1,0 +1,27 @@
+"""New tokens into their slots, in place."""
+
+import jax.numpy as jnp
+from jaxtyping import Int, Num
+
+from jkv._axes import Array
+
+
+def write(
+    buffer: Num[Array, "B K S *H"], new: Num[Array, "B T K *H"], slots: Int[Array, "B T"]
+) -> Num[Array, "B K S *H"]:
+    """Put each row's new tokens into its own slots; a slot that does not exist is dropped.
+
+    Rows and heads are one axis while writing, as they are while reading: with a reshape between
+    the update and the product that reads it, XLA updates once per shape and copies the buffer.
+    """
+    batch, heads, size, *rest = buffer.shape
+    count = new.shape[1]
+    # Negative indices wrap in JAX; past the end they are dropped. Distinct, to stay unique.
+    nowhere = size + jnp.arange(count, dtype=slots.dtype)[None, :]
+    slots = jnp.where(slots < 0, nowhere, slots)
+    slots = jnp.broadcast_to(slots[:, None], (batch, heads, count)).reshape(-1, count)
+    lines = jnp.arange(batch * heads)[:, None]
+    tokens = jnp.swapaxes(new, 1, 2).reshape(-1, count, *rest).astype(buffer.dtype)
+    merged = buffer.reshape(-1, size, *rest)
+    merged = merged.at[lines, slots].set(tokens, mode="drop", unique_indices=True)
+    return merged.reshape(buffer.shape)
