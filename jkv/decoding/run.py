@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jkv.cache.base import Cache
@@ -329,9 +328,9 @@ def generate(
 
     Raises:
         TypeError: prompts, stops, sampler, key or draft of a wrong type.
-        ValueError: empty prompts, ids outside the vocabulary, more tokens than the model's context,
-            (but see `jkv.window`), numbers out of range, samples that would all be the same, or a draft with a sampler that
-            remembers.
+        ValueError: empty prompts, ids outside the vocabulary, more tokens than the model's context
+            (which `jkv.window` may pass), numbers out of range, samples that would all be the same,
+            or a draft with a sampler that remembers.
         UnsupportedError: a draft with a kind of cache that cannot roll back in the decode loop.
         CacheFullError: `slots` too small for what is asked.
     """
