@@ -97,7 +97,7 @@ class _Function:
 
     function: Any = static()
 
-    def __call__(self, history: Array, lengths: Array) -> Array:
+    def __call__(self, history: Array, lengths: Array) -> Any:
         return self.function(history, lengths)
 
 
@@ -131,8 +131,8 @@ def checked(draft: Any, batch: int, slots: int) -> Any:
                 "expected a function or a frozen dataclass"
             )
         draft = _Function(draft)
-    history, lengths = jnp.zeros((batch, slots), jnp.int32), jnp.zeros((batch,), jnp.int32)
-    found = jax.eval_shape(draft, history, lengths)
+    history = jax.ShapeDtypeStruct((batch, slots), jnp.int32)
+    found = jax.eval_shape(draft, history, jax.ShapeDtypeStruct((batch,), jnp.int32))
     shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", np.dtype(object))
     fits = shape is not None and len(shape) == 2 and shape[0] == batch and shape[1] > 0
     if not fits or not jnp.issubdtype(dtype, jnp.integer):
@@ -166,7 +166,7 @@ def check_goes_with(cache: Any, sampler: Any, vocab: int) -> None:
         )
 
 
-def drafting(state: State, history: np.ndarray) -> Drafted:
+def drafting(state: State, history: Any) -> Drafted:
     """The state after a prefill, and the tokens ``[B, S]`` so far, all but the one in the state."""
     return Drafted(
         cache=state.cache,

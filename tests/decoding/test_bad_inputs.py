@@ -36,6 +36,23 @@ class NoTree:
         return logits, state
 
 
+class Mutable:
+    """A draft that can be neither hashed nor looked into."""
+
+    __hash__ = None
+
+    def __call__(self, history, lengths):
+        return history[:, :2]
+
+
+def floats(history, lengths):
+    return jnp.ones((history.shape[0], 3))
+
+
+def flat(history, lengths):
+    return history[:, 0]
+
+
 class World:
     """What the calls below have at hand."""
 
@@ -298,6 +315,105 @@ for value in (0, -1, 2.0, True, None, "5", math.nan):
         "top_k got .*integer of at least 1",
         lambda w, value=value: sampling.top_k(value),
     )
+
+# Samples
+COLD = sampling.temperature(0)
+KEY = jax.random.key(0)
+for value in (0, -1, 2.0, True, None, "2"):
+    bad(
+        f"samples {value!r}",
+        ValueError,
+        "samples got .*integer of at least 1",
+        lambda w, value=value: G(w, samples=value, sampler=HOT, key=KEY),
+    )
+bad("samples all the same", ValueError, "samples=2 of a sampler.*key", lambda w: G(w, samples=2))
+bad("cold samples", ValueError, "be the same", lambda w: G(w, samples=2, sampler=COLD, key=KEY))
+bad(
+    "a key per prompt only",
+    ValueError,
+    r"shape \(2,\).*one key, or 4",
+    lambda w: G(w, samples=2, sampler=HOT, key=jax.random.split(KEY, 2)),
+)
+bad(
+    "stops of each sample",
+    ValueError,
+    "4 entries.*or 2 lists",
+    lambda w: G(w, samples=2, sampler=HOT, key=KEY, stop=[[1]] * 4),
+)
+
+# Drafts
+LOOKUP = jkv.prompt_lookup()
+for value in (0, 1.5, True, None):
+    bad(
+        f"prompt_lookup of {value!r}-grams",
+        ValueError,
+        "prompt_lookup's ngram got .*at least 1",
+        lambda w, value=value: jkv.prompt_lookup(ngram=value),
+    )
+bad("looking up nothing", ValueError, "tokens got 0", lambda w: jkv.prompt_lookup(tokens=0))
+bad("a number as draft", TypeError, "draft got 8; expected jkv.prompt", lambda w: G(w, draft=8))
+bad("a name as draft", TypeError, "draft got 'lookup'", lambda w: G(w, draft="lookup"))
+bad("a class as draft", TypeError, "draft got <class", lambda w: G(w, draft=type(LOOKUP)))
+bad("a draft of floats", TypeError, r"proposed float32\[2, 3\]", lambda w: G(w, draft=floats))
+bad("a draft of one", TypeError, r"proposed int32\[2\].*\[2, k\]", lambda w: G(w, draft=flat))
+bad("a draft of none", TypeError, "proposed NoneType", lambda w: G(w, draft=lambda h, n: None))
+bad("an unhashable draft", TypeError, "neither hashable", lambda w: G(w, draft=Mutable()))
+bad(
+    "a draft of no tokens",
+    TypeError,
+    r"proposed int32\[2, 0\]",
+    lambda w: G(w, draft=lambda history, lengths: history[:, :0]),
+)
+bad(
+    "a draft with a memory",
+    ValueError,
+    "remembers.*repetition_penalty",
+    lambda w: G(w, draft=LOOKUP, sampler=sampling.repetition_penalty(2.0), key=KEY),
+)
+bad(
+    "a draft in a window",
+    UnsupportedError,
+    "draft proposes.*inside the decode loop.*jkv.dense",
+    lambda w: G(w, draft=LOOKUP, cache=jkv.window(4)),
+)
+
+# Beams
+B = {"max_new_tokens": 2}
+
+
+def beams(w, prompts=PROMPTS, **kwargs):
+    return jkv.beam_search(w.model, prompts, **{"max_new_tokens": 2, **kwargs})
+
+
+for value in (0, -1, 2.0, True, None):
+    bad(
+        f"beams {value!r}",
+        ValueError,
+        "beams got .*integer of at least 1",
+        lambda w, value=value: beams(w, beams=value),
+    )
+for value in (math.nan, math.inf, "1", None, True):
+    bad(
+        f"length_penalty {value!r}",
+        ValueError,
+        "length_penalty got .*finite number",
+        lambda w, value=value: beams(w, length_penalty=value),
+    )
+bad("too many beams", ValueError, "beams got 12.*at most 11", lambda w: beams(w, beams=12))
+bad("never", TypeError, "early_stopping got 'never'", lambda w: beams(w, early_stopping="never"))
+bad("beams of no tokens", ValueError, "max_new_tokens got 0", lambda w: beams(w, max_new_tokens=0))
+bad("beams without prompts", ValueError, "no prompts", lambda w: beams(w, []))
+bad("beams in a list", TypeError, r"prompt 0 is 1.*\[\[1, 2, 3\]\]", lambda w: beams(w, [1, 2, 3]))
+bad("beams in no cache", TypeError, "cache got 'dense'", lambda w: beams(w, cache="dense"))
+bad("beams without room", CacheFullError, "slots=3", lambda w: beams(w, slots=3))
+bad("beams over the context", ValueError, "context of 256", lambda w: beams(w, [[1] * 255]))
+bad("beams of no model", TypeError, "as a model", lambda w: jkv.beam_search(None, PROMPTS, **B))
+bad(
+    "beams to a string",
+    ValueError,
+    "stop got the string 'ab'.*token ids only",
+    lambda w: jkv.beam_search(w.lm, PROMPTS, stop=["ab"], **B),
+)
 
 # Stops
 bad("a stop too high", ValueError, "stop got token 11.*0 to 10", lambda w: G(w, stop=11))
@@ -656,5 +772,8 @@ def test_good_calls_beside_the_bad_ones(world):
     world.generate(stop=[[1], []])
     world.text(stop=["a", "b"])
     world.generate(key=jax.random.split(jax.random.key(0), 2), sampler=HOT)
+    world.generate(sampler=HOT, key=jax.random.split(KEY, 4), samples=2, stop=[[1], []])
+    world.generate(draft=lambda history, lengths: history[:, :2])
+    jkv.beam_search(world.lm, PROMPTS, stop=3, beams=11, **B)
     world.cache.take(np.asarray([1, 1, 0])).crop([1, 0, 2]).resize(9)
     attend(window=1)
