@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jkv
-from tests.cache import throwaway
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,26 +18,40 @@ class Case:
     nbytes: Callable[[int, int, int, int, int], int]  # of (layers, B, K, S, H), float32
     exact: bool = True  # the tokens are those of a model without a cache
     window: int | None = None  # of the model that it is compared with
+    sinks: int = 0  # first tokens that all see, which no model has of its own
+    spread: float = 0.25  # standard deviations by which logits may be off, where not exact
     layered: bool = True  # has a LayerCache per layer
     fills: bool = True  # runs full
     rolls_back: bool = True  # whatever its length
+    recalls: bool = True  # well enough to tell tokens apart; test_compressed.py looks at the bits
     off: float = 0.35  # what a random life may find beside a value of up to 1, where not exact
 
     def sees(self, query: int, position: int) -> bool:
         """Whether a token at a position still sees another."""
-        return position <= query and (self.window is None or query - position < self.window)
+        near = self.window is None or query - position < self.window
+        return position <= query and (near or position < self.sinks)
 
     def rolls_back_from(self, held: int) -> bool:
         """Whether a row of so many tokens may be shortened."""
-        return self.rolls_back or held <= (self.window or 0)
+        return self.rolls_back or held <= (self.window or 0) + self.sinks
 
 
 def dense_bytes(layers, b, k, s, h):
     return layers * 2 * b * k * s * h * 4
 
 
-def int8_bytes(layers, b, k, s, h, near=6):
-    return layers * 2 * b * k * (s * (h + 4) + near * h * 4)
+def near_far_bytes(key, value, recent=0, unit=1):
+    """Of a far part with `key` and `value` bytes per unit of a head, and the exact tokens.
+
+    By hand: what leaves the near part leaves it in whole units, and 16 tokens may be rolled back.
+    """
+
+    def count(layers, b, k, s, h):
+        far = max((s - recent) // unit * unit, unit)
+        near = recent + unit + 16 if recent or unit > 1 else 0
+        return layers * (b * k * (far // unit * (key(h) + value(h)) + 2 * near * h * 4) + b)
+
+    return count
 
 
 def evicting_bytes(budget):
@@ -58,7 +71,63 @@ KINDS = [
         fills=False,
         rolls_back=False,
     ),
-    Case("int8", throwaway.int8(6), int8_bytes, exact=False),
+    Case(
+        "sinks",
+        jkv.window(7, sinks=2, positions="text"),
+        lambda layers, b, k, s, h: layers * 2 * b * k * 9 * h * 4,
+        window=7,
+        sinks=2,
+        fills=False,
+        rolls_back=False,
+    ),
+    Case(
+        "int8",
+        jkv.quantized(bits=8),
+        near_far_bytes(lambda h: h + 4, lambda h: h + 4),
+        exact=False,
+    ),
+    # Four bits of four tokens in two bytes per channel; a step and a zero point for each channel
+    # of keys and each token of values.
+    Case(
+        "int4",
+        jkv.quantized(bits=4, residual=3, group=4),
+        near_far_bytes(lambda h: 2 * h + 4 * h, lambda h: 2 * h + 4 * 4 * -(-h // 4), 3, 4),
+        exact=False,
+        off=0.7,
+    ),
+    Case(
+        "int2",
+        jkv.quantized(bits=2, residual=0, group=8),
+        near_far_bytes(lambda h: 2 * h + 4 * h, lambda h: 2 * h + 8 * 4 * -(-h // 8), 0, 8),
+        exact=False,
+        spread=1.0,
+        recalls=False,
+    ),
+    Case(
+        "k8v4",
+        jkv.quantized(key_bits=8, value_bits=4, residual=2),
+        near_far_bytes(lambda h: h + 4, lambda h: -(-h // 2) + 4, 2),
+        exact=False,
+    ),
+    Case("fp8", jkv.fp8(), near_far_bytes(lambda h: h + 2, lambda h: h + 2), exact=False),
+    Case(
+        "near_far",
+        jkv.near_far(recent=5, far=jkv.quantized(bits=8)),
+        near_far_bytes(lambda h: h + 4, lambda h: h + 4, 5),
+        exact=False,
+    ),
+    # Numbers of 4 bytes, and of 1, with a byte that says which channel.
+    Case(
+        "sparse",
+        jkv.sparse(1.0),  # all channels, each with its number: what is told apart is exact
+        near_far_bytes(*(2 * (lambda h: h * 5,))),
+    ),
+    Case(
+        "mixed",
+        jkv.sparse(1.0, bits=8),
+        near_far_bytes(*(2 * (lambda h: 2 * h + 4,))),
+        exact=False,
+    ),
     # A budget that no row of the suite uses up; what eviction does is in test_evicting.py.
     Case("evicting", jkv.evicting(40), evicting_bytes(40), fills=False),
 ]

@@ -103,7 +103,7 @@ def same(case, got, want):
         assert np.max(np.abs(got - want)) <= 1e-5 * max(1.0, spread) * 10
         np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
     else:
-        assert np.max(np.abs(got - want)) <= 0.25 * spread
+        assert np.max(np.abs(got - want)) <= case.spread * spread
 
 
 def continues(case, model, cache, rows):
