@@ -54,10 +54,10 @@ class ListedKind(_PerLayer):
         """The layer's kind.
 
         Raises:
-            ValueError: the model has another number of layers.
+            UnsupportedError: the model has another number of layers.
         """
         if len(self.kinds) != config.layers:
-            raise ValueError(
+            raise UnsupportedError(
                 f"per_layer got {len(self.kinds)} kinds for a model of {config.layers} layers; "
                 "expected one for each"
             )
@@ -80,10 +80,10 @@ class EndsKind(_PerLayer):
         """The layer's kind.
 
         Raises:
-            ValueError: the model has fewer layers than are to be kept exact.
+            UnsupportedError: the model has fewer layers than are to be kept exact.
         """
         if self.first + self.last > config.layers:
-            raise ValueError(
+            raise UnsupportedError(
                 f"per_layer got first={self.first} and last={self.last} for a model of "
                 f"{config.layers} layers; expected no more than there are"
             )

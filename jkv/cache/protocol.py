@@ -39,6 +39,9 @@ class LayerCache(Protocol):
     One method rather than "append" and "read": the order of the two is the cache's own affair
     (a ring given a chunk longer than itself must read first), and what a cache stores never has
     to be written out in full for somebody else to read.
+
+    A kind that lets go of tokens says in `keeps` how many it has of a row, however long: what is
+    planned before anything is allocated depends on it.
     """
 
     @property

@@ -1,59 +1,259 @@
-"""Kinds of cache as text, for command lines: a name, or a name with arguments in brackets."""
+"""Kinds of cache as text, for command lines: one grammar, one table.
+
+    SPEC      = NAME [ ":" ARGUMENT { "," ARGUMENT } ]
+    ARGUMENT  = VALUE | NAME "=" VALUE
+    VALUE     = number | word | SPEC | "(" SPEC ")"
+
+Values without a name come in the order of `usage`. A kind within a kind needs brackets only where
+it has several arguments of its own: ``near_far:recent=64,far=(int4:group=32,key_axis=token)``.
+"""
 
 from __future__ import annotations
 
-import ast
-import inspect
+import dataclasses
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from jkv.cache import scores
+from jkv.cache.compressed import fp8, near_far, quantized, sparse
 from jkv.cache.dense import dense
+from jkv.cache.evicting import evicting
 from jkv.cache.none import none
+from jkv.cache.per_layer import per_layer
+from jkv.cache.pyramid import pyramid
+from jkv.cache.window import window
 
-# A new kind is one line here.
-_KINDS: dict[str, Callable[..., Any]] = {"dense": dense, "none": none}
 
-_SPEC = re.compile(r"(\w+)\s*(?:\((.*)\))?", re.DOTALL)
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How a value is written, and what it stands for."""
+
+    shown: str
+    read: Callable[[str], Any]  # raises ValueError where it is not written so
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A name, what it makes, and what may be said about it.
+
+    Attributes:
+        make: gets the arguments by name.
+        says: one line for people.
+        examples: after the name, as lists of kinds show them.
+        arguments: by name, those that need none first.
+        bare: how many need no name.
+        needed: how many of those must be there.
+    """
+
+    make: Callable[..., Any]
+    says: str
+    examples: tuple[str, ...] = ("",)
+    arguments: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
+    bare: int = 0
+    needed: int = 0
+
+
+def _words(**meanings: Any) -> Reader:
+    """One of a few words."""
+
+    def read(text: str) -> Any:
+        if text not in meanings:
+            raise ValueError
+        return meanings[text]
+
+    return Reader("|".join(meanings), read)
+
+
+def _number(shown: str, pattern: str, make: Callable[[str], Any]) -> Reader:
+    def read(text: str) -> Any:
+        if re.fullmatch(pattern, text, re.ASCII) is None:
+            raise ValueError
+        return make(text)
+
+    return Reader(shown, read)
+
+
+def _inner(text: str) -> Any:
+    return parse(text[1:-1] if text.startswith("(") and text.endswith(")") else text)
+
+
+_COUNT = _number("N", r"\d+", int)
+_REAL = _number("X", r"\d*\.?\d+", float)
+_KIND = Reader("SPEC", _inner)
+_POSITIONS = _words(cache="cache", text="text", clamped="clamped")
+_BITS = _number("kNvN", r"k\dv\d", lambda text: (int(text[1]), int(text[3])))
+_ROUNDED = {
+    "residual": _COUNT,
+    "group": _COUNT,
+    "key_axis": _words(channel="channel", token="token"),
+}
+_KEPT = {
+    "score": _words(
+        h2o=scores.h2o,
+        tova=scores.tova,
+        snapkv=scores.snapkv(),
+        key_norm=scores.key_norm,
+        recency=scores.recency,
+    ),
+    "recent": _COUNT,
+    "sinks": _COUNT,
+}
+
+
+def _keys_and_values(bits: tuple[int, int], **more: Any) -> Any:
+    return quantized(key_bits=bits[0], value_bits=bits[1], **more)
+
+
+def _rounded(bits: int, says: str) -> Form:
+    return Form(functools.partial(quantized, bits), says, arguments=_ROUNDED)
+
+
+# A new kind is one entry here.
+FORMS: dict[str, Form] = {
+    "dense": Form(
+        dense,
+        "every token as the model makes it; with grow, in a buffer that doubles when it is full",
+        arguments={"grow": _words(grow=True)},
+        bare=1,
+    ),
+    "none": Form(none, "nothing: the whole prefix is computed again at each step"),
+    "window": Form(
+        window,
+        "the last N tokens, and the first ones as sinks; without N the model's own windows",
+        examples=(":1024", ":1020,sinks=4"),
+        arguments={"size": _COUNT, "sinks": _COUNT, "positions": _POSITIONS},
+        bare=1,
+    ),
+    "int8": _rounded(8, "all tokens in 8 bits, a step and a zero point for each"),
+    "int4": _rounded(4, "4 bits, keys by channel and values by token; the newest stay exact"),
+    "int2": _rounded(2, "2 bits, keys by channel and values by token; the newest stay exact"),
+    "kv": Form(
+        _keys_and_values,
+        "keys and values in different numbers of bits",
+        examples=(":k8v4",),
+        arguments={"bits": _BITS, **_ROUNDED},
+        bare=1,
+        needed=1,
+    ),
+    "fp8": Form(fp8, "8-bit floats, a scale for each token", arguments={"residual": _COUNT}),
+    "near_far": Form(
+        near_far,
+        "the newest tokens exact, those before them rounded as in another kind",
+        examples=(":recent=1024,far=int4",),
+        arguments={"far": _KIND, "recent": _COUNT},
+        needed=1,
+    ),
+    "sparse": Form(
+        sparse,
+        "the largest channels of each token, as a share of all; rounded too, if wanted",
+        examples=(":0.25", ":0.25,int8"),
+        arguments={"keep": _REAL, "bits": _words(int8=8, int4=4), "residual": _COUNT},
+        bare=2,
+    ),
+    "evict": Form(
+        evicting,
+        "the best N tokens of each head by a score",
+        examples=(":1024,score=h2o",),
+        arguments={"budget": _COUNT, **_KEPT},
+        bare=1,
+        needed=1,
+    ),
+    "pyramid": Form(
+        pyramid,
+        "N tokens of each head on average, more in the first layers than in the last",
+        examples=(":1024",),
+        arguments={"budget": _COUNT, "ratio": _REAL, **_KEPT},
+        bare=1,
+        needed=1,
+    ),
+    "per_layer": Form(
+        per_layer,
+        "a kind for all layers but the first and the last ones, which are kept dense",
+        examples=(":int4,first=1,last=1",),
+        arguments={"kinds": _KIND, "first": _COUNT, "last": _COUNT, "exact": _KIND},
+        bare=1,
+        needed=1,
+    ),
+}
 
 
 def parse(text: str) -> Any:
-    """The kind that a text names, such as "dense" or "window(1024, sinks=4)".
-
-    Arguments are numbers, True, False, None or quoted texts, by position or by name.
+    """The kind that a text names, such as "dense" or "window:252,sinks=4".
 
     Raises:
         ValueError: a name that does not exist, or arguments that it does not take.
     """
-    match = _SPEC.fullmatch(text.strip())
-    if match is None or match[1] not in _KINDS:
-        raise ValueError(f"cache got {text!r}; expected one of {', '.join(map(usage, _KINDS))}")
-    positional, named = _arguments(text, match[2] or "")
-    make = _KINDS[match[1]]
-    try:
-        inspect.signature(make).bind(*positional, **named)
-    except TypeError as error:
-        raise ValueError(f"cache got {text!r} ({error}); expected {usage(match[1])}") from None
-    return make(*positional, **named)
+    name, colon, rest = text.strip().partition(":")
+    form = FORMS.get(name)
+    if form is None:
+        raise ValueError(f"cache got {text!r}; expected {grammar()}")
+    arguments: dict[str, Any] = {}
+    written = _split(text, rest) if colon else []
+    for i, argument in enumerate(written):
+        key, value = _named(form, argument, i)
+        if key not in form.arguments or key in arguments:
+            raise _refused(text, name, argument)
+        try:
+            arguments[key] = form.arguments[key].read(value)
+        except ValueError as error:
+            # What a kind within says about itself is told as it is.
+            raise error if error.args else _refused(text, name, argument) from None
+    if not all(key in arguments for key in list(form.arguments)[: form.needed]):
+        raise ValueError(f"cache got {text!r}; expected {usage(name)}")
+    return form.make(**arguments)
+
+
+def text(kind: Any) -> str:
+    """How a kind is written, as far as it is one of those listed; else what Python shows."""
+    return next((t for t in examples() if parse(t) == kind), repr(kind))
+
+
+def examples() -> list[str]:
+    """Every kind as it may be wanted, in the order of the table."""
+    return [name + rest for name, form in FORMS.items() for rest in form.examples]
 
 
 def usage(name: str) -> str:
-    """How a kind is written: its name, and its arguments where it takes any."""
-    parameters = inspect.signature(_KINDS[name]).parameters.values()
-    written = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
-    return f"{name}({', '.join(written)})" if written else name
+    """How a kind is written, optional parts in brackets."""
+    form = FORMS[name]
+    shown = name
+    for i, (key, reader) in enumerate(form.arguments.items()):
+        part = reader.shown if i < form.bare else f"{key}={reader.shown}"
+        part = (":" if i == 0 else ",") + part
+        shown += part if i < form.needed else f"[{part}]"
+    return shown
 
 
-def _arguments(text: str, inside: str) -> tuple[list[Any], dict[str, Any]]:
-    try:
-        # Parsed as a call and never run: each argument must be a literal.
-        call = ast.parse(f"f({inside})", mode="eval").body
-        if not isinstance(call, ast.Call) or any(k.arg is None for k in call.keywords):
-            raise ValueError
-        positional = [ast.literal_eval(a) for a in call.args]
-        named = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
-    except (SyntaxError, ValueError):
-        raise ValueError(
-            f"cache got {text!r}; expected arguments such as name(1024, size=4)"
-        ) from None
-    return positional, named
+def grammar() -> str:
+    """How all kinds are written."""
+    return f"{'; '.join(map(usage, FORMS))}. `jkv caches` says what each is"
+
+
+def _named(form: Form, argument: str, index: int) -> tuple[str, str]:
+    """An argument's name and value; no name where it has none and needs one."""
+    match = re.match(r"(\w+)\s*=", argument)
+    if match is not None:
+        return match[1], argument[match.end() :].strip()
+    return (list(form.arguments)[index] if index < form.bare else ""), argument
+
+
+def _split(text: str, rest: str) -> list[str]:
+    """Arguments between commas that are in no brackets."""
+    parts, depth = [""], 0
+    for letter in rest:
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth < 0:
+            break
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if depth:
+        raise ValueError(f"cache got {text!r}; expected as many closing brackets as opening ones")
+    return [part.strip() for part in parts]
+
+
+def _refused(text: str, name: str, argument: str) -> ValueError:
+    return ValueError(f"cache got {text!r}, and in it {argument!r}; expected {usage(name)}")

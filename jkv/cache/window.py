@@ -45,6 +45,11 @@ class Window:
         return None
 
     @property
+    def keeps(self) -> int:
+        """Tokens that are kept of a row, however long."""
+        return self.first + self.ring.size
+
+    @property
     def first(self) -> int:
         """How many sinks there are: s."""
         return 0 if self.sinks is None else self.sinks.capacity

@@ -1,4 +1,4 @@
-"""The command `jkv`: text from a checkpoint, a conversation, and what a checkpoint is.
+"""The command `jkv`: text from a checkpoint, a conversation, and what things take.
 
 Everything heavy is imported inside the commands: `jkv --help` does not wait for JAX.
 """
@@ -12,14 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from jkv._version import __version__
+from jkv.cli.caches import caches
 from jkv.cli.chat import chat
 from jkv.cli.errors import complain, is_ours
 from jkv.cli.generate import generate
 from jkv.cli.info import info
+from jkv.cli.plan import plan
 from jkv.errors import JkvError
 
 app = typer.Typer(name="jkv", add_completion=False, pretty_exceptions_enable=False)
-for command in (generate, chat, info):
+for command in (generate, chat, info, plan, caches):
     app.command()(command)
 
 # Some versions of typer bring a copy of click; this is the base of usage errors in either.

@@ -18,9 +18,10 @@ def info(
 ) -> None:
     """What a checkpoint is, and what its cache takes."""
     from jkv.cache.spec import parse
+    from jkv.models import outline
 
     kind = parse(cache)
-    facts = _facts(process.load(source, dtype), cache, kind)
+    facts = _facts(outline(source, dtype=dtype), cache, kind)
     if as_json:
         print(json.dumps(facts))
         return
@@ -39,6 +40,7 @@ def _facts(lm: Any, cache: str, kind: Any) -> dict[str, Any]:
     import jax
 
     from jkv import _pytree
+    from jkv.planning.memory import bytes_per_token
 
     config, tokenizer = lm.config, lm.tokenizer
     sizes = ("layers", "width", "heads", "kv_heads", "head_dim", "vocab", "context")
@@ -49,22 +51,8 @@ def _facts(lm: Any, cache: str, kind: Any) -> dict[str, Any]:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(lm.model)),
         "weight_bytes": _pytree.nbytes(lm.model),
         "cache": cache,
-        "cache_bytes_per_token": _bytes_per_token(config, kind),
+        "cache_bytes_per_token": bytes_per_token(config, kind, 1024),
         **{name: getattr(config, name) for name in sizes},
         "tokenizer": tokenizer is not None,
         "chat_template": tokenizer is not None and "default" in tokenizer.templates,
     }
-
-
-def _bytes_per_token(config: Any, kind: Any) -> int:
-    """What one more slot in one row takes, in all layers; nothing is allocated."""
-    import jax
-
-    from jkv import _pytree
-    from jkv.cache import init_cache
-
-    def size(slots: int) -> int:
-        made = jax.eval_shape(lambda: init_cache(config, kind, batch=1, slots=slots))
-        return _pytree.nbytes(made)
-
-    return (size(2048) - size(1024)) // 1024

@@ -26,9 +26,8 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(help="A text at which to end, beside the checkpoint's own ends; repeatable."),
 ]
-CacheSpec = Annotated[
-    str, typer.Option("--cache", metavar="SPEC", help="The kind of cache: dense or none.")
-]
+SPEC_HELP = "The kind of cache, such as dense, none or window:256; `jkv caches` lists all."
+CacheSpec = Annotated[str, typer.Option("--cache", metavar="SPEC", help=SPEC_HELP)]
 Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One object on standard output.")]
 

@@ -2,7 +2,7 @@
 
 from jkv.models.config import Config, Rope
 from jkv.models.decoder import Decoder
-from jkv.models.lm import LM, load
+from jkv.models.lm import LM, load, outline, read_config
 from jkv.models.tokenizer import Tokenizer
 
-__all__ = ["LM", "Config", "Decoder", "Rope", "Tokenizer", "load"]
+__all__ = ["LM", "Config", "Decoder", "Rope", "Tokenizer", "load", "outline", "read_config"]

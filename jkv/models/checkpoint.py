@@ -76,6 +76,26 @@ def read_checkpoint(
     return model, config
 
 
+def read_config(
+    directory: Path, *, dtype: str | None = None, problems: list[str] | None = None
+) -> Config:
+    """The configuration of a directory; its weights are not looked at, and need not be there.
+
+    Args:
+        directory: what to read.
+        dtype: of the weights; by default the checkpoint's own, float32 where it does not say.
+        problems: what was found before; reported with the rest.
+
+    Raises:
+        CheckpointError: the configuration is missing, broken or unknown; it lists everything.
+    """
+    problems = [] if problems is None else problems
+    config, _ = _read_config(directory, problems)
+    if problems or config is None:
+        raise CheckpointError(_report(directory, problems))
+    return dataclasses.replace(config, dtype=dtype or config.dtype or "float32")
+
+
 def _report(directory: Path, problems: list[str]) -> str:
     lines = "\n".join(f"  - {problem}" for problem in problems)
     return f"{directory} cannot be loaded:\n{lines}"
@@ -281,11 +301,14 @@ def _star(name: str, match: re.Match[str]) -> str:
 def _choose_dtype(dtype: str | None, config: Config, tensors: dict[str, Tensor]) -> str:
     if dtype is not None:
         return dtype
-    # XLA's matrix products in bfloat16 are ten times slower than in float32 on the CPU.
-    if jax.default_backend() == "cpu":
-        return "float32"
     stored = {DTYPES[t.dtype] for t in tensors.values() if t.dtype in DTYPES}
-    return config.dtype or (stored.pop() if len(stored) == 1 else "float32")
+    return usual_dtype(config.dtype or (stored.pop() if len(stored) == 1 else "float32"))
+
+
+def usual_dtype(stored: str) -> str:
+    """The dtype in which weights stored in another are loaded, unless somebody asks."""
+    # XLA's matrix products in bfloat16 are ten times slower than in float32 on the CPU.
+    return "float32" if jax.default_backend() == "cpu" else stored
 
 
 def _fill(

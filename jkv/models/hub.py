@@ -13,17 +13,22 @@ BUILT_IN = ("shakespeare",)
 
 # Weights as safetensors, configuration, tokenizer, templates; nothing in other folders, and not
 # the second copy of the weights that some repositories carry in their authors' own layout.
-_WANTED = ("*.json", "*.safetensors", "*.jinja")
+ALL = ("*.json", "*.safetensors", "*.jinja")
+ALL_BUT_WEIGHTS = ("*.json", "*.jinja")
+CONFIG = ("config.json", "generation_config.json")
 _UNWANTED = ("*/*", "consolidated*")
 
 
-def resolve(source: Any, revision: str | None, *, show: bool) -> Path:
+def resolve(
+    source: Any, revision: str | None, *, show: bool = False, wanted: tuple[str, ...] = ALL
+) -> Path:
     """The directory of a checkpoint, downloaded where it has to be.
 
     Args:
         source: name of a built-in model, else an existing directory, else a repository's id.
         revision: branch, tag or commit of a repository.
         show: progress bars while downloading.
+        wanted: patterns of the files to download.
 
     Raises:
         CheckpointError: there is no such thing, or the hub cannot be reached.
@@ -43,7 +48,7 @@ def resolve(source: Any, revision: str | None, *, show: bool) -> Path:
     elif Path(name).is_dir():
         path = Path(name)
     elif is_id and name not in (".", ".."):
-        return _download(name, revision, show)
+        return _download(name, revision, show, wanted)
     else:
         raise CheckpointError(
             f"load got {name!r}, which is neither a directory nor a hub id; the built-in models "
@@ -56,7 +61,7 @@ def resolve(source: Any, revision: str | None, *, show: bool) -> Path:
     return path
 
 
-def _download(name: str, revision: str | None, show: bool) -> Path:
+def _download(name: str, revision: str | None, show: bool, wanted: tuple[str, ...]) -> Path:
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import tqdm
 
@@ -70,7 +75,7 @@ def _download(name: str, revision: str | None, show: bool) -> Path:
         path = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=list(_WANTED),
+            allow_patterns=list(wanted),
             ignore_patterns=list(_UNWANTED),
             tqdm_class=None if show else Silent,
         )

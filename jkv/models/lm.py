@@ -9,12 +9,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jkv.errors import UnsupportedError
-from jkv.models.checkpoint import Progress, read_checkpoint
+from jkv.models import checkpoint, hub
+from jkv.models.checkpoint import Progress
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder
-from jkv.models.hub import resolve
 from jkv.models.tokenizer import Tokenizer, read_tokenizer
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -107,10 +108,56 @@ def load(
         >>> jkv.generate(lm, ["ROMEO:"], max_new_tokens=16)
     """
     name = None if dtype is None else _dtype_name(dtype)
-    directory = resolve(source, revision, show=progress is not None)
+    directory = hub.resolve(source, revision, show=progress is not None)
     problems: list[str] = []
     tokenizer = read_tokenizer(directory, problems)
-    model, config = read_checkpoint(directory, dtype=name, progress=progress, problems=problems)
+    model, config = checkpoint.read_checkpoint(
+        directory, dtype=name, progress=progress, problems=problems
+    )
+    return LM(model=model, config=config, tokenizer=tokenizer, source=os.fspath(source))
+
+
+def read_config(
+    source: str | os.PathLike[str], *, dtype: Any = None, revision: str | None = None
+) -> Config:
+    """The configuration of a checkpoint, from its `config.json` alone.
+
+    Args:
+        source: as of `load`; of a repository of the hub nothing else is downloaded.
+        dtype: of the weights: "float32", "bfloat16" or "float16". By default the checkpoint's own,
+            float32 where it does not say.
+        revision: branch, tag or commit of a hub repository.
+
+    Raises:
+        CheckpointError: it cannot be found or is refused; the message lists everything wrong.
+        ValueError: a dtype or source of another kind.
+    """
+    name = None if dtype is None else _dtype_name(dtype)
+    directory = hub.resolve(source, revision, wanted=hub.CONFIG)
+    return checkpoint.read_config(directory, dtype=name)
+
+
+def outline(
+    source: str | os.PathLike[str], *, dtype: Any = None, revision: str | None = None
+) -> LM:
+    """What `load` returns, with shapes in place of the weights, which are neither read nor needed.
+
+    Args:
+        source: as of `load`.
+        dtype: as of `load`.
+        revision: branch, tag or commit of a hub repository.
+
+    Raises:
+        CheckpointError: it cannot be found or is refused; the message lists everything wrong.
+        ValueError: a dtype or source of another kind.
+    """
+    name = None if dtype is None else _dtype_name(dtype)
+    directory = hub.resolve(source, revision, wanted=hub.ALL_BUT_WEIGHTS)
+    problems: list[str] = []
+    tokenizer = read_tokenizer(directory, problems)
+    config = checkpoint.read_config(directory, problems=problems)
+    config = dataclasses.replace(config, dtype=name or checkpoint.usual_dtype(config.dtype))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     return LM(model=model, config=config, tokenizer=tokenizer, source=os.fspath(source))
 
 

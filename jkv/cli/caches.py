@@ -1,0 +1,38 @@
+"""`jkv caches`: the kinds of cache, how they are written, and what they take."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from jkv.cli import options, plan
+
+
+def caches(
+    model: plan.Planned = "llama-3.1-8b",
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in one row; by default the model's context.")
+    ] = None,
+    dtype: plan.PlannedDtype = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """The kinds of cache, how they are written, and what they take in a model."""
+    from jkv import planning
+    from jkv.cache import spec
+
+    made = planning.survey(model, seq_len=seq_len, dtype=dtype)
+    if as_json:
+        keys = ("cache", "bytes_per_token", "cache_bytes", "seq_len", "model", "refused")
+        listed = []
+        for entry in made:
+            name = entry.cache.partition(":")[0]
+            about = {"usage": spec.usage(name), "description": spec.FORMS[name].says}
+            listed.append({k: v for k, v in entry.to_dict().items() if k in keys} | about)
+        print(json.dumps({"caches": listed}))
+        return
+    for name, form in spec.FORMS.items():
+        print(f"{spec.usage(name)}\n    {form.says}")
+    print()
+    print(plan.table(made))

@@ -1,0 +1,159 @@
+"""`jkv plan`: what a model and its cache will take, before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from jkv.cli import options, process
+from jkv.cli.tables import columns, operations
+
+Planned = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="A preset such as llama-2-7b, the built-in model's name, a directory, or a hub id. "
+        "No weights are read.",
+    ),
+]
+
+PlannedDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16; by default the checkpoint's own."),
+]
+
+
+def plan(
+    model: Planned = "shakespeare",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in each row; by default the model's context.")
+    ] = None,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPEC", help=f"{options.SPEC_HELP} Repeatable; by default all kinds."),
+    ] = None,
+    dtype: PlannedDtype = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Such as 80GB or 24GiB: what would fit?")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """What a model and its cache will take, before anything is allocated.
+
+    Bytes, what fits into a device, and the operations of a step with and without a cache: all for
+    one --cache, a table for several or none.
+    """
+    from jkv import planning
+
+    asked = {"batch": batch, "seq_len": seq_len, "dtype": dtype, "device_memory": device_memory}
+    if cache is not None and len(cache) == 1:
+        made = planning.plan(model, cache=cache[0], **asked)
+        print(json.dumps(made.to_dict()) if as_json else report(made))
+        return
+    made = planning.plan(model, cache=cache, **asked) if cache else planning.survey(model, **asked)
+    if as_json:
+        print(json.dumps({"plans": [entry.to_dict() for entry in made]}))
+    else:
+        print(table(made))
+
+
+def report(plan: Any) -> str:
+    """All that there is to say about one plan."""
+    lines = [heading(plan), f"cache {plan.cache}, {_rows(plan)}", ""]
+    memory = [
+        ("weights", plan.weight_bytes, ""),
+        ("cache", plan.cache_bytes, f"{plan.bytes_per_token:,} per token"),
+        ("activations", plan.activation_bytes, "about"),
+        ("total", plan.total_bytes, ""),
+    ]
+    lines += columns(
+        [("bytes", "", "", ""), *((n, f"{b:,}", process.size(b), more) for n, b, more in memory)]
+    )
+    if plan.device_memory is not None:
+        lines += ["", _fit(plan)]
+    step, without = plan.step, plan.step_without
+    rows = [("one more token per row", "with the cache", "without", "")]
+    for part in (*step.PARTS, "flops"):
+        a, b = getattr(step, part), getattr(without, part)
+        rows.append((_NAMES[part], operations(a), operations(b), f"{b / a:,.4g} x" if a else ""))
+    for part in ("between_blocks", "read", "written"):
+        a, b = getattr(step, part), getattr(without, part)
+        rows.append(
+            (_NAMES[part], process.size(a), process.size(b), f"{b / a:,.4g} x" if a else "")
+        )
+    lines += ["", *columns(rows)]
+    lines += ["", f"the whole prompt into an empty cache: {operations(plan.prompt.flops)}FLOP"]
+    return "\n".join(lines)
+
+
+_NAMES = {
+    "projections": "projections, FLOP",
+    "scores": "scores, FLOP",
+    "values": "values, FLOP",
+    "mlp": "feed-forward, FLOP",
+    "logits": "logits, FLOP",
+    "flops": "all, FLOP",
+    "between_blocks": "between blocks [B, T, D]",
+    "read": "weights and cache read",
+    "written": "cache written",
+}
+
+
+def heading(plan: Any) -> str:
+    """The model in a line."""
+    return (
+        f"{plan.model}: {plan.parameters:,} parameters in {plan.dtype}, "
+        f"made for {plan.context:,} tokens"
+    )
+
+
+def table(plans: list[Any]) -> str:
+    """Kinds beside each other; those that this model cannot have say why."""
+    first = next(entry for entry in plans if not hasattr(entry, "why"))
+    limits = first.device_memory is not None
+    head = [
+        "cache",
+        "bytes/token",
+        "cache",
+        "total",
+        *(["max tokens", "max rows"] if limits else []),
+    ]
+    rows: list[list[str]] = [[*head, "step FLOP"]]
+    for entry in plans:
+        if hasattr(entry, "why"):
+            rows.append([entry.cache, f"no: {entry.why}"])
+            continue
+        row = [
+            entry.cache,
+            f"{entry.bytes_per_token:,.6g}"
+            if isinstance(entry.bytes_per_token, float)
+            else f"{entry.bytes_per_token:,}",
+            process.size(entry.cache_bytes),
+            process.size(entry.total_bytes),
+        ]
+        if limits:
+            row += [_count(entry.max_seq_len), _count(entry.max_batch)]
+        rows.append([*row, operations(entry.step.flops)])
+    more = f", of {first.device_memory / 1e9:.4g} GB" if limits else ""
+    about = f"{_rows(first)}; weights {process.size(first.weight_bytes)}{more}"
+    return "\n".join([heading(first), about, "", *columns(rows)])
+
+
+def _rows(plan: Any) -> str:
+    return f"{plan.batch:,} row{'s' * (plan.batch != 1)} of {plan.seq_len:,} tokens"
+
+
+def _count(number: int | None) -> str:
+    return "any" if number is None else f"{number:,}"
+
+
+def _fit(plan: Any) -> str:
+    longest = "rows of any length" if plan.max_seq_len is None else f"{plan.max_seq_len:,} tokens"
+    return (
+        f"{plan.device_memory / 1e9:.4g} GB of memory: {'fits' if plan.fits else 'does not fit'}; "
+        f"at most {longest} in each of {plan.batch:,}, or {plan.max_batch:,} rows of "
+        f"{plan.seq_len:,}"
+    )

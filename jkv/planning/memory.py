@@ -1,0 +1,176 @@
+"""Bytes before anything is allocated: weights, caches, activations, and what fits."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jkv import _pytree
+from jkv.cache.init import init_cache
+from jkv.cache.protocol import bound
+from jkv.models.config import Config
+from jkv.models.decoder import Decoder
+from jkv.ops.attention.xla import BLOCK
+from jkv.planning.work import itemsize
+
+LONGEST = 2**31 - 1  # positions are int32
+STEP = 1024  # tokens over which `bytes_per_token` looks; whole units of every codec
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for suffix, base in (("B", 1000), ("IB", 1024))
+}
+
+
+def parse_bytes(value: Any) -> int:
+    """Bytes as a number, or as a text: "80GB" is 80 * 1000**3, "24GiB" 24 * 1024**3.
+
+    Raises:
+        ValueError: anything else, or less than 1.
+    """
+    match = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(\w*?)\s*", value) if isinstance(value, str) else None
+    )
+    count = 0
+    if match is not None and match[2].upper() in _UNITS:
+        count = int(float(match[1]) * _UNITS[match[2].upper()])
+    elif isinstance(value, int) and not isinstance(value, bool):
+        count = value
+    if count < 1:
+        raise ValueError(
+            f"device_memory got {value!r}; expected a number of bytes, or a text such as '80GB' or "
+            "'24GiB'"
+        )
+    return count
+
+
+@functools.lru_cache(maxsize=64)
+def weights(config: Config) -> tuple[int, int]:
+    """Parameters of a model, and their bytes."""
+
+    def size(layers: int) -> tuple[int, int]:
+        few = dataclasses.replace(config, layers=layers, windows=())
+        model = nnx.eval_shape(lambda: Decoder(few, rngs=nnx.Rngs(0)))
+        return sum(leaf.size for leaf in jax.tree.leaves(model)), _pytree.nbytes(model)
+
+    # Layers are alike, and a model of a hundred takes seconds to trace.
+    one, two = size(1), size(2)
+    count, nbytes = (a + (config.layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    return count, nbytes
+
+
+def weights_read(config: Config, tokens: int) -> int:
+    """Bytes of the weights that a pass over that many tokens reads: of tables only their rows."""
+    _, nbytes = weights(config)
+    tables = (0 if config.tied else config.vocab) + (0 if config.rope else config.context)
+    rows = (0 if config.tied else min(tokens, config.vocab)) + (
+        0 if config.rope else min(tokens, config.context)
+    )
+    return nbytes - (tables - rows) * config.width * itemsize(config.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Layers of one kind: how many, and what one of them is for a batch and a number of slots."""
+
+    kind: Any
+    count: int
+    numbers: tuple[int, ...]
+
+    def shape(self, config: Config, batch: int, slots: int) -> Any:
+        """One layer's cache, of shapes."""
+        return jax.eval_shape(
+            lambda: self.kind.init(batch, slots, config.kv_heads, config.head_dim, config.dtype)
+        )
+
+
+def distinct(config: Config, kind: Any) -> list[Layers]:
+    """The kinds of a model's layers, each once."""
+    found: dict[Any, list[int]] = collections.defaultdict(list)
+    for i in range(config.layers):
+        found[bound(kind, config, i)].append(i)
+    return [Layers(k, len(numbers), tuple(numbers)) for k, numbers in found.items()]
+
+
+def cache_shape(config: Config, kind: Any, batch: int, slots: int) -> Any:
+    """What `jkv.init_cache` would return, of shapes."""
+    return jax.eval_shape(lambda: init_cache(config, kind, batch=batch, slots=slots))
+
+
+def cache_sizer(config: Config, kind: Any) -> Callable[[int, int], int]:
+    """Bytes of a cache as a function of (batch, slots), sooner than from `cache_shape`."""
+    if hasattr(kind, "init_cache"):
+        return lambda batch, slots: _pytree.nbytes(cache_shape(config, kind, batch, slots))
+    alike = distinct(config, kind)
+
+    def layers(batch: int, slots: int) -> int:
+        return sum(x.count * _pytree.nbytes(x.shape(config, batch, slots)) for x in alike)
+
+    # Lengths and flags of the rows.
+    rest = _pytree.nbytes(cache_shape(config, kind, 1, 1)) - layers(1, 1)
+    return lambda batch, slots: layers(batch, slots) + batch * rest
+
+
+def bytes_per_token(config: Config, kind: Any, slots: int) -> int | float:
+    """What one more token takes in one row of `slots`: the average over the next 1024.
+
+    0 for kinds that stop growing; a fraction where tokens share what a cache keeps.
+    """
+    size = cache_sizer(config, kind)
+    grown = (size(1, slots + STEP) - size(1, slots)) / STEP
+    return int(grown) if grown.is_integer() else grown
+
+
+def activations(config: Config, batch: int, new: int, together: int) -> int:
+    """Bytes that a pass over T new tokens per row needs beside weights and cache, about.
+
+    The stream and one branch of it; in the attention queries, keys, values, the output, and scores
+    and weights in float32 of as many slots as are looked at `together`; or in the feed-forward
+    layer what is between its maps; or the logits of one token, in float32, twice: the most.
+    """
+    tokens, size = batch * new, itemsize(config.dtype)
+    stream = 2 * tokens * config.width * size
+    heads = config.heads * config.head_dim
+    attention = tokens * (2 * heads + 2 * config.kv_heads * config.head_dim) * size
+    attention += tokens * heads * 4 + 2 * tokens * config.heads * together * 4
+    mlp = tokens * config.feed_forward * (3 if config.gated else 2) * size
+    logits = 2 * batch * config.vocab * 4
+    return max(stream + max(attention, mlp), logits)
+
+
+def looked_at_together(config: Config, kind: Any, length: int, new: int) -> int:
+    """Slots whose scores and weights exist at one time: those of a block of attention.
+
+    A cache that keeps tokens by what looks at them needs the weights of all.
+    """
+    if not hasattr(kind, "init_cache"):
+        shapes = [layers.shape(config, 1, length) for layers in distinct(config, kind)]
+        whole = [shape.keeps + new for shape in shapes if hasattr(shape, "score")]
+        if whole:
+            return max(whole)
+    return min(length, BLOCK)
+
+
+def most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to `limit` that fits, 0 where none does; what is less fits as well."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    if high > limit:
+        if fits(limit):
+            return limit
+        high = limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

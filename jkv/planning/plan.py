@@ -1,0 +1,334 @@
+"""`plan`: what a model and its cache will take, before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from typing import Any
+
+import numpy as np
+
+from jkv import _pytree
+from jkv.cache import spec
+from jkv.cache.dense import dense
+from jkv.decoding.options import Options, checked_kind
+from jkv.errors import UnsupportedError
+from jkv.models.config import Config
+from jkv.models.lm import read_config
+from jkv.planning import memory
+from jkv.planning.presets import PRESETS, preset
+from jkv.planning.work import Work, work
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes, operations, and what fits.
+
+    Attributes:
+        model: name.
+        cache: the kind, as text.
+        dtype: of weights, activations, and keys and values before a kind encodes them.
+        batch: B, rows.
+        seq_len: S, tokens in each row.
+        context: tokens that the model was made for.
+        parameters: numbers in the weights.
+        bytes_per_token: of cache, that one more token takes in one row of S: the average over the
+            next 1024. 0 where the cache has stopped growing.
+        cache_bytes: what `jkv.init_cache(config, kind, batch=B, slots=S).nbytes` says.
+        weight_bytes: of all weights.
+        activation_bytes: about what the largest pass needs beside them: a chunk of the prompt,
+            256 tokens of each row; without a cache all S. See `jkv.planning.memory.activations`.
+        total_bytes: the sum of these three. What a runtime takes for itself comes on top.
+        device_memory: bytes there are, or None.
+        fits: whether the total is at most that.
+        max_seq_len: tokens that each of B rows can have, whatever the model's context; 0 where not
+            one fits, None without a `device_memory`, and where nothing grows with the rows.
+        max_batch: rows of S tokens, 0 where not one fits, None without a `device_memory`.
+        step: the S-th token of each row, with this cache.
+        step_without: the same without a cache: all S tokens go through the model once more.
+        prompt: S tokens into an empty cache, in chunks.
+    """
+
+    model: str
+    cache: str
+    dtype: str
+    batch: int
+    seq_len: int
+    context: int
+    parameters: int
+    bytes_per_token: int | float
+    cache_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    total_bytes: int
+    device_memory: int | None
+    fits: bool | None
+    max_seq_len: int | None
+    max_batch: int | None
+    step: Work
+    step_without: Work
+    prompt: Work
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {k: v.to_dict() if isinstance(v, Work) else v for k, v in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A kind that a model cannot have.
+
+    Attributes:
+        cache: its text.
+        why: in words.
+    """
+
+    cache: str
+    why: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain values, for JSON."""
+        return {"cache": self.cache, "refused": self.why}
+
+
+def plan(
+    model: Any,
+    *,
+    batch: Any = 1,
+    seq_len: Any = None,
+    cache: Any = None,
+    dtype: Any = None,
+    device_memory: Any = None,
+) -> Any:
+    """What a model and its cache will take, in bytes and operations; nothing is allocated.
+
+    Args:
+        model: the name of a preset ("llama-2-7b"), what `jkv.load` takes, of which only
+            `config.json` is read, a `Config`, or what has one, as a loaded model.
+        batch: rows.
+        seq_len: tokens in each, the model's context by default.
+        cache: a kind, or its text as on the command line ("int4:residual=64"); dense by default. A
+            list of them gives a list.
+        dtype: of the weights and of what is kept, by default the model's own.
+        device_memory: bytes, or "80GB", "24GiB": how long and how many rows would fit?
+
+    Returns:
+        A `Plan`, or a list of them.
+
+    Raises:
+        CheckpointError: no preset, and nothing that can be read.
+        UnsupportedError: a kind that this model cannot have.
+        TypeError: something that is no model or kind.
+        ValueError: numbers below 1, or a text that nobody understands.
+
+    Example:
+        >>> jkv.plan("llama-2-7b", seq_len=4096).bytes_per_token
+        524288
+    """
+    name, config = find_config(model, dtype)
+    batch = _size("batch", batch)
+    seq_len = config.context if seq_len is None else _size("seq_len", seq_len)
+    if config.rope is None and seq_len > config.context:
+        raise ValueError(
+            f"plan got seq_len={seq_len}; expected at most {config.context}, since {name} has a "
+            "table of as many positions"
+        )
+    there = None if device_memory is None else memory.parse_bytes(device_memory)
+    if isinstance(cache, list | tuple):
+        return [_plan(name, config, batch, seq_len, each, there) for each in cache]
+    return _plan(name, config, batch, seq_len, cache, there)
+
+
+def survey(model: Any, **asked: Any) -> list[Plan | Refusal]:
+    """`plan` for every kind of cache that there is, or why the model cannot have it.
+
+    Args:
+        model: see `plan`.
+        asked: `batch`, `seq_len`, `dtype` and `device_memory`, see `plan`.
+
+    Raises:
+        CheckpointError: no preset, and nothing that can be read.
+        ValueError: numbers below 1, or a text that nobody understands.
+    """
+    name, config = find_config(model, asked.pop("dtype", None))
+    made: list[Plan | Refusal] = []
+    for text in spec.examples():
+        try:
+            made.append(dataclasses.replace(plan(config, cache=text, **asked), model=name))
+        except UnsupportedError as error:
+            made.append(Refusal(text, str(error)))
+    return made
+
+
+def find_config(model: Any, dtype: Any = None) -> tuple[str, Config]:
+    """A name and a configuration for whatever stands for a model; see `plan`."""
+    if isinstance(model, str) and (known := preset(model)) is not None:
+        name, config = next(n for n, c in PRESETS.items() if c is known), known
+    elif isinstance(model, str | os.PathLike):
+        name, config = os.fspath(model), read_config(model)
+    else:
+        config = model if isinstance(model, Config) else getattr(model, "config", None)
+        if not isinstance(config, Config):
+            raise TypeError(
+                f"plan got a {type(model).__name__}; expected the name of a preset, a checkpoint, "
+                "or a jkv.Config"
+            )
+        name = getattr(model, "source", config.family)
+    if dtype is not None or not config.dtype:
+        config = dataclasses.replace(config, dtype=_dtype(dtype or "float32"))
+    return name, config
+
+
+def _plan(
+    name: str, config: Config, batch: int, seq_len: int, cache: Any, there: int | None
+) -> Plan:
+    kind = dense() if cache is None else spec.parse(cache) if isinstance(cache, str) else cache
+    kind = checked_kind(kind)
+    parameters, weight_bytes = memory.weights(config)
+    shape = memory.cache_shape(config, kind, batch, seq_len)
+    size = memory.cache_sizer(config, kind)
+    whole = hasattr(kind, "init_cache")  # keeps tokens only, and all of them go through each pass
+
+    def activations(batch: int, length: int) -> int:
+        new = length if whole else min(length, Options.prefill_chunk)
+        together = memory.looked_at_together(config, kind, length, new)
+        return memory.activations(config, batch, new, together)
+
+    def fits(batch: int, length: int) -> bool:
+        return weight_bytes + size(batch, length) + activations(batch, length) <= (there or 0)
+
+    cache_bytes, needed = _pytree.nbytes(shape), activations(batch, seq_len)
+    longest = memory.LONGEST if config.rope is not None else config.context
+    max_seq_len = max_batch = None
+    if there is not None:
+        max_seq_len = memory.most(lambda length: fits(batch, length), longest)
+        max_seq_len = None if max_seq_len == memory.LONGEST else max_seq_len
+        max_batch = memory.most(lambda rows: fits(rows, seq_len), memory.LONGEST)
+    total = cache_bytes + weight_bytes + needed
+    step, prompt = _works(config, kind, batch, seq_len)
+    return Plan(
+        model=name,
+        cache=cache if isinstance(cache, str) else spec.text(kind),
+        dtype=config.dtype,
+        batch=batch,
+        seq_len=seq_len,
+        context=config.context,
+        parameters=parameters,
+        bytes_per_token=memory.bytes_per_token(config, kind, seq_len),
+        cache_bytes=cache_bytes,
+        weight_bytes=weight_bytes,
+        activation_bytes=needed,
+        total_bytes=total,
+        device_memory=there,
+        fits=None if there is None else total <= there,
+        max_seq_len=max_seq_len,
+        max_batch=max_batch,
+        step=step,
+        step_without=without_cache(config, batch, seq_len, 1),
+        prompt=prompt,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """What layers of one kind hold of B rows of S tokens."""
+
+    layers: tuple[int, ...]
+    slots: int  # that the bytes are for
+    nbytes: int  # of one layer
+
+
+def kept(config: Config, kind: Any, batch: int, length: int) -> list[_Kept]:
+    """What each kind of layer holds of rows of `length` tokens."""
+    found = []
+    for layers in memory.distinct(config, kind):
+        shape = layers.shape(config, batch, length)
+        slots = getattr(shape, "keeps", None) or length
+        found.append(_Kept(layers.numbers, slots, _pytree.nbytes(shape)))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """Passes of T new tokens per row, after which rows have `first`, first + T, ... of them."""
+
+    new: int
+    first: int
+    count: int
+
+    def sum_up_to(self, most: int) -> int:
+        """The sum of the rows' lengths after each, of which none counts for more than `most`."""
+        below = min(max((most - self.first) // self.new + 1, 0), self.count)
+        return (
+            below * self.first + self.new * below * (below - 1) // 2 + (self.count - below) * most
+        )
+
+
+def with_cache(config: Config, kind: Any, batch: int, length: int, passes: list[_Passes]) -> Work:
+    """Passes with a cache for rows of `length` tokens, and the logits after the last.
+
+    A cache is read as far as a query looks: a layer's own window, or all that the kind keeps.
+    """
+    looks = read = written = 0
+    for each in passes:
+        read += each.count * memory.weights_read(config, batch * each.new)
+    for layers in memory.distinct(config, kind):
+        shape = layers.shape(config, batch, length)
+        nbytes, slots = _pytree.nbytes(shape), getattr(shape, "keeps", None) or length
+        for each, i in itertools.product(passes, layers.numbers):
+            # Tokens of one chunk see each other before any is let go of.
+            most = min(slots, config.window(i) or length) + each.new - 1
+            looks += each.new * each.sum_up_to(most)
+            read += nbytes * each.sum_up_to(min(most, slots)) // slots
+            written += each.count * nbytes * min(each.new, slots) // slots
+    return work(
+        config,
+        batch,
+        sum(each.count * each.new for each in passes),
+        looks,
+        widest=max(each.new for each in passes),
+        read=read,
+        written=written,
+    )
+
+
+def without_cache(config: Config, batch: int, length: int, new: int) -> Work:
+    """One pass in which all tokens go through again, the last of them new."""
+    return work(
+        config,
+        batch,
+        length,
+        config.layers * length**2,
+        widest=length,
+        read=memory.weights_read(config, batch * length) + 4 * batch * length,
+        written=4 * batch * new,
+    )
+
+
+def _works(config: Config, kind: Any, batch: int, length: int) -> tuple[Work, ...]:
+    """The last of `length` tokens, and all of them into an empty cache."""
+    if hasattr(kind, "init_cache"):
+        return tuple(without_cache(config, batch, length, new) for new in (1, length))
+    size = min(Options.prefill_chunk, length)
+    chunks = [_Passes(size, first=size, count=length // size)]
+    if length % size:
+        chunks.append(_Passes(length % size, first=length, count=1))
+    return tuple(
+        with_cache(config, kind, batch, length, passes)
+        for passes in ([_Passes(1, first=length, count=1)], chunks)
+    )
+
+
+def _size(name: str, value: Any) -> int:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= memory.LONGEST:
+        raise ValueError(f"plan got {name}={value!r}; expected an integer of at least 1")
+    return int(value)
+
+
+def _dtype(dtype: Any) -> str:
+    from jkv.models.lm import _dtype_name
+
+    return _dtype_name(dtype)
