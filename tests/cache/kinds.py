@@ -18,7 +18,7 @@ class Case:
     nbytes: Callable[[int, int, int, int, int], int]  # of (layers, B, K, S, H), float32
     exact: bool = True  # the tokens are those of a model without a cache
     window: int | None = None  # of the model that it is compared with
-    sinks: int = 0  # first tokens that all see, which no model has of its own
+    sinks: int = 0  # first tokens that all see: no model has such a mask to compare with
     spread: float = 0.25  # standard deviations by which logits may be off, where not exact
     layered: bool = True  # has a LayerCache per layer
     fills: bool = True  # runs full
