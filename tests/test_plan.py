@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,7 +15,7 @@ from flax import nnx
 import jkv
 from jkv import _pytree
 from jkv.cache import spec
-from jkv.models import Config, Decoder, Rope
+from jkv.models import Config, Decoder, Rope, outline
 from jkv.planning import PRESETS, memory, survey
 from jkv.planning.plan import find_config
 from tests.cache.kinds import KINDS
@@ -399,6 +400,39 @@ def test_only_the_configuration_is_read(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(jkv.CheckpointError, match="model_type"):
         jkv.plan(tmp_path)
+
+
+def test_of_a_repository_only_the_configuration_is_downloaded(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options["allow_patterns"]))
+        return str(ROOT / "tests" / "golden" / "llama-gqa-old")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert jkv.plan("team/tiny").model == "team/tiny"
+    lm = outline("team/tiny")
+    assert lm.config.family == "llama"
+    # Presets are not looked for anywhere.
+    jkv.plan("gpt2")
+    assert asked == [
+        ("team/tiny", ["config.json", "generation_config.json"]),
+        ("team/tiny", ["*.json", "*.jinja"]),
+    ]
+
+
+def test_an_outline_is_what_would_be_loaded():
+    golden = ROOT / "tests" / "golden" / "gemma2-gqa"
+    for dtype in (None, "bfloat16"):
+        made, loaded = outline(golden, dtype=dtype), jkv.load(golden, dtype=dtype)
+        assert made.config == loaded.config
+        shapes = [
+            [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(lm.model)]
+            for lm in (made, loaded)
+        ]
+        assert shapes[0] == shapes[1]
+        assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(made.model))
 
 
 def test_kinds_texts_and_lists():

@@ -35,7 +35,9 @@ class Plan:
         parameters: numbers in the weights.
         bytes_per_token: of cache, that one more token takes in one row of S: the average over the
             next 1024. 0 where the cache has stopped growing.
-        cache_bytes: what `jkv.init_cache(config, kind, batch=B, slots=S).nbytes` says.
+        cache_bytes: what `jkv.init_cache(config, kind, batch=B, slots=S).nbytes` says. Unless given
+            `slots`, `jkv.generate` makes a cache of the next size for which it has a program: at
+            most a quarter of a large one more. A cache that grows is there twice while it does.
         weight_bytes: of all weights.
         activation_bytes: about what the largest pass needs beside them: a chunk of the prompt,
             256 tokens of each row; without a cache all S. See `jkv.planning.memory.activations`.
