@@ -219,22 +219,24 @@ def searched(
         return select(search, logits, ends, i, steps, penalty, early)
 
     def going(carry: Any) -> Array:
-        i, search = carry
+        i, search, _ = carry
         return (i < steps) & ~jnp.all(search.done)
 
     def body(carry: Any) -> Any:
-        i, search = carry
+        i, search, parents = carry
+        if width > 1:
+            # Here and not where the parents are chosen: a layer at a time needs room for its copy,
+            # about half the memory that all of them at once need.
+            rows = (jnp.arange(batch)[:, None] * width + parents).reshape(-1)
+            search = replace(search, cache=search.cache.take(rows))
         token = lax.dynamic_index_in_dim(search.tokens, i - 1, axis=2, keepdims=False)
         active = jnp.repeat(~search.done, width)
         logits, cache = loop.decode_step(model, token.reshape(-1), search.cache, active)
-        search, parents = chosen(i, logits, search)
-        if width > 1:
-            rows = jnp.arange(batch)[:, None] * width + parents
-            cache = cache.take(rows.reshape(-1))
-        return i + 1, replace(search, cache=cache)
+        search, parents = chosen(i, logits, replace(search, cache=cache))
+        return i + 1, search, parents
 
-    search, _ = chosen(jnp.int32(0), model.logits(last), search)
-    return lax.while_loop(going, body, (jnp.int32(1), search))[1]
+    search, parents = chosen(jnp.int32(0), model.logits(last), search)
+    return lax.while_loop(going, body, (jnp.int32(1), search, parents))[1]
 
 
 def select(
