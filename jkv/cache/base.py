@@ -210,6 +210,27 @@ class Cache:
 
         return evicted(self, budget, score)
 
+    def requantise(self, to: Any) -> Cache:
+        """What has been rounded, rounded in another form; layers and tokens that are exact stay so.
+
+        Args:
+            to: a kind that rounds, such as `jkv.quantized(bits=4)`.
+
+        Raises:
+            TypeError: `to` is no such kind.
+            UnsupportedError: no layer rounds what it keeps: `convert` is for those.
+        """
+        if not any(hasattr(layer, "requantise") for layer in self.layers):
+            raise UnsupportedError(
+                "requantise got a cache of which no layer rounds what it keeps; expected one of "
+                "jkv.quantized or the like. Use cache.convert(to) to round an exact cache"
+            )
+        layers = tuple(
+            layer.requantise(to, self.lengths) if hasattr(layer, "requantise") else layer
+            for layer in self.layers
+        )
+        return _pytree.replace(self, layers=layers)
+
     def resize(self, slots: Any) -> Cache:
         """The same tokens in buffers of `slots` slots.
 

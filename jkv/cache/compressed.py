@@ -158,6 +158,23 @@ class NearFar:
         near = Ring(keys=refilled(near.keys, self.keys), values=refilled(near.values, self.values))
         return replace(self, near=near)
 
+    def requantise(self, to: Any, lengths: Int[Array, " B"]) -> NearFar:
+        """The same tokens in another rounding kind: exact ones as they are, others rounded anew.
+
+        Raises:
+            TypeError: no kind that rounds.
+        """
+        if not isinstance(to, NearFarKind):
+            raise TypeError(
+                f"requantise got {to!r:.60}; expected a kind that rounds, such as "
+                "jkv.quantized(bits=4)"
+            )
+        keys, values = (jnp.swapaxes(x, 1, 2) for x in self.to_legacy(lengths))
+        batch, _, heads, dim = keys.shape
+        made = to.init(batch, self.slots, heads, dim, self.dtype)
+        step = Step.after(jnp.zeros_like(lengths), lengths, keys.shape[1])
+        return replace(made.put(keys, values, step), broken=self.broken)
+
     def concat(self, others: Sequence[NearFar]) -> NearFar:
         """The rows of all."""
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, *others)
@@ -241,7 +258,7 @@ class NearFarKind:
 
     keys: Codec
     values: Codec
-    recent: int = 0
+    recent: Any = 0  # tokens, an int
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -276,13 +293,13 @@ class NearFarKind:
 
 
 def quantized(
-    bits: int = 8,
+    bits: Any = 8,
     *,
-    residual: int | None = None,
-    group: int | None = None,
-    key_axis: str | None = None,
-    key_bits: int | None = None,
-    value_bits: int | None = None,
+    residual: Any = None,
+    group: Any = None,
+    key_axis: Any = None,
+    key_bits: Any = None,
+    value_bits: Any = None,
 ) -> NearFarKind:
     """Keys and values in 8, 4 or 2 bits, packed, with a step and a zero point for each group.
 
@@ -311,14 +328,14 @@ def quantized(
     )
 
 
-def _affine(bits: int, axis: str | None, group: int | None) -> Affine:
+def _affine(bits: Any, axis: Any, group: Any) -> Affine:
     axis = ("token" if bits == 8 else "channel") if axis is None else axis
     # A group of one token may be all of it; one of tokens must fit into a block of attention.
     whole = None if axis == "token" and bits == 8 else 64
     return Affine(bits=bits, axis=axis, group=whole if group is None else group)
 
 
-def fp8(*, residual: int = 0) -> NearFarKind:
+def fp8(*, residual: Any = 0) -> NearFarKind:
     """Keys and values as 8-bit floats with a scale per token (e4m3, arXiv:2209.05433).
 
     Args:
@@ -330,7 +347,7 @@ def fp8(*, residual: int = 0) -> NearFarKind:
     return NearFarKind(keys=Float8(), values=Float8(), recent=residual)
 
 
-def near_far(*, recent: int = 128, far: Any) -> NearFarKind:
+def near_far(*, recent: Any = 128, far: Any) -> NearFarKind:
     """The newest tokens exact, older ones in any codec: two partials, merged.
 
     Args:
@@ -352,7 +369,7 @@ def near_far(*, recent: int = 128, far: Any) -> NearFarKind:
     return NearFarKind(keys=far, values=far, recent=recent)
 
 
-def sparse(keep: float = 0.25, *, bits: int | None = None, residual: int = 0) -> NearFarKind:
+def sparse(keep: Any = 0.25, *, bits: Any = None, residual: Any = 0) -> NearFarKind:
     """The largest `keep` share of each token's channels, with their indices; the rest is zero.
 
     Args:

@@ -9,7 +9,7 @@ scores and weights, so that the only work per number is to unpack and convert it
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -253,9 +253,9 @@ class Affine:
         group: numbers that share a step; along tokens a power of two up to 128.
     """
 
-    bits: int = 8
-    axis: Literal["token", "channel"] = "token"
-    group: int | None = None
+    bits: Any = 8  # int
+    axis: Any = "token"  # str
+    group: Any = None  # int
 
     def __post_init__(self) -> None:
         """Refuse what there is no form for."""
@@ -438,7 +438,7 @@ class Sparse:
         inner: a codec per token for what is kept, in the model's dtype where None.
     """
 
-    keep: float = 0.25
+    keep: Any = 0.25  # float
     inner: Affine | None = None
     unit: ClassVar[int] = 1
 

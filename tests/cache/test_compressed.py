@@ -264,3 +264,30 @@ def test_room():
             assert layer.capacity == slots
             unit = max(kind.keys.unit, kind.values.unit)
             assert far_slots(slots, kind.recent, unit) >= max(slots - kind.recent, 0) // unit * unit
+
+
+def test_requantise():
+    """Exact tokens are rounded once, those that were rounded a second time; exact layers stay."""
+    kind = jkv.quantized(bits=8, residual=20)
+    _, layer = fed(new(kind), (60,))
+    exact = jkv.dense().init(B, SLOTS, K, H, jnp.float32)
+    lengths = jnp.full((B,), 60)
+    cache = jkv.Cache((layer, exact), lengths, jnp.zeros(B, bool))
+    to = jkv.quantized(bits=4, residual=4, group=8)
+    coarse = cache.requantise(to)
+    assert coarse.layers[1] is exact
+    assert coarse.nbytes < cache.nbytes
+    fresh = fed(new(to), (60,))[1].to_legacy(lengths)
+    for got, want in zip(coarse.layers[0].to_legacy(lengths), fresh, strict=True):
+        # From position 40 on they were exact, and units of 8 begin there.
+        np.testing.assert_array_equal(got[:, :, 40:60], want[:, :, 40:60])
+        assert (got[:, :, :40] != want[:, :, :40]).any()
+        assert jnp.max(jnp.abs(got[:, :, :40] - want[:, :, :40])) < 0.6
+    for to, error, message in (
+        (jkv.dense(), TypeError, "kind that rounds"),
+        (Cast("bfloat16"), TypeError, "kind that rounds"),
+    ):
+        with pytest.raises(error, match=message):
+            cache.requantise(to)
+    with pytest.raises(jkv.UnsupportedError, match=r"cache\.convert"):
+        jkv.Cache((exact,), lengths, jnp.zeros(B, bool)).requantise(to)

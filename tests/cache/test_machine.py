@@ -163,7 +163,10 @@ def lives(case):
     return Life.appended
 
 
-@pytest.mark.parametrize("case", [c for c in KINDS if c.layered and c.recalls], ids=lambda c: c.name)
+CASES = [case for case in KINDS if case.layered and case.recalls]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_random_lives(case):
     assert lives(case) > 100  # tokens that were appended, in all
 

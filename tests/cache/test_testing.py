@@ -14,8 +14,10 @@ from jkv.cache.dense import Dense
 from jkv.testing import check_kind
 from tests.cache.kinds import KINDS
 
+CASES = [case for case in KINDS if case.layered and case.recalls]
 
-@pytest.mark.parametrize("case", [c for c in KINDS if c.layered and c.recalls], ids=lambda c: c.name)
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_kind_passes(case):
     check_kind(
         case.kind,
