@@ -301,9 +301,7 @@ def test_concat_of_other_things(tiny_model):
             with pytest.raises(ValueError, match="different kinds"):
                 jkv.concat([caches["dense"], other])
     # The same shapes do not make the same kind.
-    from tests.cache.throwaway import ring
-
-    same_shapes = jkv.init_cache(tiny_model.config, ring(SLOTS), batch=B, slots=SLOTS)
+    same_shapes = jkv.init_cache(tiny_model.config, jkv.window(SLOTS), batch=B, slots=SLOTS)
     with pytest.raises(ValueError, match="different kinds"):
         jkv.concat([caches["dense"], same_shapes])
     half = jkv.init_cache(tiny_model.config, batch=B, slots=SLOTS, dtype="bfloat16")

@@ -21,7 +21,6 @@ from jkv._pytree import nbytes, pytree, static
 from jkv.decoding import draft as drafts
 from jkv.decoding.stream import stream
 from jkv.errors import UnsupportedError
-from tests.cache import throwaway
 from tests.conftest import ROOT
 from tests.decoding import oracle, texts
 
@@ -349,7 +348,7 @@ def test_a_cache_that_cannot_be_taken_back_is_refused_before_the_prefill(spy):
 def test_a_rounded_cache_runs(tiny_model):
     """Equal tokens are not promised: a chunk sees itself before it is rounded."""
     out = jkv.generate(
-        tiny_model, PROMPTS, max_new_tokens=12, draft=LOOKUP, cache=throwaway.int8(6), stop=()
+        tiny_model, PROMPTS, max_new_tokens=12, draft=LOOKUP, cache=jkv.quantized(bits=8, residual=6), stop=()
     )
     assert out.lengths.tolist() == [12] * 3
     assert out.cache.lengths.tolist() == [len(h) - 1 for h in out.history]
