@@ -219,8 +219,12 @@ def rescored(model, prompt, said, kind):
     return jax.lax.scan(step, (logits, cache), said.T)[1].T
 
 
-@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
-def test_beams_keep_their_own_caches_in_every_kind(model, case):
+# One of each way to store tokens: that all kinds are reordered alike is tests/cache's to show.
+FORMS = [k for k in KINDS if k.name in ("window", "int4", "sparse", "evicting")]
+
+
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
+def test_beams_keep_their_own_caches(model, case):
     """Taken by the wrong beam, a cache gives other log-probabilities than its hypothesis has."""
     out = jkv.beam_search(
         model, PROMPTS[1:2], max_new_tokens=12, beams=3, stop=(), cache=case.kind, slots=48

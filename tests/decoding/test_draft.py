@@ -338,17 +338,23 @@ def test_texts_of_ragged_blocks(tiny_model, plain):
 # Which caches, which drafts
 
 
-def test_a_cache_that_cannot_be_taken_back_is_refused_before_the_prefill(spy):
+@pytest.mark.parametrize("kind", [jkv.window(7), jkv.evicting(20)], ids=["window", "evicting"])
+def test_a_cache_that_cannot_be_taken_back_is_refused_before_the_prefill(spy, kind):
     spy.passes()
     with pytest.raises(UnsupportedError, match=r"draft proposes.*crop under jit.*no draft"):
-        jkv.generate(spy, PROMPTS, max_new_tokens=5, draft=LOOKUP, cache=jkv.window(7))
+        jkv.generate(spy, PROMPTS, max_new_tokens=5, draft=LOOKUP, cache=kind)
     assert spy.passes() == []
 
 
 def test_a_rounded_cache_runs(tiny_model):
     """Equal tokens are not promised: a chunk sees itself before it is rounded."""
     out = jkv.generate(
-        tiny_model, PROMPTS, max_new_tokens=12, draft=LOOKUP, cache=jkv.quantized(bits=8, residual=6), stop=()
+        tiny_model,
+        PROMPTS,
+        max_new_tokens=12,
+        draft=LOOKUP,
+        cache=jkv.quantized(bits=8, residual=6),
+        stop=(),
     )
     assert out.lengths.tolist() == [12] * 3
     assert out.cache.lengths.tolist() == [len(h) - 1 for h in out.history]
