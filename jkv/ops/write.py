@@ -1,6 +1,7 @@
 """New tokens into their slots, in place."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Int, Num
 
 from jkv._axes import Array
@@ -23,5 +24,12 @@ def write(
     lines = jnp.arange(batch * heads)[:, None]
     tokens = jnp.swapaxes(new, 1, 2).reshape(-1, count, *rest).astype(buffer.dtype)
     merged = buffer.reshape(-1, size, *rest)
+    if jnp.issubdtype(buffer.dtype, jnp.floating) and buffer.dtype.itemsize < 4:
+        # As integers of the same bits: XLA's CPU compiler has no updates of small floats, and
+        # would convert all of the buffer to float32 and back at every step.
+        bits = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
+        merged, tokens = (lax.bitcast_convert_type(x, bits) for x in (merged, tokens))
+        merged = merged.at[lines, slots].set(tokens, mode="drop", unique_indices=True)
+        return lax.bitcast_convert_type(merged, buffer.dtype).reshape(buffer.shape)
     merged = merged.at[lines, slots].set(tokens, mode="drop", unique_indices=True)
     return merged.reshape(buffer.shape)
