@@ -370,7 +370,7 @@ def evicting(
     Args:
         budget: tokens; or one number for each key/value head, in buffers of the largest.
         score: of `jkv.scores`, or a function like them.
-        recent: the newest tokens, kept whatever their scores; a quarter of the budget by default.
+        recent: the newest tokens, kept whatever their scores; half of the budget by default.
         sinks: the first tokens, kept likewise.
 
     Raises:
@@ -384,7 +384,7 @@ def evicting(
     budgets = tuple(count("budget", each, 1) for each in budgets)
     least = min(budgets)
     sinks = count("sinks", sinks, 0)
-    recent = max(least // 4, 1) if recent is None else count("recent", recent, 1)
+    recent = max(least // 2, 1) if recent is None else count("recent", recent, 1)
     if recent + sinks > least:
         raise ValueError(
             f"evicting got recent={recent} and sinks={sinks} for a budget of {least}; expected at "
