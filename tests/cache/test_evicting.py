@@ -408,7 +408,7 @@ def test_pyramid():
 
     cache = jkv.init_cache(Shape(), kind, batch=1, slots=8, dtype="float32")
     assert [layer.keys.shape[2] for layer in cache.layers] == [150, 100, 50]
-    assert [layer.recent for layer in cache.layers] == [37, 25, 12]
+    assert [layer.recent for layer in cache.layers] == [75, 50, 25]
     with pytest.raises(UnsupportedError, match="init_cache"):
         kind.init(1, 8, K, H, jnp.float32)
     with pytest.raises(ValueError, match="budget of 5"):
@@ -422,7 +422,7 @@ def test_kinds_are_values():
     assert jkv.evicting(8) != jkv.evicting(8, scores.tova)
     made = jkv.evicting(8, sinks=2).init(1, 99, K, H, jnp.float32)
     assert isinstance(made, Evicting)
-    assert (made.capacity, made.keeps, made.recent, made.sinks) == (None, 8, 2, 2)
+    assert (made.capacity, made.keeps, made.recent, made.sinks) == (None, 8, 4, 2)
     # What is kept for long is looked at from ever further away; a window is not.
     for kind, want in ((jkv.evicting(8), False), (jkv.evicting(8, scores.recency), True)):
         assert kind.unbounded is kind.init(1, 9, K, H, jnp.float32).unbounded is want
