@@ -19,7 +19,11 @@ def notebook(request):
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS] == ["01_quickstart.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == [
+        "01_quickstart.ipynb",
+        "02_cache_zoo.ipynb",
+        "03_long_context.ipynb",
+    ]
 
 
 def test_notebook_is_stored_clean_and_installs_itself(notebook):

@@ -1,5 +1,6 @@
 """Caches: one file per kind of storage, one protocol for all."""
 
+from jkv._pytree import pytree, replace, static
 from jkv.cache.base import Cache, concat
 from jkv.cache.compressed import NearFar, fp8, near_far, quantized, sparse
 from jkv.cache.dense import Dense, dense, from_legacy
@@ -29,7 +30,10 @@ __all__ = [
     "none",
     "per_layer",
     "pyramid",
+    "pytree",
     "quantized",
+    "replace",
     "sparse",
+    "static",
     "window",
 ]

@@ -2,6 +2,8 @@
 
 from jkv.ops.attention import attention
 from jkv.ops.masks import visible
+from jkv.ops.order import after
 from jkv.ops.partial import Partial, merge
+from jkv.ops.write import write
 
-__all__ = ["Partial", "attention", "merge", "visible"]
+__all__ = ["Partial", "after", "attention", "merge", "visible", "write"]
