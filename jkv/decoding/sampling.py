@@ -66,9 +66,8 @@ class Greedy(_Stateless):
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """Minus infinity everywhere else."""
-        best = jnp.argmax(logits, axis=-1, keepdims=True)
         tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        return jnp.where(tokens == best, logits, -jnp.inf)
+        return jnp.where(tokens == likeliest(logits)[:, None], logits, -jnp.inf)
 
 
 @pytree
@@ -289,12 +288,24 @@ def draw(logits: Float[Array, "B V"], keys: Any, positions: Int[Array, " B"]) ->
         positions: of the token that is drawn.
     """
     if keys is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return likeliest(logits)
 
     def noise(key: Array, position: Array) -> Array:
         return jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[1:], jnp.float32)
 
-    return jnp.argmax(logits + jax.vmap(noise)(keys, positions), axis=-1).astype(jnp.int32)
+    return likeliest(logits + jax.vmap(noise)(keys, positions))
+
+
+def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The first of the largest, or of NaN where there is any: what argmax says.
+
+    In two plain reductions. XLA's CPU compiler does not vectorise the one of argmax, which carries
+    an index beside the value: four times as long, 3 % of a decode step of eight rows of GPT-2 124M.
+    """
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    best = (logits == top) | jnp.isnan(logits)
+    return jnp.min(jnp.where(best, tokens, logits.shape[-1]), axis=-1)
 
 
 def _number(name: str, value: Any, expected: str, holds: Any) -> float:

@@ -89,6 +89,14 @@ def test_greedy_keeps_the_first_of_the_best():
         assert row[best] == before[best]
 
 
+def test_the_likeliest_is_what_argmax_says():
+    nans = np.array(LOGITS[:3])
+    nans[0, [4, 6]], nans[1, 8], nans[2] = np.nan, np.nan, np.nan
+    for logits in (LOGITS, nans, np.full((2, 5), -INF, np.float32), np.full((1, 4), INF)):
+        got = np.asarray(jax.jit(sampling.likeliest)(jnp.asarray(logits, jnp.float32)))
+        np.testing.assert_array_equal(got, np.argmax(logits, axis=1))
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 9, 10, 1000])
 def test_top_k(k):
     got = apply(sampling.top_k(k))
