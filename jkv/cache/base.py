@@ -24,7 +24,8 @@ class Cache:
 
     Carry it through `lax.scan`, donate it, shard it, fork it, save it: every operation returns a
     new one. A row that has no room for its new tokens takes none of them, keeps every bit, and
-    raises the flag `overflowed`, which `check` turns into an error on the host.
+    raises the flag `overflowed`, which `check` turns into an error on the host. It takes no others
+    either, which would not be where they belong, until `crop` has made it shorter.
     """
 
     layers: tuple[Any, ...]  # of LayerCache
@@ -91,15 +92,14 @@ class Cache:
         counts = jnp.clip(counts.astype(jnp.int32), 0, new)
         if self.capacity is None:
             return Step.after(self.lengths, counts, new), self.overflowed
-        fits = self.lengths + counts <= self.capacity
-        step = Step.after(self.lengths, jnp.where(fits, counts, 0), new)
-        return step, self.overflowed | ~fits
+        fits = ~self.overflowed & (self.lengths + counts <= self.capacity)
+        return Step.after(self.lengths, jnp.where(fits, counts, 0), new), ~fits
 
     def check(self) -> Cache:
-        """This cache, if no row ever overflowed and nothing was stored that cannot be.
+        """This cache, if no row has refused tokens and nothing was stored that cannot be.
 
         Raises:
-            CacheFullError: a row overflowed.
+            CacheFullError: a row overflowed, and has not been made shorter since.
             NonFiniteError: NaN or infinity among keys or values that were to be rounded.
         """
         full = np.flatnonzero(np.asarray(self.overflowed))
@@ -121,6 +121,9 @@ class Cache:
     def crop(self, lengths: Any) -> Cache:
         """Roll rows back to their first `lengths` tokens; a row that is shorter stays as it is.
 
+        A row that gives up tokens lacks none of those it keeps: if it had overflowed, it may go
+        on. One that keeps all it has is still without what it refused, and its flag stays.
+
         Args:
             lengths: an integer, or one for each row.
 
@@ -131,7 +134,8 @@ class Cache:
         wanted = _per_row(lengths, self.batch, "crop")
         new = jnp.minimum(jnp.maximum(wanted, 0), self.lengths)
         layers = tuple(layer.crop(self.lengths, new) for layer in self.layers)
-        return _pytree.replace(self, layers=layers, lengths=new)
+        overflowed = self.overflowed & (new == self.lengths)
+        return _pytree.replace(self, layers=layers, lengths=new, overflowed=overflowed)
 
     def take(self, rows: Any) -> Cache:
         """Reorder, repeat or drop rows: row r of the result is row ``rows[r]`` of this cache.

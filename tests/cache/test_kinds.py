@@ -231,10 +231,28 @@ def test_a_full_row_refuses_and_the_others_go_on(case, model, tokens):
     same(case, logits[2:3, 4], want[2:3])
     with pytest.raises(CacheFullError, match=r"rows \[0, 3\].*32 slots"):
         after.check()
-    # The flag stays up, and what still fits is still taken.
+    # One token would fit, and would not be where it belongs: the row has refused those before it.
     _, later = feed(model, after, [[1], [], [], []], 1)
     assert np.asarray(later.overflowed).tolist() == [True, False, False, True]
-    assert int(later.lengths[0]) == SLOTS - 2
+    assert int(later.lengths[0]) == SLOTS - 3
+    for x, y in zip(jax.tree.leaves(cache.layers), jax.tree.leaves(later.layers), strict=True):
+        np.testing.assert_array_equal(x[0], y[0])
+
+
+@pytest.mark.parametrize("case", [c for c in KINDS if c.fills], ids=lambda c: c.name)
+def test_a_row_that_overflowed_goes_on_once_it_is_shorter(case, model, tokens):
+    rows = [list(np.resize(tokens[b], SLOTS)) for b in range(B)]
+    _, full = feed(model, feed_all(model, new_cache(case, model), rows), [[1], [1], [1], []], 1)
+    assert np.asarray(full.overflowed).tolist() == [True, True, True, False]
+    kept = full.crop([SLOTS, SLOTS + 1, SLOTS, SLOTS])
+    assert np.asarray(kept.overflowed).tolist() == [True, True, True, False]
+    shorter = full.crop([SLOTS, 0, SLOTS - 1, SLOTS - 1])
+    assert np.asarray(shorter.overflowed).tolist() == [True, False, False, False]
+    logits, after = feed(model, shorter, [[1], [2], [3], [4]], 1)
+    with pytest.raises(CacheFullError, match=r"rows \[0\]"):
+        after.check()
+    want = uncached(model, [[0], [2], [*rows[2][:-1], 3], [*rows[3][:-1], 4]])
+    same(case, logits[1:, 0], want[1:])
 
 
 @every_kind
