@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array as AnyArray
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 
 from jkv._axes import Array
 
-MOST = 32767  # of a zero point
+MOST = 32767  # steps from zero that a zero point can be
+LEAST = 2.0**-120  # of steps: far from the numbers that processors take for zero
 
 
 def affine(
     x: Float[Array, "..."], axis: int | tuple[int, ...], bits: int, real: AnyArray | None = None
 ) -> tuple[Array, Array, Array]:
-    """Codes, steps and zero points of groups that extend over `axis`; the group is rounded once.
+    """Codes, steps and zero points of groups that extend over `axis`.
 
     ``x = (code + zero) * step`` to half a step, whatever the group: zero points are whole steps of
-    16 bits, so that a group far from zero (keys with a large bias) loses nothing to the distance.
-    A group with NaN or infinity in it has a step of NaN, and is NaN when decoded.
+    16 bits, so that a group far from zero (keys with a large bias) loses nothing to the distance,
+    and zero is exact. A group with NaN or infinity in it has a step of NaN, and is NaN decoded.
 
     Args:
         x: any shape.
@@ -31,57 +33,67 @@ def affine(
     """
     levels = 2**bits - 1
     x = x.astype(jnp.float32)
-    real = jnp.ones((), bool) if real is None else real
-    low = jnp.min(jnp.where(real, x, jnp.inf), axis=axis, keepdims=True)
-    high = jnp.max(jnp.where(real, x, -jnp.inf), axis=axis, keepdims=True)
-    wide = jnp.maximum(high - low, 0) / levels
+    low, high = x, x
+    if real is not None:
+        low, high = jnp.where(real, x, jnp.inf), jnp.where(real, x, -jnp.inf)
+    low = jnp.min(low, axis=axis, keepdims=True)
+    high = jnp.max(high, axis=axis, keepdims=True)
+    finite = jnp.isfinite(low) & jnp.isfinite(high)
+    # Each divided by itself: the range of two large numbers may be infinite.
+    wide = high / levels - low / levels
     far = jnp.maximum(jnp.abs(low), jnp.abs(high)) / MOST
-    step = up(jnp.maximum(wide, far))
+    step = up(jnp.maximum(jnp.maximum(wide, far), LEAST))
     by = step.astype(jnp.float32)
-    by = jnp.where(by > 0, by, 1.0)
-    finite = jnp.isfinite(low) & jnp.isfinite(high) & jnp.isfinite(by)
-    low = jnp.where(finite, low, 0.0)
-    zero = jnp.clip(jnp.round(low / by), -MOST - 1, MOST)
+    zero = jnp.round(low / by)
     # The same sum that decoding makes: within half a step at both ends of the range.
     codes = jnp.clip(jnp.round(x / by - zero), 0, levels)
-    codes = jnp.where(real & finite, codes, 0).astype(jnp.uint8)
-    return codes, jnp.where(finite, step, jnp.nan), zero.astype(jnp.int16)
+    # What is no number has no integer either; its step says so.
+    codes = jnp.where(finite, codes, 0).astype(jnp.uint8)
+    zero = jnp.where(finite, zero, 0).astype(jnp.int16)
+    return codes, jnp.where(finite, step, jnp.nan), zero
 
 
 def up(x: Float[Array, "..."]) -> Array:
-    """The next bfloat16 that is no smaller: a step rounded down would not reach its range's end."""
-    near = x.astype(jnp.bfloat16)
-    up = near.astype(jnp.float32) * (1 + 2.0**-7)
-    return jnp.where(near.astype(jnp.float32) < x, up.astype(jnp.bfloat16), near)
+    """Positive numbers as the next bfloat16 that is no smaller.
+
+    A step rounded down would not reach its range's end.
+    """
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    above = (bits + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000)
+    above = lax.bitcast_convert_type(above, jnp.float32)
+    return jnp.where(jnp.isfinite(x), above, x).astype(jnp.bfloat16)
 
 
-def lanes(size: int, bits: int) -> tuple[int, int]:
-    """How many codes a byte holds, and how many bytes `size` codes take."""
-    per = 8 // bits
-    return per, -(-size // per)
+def width(size: int, bits: int) -> int:
+    """Bytes that `size` codes take."""
+    return -(-size * bits // 8)
+
+
+def split(x: Shaped[Array, "... H"], bits: int) -> list[Shaped[Array, "... P"]]:
+    """Channels as packed codes lie: the first part, the second, and so on, filled up with zeros."""
+    per, size = 8 // bits, width(x.shape[-1], bits)
+    room = [(0, 0)] * (x.ndim - 1) + [(0, per * size - x.shape[-1])]
+    return jnp.split(jnp.pad(x, room), per, axis=-1)
 
 
 def pack(codes: UInt8[Array, "... H"], bits: int) -> UInt8[Array, "... P"]:
-    """Codes into bytes: the lowest bits are the first part of the channels, and so on.
-
-    Unpacking one part is then a shift and a mask of all bytes, and needs no shuffle.
-    """
-    per, width = lanes(codes.shape[-1], bits)
-    if per == 1:
-        return codes
-    room = [(0, 0)] * (codes.ndim - 1) + [(0, per * width - codes.shape[-1])]
-    parts = jnp.split(jnp.pad(codes, room), per, axis=-1)
-    packed = parts[0]
-    for i, part in enumerate(parts[1:], 1):
+    """Codes into bytes: the lowest bits of all bytes are the first part of the channels."""
+    packed, *rest = split(codes, bits)
+    for i, part in enumerate(rest, 1):
         packed = packed | (part << jnp.uint8(i * bits))
     return packed
 
 
-def unpack(packed: UInt8[Array, "... P"], bits: int, size: int) -> UInt8[Array, "... H"]:
+def parts(packed: UInt8[Array, "... P"], bits: int) -> list[UInt8[Array, "... P"]]:
+    """The parts that `pack` packed: a shift and a mask of all bytes each, and no shuffle."""
+    found = []
+    for i in range(8 // bits):
+        part = packed >> jnp.uint8(i * bits) if i else packed
+        last = (i + 1) * bits == 8
+        found.append(part if last else part & jnp.uint8(2**bits - 1))
+    return found
+
+
+def unpack(packed: UInt8[Array, "... P"], size: int, bits: int) -> UInt8[Array, "... H"]:
     """The codes of `pack`, `size` of them."""
-    per = 8 // bits
-    if per == 1:
-        return packed
-    mask = jnp.uint8(2**bits - 1)
-    parts = [(packed >> jnp.uint8(i * bits)) & mask for i in range(per)]
-    return jnp.concatenate(parts, axis=-1)[..., :size]
+    return jnp.concatenate(parts(packed, bits), axis=-1)[..., :size]

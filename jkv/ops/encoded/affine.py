@@ -1,0 +1,309 @@
+"""Codes of a few bits, with a step and a zero point for each group of numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jkv._axes import Array
+from jkv._pytree import pytree, replace, static
+from jkv.ops import quantize
+from jkv.ops.encoded.base import PRODUCT, Stored, check_slots, halves, wide
+from jkv.ops.write import write
+
+# Bytes of codes that are worth a loop: XLA on the CPU unrolls shorter ones into single numbers, at
+# three times the time. Tokens with less are summed several in a row, up to so many.
+ROW, MOST = 48, 16
+FEW = 16  # queries up to which products of plain codes are cheaper than decoding
+
+
+@pytree
+class ByChannel(Stored):
+    """Codes of a few bits, a step and a zero point per channel of each unit, see `Affine`.
+
+    A step that all tokens of a unit share belongs to the query, or to the sum: what is left are
+    products of plain codes. They lie with the tokens of a channel side by side, so that each part
+    of the bytes is unpacked in long loops whatever the number of channels.
+    """
+
+    codes: Array  # [B, K, S / unit, P, unit] uint8, packed
+    steps: Array  # [B, K, S / unit, H] bits of bfloat16
+    zeros: Array  # [B, K, S / unit, H] int16, in steps
+    bits: int = static()
+
+    @property
+    def unit(self) -> int:
+        """Consecutive tokens that are encoded together."""
+        return self.codes.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(B, K, S, H)``, or ``(Z, S, H)`` once merged."""
+        *lead, units, dim = self.steps.shape
+        return (*lead, units * self.unit, dim)
+
+    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"]) -> ByChannel:
+        """Encode whole units, once."""
+        batch, count, heads, dim = new.shape
+        units = new.reshape(batch, count // self.unit, self.unit, heads, dim)
+        codes, steps, zeros = quantize.affine(units, 2, self.bits)
+        # [B, U, unit, K, P] to [B, U, K, P, unit]
+        packed = jnp.moveaxis(quantize.pack(codes, self.bits), 2, -1)
+        return replace(
+            self,
+            codes=write(self.codes, packed, at),
+            steps=write(self.steps, halves(steps[:, :, 0]), at),
+            zeros=write(self.zeros, zeros[:, :, 0], at),
+        )
+
+    def decode(self) -> Float[Array, "*lines S H"]:
+        """All of it in float32."""
+        steps, zeros = wide(self.steps), self.zeros.astype(jnp.float32)
+        packed = jnp.swapaxes(self.codes, -1, -2)
+        codes = quantize.unpack(packed, steps.shape[-1], self.bits).astype(jnp.float32)
+        return ((codes + zeros[..., None, :]) * steps[..., None, :]).reshape(self.shape)
+
+    def scores(self, q: Float[Array, "Z R H"], start: Any, size: int) -> Float[Array, "Z R size"]:
+        """Products with keys; see `Encoded`."""
+        block = self.block(start, size)
+        if q.shape[1] > FEW:
+            return jnp.einsum("zrh,zsh->zrs", q, block.decode(), **PRODUCT)
+        scaled = q[:, None] * wide(block.steps)[:, :, None]  # [Z, U, R, H]
+        zeros = block.zeros.astype(jnp.float32)[:, :, None]
+        out = jnp.sum(scaled * zeros, axis=-1, keepdims=True)
+        parts = quantize.parts(block.codes, self.bits)
+        for part, factor in zip(parts, quantize.split(scaled, self.bits), strict=True):
+            part = part.astype(jnp.float32)
+            out += jnp.einsum("zurp,zupt->zurt", factor, part, **PRODUCT)
+        return jnp.swapaxes(out, 1, 2).reshape(*q.shape[:2], size)
+
+    def weighted(
+        self, w: Float[Array, "Z R size"], start: Any, used: Bool[Array, "Z size"]
+    ) -> Float[Array, "Z R H"]:
+        """Weighted sum of values; see `Encoded`."""
+        z, r, size = w.shape
+        block = self.block(start, size)
+        if r > FEW:
+            values = jnp.where(used[..., None], block.decode(), 0.0)
+            return jnp.einsum("zrs,zsh->zrh", w, values, **PRODUCT)
+        some = jnp.any(used.reshape(z, -1, self.unit), axis=-1)[..., None]
+        steps = jnp.where(some, wide(block.steps), 0.0)[:, :, None]
+        zeros = block.zeros.astype(jnp.float32)[:, :, None]
+        w = jnp.swapaxes(w.reshape(z, r, -1, self.unit), 1, 2)  # [Z, U, R, unit]
+        sums = [
+            jnp.einsum("zurt,zupt->zurp", w, part.astype(jnp.float32), **PRODUCT)
+            for part in quantize.parts(block.codes, self.bits)
+        ]
+        out = jnp.concatenate(sums, axis=-1)[..., : steps.shape[-1]]
+        whole = jnp.sum(w, axis=-1, keepdims=True)
+        return jnp.sum((out + whole * zeros) * steps, axis=1)
+
+
+@pytree
+class ByToken(Stored):
+    """Codes of a few bits, a step and a zero point per group of a token's channels, see `Affine`.
+
+    The steps of a token belong to its score, or to its weight.
+    """
+
+    codes: Array  # [B, K, S, P] uint8, packed
+    steps: Array  # [B, K, S, groups] bits of bfloat16
+    zeros: Array  # [B, K, S, groups] int16, in steps
+    dim: int = static()
+    bits: int = static()
+    group: int = static()  # channels
+    rows: Array | None = None  # once merged, the codes again with some tokens beside each other
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(B, K, S, H)``, or ``(Z, S, H)`` once merged."""
+        return (*self.codes.shape[:-1], self.dim)
+
+    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"]) -> ByToken:
+        """Encode tokens, once."""
+        groups = self.steps.shape[-1]
+        size = groups * self.group
+        split = jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, size - self.dim)))
+        split = split.reshape(*new.shape[:3], groups, self.group)
+        real = jnp.arange(size).reshape(1, 1, 1, groups, self.group) < self.dim
+        codes, steps, zeros = quantize.affine(split, -1, self.bits, real)
+        codes = codes.reshape(*new.shape[:3], size)[..., : self.dim]
+        return replace(
+            self,
+            codes=write(self.codes, quantize.pack(codes, self.bits), at),
+            steps=write(self.steps, halves(steps[..., 0]), at),
+            zeros=write(self.zeros, zeros[..., 0], at),
+        )
+
+    def merged(self) -> ByToken:
+        """Rows and heads as one axis, and the codes as they are summed."""
+        flat = super().merged()
+        lines, tokens, width = flat.codes.shape
+        row = 1
+        while row * width < ROW and row < MOST and tokens % (2 * row) == 0:
+            row *= 2
+        rows = flat.codes.reshape(lines, tokens // row, row * width)
+        return replace(flat, rows=rows)
+
+    def decode(self) -> Float[Array, "*lines S H"]:
+        """All of it in float32."""
+        codes = quantize.unpack(self.codes, self.dim, self.bits).astype(jnp.float32)
+        steps, zeros = (
+            jnp.repeat(x, self.group, axis=-1)[..., : self.dim]
+            for x in (wide(self.steps), self.zeros.astype(jnp.float32))
+        )
+        return (codes + zeros) * steps
+
+    def scores(self, q: Float[Array, "Z R H"], start: Any, size: int) -> Float[Array, "Z R size"]:
+        """Products with keys; see `Encoded`."""
+        block = self.block(start, size)
+        z, r, h = q.shape
+        if r > FEW:
+            return jnp.einsum("zrh,zsh->zrs", q, block.decode(), **PRODUCT)
+        steps, zeros = wide(block.steps)[:, None], block.zeros.astype(jnp.float32)[:, None]
+        groups = steps.shape[-1]
+        out = block._by_group(q) if groups > 1 else block._products(q)[..., None]
+        room = ((0, 0), (0, 0), (0, groups * self.group - h))
+        whole = jnp.pad(q, room).reshape(z, r, 1, groups, self.group).sum(axis=-1)
+        return jnp.sum((out + whole * zeros) * steps, axis=-1)
+
+    def _products(self, q: Array) -> Array:
+        """Products of codes with q, [Z, R, S]."""
+        if self.bits == 8:
+            return jnp.einsum("zrh,zsh->zrs", q, self.codes.astype(jnp.float32), **PRODUCT)
+        # The parts of a byte are summed while they are unpacked, which leaves half or a quarter as
+        # many numbers to write; those then as a product with ones, the sum that XLA is best at.
+        total: Any = 0.0
+        for part, factor in self._parts(q):
+            total += part * factor
+        return jnp.einsum("zrsp,p->zrs", total, jnp.ones(total.shape[-1]), **PRODUCT)
+
+    def _by_group(self, q: Array) -> Array:
+        """Products of the codes of each group with q, [Z, R, S, groups]."""
+        total: Any = 0.0
+        for i, (part, factor) in enumerate(self._parts(q)):
+            member = jnp.asarray(self._member(i), jnp.float32)
+            total += jnp.einsum("zrsp,pg->zrsg", part * factor, member, **PRODUCT)
+        return total
+
+    def _parts(self, q: Array) -> list[tuple[Array, Array]]:
+        """The parts of the codes, [Z, 1, S, P], and those of q that go with them, [Z, R, 1, P]."""
+        codes = quantize.parts(self.codes, self.bits)
+        return [
+            (part[:, None].astype(jnp.float32), factor[:, :, None])
+            for part, factor in zip(codes, quantize.split(q, self.bits), strict=True)
+        ]
+
+    def _member(self, i: int) -> np.ndarray:
+        """Which channels of part i are in which group, [P, groups]."""
+        width = self.codes.shape[-1]
+        group = (i * width + np.arange(width)) // self.group
+        return group[:, None] == np.arange(self.steps.shape[-1])
+
+    def weighted(
+        self, w: Float[Array, "Z R size"], start: Any, used: Bool[Array, "Z size"]
+    ) -> Float[Array, "Z R H"]:
+        """Weighted sum of values; see `Encoded`."""
+        block = self.block(start, w.shape[2])
+        if w.shape[1] > FEW:
+            values = jnp.where(used[..., None], block.decode(), 0.0)
+            return jnp.einsum("zrs,zsh->zrh", w, values, **PRODUCT)
+        steps = jnp.where(used[..., None], wide(block.steps), 0.0)
+        scaled = w[..., None] * steps[:, None]  # [Z, R, S, groups]
+        low = jnp.sum(scaled * block.zeros.astype(jnp.float32)[:, None], axis=2)
+        return block._sums(scaled) + jnp.repeat(low, self.group, axis=-1)[..., : self.dim]
+
+    def _sums(self, w: Array) -> Array:
+        """Sums of codes with weights w [Z, R, S, groups], [Z, R, H]."""
+        if self.rows is None:
+            raise ValueError(
+                "weighted got an encoded array as it is kept; expected .merged() of it"
+            )
+        z, r, _, groups = w.shape
+        width = self.codes.shape[-1]
+        beside = self.rows.shape[-1] // width
+        w = w.reshape(z, r, -1, beside, groups)
+        sums = []
+        for i, part in enumerate(quantize.parts(self.rows, self.bits)):
+            member = self._member(i)
+            first, last = np.flatnonzero(member.any(axis=0))[[0, -1]] if member.any() else (0, 0)
+            # Tokens that lie beside each other, and groups of a token, have each their own
+            # weights: a row of the product for each, of which only its own bytes are meant.
+            own = np.kron(np.eye(beside, dtype=bool), member[:, first : last + 1].T)
+            some = w[..., first : last + 1].reshape(z, r, -1, len(own))
+            out = jnp.einsum("zrsc,zsp->zrcp", some, part.astype(jnp.float32), **PRODUCT)
+            out = jnp.sum(jnp.where(own, out, 0.0), axis=2)
+            sums.append(jnp.sum(out.reshape(z, r, beside, width), axis=2))
+        return jnp.concatenate(sums, axis=-1)[..., : self.dim]
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """Codes of 8, 4 or 2 bits with a step and a zero point for each group of numbers.
+
+    Attributes:
+        bits: of a code.
+        axis: "token": a group is `group` channels of one token, all of them where None; "channel":
+            it is one channel of `group` consecutive tokens (KIVI, Liu et al. 2024,
+            arXiv:2402.02750), which keeps large channels of keys away from small ones.
+        group: numbers that share a step; of tokens a power of two from 2 to 128.
+    """
+
+    bits: Any = 8  # int
+    axis: Any = "token"  # str
+    group: Any = None  # int
+
+    def __post_init__(self) -> None:
+        """Refuse what there is no form for."""
+        if isinstance(self.bits, bool) or self.bits not in (8, 4, 2):
+            raise ValueError(f"got bits={self.bits!r}; expected 8, 4 or 2")
+        if self.axis not in ("token", "channel"):
+            raise ValueError(f"got axis={self.axis!r}; expected 'token' or 'channel'")
+        group = self.group
+        if group is None and self.axis == "token":
+            return
+        if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+            raise ValueError(f"got group={group!r}; expected an integer of at least 1")
+        if self.axis == "channel" and (group > 128 or group & (group - 1) or group < 2):
+            raise ValueError(
+                f"got group={group} tokens that share a step; expected a power of two, 2 to 128"
+            )
+
+    @property
+    def unit(self) -> int:
+        """Consecutive tokens that are encoded together."""
+        return self.group if self.axis == "channel" and self.group else 1
+
+    def empty(
+        self, batch: int, heads: int, slots: int, dim: int, dtype: Any
+    ) -> ByToken | ByChannel:
+        """Zeros.
+
+        Raises:
+            ValueError: slots that are no whole units.
+        """
+        del dtype
+        check_slots(slots, self.unit)
+        size = quantize.width(dim, self.bits)
+        if self.axis == "channel":
+            units = (batch, heads, slots // self.unit)
+            return ByChannel(
+                codes=jnp.zeros((*units, size, self.unit), jnp.uint8),
+                steps=jnp.zeros((*units, dim), jnp.uint16),
+                zeros=jnp.zeros((*units, dim), jnp.int16),
+                bits=self.bits,
+            )
+        group = min(self.group or dim, dim)
+        groups = (batch, heads, slots, -(-dim // group))
+        return ByToken(
+            codes=jnp.zeros((batch, heads, slots, size), jnp.uint8),
+            steps=jnp.zeros(groups, jnp.uint16),
+            zeros=jnp.zeros(groups, jnp.int16),
+            dim=dim,
+            bits=self.bits,
+            group=group,
+        )

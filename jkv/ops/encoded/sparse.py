@@ -1,0 +1,110 @@
+"""Some channels of each token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Bool, Float, Int
+
+from jkv._axes import Array
+from jkv._pytree import pytree, replace, static
+from jkv.ops.encoded.affine import FEW, Affine, ByToken
+from jkv.ops.encoded.base import PRODUCT, Stored, check_slots
+from jkv.ops.encoded.floats import Cast, Plain
+from jkv.ops.write import write
+
+
+@pytree
+class Some(Stored):
+    """Some channels of each token, and which they are, see `Sparse`."""
+
+    kept: ByToken | Plain  # of [B, K, S, C]
+    channels: Array  # [B, K, S, C] uint8 or uint16, ascending
+    dim: int = static()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(B, K, S, H)``, or ``(Z, S, H)`` once merged."""
+        return (*self.channels.shape[:-1], self.dim)
+
+    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"]) -> Some:
+        """Keep the channels of the largest magnitude, once; NaN is larger than any."""
+        size = jnp.abs(new.astype(jnp.float32))
+        _, channels = lax.top_k(jnp.where(jnp.isnan(size), jnp.inf, size), self.channels.shape[-1])
+        channels = jnp.sort(channels, axis=-1)
+        return replace(
+            self,
+            kept=self.kept.put(jnp.take_along_axis(new, channels, axis=-1), at),
+            channels=write(self.channels, channels, at),
+        )
+
+    def decode(self) -> Float[Array, "*lines S H"]:
+        """All of it in float32."""
+        *lead, count = self.channels.shape
+        lines = jnp.arange(math.prod(lead))[:, None]
+        flat = jnp.zeros((math.prod(lead), self.dim), jnp.float32)
+        channels, kept = (x.reshape(-1, count) for x in (self.channels, self.kept.decode()))
+        flat = flat.at[lines, channels].set(kept, mode="drop", unique_indices=True)
+        return flat.reshape(self.shape)
+
+    def scores(self, q: Float[Array, "Z R H"], start: Any, size: int) -> Float[Array, "Z R size"]:
+        """Products with keys; see `Encoded`."""
+        block = self.block(start, size)
+        if q.shape[1] > FEW:
+            return jnp.einsum("zrh,zsh->zrs", q, block.decode(), **PRODUCT)
+        kept = block.kept.decode()[:, None]
+        chosen = jax.vmap(lambda q, at: q.at[:, at].get(mode="clip"))(q, block.channels)
+        # A sum is what XLA does best as a product with ones.
+        return jnp.einsum("zrsc,c->zrs", chosen * kept, jnp.ones(kept.shape[-1]), **PRODUCT)
+
+    def weighted(
+        self, w: Float[Array, "Z R size"], start: Any, used: Bool[Array, "Z size"]
+    ) -> Float[Array, "Z R H"]:
+        """Weighted sum of values; see `Encoded`."""
+        values = jnp.where(used[..., None], self.block(start, w.shape[2]).decode(), 0.0)
+        return jnp.einsum("zrs,zsh->zrh", w, values, **PRODUCT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """The largest `keep` share of each token's channels, with their numbers; the rest is zero.
+
+    Attributes:
+        keep: share of the channels.
+        inner: a codec per token for what is kept, in the model's dtype where None.
+    """
+
+    keep: Any = 0.25  # float
+    inner: Affine | None = None
+    unit: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what there is no form for."""
+        number = isinstance(self.keep, int | float) and not isinstance(self.keep, bool)
+        if not number or not 0 < self.keep <= 1:
+            raise ValueError(f"got keep={self.keep!r}; expected a share above 0 and at most 1")
+        if self.inner is not None and (not isinstance(self.inner, Affine) or self.inner.unit != 1):
+            raise ValueError(
+                f"got inner={self.inner!r}; expected an Affine codec per token, or None"
+            )
+
+    def empty(self, batch: int, heads: int, slots: int, dim: int, dtype: Any) -> Some:
+        """Zeros.
+
+        Raises:
+            ValueError: no slots.
+        """
+        check_slots(slots, 1)
+        count = max(1, round(self.keep * dim))
+        inner = Cast(dtype) if self.inner is None else self.inner
+        number = jnp.uint8 if dim <= 256 else jnp.uint16
+        return Some(
+            kept=inner.empty(batch, heads, slots, count, dtype),  # pyright: ignore
+            channels=jnp.zeros((batch, heads, slots, count), number),
+            dim=dim,
+        )
