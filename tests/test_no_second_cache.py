@@ -18,6 +18,8 @@ from jkv._pytree import pytree, static
 from jkv.cache.protocol import Step
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 spec = importlib.util.spec_from_file_location("compile_check", ROOT / "scripts/compile_check.py")
 check: Any = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = check  # dataclasses look their module up

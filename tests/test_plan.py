@@ -21,6 +21,8 @@ from jkv.planning.plan import find_config
 from tests.cache.kinds import KINDS
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 GIB = 2**30
 TINY = Config(
     vocab=512,

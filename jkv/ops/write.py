@@ -24,12 +24,21 @@ def write(
     lines = jnp.arange(batch * heads)[:, None]
     tokens = jnp.swapaxes(new, 1, 2).reshape(-1, count, *rest).astype(buffer.dtype)
     merged = buffer.reshape(-1, size, *rest)
+
+    def put(merged: Array, tokens: Array) -> Array:
+        return merged.at[lines, slots].set(tokens, mode="drop", unique_indices=True)
+
     if jnp.issubdtype(buffer.dtype, jnp.floating) and buffer.dtype.itemsize < 4:
-        # As integers of the same bits: XLA's CPU compiler has no updates of small floats, and
-        # would convert all of the buffer to float32 and back at every step.
+        # XLA's CPU compiler has no updates of small floats: it converts all of the buffer to
+        # float32 and back at every step. Integers of the same bits it leaves alone, and TPUs
+        # copy those.
         bits = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
-        merged, tokens = (lax.bitcast_convert_type(x, bits) for x in (merged, tokens))
-        merged = merged.at[lines, slots].set(tokens, mode="drop", unique_indices=True)
-        return lax.bitcast_convert_type(merged, buffer.dtype).reshape(buffer.shape)
-    merged = merged.at[lines, slots].set(tokens, mode="drop", unique_indices=True)
+
+        def put_bits(merged: Array, tokens: Array) -> Array:
+            cast = lax.bitcast_convert_type
+            return cast(put(cast(merged, bits), cast(tokens, bits)), merged.dtype)
+
+        merged = lax.platform_dependent(merged, tokens, cpu=put_bits, default=put)
+    else:
+        merged = put(merged, tokens)
     return merged.reshape(buffer.shape)

@@ -17,6 +17,8 @@ from jkv.cache.protocol import Step
 from jkv.errors import NonFiniteError
 from jkv.ops.encoded import Affine, Cast
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 B, K, G, H, SLOTS = 2, 2, 2, 8, 96
 MOST = 40  # tokens in a chunk
 KINDS = {
@@ -96,9 +98,7 @@ def holds(kind, layer, count):
 
 
 @every_kind
-@pytest.mark.parametrize(
-    "sizes", [(1,) * 40, (40,), (1, 5, 2, 7, 15, 10)], ids=len
-)
+@pytest.mark.parametrize("sizes", [(1,) * 40, (40,), (1, 5, 2, 7, 15, 10)], ids=len)
 def test_each_unit_is_rounded_once(name, sizes):
     """Bit for bit what one encoding of each whole unit makes, however the tokens came."""
     kind = KINDS[name]

@@ -17,6 +17,8 @@ from jkv.cache import Evicting, Step
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.weights import attention_weights
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 B, K, G, H, T = 3, 2, 2, 4, 7
 SCALE, SOFTCAP = 0.7, 5.0
 # New tokens of each row in each pass; one new token at most is a step of a decode loop.

@@ -17,6 +17,8 @@ from jkv.cache import Step
 from tests.decoding import texts
 from tests.test_no_second_cache import check
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6], [2, 7, 1, 8], [1]]
 
 

@@ -16,6 +16,8 @@ from jkv.decoding import loop, room
 from jkv.models import Decoder
 from tests.decoding import texts
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 LONG = 500  # tokens
 SIZES = [128, 256, 512]
 

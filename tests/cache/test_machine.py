@@ -27,6 +27,8 @@ import jkv
 from jkv.cache.protocol import Step
 from tests.cache.kinds import KINDS
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 # One number of rows: another would be another program.
 ROWS, SLOTS, HEADS, DIM = 3, 40, 2, 16
 SHARP = 6.0  # times the scores: a query sees what it asks for and hardly anything else

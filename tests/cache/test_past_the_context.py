@@ -18,6 +18,8 @@ from jkv.decoding import room
 from jkv.models import Decoder
 from tests.decoding import oracle, texts
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 CONTEXT, NEW = 32, 2000
 KINDS = {
     "cache": jkv.window(12, 4),

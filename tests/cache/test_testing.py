@@ -14,6 +14,8 @@ from jkv.cache.dense import Dense
 from jkv.testing import check_kind
 from tests.cache.kinds import KINDS
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 CASES = [case for case in KINDS if case.layered and case.recalls]
 
 

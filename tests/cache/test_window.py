@@ -28,6 +28,8 @@ from jkv.models import Decoder, Rope
 from jkv.ops.rope import angles, rotate
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 W, SINKS = 6, 3
 K, N, H = 2, 4, 8
 SCALE = 0.4

@@ -16,6 +16,8 @@ from jkv.errors import CacheFullError
 from tests.cache.kinds import KINDS
 from tests.decoding import oracle
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 PROMPTS = [[3], [1, 2, 3, 4, 5, 6, 7], [(7 * i + i * i) % 11 for i in range(20)]]
 STOPS = [[], [1, 5], [6]]
 NEW = 10

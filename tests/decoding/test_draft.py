@@ -24,6 +24,8 @@ from jkv.errors import UnsupportedError
 from tests.conftest import ROOT
 from tests.decoding import oracle, texts
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 # The longest is such that all of this page's caches and histories have 128 slots.
 PROMPTS = [[3], [1, 2, 3, 4, 5, 6, 7] * 2, [(7 * i + i * i) % 11 for i in range(69)]]
 NEW = 40

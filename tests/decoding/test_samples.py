@@ -10,6 +10,8 @@ import jkv
 from jkv.decoding.stream import stream
 from tests.decoding import oracle
 
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
 PROMPTS = [[3], [1, 2, 3, 4, 5, 6, 7], [(7 * i + i * i) % 11 for i in range(20)]]
 HOT = jkv.sampling.temperature(1.5)
 DRAW = {"sampler": HOT, "key": jax.random.key(7), "slots": 64}
