@@ -274,6 +274,33 @@ def test_derivatives_are_those_of_the_reference(slots, new, groups):
     np.testing.assert_allclose(ahead, along, rtol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("slots", "new", "groups"), [(SHORT, 3, 2), (LONG, 1, 1)])
+def test_what_is_beyond_the_lengths_has_no_part_in_derivatives(slots, new, groups, implementation):
+    q, k, v = draw(3, new, 2, groups, 8, slots)
+    lengths = np.array([slots, 5, 0])
+    positions = jnp.asarray(step(lengths, new))
+
+    def loss(arrays):
+        part = ops.attention(
+            *arrays,
+            positions=positions,
+            lengths=jnp.asarray(lengths),
+            softcap=5.0,
+            implementation=implementation,
+        )
+        return jnp.sum(part.out**2) + jnp.sum(jnp.where(jnp.isneginf(part.lse), 0.0, part.lse))
+
+    back = jax.jit(jax.grad(loss))
+    empty = jnp.asarray(np.arange(slots)[None] >= lengths[:, None])[:, None, :, None]
+    clean = back((q, jnp.where(empty, 0.0, k), jnp.where(empty, 0.0, v)))
+    for poison in (jnp.nan, jnp.inf):
+        spoilt = back((q, jnp.where(empty, poison, k), jnp.where(empty, poison, v)))
+        for got, want in zip(spoilt, clean, strict=True):
+            assert jnp.abs(want).max() > 1e-3
+            np.testing.assert_array_equal(got, want)
+
+
 def test_second_derivatives():
     q, k, v = draw(1, 2, 1, 1, 4, LONG)
     positions = jnp.array([[200, 201]])

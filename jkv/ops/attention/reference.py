@@ -25,17 +25,18 @@ def attention(
     q, k, v = q.astype(wide), k.astype(wide), v.astype(wide)
     batch, new, heads, _ = q.shape
     grouped = q.reshape(batch, new, k.shape[1], heads // k.shape[1], -1)
+    seen = visible(positions, slot_positions, window=window, sinks=sinks)[:, :, None, None, :]
+    # Zero times NaN is NaN: what no query sees must not reach the products, nor their derivatives.
+    used = jnp.any(seen, axis=(1, 2, 3))[:, None, :, None]
+    k, v = jnp.where(used, k, 0.0), jnp.where(used, v, 0.0)
     scores = jnp.einsum("btkgh,bksh->btkgs", grouped, k) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    seen = visible(positions, slot_positions, window=window, sinks=sinks)[:, :, None, None, :]
     scores = jnp.where(seen, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isneginf(top), 0.0, top))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    # Zero times NaN is NaN: what no query sees must not reach the product at all.
-    used = jnp.any(seen, axis=(1, 2, 3))[:, None, :, None]
-    out = jnp.einsum("btkgs,bksh->btkgh", weights, jnp.where(used, v, 0.0))
+    out = jnp.einsum("btkgs,bksh->btkgh", weights, v)
     out = out / jnp.where(total == 0, 1.0, total)
     lse = jnp.where(jnp.isneginf(top), -jnp.inf, top + jnp.log(total))
     return Partial(out=out.reshape(q.shape), lse=lse.reshape(q.shape[:3]))

@@ -3,7 +3,7 @@
 Two forms of the same sum. `_whole` scores all slots at once: it is differentiable and best where
 most of the buffer is filled. `_walk` goes over blocks of slots with an online softmax, from the
 first block that a window reaches to the last that is filled, so that the cost follows the filled
-length and not the buffer. `_blocks` takes the cheaper of the two at each step. Derivatives of any
+length and not the buffer. `_shortest` takes the cheaper of the two at each step. Derivatives of any
 order are those of `_whole`: a loop of traced length has no reverse.
 
 Rows and heads are one axis inside, ``Z = B * K``: with two batch axes XLA reshapes between the
@@ -57,7 +57,7 @@ def attention(
 ) -> Partial:
     """See `jkv.ops.attention`."""
     batch, new, heads, dim = q.shape
-    kv_heads, slots = k.shape[1], k.shape[2]
+    kv_heads = k.shape[1]
     groups = heads // kv_heads
     rows = q.reshape(batch, new, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch * kv_heads, groups * new, dim)
@@ -65,7 +65,7 @@ def attention(
     encoded = isinstance(k, Encoded) or isinstance(v, Encoded)
     k, v = _merged(k), _merged(v)
     mask = _Mask(scale, window, sinks, softcap)
-    form = _walk if encoded else _whole if slots <= BLOCK else _blocks
+    form = _walk if encoded else _shortest
 
     def plain(q, k, v):
         return form(mask, q, k, v, positions, slot_positions, lengths)
@@ -117,10 +117,10 @@ def _masked(mask: _Mask, products: Array, positions: Array, at: Array) -> Array:
     return jnp.where(seen.reshape(z, r, at.shape[1]), scores, -jnp.inf)
 
 
-def _safe_values(v: Array, positions: Array, at: Array) -> Array:
-    """Values [Z, S', H] with zeros where no query can look: zero weight times NaN is NaN."""
-    used = _used(v.shape[0], positions, at)
-    return jnp.where(used[..., None], v, jnp.zeros((), v.dtype))
+def _zeroed(x: Array, positions: Array, at: Array) -> Array:
+    """Keys or values [Z, S', H] with zeros where no query can look: zero times NaN is NaN."""
+    used = _used(x.shape[0], positions, at)
+    return jnp.where(used[..., None], x, jnp.zeros((), x.dtype))
 
 
 def _used(lines: int, positions: Array, at: Array) -> Array:
@@ -139,7 +139,7 @@ def _whole(mask, q, k, v, positions, slot_positions, lengths):
     """Output [Z, R, H] and log-sum-exp [Z, R], all slots at once."""
     at = _positions_of(jnp.arange(k.shape[1]), slot_positions, lengths, positions.shape[0])
     weights, total, lse = _softmax(_scores(mask, q, k, positions, at))
-    return _weighted(weights, _safe_values(v, positions, at)) / total, lse
+    return _weighted(weights, _zeroed(v, positions, at)) / total, lse
 
 
 def _whole_in_place(mask, q, k, v, positions, slot_positions, lengths):
@@ -150,7 +150,7 @@ def _whole_in_place(mask, q, k, v, positions, slot_positions, lengths):
 
 
 def _weighted_in_place(weights: Array, v: Array, positions: Array, at: Array) -> Array:
-    """Like `_weighted` of `_safe_values`, without writing them out.
+    """Like `_weighted` of `_zeroed`, without writing them out.
 
     Zeroing what no query sees takes a copy of the values, and is needed only where the product
     shows it: a weight of zero makes anything but infinity and NaN vanish by itself.
@@ -165,7 +165,7 @@ def _weighted_in_place(weights: Array, v: Array, positions: Array, at: Array) ->
         # memory that is set aside whether this branch is taken or not.
         def line(z):
             row = z * positions.shape[0] // lines
-            values = _safe_values(v[z][None], positions[row][None], at[row][None])
+            values = _zeroed(v[z][None], positions[row][None], at[row][None])
             return _weighted(weights[z][None], values)[0]
 
         return lax.map(line, jnp.arange(lines))
@@ -185,8 +185,10 @@ def _softmax(scores: Array) -> tuple[Array, Array, Array]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _blocks(mask, q, k, v, positions, slot_positions, lengths):
+def _shortest(mask, q, k, v, positions, slot_positions, lengths):
     """Like `_whole`, at the cost of what is filled."""
+    if k.shape[1] <= BLOCK:
+        return _whole(mask, q, k, v, positions, slot_positions, lengths)
 
     def walk(q, k, v):
         return _walk(mask, q, k, v, positions, slot_positions, lengths)
@@ -206,10 +208,18 @@ def _blocks(mask, q, k, v, positions, slot_positions, lengths):
     return lax.platform_dependent(q, k, v, cpu=shorter if few else walk, default=walk)
 
 
-@_blocks.defjvp
-def _blocks_jvp(mask, primals, tangents):
-    q, k, v, *where = primals
-    return jax.jvp(lambda q, k, v: _whole(mask, q, k, v, *where), (q, k, v), tangents[:3])
+@_shortest.defjvp
+def _shortest_jvp(mask, primals, tangents):
+    q, k, v, positions, slot_positions, lengths = primals
+    at = _positions_of(jnp.arange(k.shape[1]), slot_positions, lengths, positions.shape[0])
+
+    def whole(q, k, v):
+        # The scores of slots where no query can look are masked, their derivatives are not: zero
+        # times the NaN of an empty slot would be the query's.
+        k = _zeroed(k, positions, at)
+        return _whole(mask, q, k, v, positions, slot_positions, lengths)
+
+    return jax.jvp(whole, (q, k, v), tangents[:3])
 
 
 def _walk(mask, q, k, v, positions, slot_positions, lengths):
@@ -253,7 +263,7 @@ def _block_sum(weights: Array, v: Any, start: Array, positions: Array, at: Array
     if isinstance(v, Encoded):
         return v.weighted(weights, start, _used(v.shape[0], positions, at))
     v = lax.dynamic_slice_in_dim(v, start, at.shape[1], 1)
-    return _weighted(weights, _safe_values(v, positions, at))
+    return _weighted(weights, _zeroed(v, positions, at))
 
 
 def _block_range(mask, positions, slot_positions, lengths, slots):
