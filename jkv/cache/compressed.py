@@ -16,7 +16,7 @@ from jkv._pytree import pytree, replace, static
 from jkv.cache.dense import check_heads, write
 from jkv.cache.protocol import Step
 from jkv.cache.ring import Ring, chunk
-from jkv.ops.encoded import Affine, Codec, Encoded, Float8, Sparse, finite
+from jkv.ops.encoded import Affine, Encoded, Float8, Sparse, finite
 from jkv.ops.order import after
 
 # Tokens that can be rolled back without rounding any a second time: drafts are shorter.
@@ -256,8 +256,8 @@ def _along(tokens: Array, at: Array, dtype: Any) -> Array:
 class NearFarKind:
     """See `near_far`, `quantized`, `fp8` and `sparse`: how old keys and values are stored."""
 
-    keys: Codec
-    values: Codec
+    keys: Any  # Codec
+    values: Any  # Codec
     recent: Any = 0  # tokens, an int
 
     def __post_init__(self) -> None:

@@ -81,15 +81,15 @@ class Encoded(Protocol):
         """All of it in float32."""
         ...
 
-    def take(self: E, rows: Int[Array, " R"]) -> E:
+    def take(self, rows: Int[Array, " R"]) -> Encoded:
         """The same with other rows."""
         ...
 
-    def resize(self: E, slots: int) -> E:
+    def resize(self, slots: int) -> Encoded:
         """The same tokens in a buffer of another length, whole units."""
         ...
 
-    def concat(self: E, others: Sequence[E]) -> E:
+    def concat(self, others: Sequence[Any]) -> Encoded:
         """The rows of all."""
         ...
 
