@@ -80,7 +80,8 @@ class NearFar:
                     chunk(q, k, v, step, **options),
                 ]
             else:
-                since = stored.far(step.stop)
+                # What this token pushes out of the near part is still there, and still exact.
+                since = self.far(step.start)
                 near = stored.near.read(q, step, step.stop, since, **options)
                 parts = [stored._read(q, step, since, options), near]
             return ops.merge(*parts).out.astype(q.dtype), stored
