@@ -43,10 +43,14 @@ def affine(
     wide = high / levels - low / levels
     far = jnp.maximum(jnp.abs(low), jnp.abs(high)) / MOST
     step = up(jnp.maximum(jnp.maximum(wide, far), LEAST))
+    # XLA divides by the same number many times with its reciprocal, and that of the largest steps
+    # is a subnormal number, which many processors take for zero: both are made smaller before.
     by = step.astype(jnp.float32)
-    zero = jnp.round(low / by)
+    less = jnp.where(by > 1, 2.0**-8, 1.0)
+    by = by * less
+    zero = jnp.round(low * less / by)
     # The same sum that decoding makes: within half a step at both ends of the range.
-    codes = jnp.clip(jnp.round(x / by - zero), 0, levels)
+    codes = jnp.clip(jnp.round(x * less / by - zero), 0, levels)
     # What is no number has no integer either; its step says so.
     codes = jnp.where(finite, codes, 0).astype(jnp.uint8)
     zero = jnp.where(finite, zero, 0).astype(jnp.int16)
