@@ -1,9 +1,9 @@
 """Pure array functions, without state: the ground that caches and models stand on."""
 
-from jkv.ops.attention import attention
+from jkv.ops.attention import attention, explain
 from jkv.ops.masks import visible
 from jkv.ops.order import after
 from jkv.ops.partial import Partial, merge
 from jkv.ops.write import write
 
-__all__ = ["Partial", "after", "attention", "merge", "visible", "write"]
+__all__ = ["Partial", "after", "attention", "explain", "merge", "visible", "write"]

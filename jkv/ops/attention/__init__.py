@@ -1,18 +1,16 @@
 """Attention over a cache: one meaning (`reference`), several implementations, one choice."""
 
-import jax
-import jax.numpy as jnp
+from typing import Any
+
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
-from jkv.errors import UnsupportedError
-from jkv.ops.attention import reference, xla
+from jkv.ops import choice
+from jkv.ops.choice import IMPLEMENTATIONS
 from jkv.ops.encoded import Encoded
 from jkv.ops.partial import Partial
 
-__all__ = ["IMPLEMENTATIONS", "attention"]
-
-IMPLEMENTATIONS = ("xla", "reference")
+__all__ = ["IMPLEMENTATIONS", "attention", "explain"]
 
 
 def attention(
@@ -46,12 +44,62 @@ def attention(
         window: a query sees the last `window` positions, its own included.
         sinks: positions below this are seen whatever the window.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2, arXiv:2408.00118).
-        implementation: "xla" or "reference"; by default the best that is supported.
+        implementation: one of `IMPLEMENTATIONS`; by default the best of those that can do this on
+            the platform compiled for, see `explain`.
 
     Raises:
         ValueError: shapes that do not fit together, or a window below 1.
-        UnsupportedError: an implementation of that name does not exist.
+        UnsupportedError: an implementation of that name does not exist, or cannot do this.
     """
+    arguments = _arguments(
+        q, k, v, positions, slot_positions, lengths, scale, window, sinks, softcap
+    )
+    return choice.run("attention", implementation, arguments)
+
+
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    positions: Any,
+    slot_positions: Any = None,
+    lengths: Any = None,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    platform: str | None = None,
+) -> choice.Choice:
+    """Which implementation `attention` would choose, and why not those before it in the list.
+
+    Args:
+        q: and the others as for `attention`; shapes (`jax.ShapeDtypeStruct`) do.
+        platform: "cuda", "tpu" or "cpu", by default that of this process.
+
+    Raises:
+        ValueError: as `attention` does.
+        UnsupportedError: another platform.
+    """
+    arguments = _arguments(
+        q, k, v, positions, slot_positions, lengths, scale, window, sinks, softcap
+    )
+    return choice.choose("attention", platform, arguments)
+
+
+def _arguments(
+    q: Any,
+    k: Any,
+    v: Any,
+    positions: Any,
+    slot_positions: Any,
+    lengths: Any,
+    scale: float | None,
+    window: int | None,
+    sinks: int,
+    softcap: float | None,
+) -> dict[str, Any]:
+    """What every implementation is given, after what none could do."""
     if q.shape[2] % k.shape[1]:
         raise ValueError(
             f"attention got {q.shape[2]} query heads over {k.shape[1]} key/value heads; "
@@ -59,24 +107,15 @@ def attention(
         )
     if window is not None and window < 1:
         raise ValueError(f"attention got window={window}; expected at least 1, or None for all")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise UnsupportedError(
-            f"attention got implementation={implementation!r}; expected one of {IMPLEMENTATIONS}"
-        )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    shape = {"scale": scale, "window": window, "sinks": sinks, "softcap": softcap}
-    if implementation == "reference":
-        if slot_positions is None:
-            slot_positions = jnp.broadcast_to(
-                jnp.arange(k.shape[2])[None], (k.shape[0], k.shape[2])
-            )
-        if lengths is not None:
-            filled = jax.lax.broadcasted_iota(jnp.int32, slot_positions.shape, 1)
-            slot_positions = jnp.where(filled < lengths[:, None], slot_positions, -1)
-        k, v = (x.decode() if isinstance(x, Encoded) else x for x in (k, v))
-        return reference.attention(
-            q, k, v, positions=positions, slot_positions=slot_positions, **shape
-        )
-    return xla.attention(
-        q, k, v, positions=positions, slot_positions=slot_positions, lengths=lengths, **shape
-    )
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "positions": positions,
+        "slot_positions": slot_positions,
+        "lengths": lengths,
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "window": window,
+        "sinks": sinks,
+        "softcap": softcap,
+    }

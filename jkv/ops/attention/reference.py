@@ -4,23 +4,31 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
+from jkv.ops.encoded import Encoded
 from jkv.ops.masks import visible
 from jkv.ops.partial import Partial
 
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | Encoded,
+    v: Float[Array, "B K S H"] | Encoded,
     *,
     positions: Int[Array, "B T"],
-    slot_positions: Int[Array, "B S"],
+    slot_positions: Int[Array, "B S"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
     scale: float,
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
 ) -> Partial:
     """Softmax attention of each query over the slots that it sees, in float32 or wider."""
+    k, v = (x.decode() if isinstance(x, Encoded) else x for x in (k, v))
+    slots = jnp.arange(k.shape[2])[None]
+    if slot_positions is None:
+        slot_positions = jnp.broadcast_to(slots, (k.shape[0], k.shape[2]))
+    if lengths is not None:
+        slot_positions = jnp.where(slots < lengths[:, None], slot_positions, -1)
     wide = jnp.promote_types(jnp.float32, q.dtype)
     q, k, v = q.astype(wide), k.astype(wide), v.astype(wide)
     batch, new, heads, _ = q.shape

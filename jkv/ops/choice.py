@@ -1,0 +1,164 @@
+"""Which implementation of attention runs, and why not another: one list for each platform."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+from jax import lax
+
+from jkv.errors import UnsupportedError
+
+# What is tried on a platform, best first. The last refuses nothing.
+CANDIDATES = {
+    "cuda": ("xla",),
+    "tpu": ("xla",),
+    "cpu": ("xla",),
+}
+IMPLEMENTATIONS = ("xla", "reference")
+
+_target: ContextVar[str | None] = ContextVar("target", default=None)
+_seen: ContextVar[list[str] | None] = ContextVar("seen", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which implementation runs, and what was said against those before it in the list."""
+
+    name: str
+    refused: dict[str, str]  # name to reason
+
+    def __str__(self) -> str:
+        """One line for each."""
+        lines = [f"{name}: no, {why}" for name, why in self.refused.items()]
+        return "\n".join([*lines, f"{self.name}: yes"])
+
+
+@contextlib.contextmanager
+def target(platform: str) -> Iterator[None]:
+    """Choose for another platform than this process has: to compile for hardware that is not there.
+
+    It holds while a function is traced: a jitted one that has been traced before keeps its choice.
+
+    Args:
+        platform: "cuda", "tpu" or "cpu".
+
+    Raises:
+        UnsupportedError: another platform.
+    """
+    if platform not in CANDIDATES:
+        raise UnsupportedError(f"target got {platform!r}; expected one of {tuple(CANDIDATES)}")
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[str]]:
+    """The names of what is chosen while functions are traced inside, each once, in order."""
+    names: list[str] = []
+    token = _seen.set(names)
+    try:
+        yield names
+    finally:
+        _seen.reset(token)
+
+
+def platforms() -> tuple[str, ...]:
+    """Platforms for which what is traced now may be compiled."""
+    wanted = _target.get()
+    if wanted is None:
+        backend = jax.default_backend()
+        wanted = {"gpu": "cuda"}.get(backend, backend)
+    # A program of a machine with a GPU may still be put on its CPU.
+    return ("cpu",) if wanted not in CANDIDATES or wanted == "cpu" else (wanted, "cpu")
+
+
+def choose(operation: str, platform: str | None, arguments: dict[str, Any]) -> Choice:
+    """The first in the platform's list that does not say why it cannot.
+
+    Raises:
+        UnsupportedError: a platform that there is no list for.
+    """
+    platform = platforms()[0] if platform is None else platform
+    if platform not in CANDIDATES:
+        raise UnsupportedError(
+            f"{operation} got platform={platform!r}; expected one of {tuple(CANDIDATES)}"
+        )
+    refused = {}
+    for name in CANDIDATES[platform]:
+        why = _why_not(operation, name, arguments)
+        if why is None:
+            return Choice(name, refused)
+        refused[name] = why
+    raise UnsupportedError(f"no implementation of {operation} on {platform}: {refused}")
+
+
+def run(operation: str, name: str | None, arguments: dict[str, Any]) -> Any:
+    """What the chosen implementation says, or the one of that name.
+
+    Raises:
+        UnsupportedError: there is none of that name, or it cannot do this.
+    """
+    if name is not None:
+        if name not in IMPLEMENTATIONS:
+            raise UnsupportedError(
+                f"{operation} got implementation={name!r}; expected one of {IMPLEMENTATIONS}"
+            )
+        why = _why_not(operation, name, arguments)
+        if why is not None:
+            raise UnsupportedError(
+                f"{operation} got implementation={name!r}, which cannot do this: {why}; expected "
+                "None for the best one that can"
+            )
+        return _noted(name, _function(operation, name))(**arguments)
+    chosen = {p: choose(operation, p, arguments).name for p in platforms()}
+    first, *others = chosen.items()
+    if all(other == first[1] for _, other in others):
+        return _noted(first[1], _function(operation, first[1]))(**arguments)
+    static = {k: v for k, v in arguments.items() if not _traced(v)}
+    traced = {k: v for k, v in arguments.items() if _traced(v)}
+    branches = {
+        platform: functools.partial(_called, _function(operation, name), static)
+        for platform, name in chosen.items()
+    }
+    _noted(first[1], None)
+    return lax.platform_dependent(traced, **branches)
+
+
+def _called(function: Any, static: dict[str, Any], traced: dict[str, Any]) -> Any:
+    return function(**traced, **static)
+
+
+def _traced(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
+
+
+def _noted(name: str, function: Any) -> Any:
+    names = _seen.get()
+    if names is not None and name not in names:
+        names.append(name)
+    return function
+
+
+def _module(operation: str, name: str) -> Any:
+    # On first use: the kernels' languages take a while to import, and most never need them.
+    return importlib.import_module(f"jkv.ops.{operation}.{name}")
+
+
+def _function(operation: str, name: str) -> Callable[..., Any]:
+    return getattr(_module(operation, name), operation)
+
+
+def _why_not(operation: str, name: str, arguments: dict[str, Any]) -> str | None:
+    check = getattr(_module(operation, name), "unsupported", None)
+    return None if check is None else check(**arguments)
