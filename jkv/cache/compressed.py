@@ -238,13 +238,16 @@ def _slots(encoded: Encoded, first: Int[Array, " B"], size: int) -> Encoded:
     """Slots first[b] to first[b] + size of each row, both whole units."""
     slots = encoded.shape[2]
 
-    def cut(leaf: Array) -> Array:
-        per = slots // leaf.shape[2]
-        at = jnp.minimum(first[:, None] // per + jnp.arange(size // per)[None], leaf.shape[2] - 1)
-        at = at.reshape(at.shape[0], 1, -1, *(1,) * (leaf.ndim - 3))
-        return jnp.take_along_axis(leaf, at, axis=2)
+    def cut(leaf: Array, axis: int) -> Array:
+        per = slots // leaf.shape[axis]
+        at = jnp.minimum(
+            first[:, None] // per + jnp.arange(size // per)[None], leaf.shape[axis] - 1
+        )
+        spread = [1] * leaf.ndim
+        spread[0], spread[axis] = at.shape
+        return jnp.take_along_axis(leaf, at.reshape(spread), axis=axis)
 
-    return jax.tree.map(cut, encoded)
+    return encoded.over_slots(cut)
 
 
 def _along(tokens: Array, at: Array, dtype: Any) -> Array:

@@ -42,3 +42,13 @@ def write(
     else:
         merged = put(merged, tokens)
     return merged.reshape(buffer.shape)
+
+
+def write_last(
+    buffer: Num[Array, "B K C S"], new: Num[Array, "B T K C"], slots: Int[Array, "B T"]
+) -> Num[Array, "B K C S"]:
+    """Like `write` where the slots are the last axis: each number of a token is a line apart."""
+    batch, heads, lines, size = buffer.shape
+    merged = buffer.reshape(batch, heads * lines, size)
+    tokens = new.reshape(batch, new.shape[1], heads * lines)
+    return write(merged, tokens, slots).reshape(buffer.shape)

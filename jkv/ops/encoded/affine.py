@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.ops import quantize
 from jkv.ops.encoded.base import PRODUCT, Stored, check_slots, halves, wide
-from jkv.ops.write import write
+from jkv.ops.write import write, write_last
 
 # Bytes of codes that are worth a loop: XLA on the CPU unrolls shorter ones into single numbers, at
 # three times the time. Tokens with less are summed several in a row, up to so many.
@@ -107,12 +108,13 @@ class ByChannel(Stored):
 class ByToken(Stored):
     """Codes of a few bits, a step and a zero point per group of a token's channels, see `Affine`.
 
-    The steps of a token belong to its score, or to its weight.
+    The steps of a token belong to its score, or to its weight. They lie along the slots: groups are
+    few, and a TPU fills a last axis up to 128 numbers.
     """
 
     codes: Array  # [B, K, S, P] uint8, packed
-    steps: Array  # [B, K, S, groups] bits of bfloat16
-    zeros: Array  # [B, K, S, groups] int16, in steps
+    steps: Array  # [B, K, groups, S] bits of bfloat16
+    zeros: Array  # [B, K, groups, S] int16, in steps
     dim: int = static()
     bits: int = static()
     group: int = static()  # channels
@@ -125,7 +127,7 @@ class ByToken(Stored):
 
     def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"]) -> ByToken:
         """Encode tokens, once."""
-        groups = self.steps.shape[-1]
+        groups = self.steps.shape[-2]
         size = groups * self.group
         split = jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, size - self.dim)))
         split = split.reshape(*new.shape[:3], groups, self.group)
@@ -135,8 +137,19 @@ class ByToken(Stored):
         return replace(
             self,
             codes=write(self.codes, quantize.pack(codes, self.bits), at),
-            steps=write(self.steps, halves(steps[..., 0]), at),
-            zeros=write(self.zeros, zeros[..., 0], at),
+            steps=write_last(self.steps, halves(steps[..., 0]), at),
+            zeros=write_last(self.zeros, zeros[..., 0], at),
+        )
+
+    def over_slots(self, change: Callable[[Array, int], Array]) -> ByToken:
+        """The same with each leaf changed, given its axis of slots."""
+        axis = self.codes.ndim - 2
+        return replace(
+            self,
+            codes=change(self.codes, axis),
+            steps=change(self.steps, axis + 1),
+            zeros=change(self.zeros, axis + 1),
+            rows=None if self.rows is None else change(self.rows, axis),
         )
 
     def merged(self) -> ByToken:
@@ -153,7 +166,7 @@ class ByToken(Stored):
         """All of it in float32."""
         codes = quantize.unpack(self.codes, self.dim, self.bits).astype(jnp.float32)
         steps, zeros = (
-            jnp.repeat(x, self.group, axis=-1)[..., : self.dim]
+            jnp.repeat(jnp.swapaxes(x, -1, -2), self.group, axis=-1)[..., : self.dim]
             for x in (wide(self.steps), self.zeros.astype(jnp.float32))
         )
         return (codes + zeros) * steps
@@ -164,7 +177,10 @@ class ByToken(Stored):
         z, r, h = q.shape
         if r > FEW:
             return jnp.einsum("zrh,zsh->zrs", q, block.decode(), **PRODUCT)
-        steps, zeros = wide(block.steps)[:, None], block.zeros.astype(jnp.float32)[:, None]
+        steps, zeros = (
+            jnp.swapaxes(x, 1, 2)[:, None]  # [Z, 1, S, groups]
+            for x in (wide(block.steps), block.zeros.astype(jnp.float32))
+        )
         groups = steps.shape[-1]
         out = block._by_group(q) if groups > 1 else block._products(q)[..., None]
         room = ((0, 0), (0, 0), (0, groups * self.group - h))
@@ -202,7 +218,7 @@ class ByToken(Stored):
         """Which channels of part i are in which group, [P, groups]."""
         width = self.codes.shape[-1]
         group = (i * width + np.arange(width)) // self.group
-        return group[:, None] == np.arange(self.steps.shape[-1])
+        return group[:, None] == np.arange(self.steps.shape[-2])
 
     def weighted(
         self, w: Float[Array, "Z R size"], start: Any, used: Bool[Array, "Z size"]
@@ -212,9 +228,10 @@ class ByToken(Stored):
         if w.shape[1] > FEW:
             values = jnp.where(used[..., None], block.decode(), 0.0)
             return jnp.einsum("zrs,zsh->zrh", w, values, **PRODUCT)
-        steps = jnp.where(used[..., None], wide(block.steps), 0.0)
-        scaled = w[..., None] * steps[:, None]  # [Z, R, S, groups]
-        low = jnp.sum(scaled * block.zeros.astype(jnp.float32)[:, None], axis=2)
+        steps = jnp.where(used[:, None], wide(block.steps), 0.0)
+        scaled = w[..., None] * jnp.swapaxes(steps, 1, 2)[:, None]  # [Z, R, S, groups]
+        zeros = jnp.swapaxes(block.zeros, 1, 2).astype(jnp.float32)
+        low = jnp.sum(scaled * zeros[:, None], axis=2)
         return block._sums(scaled) + jnp.repeat(low, self.group, axis=-1)[..., : self.dim]
 
     def _sums(self, w: Array) -> Array:
@@ -298,7 +315,7 @@ class Affine:
                 bits=self.bits,
             )
         group = min(self.group or dim, dim)
-        groups = (batch, heads, slots, -(-dim // group))
+        groups = (batch, heads, -(-dim // group), slots)
         return ByToken(
             codes=jnp.zeros((batch, heads, slots, size), jnp.uint8),
             steps=jnp.zeros(groups, jnp.uint16),

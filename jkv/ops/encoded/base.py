@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -43,7 +43,8 @@ class Codec(Protocol):
 class Encoded(Protocol):
     """Tokens ``[B, K, S, H]`` in a codec's form: a frozen pytree.
 
-    Leaves begin with ``[B, K]``, or with ``[Z]`` for both once merged; next is S, or S / unit.
+    Leaves begin with ``[B, K]``, or with ``[Z]`` for both once merged; one axis of each is S, or
+    S / unit.
     """
 
     @property
@@ -79,6 +80,10 @@ class Encoded(Protocol):
 
     def decode(self) -> Float[Array, "*lines S H"]:
         """All of it in float32."""
+        ...
+
+    def over_slots(self, change: Callable[[Array, int], Array]) -> Encoded:
+        """The same with each leaf changed, given its axis of slots or units."""
         ...
 
     def take(self, rows: Int[Array, " R"]) -> Encoded:
@@ -126,7 +131,7 @@ def wide(x: UInt16[Array, "..."]) -> Float[Array, "..."]:
 
 
 class Stored:
-    """Leaves that begin with rows and heads, then slots or units."""
+    """Leaves that begin with rows and heads, then slots or units unless `over_slots` differs."""
 
     dim: int
     unit: int = 1
@@ -139,6 +144,11 @@ class Stored:
     def merged(self: E) -> E:
         """Rows and heads as one axis."""
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self)
+
+    def over_slots(self: E, change: Callable[[Array, int], Array]) -> E:
+        """The same with each leaf changed, given its axis of slots or units."""
+        axis = len(self.shape) - 2
+        return jax.tree.map(lambda leaf: change(leaf, axis), self)
 
     def take(self: E, rows: Int[Array, " R"]) -> E:
         """The same with other rows."""
@@ -157,20 +167,21 @@ class Stored:
         check_slots(slots, self.unit)
         held = self.shape[2]
 
-        def resized(leaf: Array) -> Array:
-            count = slots * leaf.shape[2] // held
-            room = [(0, 0), (0, 0), (0, max(count - leaf.shape[2], 0))]
-            return jnp.pad(leaf[:, :, :count], room + [(0, 0)] * (leaf.ndim - 3))
+        def resized(leaf: Array, axis: int) -> Array:
+            count = slots * leaf.shape[axis] // held
+            room = [(0, 0)] * leaf.ndim
+            room[axis] = (0, max(count - leaf.shape[axis], 0))
+            return jnp.pad(lax.slice_in_dim(leaf, 0, min(count, leaf.shape[axis]), axis=axis), room)
 
-        return jax.tree.map(resized, self)
+        return self.over_slots(resized)
 
     def block(self: E, start: Any, size: int) -> E:
         """Slots `start` to ``start + size`` of a merged form, both whole units."""
         held = self.shape[1]
 
-        def cut(leaf: Array) -> Array:
-            per = held // leaf.shape[1]
+        def cut(leaf: Array, axis: int) -> Array:
+            per = held // leaf.shape[axis]
             at = start if per == 1 else start // per
-            return lax.dynamic_slice_in_dim(leaf, at, size // per, 1)
+            return lax.dynamic_slice_in_dim(leaf, at, size // per, axis)
 
-        return jax.tree.map(cut, self)
+        return self.over_slots(cut)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -42,6 +43,11 @@ class Some(Stored):
             kept=self.kept.put(jnp.take_along_axis(new, channels, axis=-1), at),
             channels=write(self.channels, channels, at),
         )
+
+    def over_slots(self, change: Callable[[Array, int], Array]) -> Some:
+        """The same with each leaf changed, given its axis of slots."""
+        channels = change(self.channels, self.channels.ndim - 2)
+        return replace(self, kept=self.kept.over_slots(change), channels=channels)
 
     def decode(self) -> Float[Array, "*lines S H"]:
         """All of it in float32."""
