@@ -327,11 +327,11 @@ def test_vmap():
 
 def blocks_walked(slots, positions, **options):
     """The bounds of the loop over blocks, as it computes them from its arguments."""
-    mask = xla._Mask(1.0, options.get("window"), options.get("sinks", 0), None)
+    mask = xla.Mask(1.0, options.get("window"), options.get("sinks", 0), None)
     lengths = options.get("lengths")
     lengths = None if lengths is None else jnp.asarray(lengths)
     held = options.get("slot_positions")
-    first, last = xla._block_range(mask, jnp.asarray(positions), held, lengths, slots)
+    first, last = xla.block_range(mask, jnp.asarray(positions), held, lengths, slots)
     return int(first), int(last)
 
 

@@ -44,7 +44,7 @@ def attention_weights(
     batch, new, heads, dim = q.shape
     kv_heads = parts[0][0].shape[1]
     groups = heads // kv_heads
-    mask = xla._Mask(scale, window, 0, softcap)
+    mask = xla.Mask(scale, window, 0, softcap)
     # Each row and head is a row of its own here: one axis, as in `xla`, and for its reasons.
     at = jnp.repeat(positions, kv_heads, axis=0)
     lines = [[x.reshape(batch * kv_heads, *x.shape[2:]) for x in part] for part in parts]

@@ -33,7 +33,7 @@ _PRODUCT: dict[str, Any] = {
 }
 
 
-class _Mask(NamedTuple):
+class Mask(NamedTuple):
     """The static part of the mask and of the scores."""
 
     scale: float
@@ -56,15 +56,11 @@ def attention(
     softcap: float | None = None,
 ) -> Partial:
     """See `jkv.ops.attention`."""
-    batch, new, heads, dim = q.shape
-    kv_heads = k.shape[1]
-    groups = heads // kv_heads
-    rows = q.reshape(batch, new, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch * kv_heads, groups * new, dim)
+    rows = rows_of(q, k.shape[1])
     # Encoded tokens are decoded a block at a time, never all of them.
     encoded = isinstance(k, Encoded) or isinstance(v, Encoded)
     k, v = _merged(k), _merged(v)
-    mask = _Mask(scale, window, sinks, softcap)
+    mask = Mask(scale, window, sinks, softcap)
     form = _walk if encoded else _shortest
 
     def plain(q, k, v):
@@ -76,10 +72,26 @@ def attention(
         out, lse = plain(jnp.concatenate([q, q], axis=1), k, v)
         return out[:, :1], lse[:, :1]
 
-    if groups * new > 1:
+    if rows.shape[1] > 1:
         out, lse = plain(rows, k, v)
     else:
         out, lse = lax.platform_dependent(rows, k, v, cpu=plain, default=in_pairs)
+    return partial_of(out, lse, q)
+
+
+def rows_of(q: Array, kv_heads: int) -> Array:
+    """Queries [B, T, N, H] as [Z, R, H]; R counts groups first, then new tokens."""
+    batch, new, heads, dim = q.shape
+    groups = heads // kv_heads
+    rows = q.reshape(batch, new, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
+    return rows.reshape(batch * kv_heads, groups * new, dim)
+
+
+def partial_of(out: Array, lse: Array, q: Array) -> Partial:
+    """Back from [Z, R, H] and [Z, R] to the heads of q."""
+    batch, new, heads, dim = q.shape
+    kv_heads = out.shape[0] // batch
+    groups = heads // kv_heads
     out = out.reshape(batch, kv_heads, groups, new, dim).transpose(0, 3, 1, 2, 4)
     lse = lse.reshape(batch, kv_heads, groups, new).transpose(0, 3, 1, 2)
     return Partial(out=out.reshape(q.shape), lse=lse.reshape(batch, new, heads))
@@ -101,12 +113,12 @@ def _positions_of(slots: Array, slot_positions: Array | None, lengths: Array | N
     return jnp.where(slots[None, :] < lengths[:, None], at, -1)
 
 
-def _scores(mask: _Mask, q: Array, k: Array, positions: Array, at: Array) -> Array:
+def _scores(mask: Mask, q: Array, k: Array, positions: Array, at: Array) -> Array:
     """Masked scores [Z, R, S'] in float32; R counts groups first, then new tokens."""
     return _masked(mask, jnp.einsum("zrh,zsh->zrs", q, k, **_PRODUCT), positions, at)
 
 
-def _masked(mask: _Mask, products: Array, positions: Array, at: Array) -> Array:
+def _masked(mask: Mask, products: Array, positions: Array, at: Array) -> Array:
     batch, new = positions.shape
     z, r, _ = products.shape
     scores = products * mask.scale
@@ -196,7 +208,7 @@ def _shortest(mask, q, k, v, positions, slot_positions, lengths):
     def shorter(q, k, v):
         # A block is sliced out of the cache, which costs as much again as reading it: where
         # about half of the buffer or more is to be read, one pass over all of it is quicker.
-        first, last = _block_range(mask, positions, slot_positions, lengths, k.shape[1])
+        first, last = block_range(mask, positions, slot_positions, lengths, k.shape[1])
         most = (last - first) * (BLOCK * 5) >= k.shape[1] * 2
 
         def whole(q, k, v):
@@ -222,27 +234,65 @@ def _shortest_jvp(mask, primals, tangents):
     return jax.jvp(whole, (q, k, v), tangents[:3])
 
 
-def _walk(mask, q, k, v, positions, slot_positions, lengths):
-    slots = k.shape[1]
-    size = min(BLOCK, slots)
-    first, last = _block_range(mask, positions, slot_positions, lengths, slots)
+class Slots(NamedTuple):
+    """Where `walk` reads: keys and values [Z, S, H], arrays or encoded, a block at a time."""
+
+    q: Array  # [Z, R, H]
+    k: Any
+    v: Any
+    slot_positions: Array | None  # [B, S]
+    lengths: Array | None  # [B]
+
+    @property
+    def slots(self) -> int:
+        """All of them."""
+        return self.k.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Slots of a block."""
+        return min(BLOCK, self.slots)
+
+    def at(self, slots: Array, batch: int) -> Array:
+        """Positions [B, S'] in the slots of those numbers, -1 where there is none."""
+        return _positions_of(slots, self.slot_positions, self.lengths, batch)
+
+    def products(self, start: Array) -> Array:
+        """Products [Z, R, S'] of the queries with the keys of a block."""
+        if isinstance(self.k, Encoded):
+            return self.k.scores(self.q.astype(jnp.float32), start, self.size)
+        k = lax.dynamic_slice_in_dim(self.k, start, self.size, 1)
+        return jnp.einsum("zrh,zsh->zrs", self.q, k, **_PRODUCT)
+
+    def sums(self, weights: Array, start: Array, positions: Array, at: Array) -> Array:
+        """Weighted sums [Z, R, H] of the values of a block."""
+        if isinstance(self.v, Encoded):
+            return self.v.weighted(weights, start, _used(self.v.shape[0], positions, at))
+        v = lax.dynamic_slice_in_dim(self.v, start, self.size, 1)
+        return _weighted(weights, _zeroed(v, positions, at))
+
+
+def walk(mask: Mask, where: Any, positions: Array, first: Array, last: Array):
+    """Output [Z, R, H] and log-sum-exp [Z, R] over the blocks `first` to `last` of `where`."""
+    size = where.size
 
     def block(i, carry):
         out, top, total = carry
         # The last block is moved back to end with the buffer; what it repeats is masked.
-        start = jnp.minimum(i * size, slots - size)
+        start = jnp.minimum(i * size, where.slots - size)
         numbers = start + jnp.arange(size)
-        at = _positions_of(numbers, slot_positions, lengths, positions.shape[0])
+        at = where.at(numbers, positions.shape[0])
         at = jnp.where((numbers >= i * size)[None, :], at, -1)
-        scores = _masked(mask, _block_products(q, k, start, size), positions, at)
+        scores = _masked(mask, where.products(start), positions, at)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         shift = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
         weights = jnp.exp(scores - shift[..., None])
         faded = jnp.exp(top - shift)
-        out = out * faded[..., None] + _block_sum(weights, v, start, positions, at)
+        out = out * faded[..., None] + where.sums(weights, start, positions, at)
         return out, new_top, total * faded + jnp.sum(weights, axis=-1)
 
-    out = jnp.zeros((*q.shape[:2], v.shape[-1]), jnp.float32)
+    q = where.q
+    out = jnp.zeros(q.shape, jnp.float32)
     nothing = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     out, top, total = lax.fori_loop(
         first, last, block, (out, nothing, jnp.zeros(q.shape[:2], jnp.float32))
@@ -250,33 +300,25 @@ def _walk(mask, q, k, v, positions, slot_positions, lengths):
     return out / jnp.where(total == 0, 1.0, total)[..., None], top + jnp.log(total)
 
 
-def _block_products(q: Array, k: Any, start: Array, size: int) -> Array:
-    """Products [Z, R, S'] with the keys of some slots."""
-    if isinstance(k, Encoded):
-        return k.scores(q.astype(jnp.float32), start, size)
-    k = lax.dynamic_slice_in_dim(k, start, size, 1)
-    return jnp.einsum("zrh,zsh->zrs", q, k, **_PRODUCT)
+def _walk(mask, q, k, v, positions, slot_positions, lengths):
+    where = Slots(q, k, v, slot_positions, lengths)
+    first, last = block_range(
+        mask, positions, slot_positions, lengths, where.slots, min(BLOCK, where.slots)
+    )
+    return walk(mask, where, positions, first, last)
 
 
-def _block_sum(weights: Array, v: Any, start: Array, positions: Array, at: Array) -> Array:
-    """Weighted sum [Z, R, H] of the values of some slots."""
-    if isinstance(v, Encoded):
-        return v.weighted(weights, start, _used(v.shape[0], positions, at))
-    v = lax.dynamic_slice_in_dim(v, start, at.shape[1], 1)
-    return _weighted(weights, _zeroed(v, positions, at))
-
-
-def _block_range(mask, positions, slot_positions, lengths, slots):
+def block_range(mask, positions, slot_positions, lengths, slots, size=BLOCK):
     """First and one past the last block that any query of the pass can see."""
-    count = -(-slots // BLOCK)  # one that is shorter than a block is one
+    count = -(-slots // size)  # one that is shorter than a block is one
     if slot_positions is not None:
         filled = slots if lengths is None else jnp.max(lengths)
-        return jnp.int32(0), jnp.minimum(-(-filled // BLOCK), count).astype(jnp.int32)
+        return jnp.int32(0), jnp.minimum(-(-filled // size), count).astype(jnp.int32)
     filled = jnp.max(positions) + 1
     if lengths is not None:
         filled = jnp.minimum(filled, jnp.max(lengths))
-    last = jnp.minimum(-(-filled // BLOCK), count).astype(jnp.int32)
+    last = jnp.minimum(-(-filled // size), count).astype(jnp.int32)
     if mask.window is None or mask.sinks:
         return jnp.int32(0), last
     earliest = jnp.min(jnp.where(positions < 0, slots, positions)) - mask.window + 1
-    return jnp.clip(earliest // BLOCK, 0, last).astype(jnp.int32), last
+    return jnp.clip(earliest // size, 0, last).astype(jnp.int32), last
