@@ -33,6 +33,7 @@ KEYS = [
     "tokens_per_second",
     "cache_bytes",
     "compile_seconds",
+    "attention",
 ]
 GENERATE = ("generate", "--model")
 NINE = ("--max-new-tokens", "9")
@@ -176,6 +177,7 @@ def test_json_is_one_object_and_all_there_is(run, tiny, lm):
     assert report["tokens_per_second"] == pytest.approx(said / report["decode_seconds"])
     assert 0 < report["prefill_seconds"] < 60
     assert report["compile_seconds"] > 0
+    assert report["attention"] == "xla"
 
 
 def test_json_has_standard_output_for_itself(run, tiny):

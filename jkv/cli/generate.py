@@ -33,7 +33,7 @@ def generate(
     """Continue one or several prompts.
 
     With --json, prompt_tokens and tokens are lists of ids, tokens the new ones only; times leave
-    compilation out, which is compile_seconds.
+    compilation out, which is compile_seconds; attention is the implementation of a decode step.
     """
     from jkv.cache.spec import parse
 
@@ -63,7 +63,21 @@ def generate(
         )
     ]
     model_of = {"model": lm.source, "cache": cache, "dtype": lm.config.dtype}
-    screen.end({**model_of, "outputs": outputs, **speed})
+    screen.end({**model_of, "outputs": outputs, **speed, "attention": _attention(lm, result)})
+
+
+def _attention(lm: Any, result: Any) -> str:
+    """What a decode step over this cache runs, see `jkv.ops.explain`."""
+    import jax
+    import jax.numpy as jnp
+
+    from jkv.decoding.loop import decode_step
+    from jkv.ops import choice
+
+    token = jnp.zeros((result.cache.batch,), jnp.int32)
+    with choice.record() as names:
+        jax.eval_shape(lambda cache: decode_step(lm.model, token, cache), result.cache)
+    return ", ".join(names)
 
 
 def _measured(

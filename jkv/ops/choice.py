@@ -119,18 +119,19 @@ def run(operation: str, name: str | None, arguments: dict[str, Any]) -> Any:
                 f"{operation} got implementation={name!r}, which cannot do this: {why}; expected "
                 "None for the best one that can"
             )
-        return _noted(name, _function(operation, name))(**arguments)
+        note(name)
+        return _function(operation, name)(**arguments)
     chosen = {p: choose(operation, p, arguments).name for p in platforms()}
-    first, *others = chosen.items()
-    if all(other == first[1] for _, other in others):
-        return _noted(first[1], _function(operation, first[1]))(**arguments)
+    best = chosen[platforms()[0]]
+    note(best)
+    if set(chosen.values()) == {best}:
+        return _function(operation, best)(**arguments)
     static = {k: v for k, v in arguments.items() if not _traced(v)}
     traced = {k: v for k, v in arguments.items() if _traced(v)}
     branches = {
         platform: functools.partial(_called, _function(operation, name), static)
         for platform, name in chosen.items()
     }
-    _noted(first[1], None)
     return lax.platform_dependent(traced, **branches)
 
 
@@ -143,11 +144,11 @@ def _traced(value: Any) -> bool:
     return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
 
 
-def _noted(name: str, function: Any) -> Any:
+def note(name: str) -> None:
+    """Tell `record` that an implementation runs."""
     names = _seen.get()
     if names is not None and name not in names:
         names.append(name)
-    return function
 
 
 def _module(operation: str, name: str) -> Any:

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
+from jkv.ops import choice
 from jkv.ops.attention import xla
 
 # Keys [B, K, S, H], values [B, K, S, H] and positions [B, K, S], -1 and below where there is none.
@@ -41,6 +42,7 @@ def attention_weights(
     Returns:
         The output and the weights, both float32; a query's weights sum to 1 if it sees anything.
     """
+    choice.note("xla")  # the only one that gives weights
     batch, new, heads, dim = q.shape
     kv_heads = parts[0][0].shape[1]
     groups = heads // kv_heads
