@@ -90,8 +90,8 @@ class _Rows:
     tokens: list[list[int]]
 
     @property
-    def lengths(self) -> jax.Array:
-        return jnp.asarray([len(row) for row in self.tokens], jnp.int32)
+    def lengths(self) -> np.ndarray:
+        return np.asarray([len(row) for row in self.tokens], np.int32)
 
 
 def _key(position: Any) -> np.ndarray:
@@ -111,7 +111,13 @@ class _Probe:
         self.keys = jnp.asarray(_key(np.arange(slots + 1)))
         self.random = np.random.default_rng(0)
         self.compiled = 0
+        # Whole programs: of single operations each would be compiled by itself.
         self.attend = jax.jit(self._attend)
+        self.take = jax.jit(lambda layer, rows: layer.take(rows))
+        self.concat = jax.jit(lambda first, rest: first.concat(rest))
+        self.resize = jax.jit(lambda layer, slots: layer.resize(slots), static_argnums=1)
+        self.cropped = jax.jit(lambda layer, held, lengths: layer.crop(held, lengths))
+        self.to_legacy = jax.jit(lambda layer, lengths: layer.to_legacy(lengths))
 
     def new(self, rows: int) -> Any:
         return init_cache(_Config(), self.kind, batch=rows, slots=self.slots).layers[0]
@@ -165,6 +171,12 @@ class _Probe:
                 f"positions {places}. It should see {len(seen)} tokens, {seen[:1]} to {seen[-1:]}"
             )
 
+    def crop(self, layer: Any, held: np.ndarray, lengths: np.ndarray) -> Any:
+        try:
+            return self.cropped(layer, held, lengths)
+        except UnsupportedError:  # a kind may have to know the lengths
+            return layer.crop(jnp.asarray(held), jnp.asarray(lengths))
+
     def holds(self, rows: _Rows, what: str) -> None:
         """Every position of every row, asked for by one more token that is not kept."""
         for _ in range(4):
@@ -205,19 +217,20 @@ class _Probe:
 
     def rows_move(self, rows: _Rows) -> None:
         order = [2, 0, 0]
-        taken = _Rows(rows.layer.take(jnp.asarray(order)), [list(rows.tokens[r]) for r in order])
+        taken = self.take(rows.layer, np.asarray(order))
+        taken = _Rows(taken, [list(rows.tokens[r]) for r in order])
         self.holds(taken, "after take")
-        parts = [rows.layer.take(jnp.asarray([r])) for r in (1, 2, 0)]
-        joined = _Rows(parts[0].concat(parts[1:]), [list(rows.tokens[r]) for r in (1, 2, 0)])
+        first, *rest = (self.take(rows.layer, np.asarray([r])) for r in (1, 2, 0))
+        joined = _Rows(self.concat(first, rest), [list(rows.tokens[r]) for r in (1, 2, 0)])
         self.holds(joined, "after concat")
 
     def resizes(self, rows: _Rows) -> None:
-        longer = rows.layer.resize(self.slots + 16).resize(self.slots)
+        longer = self.resize(self.resize(rows.layer, self.slots + 16), self.slots)
         self.holds(_Rows(longer, rows.tokens), "after resize")
 
     def converts(self, rows: _Rows) -> None:
         try:
-            keys, values = rows.layer.to_legacy(rows.lengths)
+            keys, values = self.to_legacy(rows.layer, rows.lengths)
         except UnsupportedError:
             return
         for b, row in enumerate(rows.tokens):
@@ -234,7 +247,7 @@ class _Probe:
     def rolls_back(self, rows: _Rows) -> None:
         for back in (0, 1, 9):
             kept = [max(len(row) - back * (b + 1), 0) for b, row in enumerate(rows.tokens)]
-            layer = rows.layer.crop(rows.lengths, jnp.asarray(kept, jnp.int32))
+            layer = self.crop(rows.layer, rows.lengths, np.asarray(kept, np.int32))
             short = _Rows(layer, [row[:n] for row, n in zip(rows.tokens, kept, strict=True)])
             self.holds(short, f"after crop by {back}")
             again = self.push(short, [3, 1, 2], f"going on after crop by {back}")
@@ -251,8 +264,13 @@ class _Probe:
                 "a step compiles anew: the cache it returns differs in shape, dtype or a static "
                 "field from the one it was given"
             )
-        cache = Cache((rows.layer,), rows.lengths, jnp.zeros(3, bool))
-        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), cache)
-        forked = jax.jit(jax.vmap(lambda cache: cache.take(jnp.asarray([2, 1, 0]))))(stacked)
-        flat = jax.tree.map(lambda leaf: leaf[0], forked)
+        cache = Cache((rows.layer,), jnp.asarray(rows.lengths), jnp.zeros(3, bool))
+
+        @jax.jit
+        def reversed_twice(cache: Any) -> Any:
+            stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), cache)
+            forked = jax.vmap(lambda cache: cache.take(jnp.asarray([2, 1, 0])))(stacked)
+            return jax.tree.map(lambda leaf: leaf[0], forked)
+
+        flat = reversed_twice(cache)
         self.holds(_Rows(flat.layers[0], rows.tokens[::-1]), "after vmap")
