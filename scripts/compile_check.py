@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = 77
-TARGETS = ("cpu", "tpu", "h200")
+TARGETS = {"cpu": "cpu", "tpu": "tpu", "h200": "cuda"}  # to platforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Report:
     cache: int  # bytes
     temporaries: int  # bytes
     copies: int  # of arrays as big as a layer's keys
+    attention: str  # which implementations of it
 
     @property
     def share(self) -> float:
@@ -63,23 +64,27 @@ class Report:
         return self.share < 0.1 and self.copies == 0
 
 
-def measure(case: Case, sharding: Any = None) -> Report:
+def measure(case: Case, sharding: Any = None, platform: str = "cpu") -> Report:
     """Compile the case, for the devices of `sharding` if one is given."""
     import jax
 
     from jkv._pytree import nbytes
+    from jkv.ops import choice
 
     function, arguments, cache = program(case)
 
     def placed(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    compiled = function.lower(*jax.tree.map(placed, arguments)).compile()
+    with choice.target(platform), choice.record() as chosen:
+        lowered = function.lower(*jax.tree.map(placed, arguments))
+    compiled = lowered.compile()
     biggest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
     return Report(
         cache=nbytes(cache),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
         copies=count_copies(compiled.as_text(), biggest),
+        attention="+".join(chosen),
     )
 
 
@@ -241,14 +246,16 @@ def main() -> int:
     failed = 0
     print(
         f"{'device':8}{'decode loop':34}{'cache':>11}{'temporaries':>13}{'share':>9}{'copies':>8}"
+        "  attention"
     )
     for device, sharding in shardings.items():
         for name, case in cases(arguments.target).items():
-            report = measure(case, sharding)
+            report = measure(case, sharding, TARGETS[arguments.target])
             failed += not report.free
             print(
                 f"{device:8}{name:34}{report.cache / 2**20:>7.0f} MiB"
                 f"{report.temporaries / 2**20:>9.1f} MiB{report.share:>9.1%}{report.copies:>8}"
+                f"  {report.attention}"
                 + ("" if report.free else "  A SECOND CACHE"),
                 flush=True,
             )

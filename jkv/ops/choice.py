@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.custom_batching
+import jax.numpy as jnp
 from jax import lax
 
 from jkv.errors import UnsupportedError
@@ -18,10 +20,13 @@ from jkv.errors import UnsupportedError
 # What is tried on a platform, best first. The last refuses nothing.
 CANDIDATES = {
     "cuda": ("xla",),
-    "tpu": ("xla",),
+    "tpu": ("mosaic_tpu", "xla"),
     "cpu": ("xla",),
 }
-IMPLEMENTATIONS = ("xla", "reference")
+IMPLEMENTATIONS = ("mosaic_tpu", "xla", "reference")
+DIFFERENTIABLE = ("xla", "reference")  # the others have the derivatives of "xla"
+CACHES = ("k", "v")  # operands that are not to be repeated for rows that share them
+POOLS = ("k_pages", "v_pages")  # operands that all rows share
 
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 _seen: ContextVar[list[str] | None] = ContextVar("seen", default=None)
@@ -157,7 +162,53 @@ def _module(operation: str, name: str) -> Any:
 
 
 def _function(operation: str, name: str) -> Callable[..., Any]:
-    return getattr(_module(operation, name), operation)
+    function = getattr(_module(operation, name), operation)
+    if name in DIFFERENTIABLE:
+        return function
+    return functools.partial(_kernel, function, getattr(_module(operation, "xla"), operation))
+
+
+def _kernel(function: Any, plain: Any, **arguments: Any) -> Any:
+    """A kernel, with the derivatives of `plain`, and under `vmap`: more rows, or `plain`."""
+    static = {k: v for k, v in arguments.items() if not _traced(v)}
+    traced = {k: v for k, v in arguments.items() if _traced(v)}
+
+    @jax.custom_batching.custom_vmap
+    def kernel(traced: dict[str, Any]) -> Any:
+        return function(**traced, **static)
+
+    @kernel.def_vmap
+    def _(size: int, flags: Any, traced: dict[str, Any]) -> tuple[Any, Any]:
+        batched = flags[0]
+        whole = {k: all(jax.tree.leaves(v)) for k, v in batched.items()}
+        some = {k: any(jax.tree.leaves(v)) for k, v in batched.items()}
+        if all(whole.get(k, True) for k in CACHES) and not any(some.get(k) for k in POOLS):
+            out = _with_more_rows(kernel, size, batched, traced)
+        else:
+            axes = jax.tree.map(lambda yes: 0 if yes else None, batched)
+            out = jax.vmap(lambda t: plain(**t, **static), (axes,), axis_size=size)(traced)
+        return out, jax.tree.map(lambda _: True, out)
+
+    @jax.custom_jvp
+    def run(traced: dict[str, Any]) -> Any:
+        return kernel(traced)
+
+    @run.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(lambda t: plain(**t, **static), primals, tangents)
+
+    return run(traced)
+
+
+def _with_more_rows(kernel: Any, size: int, batched: Any, traced: dict[str, Any]) -> Any:
+    """The mapped axis as part of the rows."""
+
+    def folded(yes: bool, leaf: Any) -> Any:
+        leaf = leaf if yes else jnp.broadcast_to(leaf, (size, *leaf.shape))
+        return leaf.reshape(-1, *leaf.shape[2:])
+
+    rows = {k: v if k in POOLS else jax.tree.map(folded, batched[k], v) for k, v in traced.items()}
+    return jax.tree.map(lambda leaf: leaf.reshape(size, -1, *leaf.shape[1:]), kernel(rows))
 
 
 def _why_not(operation: str, name: str, arguments: dict[str, Any]) -> str | None:

@@ -1,0 +1,71 @@
+"""Attention over the cache in a Mosaic kernel for TPUs, see `jkv.ops.mosaic_tpu.flash`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from jkv._axes import Array
+from jkv.ops.mosaic_tpu import flash
+from jkv.ops.mosaic_tpu.operands import operand
+from jkv.ops.partial import Partial
+
+
+def unsupported(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    positions: Any,
+    slot_positions: Any,
+    lengths: Any,
+    scale: Any,
+    window: Any = None,
+    sinks: Any = 0,
+    softcap: Any = None,
+) -> str | None:
+    """Why this implementation cannot do this, in words, or None."""
+    del positions, slot_positions, lengths, sinks
+    return flash.unsupported(q, k, v, scale, window, softcap)
+
+
+def attention(
+    q: Array,
+    k: Any,
+    v: Any,
+    *,
+    positions: Array,
+    slot_positions: Array | None,
+    lengths: Array | None,
+    scale: float,
+    window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """See `jkv.ops.attention`; `interpret` is that of `pl.pallas_call`."""
+    batch, new, heads, _ = q.shape
+    _, kv_heads, slots, _ = k.shape
+    keys, values = operand(k), operand(v)
+    mask = flash.Mask(scale, window, sinks if window is not None else 0, softcap)
+    plan = _plan(new, heads // kv_heads, kv_heads, slots, keys[1], mask)
+    if lengths is None:
+        lengths = jnp.full((batch,), slots, jnp.int32)
+    lengths = jnp.clip(lengths, 0, slots)
+    info, steps = flash.scalars_of(plan, mask, positions, lengths, slot_positions is None)
+    return flash.flash(q, keys, values, plan, mask, (info,), steps, 0, slot_positions, interpret)
+
+
+def _plan(
+    new: int, groups: int, kv_heads: int, slots: int, leaves: Any, mask: flash.Mask
+) -> flash.Plan:
+    heads = flash.heads_of(kv_heads)
+    block = flash.BLOCK
+    per_slot = heads * sum(math.prod(x.array.shape[2:]) * x.array.dtype.itemsize for x in leaves)
+    size = 2 ** int(math.log2(max(block["bytes"] * slots // per_slot, 1)))
+    most = min(block["most slots"], 2 ** math.ceil(math.log2(slots)))
+    size = max(min(size, most), block["least slots"])
+    first = -(-mask.sinks // size)
+    return flash.Plan(new=new, groups=groups, heads=heads, size=size, first=first, pages=1)

@@ -1,0 +1,331 @@
+"""Attention of a few new tokens over blocks of cached ones, in a Mosaic kernel for TPUs.
+
+The grid walks rows, groups of key/value heads and blocks of slots. Which blocks a row reads is
+known before the kernel starts (scalars that are fetched first): the grid ends with the longest
+row's last block, and for a shorter row the index of a block repeats itself, which fetches nothing.
+All queries of a key/value head are the rows of one product. The softmax is the online one
+(Milakov and Gimelshein 2018, arXiv:1805.02867), in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jkv._axes import Array
+from jkv.ops.mosaic_tpu.operands import LANES, Leaf, refusal
+from jkv.ops.partial import Partial
+
+# Sizes of blocks: bytes of keys that a step of the grid fetches (enough to hide what a step costs,
+# about a third of a microsecond), slots and heads that they are spread over.
+BLOCK = {"bytes": 2**20, "least slots": 128, "most slots": 2048, "heads": 8}
+MOST_NEW = 16  # new tokens
+MOST_GROUPS = 16
+SUBLANES = 8
+LOW = -3e38  # below any score
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The static part of the mask and of the scores."""
+
+    scale: float
+    window: int | None
+    sinks: int
+    softcap: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the work is cut up: all that is known when the kernel is traced."""
+
+    new: int
+    groups: int
+    heads: int  # of a step
+    size: int  # slots of a step
+    first: int  # blocks with sinks, read whatever the window
+    pages: int  # tiles that the slots of a step are in; 1 unless they are pages
+
+
+def rows_of(plan: Plan) -> int:
+    """Query rows of a key/value head, filled up to whole tiles."""
+    return -(-plan.new * plan.groups // SUBLANES) * SUBLANES
+
+
+def unsupported(q: Any, k: Any, v: Any, scale: Any, window: Any, softcap: Any) -> str | None:
+    """Why the kernel cannot do this, if so: for contiguous operands and pages alike."""
+    _, new, heads, dim = q.shape
+    if new > MOST_NEW:
+        return f"{new} new tokens; it is for up to {MOST_NEW}"
+    if heads // k.shape[1] > MOST_GROUPS:
+        return f"{heads // k.shape[1]} query heads to a key/value head; up to {MOST_GROUPS}"
+    if dim % 16 or not 64 <= dim <= 256:
+        return f"a head dimension of {dim}; expected a multiple of 16 from 64 to 256"
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"queries in {q.dtype}"
+    if any(isinstance(x, jax.Array) for x in (scale, window, softcap)):
+        return "a scale, window or softcap that is not known when it is compiled"
+    return refusal("keys", k, q.dtype) or refusal("values", v, q.dtype)
+
+
+def heads_of(kv_heads: int) -> int:
+    """Key/value heads of a step: all, or as many as a tile has rows."""
+    return (
+        kv_heads if kv_heads <= 2 * BLOCK["heads"] and kv_heads % BLOCK["heads"] else BLOCK["heads"]
+    )
+
+
+def flash(
+    q: Array,
+    keys: tuple[Any, list[Leaf]],
+    values: tuple[Any, list[Leaf]],
+    plan: Plan,
+    mask: Mask,
+    scalars: tuple[Array, ...],
+    steps: Array,
+    table: int,
+    slot_positions: Array | None,
+    interpret: Any,
+) -> Partial:
+    """Run the kernel.
+
+    Args:
+        q: [B, T, N, H].
+        keys: how they are read, and their arrays.
+        values: likewise.
+        plan: sizes.
+        mask: what is seen.
+        scalars: what is fetched before the kernel starts, see `scalars_of`; then the block table.
+        steps: blocks of the longest row.
+        table: pages of a row in the block table, 0 without one.
+        slot_positions: [B, S].
+        interpret: of `pl.pallas_call`.
+    """
+    batch, new, heads, dim = q.shape
+    groups, rows = plan.groups, rows_of(plan)
+    kv_heads = heads // groups
+    grouped = q.reshape(batch, new, kv_heads, groups, dim).transpose(0, 2, 1, 3, 4)
+    grouped = grouped.reshape(batch, kv_heads, new * groups, dim)
+    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, rows - new * groups), (0, 0)))
+    grouped = keys[0].queries(grouped)
+    leaves = [*keys[1], *values[1]]
+    tiled = [leaf for leaf in leaves for _ in range(plan.pages)]
+
+    def per_head(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, plan.heads, *shape), lambda b, g, i, *_: (b, g, 0, 0))
+
+    in_specs = [per_head(*grouped.shape[2:])]
+    in_specs += [_spec(plan, leaf, tile, table) for leaf in leaves for tile in range(plan.pages)]
+    inputs = [grouped, *(leaf.array for leaf in tiled)]
+    if slot_positions is not None:
+        high = min(batch, SUBLANES)
+        at = functools.partial(_block_of, plan)
+        in_specs += [
+            pl.BlockSpec(
+                (high, plan.size), lambda b, g, i, info, *_: (lax.div(b, high), at(b, i, info))
+            )
+        ]
+        inputs += [slot_positions]
+    out, lse = pl.pallas_call(
+        functools.partial(
+            _kernel, plan, mask, keys, values, table, len(scalars), slot_positions is not None
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(batch, -(-kv_heads // plan.heads), steps),
+            in_specs=in_specs,
+            out_specs=[per_head(rows, dim), per_head(rows, LANES)],
+            scratch_shapes=[
+                pltpu.VMEM((plan.heads, rows, dim), jnp.float32),
+                pltpu.VMEM((plan.heads, rows, LANES), jnp.float32),
+                pltpu.VMEM((plan.heads, rows, LANES), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, kv_heads, rows, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, rows, LANES), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        interpret=interpret,
+        name="jkv_attention",
+    )(*scalars, *inputs)
+    out = out[:, :, : new * groups].reshape(batch, kv_heads, new, groups, dim)
+    lse = lse[:, :, : new * groups, 0].reshape(batch, kv_heads, new, groups)
+    return Partial(
+        out=out.transpose(0, 2, 1, 3, 4).reshape(q.shape),
+        lse=lse.transpose(0, 2, 1, 3).reshape(batch, new, heads),
+    )
+
+
+FIXED = 4  # scalars of a row before the positions of its queries
+
+
+def scalars_of(
+    plan: Plan, mask: Mask, positions: Array, lengths: Array, in_order: bool
+) -> tuple[Array, Array]:
+    """Scalars of all rows, flat, and the blocks of the longest row.
+
+    Of a row: how many blocks it reads; how many are left out after those with sinks; its length;
+    its last query's position; the positions of its queries.
+
+    Args:
+        plan: sizes.
+        mask: what is seen.
+        positions: [B, T].
+        lengths: [B], at most as many as there are slots.
+        in_order: whether slot s holds position s: then blocks before the window can be left out.
+    """
+    high = jnp.max(positions, axis=1)
+    skipped = jnp.zeros_like(lengths)
+    filled = lengths
+    if in_order:
+        filled = jnp.minimum(lengths, high + 1)
+    last = -(-filled // plan.size)
+    if in_order and mask.window is not None:
+        low = jnp.min(jnp.where(positions < 0, high[:, None], positions), axis=1)
+        start = jnp.clip((low - mask.window + 1) // plan.size, 0, last)
+        skipped = jnp.maximum(start - plan.first, 0)
+    # Nobody sees anything: no block.
+    count = jnp.where(high < 0, 0, last - skipped)
+    head = jnp.stack([count, skipped, lengths, high], axis=1)
+    flat = jnp.concatenate([head, positions], axis=1).astype(jnp.int32).reshape(-1)
+    return flat, jnp.maximum(jnp.max(count), 1).astype(jnp.int32)
+
+
+def _block_of(plan: Plan, b: Any, i: Any, info: Any) -> Any:
+    """The block that a row reads in step i; in steps that it does not need, the last again."""
+    at = b * (FIXED + plan.new)
+    i = jnp.maximum(jnp.minimum(i, info[at] - 1), 0)
+    return jnp.where(i < plan.first, i, i + info[at + 1])
+
+
+def _spec(plan: Plan, leaf: Leaf, tile: int, table: int) -> pl.BlockSpec:
+    """Which part of an array a step fetches."""
+    shape = [1, plan.heads, *leaf.array.shape[2:]]
+    shape[leaf.axis] = plan.size // plan.pages
+
+    def index(b: Any, g: Any, i: Any, info: Any, *rest: Any) -> tuple[Any, ...]:
+        found = [b, g] + [0] * (len(shape) - 2)
+        found[leaf.axis] = _block_of(plan, b, i, info)
+        return tuple(found)
+
+    return pl.BlockSpec(tuple(shape), index)
+
+
+def _kernel(
+    plan: Plan,
+    mask: Mask,
+    keys: Any,
+    values: Any,
+    table: int,
+    scalars: int,
+    given: bool,
+    *refs: Any,
+) -> None:
+    info, q_ref = refs[0], refs[scalars]
+    out_ref, lse_ref, acc_ref, top_ref, total_ref = refs[-5:]
+    held = refs[scalars + 1 : -5]
+    b, i = pl.program_id(0), pl.program_id(2)
+    at = b * (FIXED + plan.new)
+    count, length, high = info[at], info[at + 2], info[at + 3]
+
+    @pl.when(i == 0)
+    def _():
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+        top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
+        total_ref[...] = jnp.zeros_like(total_ref)
+
+    start = _block_of(plan, b, i, info) * plan.size
+    stop = start + plan.size
+    # Some query sees every slot of the block.
+    full = (not given) & (stop <= jnp.minimum(length, high + 1))
+    if mask.window is not None:
+        full &= (start > high - mask.window) | (stop <= mask.sinks)
+
+    def heads(clean: bool) -> None:
+        slots = start + lax.broadcasted_iota(jnp.int32, (1, plan.size), 1)
+        held_at = held[-1][pl.ds(lax.rem(b, held[-1].shape[0]), 1), :] if given else slots
+        seen = _seen(plan, mask, info, at, jnp.where(slots < length, held_at, -1))
+        for h in range(plan.heads):
+            _head(plan, mask, keys, values, held, q_ref[0, h], seen, h, clean, refs[-3:])
+
+    @pl.when((i < count) & full)
+    def _():
+        heads(clean=False)
+
+    @pl.when((i < count) & ~full)
+    def _():
+        heads(clean=True)
+
+    @pl.when(i == pl.num_programs(2) - 1)
+    def _():
+        total = total_ref[...]
+        none = total == 0
+        some = jnp.where(none, 1.0, total)
+        lse_ref[0] = jnp.where(none, -jnp.inf, top_ref[...] + jnp.log(some))
+        out_ref[0] = acc_ref[...] / some[:, :, :1]
+
+
+def _seen(plan: Plan, mask: Mask, info: Any, at: Any, held: Array) -> Array:
+    """Which query rows see which slots, [R, S]: the rule of `jkv.ops.masks`."""
+    row = lax.broadcasted_iota(jnp.int32, (rows_of(plan), 1), 0)
+    positions = jnp.full(row.shape, -1, jnp.int32)
+    for t in range(plan.new):
+        own = (row >= t * plan.groups) & (row < (t + 1) * plan.groups)
+        positions = jnp.where(own, info[at + FIXED + t], positions)
+    seen = (held >= 0) & (held <= positions)
+    if mask.window is not None:
+        seen &= (positions - held < mask.window) | (held < mask.sinks)
+    return seen
+
+
+def _head(
+    plan: Plan,
+    mask: Mask,
+    keys: Any,
+    values: Any,
+    held: Any,
+    q: Array,
+    seen: Array,
+    h: int,
+    clean: bool,
+    scratch: Any,
+) -> None:
+    """One key/value head's share of a block."""
+    acc_ref, top_ref, total_ref = scratch
+    tiles = iter(held)
+    k, v = (
+        [_loaded(leaf, [next(tiles) for _ in range(plan.pages)], h) for leaf in leaves]
+        for _, leaves in (keys, values)
+    )
+    scores = keys[0].products(q, k) * mask.scale
+    if mask.softcap is not None:
+        scores = mask.softcap * jnp.tanh(scores / mask.softcap)
+    scores = jnp.where(seen, scores, -jnp.inf)
+    top = top_ref[h][:, :1]
+    new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
+    shift = jnp.where(new_top > LOW, new_top, 0.0)
+    weights = jnp.exp(scores - shift)
+    faded = jnp.exp(top - shift)
+    total = total_ref[h][:, :1] * faded + jnp.sum(weights, axis=1, keepdims=True)
+    sums = values[0].sums(weights, v, seen if clean else None)
+    acc_ref[h] = acc_ref[h] * faded + sums
+    top_ref[h] = jnp.broadcast_to(new_top, top_ref.shape[1:])
+    total_ref[h] = jnp.broadcast_to(total, total_ref.shape[1:])
+
+
+def _loaded(leaf: Leaf, tiles: list[Any], h: int) -> Array:
+    """What a head has in a block of one array, tiles one after another."""
+    parts = [tile[0][h : h + 1] if leaf.rows else tile[0, h] for tile in tiles]
+    if len(parts) == 1:
+        return parts[0]
+    return jnp.concatenate(parts, axis=leaf.axis - 2)

@@ -1,0 +1,89 @@
+"""New tokens into arrays whose slots lie last, in place.
+
+On a TPU such a write changes one lane of many tiles. XLA turns the whole array around for it, and
+back, where it fits into the chip's own memory; this kernel fetches the tiles, changes them and
+stores them where they were.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jkv._axes import Array
+from jkv.ops.mosaic_tpu.operands import LANES
+
+SUBLANES = 8
+HEADS = 8
+
+
+def write_run(buffer: Array, new: Array, at: Array, interpret: Any = False) -> Array:
+    """One run of R numbers of each row along the last axis, at a multiple of R.
+
+    Args:
+        buffer: [B, K, S * R], or [B, K, C, S * R].
+        new: [B, K, R], or [B, K, C, R].
+        at: [B], in runs; one that is not there is dropped.
+        interpret: of `pl.pallas_call`.
+    """
+    batch, heads, *rest = buffer.shape
+    run, size = new.shape[-1], buffer.shape[-1]
+    wide = jnp.float32 if jnp.issubdtype(buffer.dtype, jnp.floating) else jnp.int32
+    width = math.lcm(run, LANES)  # in which a run lies whole
+    # A token's channels, if slots lie last, are a row of the one array and a column of the other.
+    turned = run == 1 and buffer.ndim == 4
+    tokens = new.astype(buffer.dtype).astype(wide)
+    part = heads if heads % HEADS else HEADS
+    if turned:
+        tokens = tokens[..., 0]
+        room = (-heads % SUBLANES, -rest[0] % LANES)
+        tokens = jnp.pad(tokens, ((0, 0), (0, room[0]), (0, room[1])))
+        shape = (1, -(-part // SUBLANES) * SUBLANES, tokens.shape[2])
+    else:
+        tokens = jnp.tile(tokens, width // run)
+        shape = (1, part, *tokens.shape[2:])
+
+    def kernel(at_ref: Any, tokens_ref: Any, held_ref: Any, out_ref: Any) -> None:
+        first = at_ref[pl.program_id(0)] * run
+        there = (first >= 0) & (first < size)
+        first = jnp.where(there, lax.rem(first, width), width)
+        columns = jnp.transpose(tokens_ref[0]) if turned else None
+        for h in range(part if buffer.ndim == 4 else 1):
+            one = (0, h) if buffer.ndim == 4 else (0,)
+            held = held_ref[one].astype(wide)
+            lane = lax.broadcasted_iota(jnp.int32, held.shape, held.ndim - 1)
+            own = (lane >= first) & (lane < first + run)
+            if columns is not None:
+                put = columns[: held.shape[0], h : h + 1]
+            else:
+                put = tokens_ref[one]
+            out_ref[one] = jnp.where(own, put, held).astype(out_ref.dtype)
+
+    def tile(b: Any, g: Any, at_ref: Any) -> tuple[Any, ...]:
+        last = -(-size // width) - 1
+        which = jnp.clip(lax.div(at_ref[b] * run, width), 0, last)
+        return (b, g, *(0,) * (buffer.ndim - 3), which)
+
+    block = pl.BlockSpec((1, part, *rest[:-1], width), tile)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads // part),
+            in_specs=[
+                pl.BlockSpec(shape, lambda b, g, _: (b, g, *(0,) * (len(shape) - 2))),
+                block,
+            ],
+            out_specs=block,
+        ),
+        out_shape=jax.ShapeDtypeStruct(buffer.shape, buffer.dtype),
+        input_output_aliases={2: 0},
+        interpret=interpret,
+        name="jkv_write",
+    )(at, tokens, buffer)
