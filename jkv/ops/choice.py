@@ -19,13 +19,13 @@ from jkv.errors import UnsupportedError
 
 # What is tried on a platform, best first. The last refuses nothing.
 CANDIDATES = {
-    "cuda": ("xla",),
+    "cuda": ("mosaic_gpu", "xla"),
     "tpu": ("mosaic_tpu", "xla"),
     "cpu": ("xla",),
 }
-IMPLEMENTATIONS = ("mosaic_tpu", "xla", "reference")
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "xla", "reference")
 DIFFERENTIABLE = ("xla", "reference")  # the others have the derivatives of "xla"
-CACHES = ("k", "v")  # operands that are not to be repeated for rows that share them
+CACHES = ("k", "v", "buffer")  # operands that are not to be repeated for rows that share them
 POOLS = ("k_pages", "v_pages")  # operands that all rows share
 
 _target: ContextVar[str | None] = ContextVar("target", default=None)
@@ -165,25 +165,32 @@ def _function(operation: str, name: str) -> Callable[..., Any]:
     function = getattr(_module(operation, name), operation)
     if name in DIFFERENTIABLE:
         return function
-    return functools.partial(_kernel, function, getattr(_module(operation, "xla"), operation))
+    return functools.partial(kernel, function, getattr(_module(operation, "xla"), operation))
 
 
-def _kernel(function: Any, plain: Any, **arguments: Any) -> Any:
-    """A kernel, with the derivatives of `plain`, and under `vmap`: more rows, or `plain`."""
+def kernel(function: Any, plain: Any, **arguments: Any) -> Any:
+    """A kernel, with the derivatives of `plain`, and under `vmap`: more rows, or `plain`.
+
+    Args:
+        function: the kernel; its arrays begin with rows, but for those of `POOLS`.
+        plain: the same in operations that JAX differentiates and maps.
+        arguments: of both.
+    """
     static = {k: v for k, v in arguments.items() if not _traced(v)}
     traced = {k: v for k, v in arguments.items() if _traced(v)}
 
     @jax.custom_batching.custom_vmap
-    def kernel(traced: dict[str, Any]) -> Any:
-        return function(**traced, **static)
+    def mapped(traced: dict[str, Any]) -> Any:
+        # Some kernels place their operands, which is for compiled programs only.
+        return jax.jit(functools.partial(_called, function, static), inline=True)(traced)
 
-    @kernel.def_vmap
+    @mapped.def_vmap
     def _(size: int, flags: Any, traced: dict[str, Any]) -> tuple[Any, Any]:
         batched = flags[0]
         whole = {k: all(jax.tree.leaves(v)) for k, v in batched.items()}
         some = {k: any(jax.tree.leaves(v)) for k, v in batched.items()}
         if all(whole.get(k, True) for k in CACHES) and not any(some.get(k) for k in POOLS):
-            out = _with_more_rows(kernel, size, batched, traced)
+            out = _with_more_rows(mapped, size, batched, traced)
         else:
             axes = jax.tree.map(lambda yes: 0 if yes else None, batched)
             out = jax.vmap(lambda t: plain(**t, **static), (axes,), axis_size=size)(traced)
@@ -191,7 +198,7 @@ def _kernel(function: Any, plain: Any, **arguments: Any) -> Any:
 
     @jax.custom_jvp
     def run(traced: dict[str, Any]) -> Any:
-        return kernel(traced)
+        return mapped(traced)
 
     @run.defjvp
     def _(primals: Any, tangents: Any) -> Any:
@@ -200,7 +207,7 @@ def _kernel(function: Any, plain: Any, **arguments: Any) -> Any:
     return run(traced)
 
 
-def _with_more_rows(kernel: Any, size: int, batched: Any, traced: dict[str, Any]) -> Any:
+def _with_more_rows(mapped: Any, size: int, batched: Any, traced: dict[str, Any]) -> Any:
     """The mapped axis as part of the rows."""
 
     def folded(yes: bool, leaf: Any) -> Any:
@@ -208,7 +215,7 @@ def _with_more_rows(kernel: Any, size: int, batched: Any, traced: dict[str, Any]
         return leaf.reshape(-1, *leaf.shape[2:])
 
     rows = {k: v if k in POOLS else jax.tree.map(folded, batched[k], v) for k, v in traced.items()}
-    return jax.tree.map(lambda leaf: leaf.reshape(size, -1, *leaf.shape[1:]), kernel(rows))
+    return jax.tree.map(lambda leaf: leaf.reshape(size, -1, *leaf.shape[1:]), mapped(rows))
 
 
 def _why_not(operation: str, name: str, arguments: dict[str, Any]) -> str | None:

@@ -1,16 +1,88 @@
 """New tokens into their slots, in place."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Int, Num
 
 from jkv._axes import Array
+from jkv.ops import choice
+
+LANES = 128  # of a TPU's tile: XLA lays the slots of arrays with fewer channels last
+FEW = 16  # tokens that are worth a pass of a kernel each
 
 
 def write(
     buffer: Num[Array, "B K S *H"], new: Num[Array, "B T K *H"], slots: Int[Array, "B T"]
 ) -> Num[Array, "B K S *H"]:
-    """Put each row's new tokens into its own slots; a slot that does not exist is dropped.
+    """Put each row's new tokens into its own slots; a slot that does not exist is dropped."""
+    if buffer.ndim == 4 and buffer.shape[3] % LANES == 0:
+        return _rows(buffer, new, slots)
+    return _each(_tokens, _rows, buffer, new, slots)
+
+
+def write_last(
+    buffer: Num[Array, "B K C S"], new: Num[Array, "B T K C"], slots: Int[Array, "B T"]
+) -> Num[Array, "B K C S"]:
+    """Like `write` where the slots are the last axis: each number of a token is a line apart."""
+    return write_runs(buffer, new[..., None], slots)
+
+
+def write_runs(
+    buffer: Num[Array, "B K *C S"], new: Num[Array, "B U K *C R"], at: Int[Array, "B U"]
+) -> Num[Array, "B K *C S"]:
+    """Put runs of R numbers along the last axis, at ``at[b, u] * R``; none where there is none."""
+    if buffer.ndim == 4 and buffer.shape[2] == 1:
+        # As a TPU keeps it: an axis of one is no reason to turn it around.
+        return write_runs(buffer[:, :, 0], new[:, :, :, 0], at)[:, :, None]
+    return _each(_runs, _lines, buffer, new, at)
+
+
+def _each(kernel: Any, plain: Any, buffer: Array, new: Array, at: Array) -> Array:
+    """With a kernel for TPUs if they are compiled for and the tokens are few."""
+    if "tpu" not in choice.platforms() or at.shape[1] > FEW:
+        return plain(buffer, new, at)
+
+    def one_by_one(buffer: Array, new: Array, at: Array) -> Array:
+        for t in range(at.shape[1]):
+            buffer = kernel(buffer, new[:, t], at[:, t])
+        return buffer
+
+    def for_tpu(buffer: Array, new: Array, at: Array) -> Array:
+        return choice.kernel(one_by_one, plain, buffer=buffer, new=new, at=at)
+
+    return lax.platform_dependent(buffer, new, at, tpu=for_tpu, default=plain)
+
+
+def _tokens(buffer: Array, new: Array, at: Array) -> Array:
+    """One token of each row, [B, K, *H], seen as XLA lays the buffer."""
+    if buffer.ndim == 3:
+        return _runs(buffer, new[..., None], at)
+    turned = jnp.swapaxes(buffer, 2, 3)
+    return jnp.swapaxes(_runs(turned, new[..., None], at), 2, 3)
+
+
+def _runs(buffer: Array, new: Array, at: Array) -> Array:
+    from jkv.ops.mosaic_tpu.write import write_run  # its language takes a while to import
+
+    return write_run(buffer, new, at)
+
+
+def _lines(buffer: Array, new: Array, at: Array) -> Array:
+    """Runs as tokens of lines that have each a slot for a run."""
+    batch, size, run = buffer.shape[0], buffer.shape[-1], new.shape[-1]
+    lines = buffer.reshape(batch, -1, size // run, run)
+    tokens = new.reshape(batch, new.shape[1], -1, run)
+    if run == 1:
+        lines, tokens = lines[..., 0], tokens[..., 0]
+    return _rows(lines, tokens, at).reshape(buffer.shape)
+
+
+def _rows(buffer: Array, new: Array, slots: Array) -> Array:
+    """By XLA.
 
     Rows and heads are one axis while writing, as they are while reading: with a reshape between
     the update and the product that reads it, XLA updates once per shape and copies the buffer.
@@ -42,13 +114,3 @@ def write(
     else:
         merged = put(merged, tokens)
     return merged.reshape(buffer.shape)
-
-
-def write_last(
-    buffer: Num[Array, "B K C S"], new: Num[Array, "B T K C"], slots: Int[Array, "B T"]
-) -> Num[Array, "B K C S"]:
-    """Like `write` where the slots are the last axis: each number of a token is a line apart."""
-    batch, heads, lines, size = buffer.shape
-    merged = buffer.reshape(batch, heads * lines, size)
-    tokens = new.reshape(batch, new.shape[1], heads * lines)
-    return write(merged, tokens, slots).reshape(buffer.shape)

@@ -14,7 +14,7 @@ from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.ops import quantize
 from jkv.ops.encoded.base import PRODUCT, Stored, check_slots, halves, wide
-from jkv.ops.write import write, write_last
+from jkv.ops.write import write, write_last, write_runs
 
 # Bytes of codes that are worth a loop: XLA on the CPU unrolls shorter ones into single numbers, at
 # three times the time. Tokens with less are summed several in a row, up to so many.
@@ -28,24 +28,26 @@ class ByChannel(Stored):
 
     A step that all tokens of a unit share belongs to the query, or to the sum: what is left are
     products of plain codes. They lie with the tokens of a channel side by side, so that each part
-    of the bytes is unpacked in long loops whatever the number of channels.
+    of the bytes is unpacked in long loops whatever the number of channels, and so that no last
+    axis is shorter than the 128 numbers that a TPU fills it up to.
     """
 
-    codes: Array  # [B, K, S / unit, P, unit] uint8, packed
-    steps: Array  # [B, K, S / unit, H] bits of bfloat16
-    zeros: Array  # [B, K, S / unit, H] int16, in steps
+    codes: Array  # [B, K, P, S] uint8, packed
+    steps: Array  # [B, K, S / unit * H] bits of bfloat16, all channels of a unit after another
+    zeros: Array  # [B, K, S / unit * H] int16, in steps
+    dim: int = static()
     bits: int = static()
 
     @property
     def unit(self) -> int:
         """Consecutive tokens that are encoded together."""
-        return self.codes.shape[-1]
+        return self.codes.shape[-1] * self.dim // self.steps.shape[-1]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """``(B, K, S, H)``, or ``(Z, S, H)`` once merged."""
-        *lead, units, dim = self.steps.shape
-        return (*lead, units * self.unit, dim)
+        *lead, _, slots = self.codes.shape
+        return (*lead, slots, self.dim)
 
     def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"]) -> ByChannel:
         """Encode whole units, once."""
@@ -56,31 +58,55 @@ class ByChannel(Stored):
         packed = jnp.moveaxis(quantize.pack(codes, self.bits), 2, -1)
         return replace(
             self,
-            codes=write(self.codes, packed, at),
-            steps=write(self.steps, halves(steps[:, :, 0]), at),
-            zeros=write(self.zeros, zeros[:, :, 0], at),
+            codes=write_runs(self.codes, packed, at),
+            steps=write_runs(self.steps, halves(steps[:, :, 0]), at),
+            zeros=write_runs(self.zeros, zeros[:, :, 0], at),
         )
+
+    def over_slots(self, change: Callable[[Array, int], Array]) -> ByChannel:
+        """The same with each leaf changed, given its axis of slots."""
+        axis = self.codes.ndim - 2
+        units = (*self.steps.shape[:-1], -1, self.dim)
+        steps, zeros = (change(x.reshape(units), axis) for x in (self.steps, self.zeros))
+        return replace(
+            self,
+            codes=change(self.codes, axis + 1),
+            steps=steps.reshape(*steps.shape[:-2], -1),
+            zeros=zeros.reshape(*zeros.shape[:-2], -1),
+        )
+
+    def _affine(self) -> tuple[Array, Array]:
+        """Steps and zero points of the channels of each unit, [..., U, H]."""
+        units = (*self.steps.shape[:-1], -1, self.dim)
+        return wide(self.steps).reshape(units), self.zeros.astype(jnp.float32).reshape(units)
 
     def decode(self) -> Float[Array, "*lines S H"]:
         """All of it in float32."""
-        steps, zeros = wide(self.steps), self.zeros.astype(jnp.float32)
         packed = jnp.swapaxes(self.codes, -1, -2)
-        codes = quantize.unpack(packed, steps.shape[-1], self.bits).astype(jnp.float32)
-        return ((codes + zeros[..., None, :]) * steps[..., None, :]).reshape(self.shape)
+        codes = quantize.unpack(packed, self.dim, self.bits).astype(jnp.float32)
+        steps, zeros = (jnp.repeat(x, self.unit, axis=-2) for x in self._affine())
+        return (codes + zeros) * steps
 
     def scores(self, q: Float[Array, "Z R H"], start: Any, size: int) -> Float[Array, "Z R size"]:
         """Products with keys; see `Encoded`."""
         block = self.block(start, size)
         if q.shape[1] > FEW:
             return jnp.einsum("zrh,zsh->zrs", q, block.decode(), **PRODUCT)
-        scaled = q[:, None] * wide(block.steps)[:, :, None]  # [Z, U, R, H]
-        zeros = block.zeros.astype(jnp.float32)[:, :, None]
+        steps, zeros = (x[:, :, None] for x in block._affine())
+        scaled = q[:, None] * steps  # [Z, U, R, H]
         out = jnp.sum(scaled * zeros, axis=-1, keepdims=True)
-        parts = quantize.parts(block.codes, self.bits)
-        for part, factor in zip(parts, quantize.split(scaled, self.bits), strict=True):
-            part = part.astype(jnp.float32)
-            out += jnp.einsum("zurp,zupt->zurt", factor, part, **PRODUCT)
+        parts = zip(block._units(), quantize.split(scaled, self.bits), strict=True)
+        for part, factor in parts:
+            out += jnp.einsum("zurp,zput->zurt", factor, part, **PRODUCT)
         return jnp.swapaxes(out, 1, 2).reshape(*q.shape[:2], size)
+
+    def _units(self) -> list[Array]:
+        """The parts of the codes, [Z, P, U, unit]."""
+        units = (*self.codes.shape[:2], -1, self.unit)
+        return [
+            part.reshape(units).astype(jnp.float32)
+            for part in quantize.parts(self.codes, self.bits)
+        ]
 
     def weighted(
         self, w: Float[Array, "Z R size"], start: Any, used: Bool[Array, "Z size"]
@@ -92,14 +118,11 @@ class ByChannel(Stored):
             values = jnp.where(used[..., None], block.decode(), 0.0)
             return jnp.einsum("zrs,zsh->zrh", w, values, **PRODUCT)
         some = jnp.any(used.reshape(z, -1, self.unit), axis=-1)[..., None]
-        steps = jnp.where(some, wide(block.steps), 0.0)[:, :, None]
-        zeros = block.zeros.astype(jnp.float32)[:, :, None]
+        steps, zeros = block._affine()
+        steps, zeros = jnp.where(some, steps, 0.0)[:, :, None], zeros[:, :, None]
         w = jnp.swapaxes(w.reshape(z, r, -1, self.unit), 1, 2)  # [Z, U, R, unit]
-        sums = [
-            jnp.einsum("zurt,zupt->zurp", w, part.astype(jnp.float32), **PRODUCT)
-            for part in quantize.parts(block.codes, self.bits)
-        ]
-        out = jnp.concatenate(sums, axis=-1)[..., : steps.shape[-1]]
+        sums = [jnp.einsum("zurt,zput->zurp", w, part, **PRODUCT) for part in block._units()]
+        out = jnp.concatenate(sums, axis=-1)[..., : self.dim]
         whole = jnp.sum(w, axis=-1, keepdims=True)
         return jnp.sum((out + whole * zeros) * steps, axis=1)
 
@@ -307,11 +330,12 @@ class Affine:
         check_slots(slots, self.unit)
         size = quantize.width(dim, self.bits)
         if self.axis == "channel":
-            units = (batch, heads, slots // self.unit)
+            steps = (batch, heads, slots // self.unit * dim)
             return ByChannel(
-                codes=jnp.zeros((*units, size, self.unit), jnp.uint8),
-                steps=jnp.zeros((*units, dim), jnp.uint16),
-                zeros=jnp.zeros((*units, dim), jnp.int16),
+                codes=jnp.zeros((batch, heads, size, slots), jnp.uint8),
+                steps=jnp.zeros(steps, jnp.uint16),
+                zeros=jnp.zeros(steps, jnp.int16),
+                dim=dim,
                 bits=self.bits,
             )
         group = min(self.group or dim, dim)

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jkv._axes import Array
-from jkv.ops.mosaic_tpu.operands import LANES, Leaf, refusal
+from jkv.ops.mosaic_tpu.operands import LANES, Leaf, refusal, where_it_is
 from jkv.ops.partial import Partial
 
 # Sizes of blocks: bytes of keys that a step of the grid fetches (enough to hide what a step costs,
@@ -66,6 +66,8 @@ def unsupported(q: Any, k: Any, v: Any, scale: Any, window: Any, softcap: Any) -
         return f"{new} new tokens; it is for up to {MOST_NEW}"
     if heads // k.shape[1] > MOST_GROUPS:
         return f"{heads // k.shape[1]} query heads to a key/value head; up to {MOST_GROUPS}"
+    if k.shape[2] < LANES:
+        return f"{k.shape[2]} slots, fewer than a tile has lanes ({LANES})"
     if dim % 16 or not 64 <= dim <= 256:
         return f"a head dimension of {dim}; expected a multiple of 16 from 64 to 256"
     if q.dtype not in (jnp.float32, jnp.bfloat16):
@@ -123,7 +125,7 @@ def flash(
 
     in_specs = [per_head(*grouped.shape[2:])]
     in_specs += [_spec(plan, leaf, tile, table) for leaf in leaves for tile in range(plan.pages)]
-    inputs = [grouped, *(leaf.array for leaf in tiled)]
+    inputs = [grouped, *(where_it_is(leaf.array, interpret) for leaf in tiled)]
     if slot_positions is not None:
         high = min(batch, SUBLANES)
         at = functools.partial(_block_of, plan)

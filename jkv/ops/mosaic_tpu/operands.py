@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from jkv._axes import Array
 
@@ -40,6 +41,11 @@ def slots_last(x: Any) -> Leaf:
     if lies_last(x.shape[-1]):
         return Leaf(jnp.swapaxes(x, -1, -2), 3)
     return Leaf(x, 2)
+
+
+def where_it_is(x: Array, interpret: Any) -> Array:
+    """The same array, which XLA is not to carry into the chip's memory as a whole and out again."""
+    return x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def product(a: Array, b: Array, contract: int, precision: Any = None) -> Array:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jkv._axes import Array
-from jkv.ops.mosaic_tpu.operands import LANES
+from jkv.ops.mosaic_tpu.operands import LANES, where_it_is
 
 SUBLANES = 8
 HEADS = 8
@@ -59,10 +59,7 @@ def write_run(buffer: Array, new: Array, at: Array, interpret: Any = False) -> A
             held = held_ref[one].astype(wide)
             lane = lax.broadcasted_iota(jnp.int32, held.shape, held.ndim - 1)
             own = (lane >= first) & (lane < first + run)
-            if columns is not None:
-                put = columns[: held.shape[0], h : h + 1]
-            else:
-                put = tokens_ref[one]
+            put = tokens_ref[one] if columns is None else columns[: held.shape[0], h : h + 1]
             out_ref[one] = jnp.where(own, put, held).astype(out_ref.dtype)
 
     def tile(b: Any, g: Any, at_ref: Any) -> tuple[Any, ...]:
@@ -86,4 +83,4 @@ def write_run(buffer: Array, new: Array, at: Array, interpret: Any = False) -> A
         input_output_aliases={2: 0},
         interpret=interpret,
         name="jkv_write",
-    )(at, tokens, buffer)
+    )(at, tokens, where_it_is(buffer, interpret))
