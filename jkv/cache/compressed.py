@@ -146,17 +146,7 @@ class NearFar:
         """
         if self.near is None:
             return self
-        near, size = self.near, self.near.size
-        wanted = near.held(lengths)
-        there = (wanted >= (held - size)[:, None])[:, None, :, None]
-        first = jnp.maximum(lengths - size, 0) // self.unit * self.unit
-        span = (-(-size // self.unit) + 1) * self.unit  # that many slots hold what is wanted
-
-        def refilled(exact: Array, rounded: Encoded) -> Array:
-            part = _slots(rounded, first, min(span, rounded.shape[2])).decode()
-            return jnp.where(there, exact, _along(part, wanted - first[:, None], exact.dtype))
-
-        near = Ring(keys=refilled(near.keys, self.keys), values=refilled(near.values, self.values))
+        near = _rolled_back(self.near, self.keys, self.values, held, lengths)
         return replace(self, near=near)
 
     def requantise(self, to: Any, lengths: Int[Array, " B"]) -> NearFar:
@@ -232,6 +222,22 @@ def _stored(far: Encoded, tokens: Array, numbers: Array, unit: int) -> Encoded:
     at = numbers[..., None] * parts + jnp.arange(parts)[None, None]
     at = jnp.where(numbers[..., None] < 0, -1, at)
     return far.put(tokens, at.reshape(at.shape[0], -1))
+
+
+@jax.jit  # people roll back between turns, outside of any program: one, not one per operation
+def _rolled_back(near: Ring, keys: Encoded, values: Encoded, held: Array, lengths: Array) -> Ring:
+    """The near part of the first `lengths` tokens, with what it has let go of decoded."""
+    size, unit = near.size, max(keys.unit, values.unit)
+    wanted = near.held(lengths)
+    there = (wanted >= (held - size)[:, None])[:, None, :, None]
+    first = jnp.maximum(lengths - size, 0) // unit * unit
+    span = (-(-size // unit) + 1) * unit  # that many slots hold what is wanted
+
+    def refilled(exact: Array, rounded: Encoded) -> Array:
+        part = _slots(rounded, first, min(span, rounded.shape[2])).decode()
+        return jnp.where(there, exact, _along(part, wanted - first[:, None], exact.dtype))
+
+    return Ring(keys=refilled(near.keys, keys), values=refilled(near.values, values))
 
 
 def _slots(encoded: Encoded, first: Int[Array, " B"], size: int) -> Encoded:
