@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jkv._axes import Array
 from jkv.ops.mosaic_tpu import flash
-from jkv.ops.mosaic_tpu.operands import operand
+from jkv.ops.mosaic_tpu.operands import LANES, operand
 from jkv.ops.partial import Partial
 
 
@@ -48,7 +48,7 @@ def attention(
     """See `jkv.ops.attention`; `interpret` is that of `pl.pallas_call`."""
     batch, new, heads, _ = q.shape
     _, kv_heads, slots, _ = k.shape
-    keys, values = operand(k), operand(v)
+    keys, values = operand(k, q.dtype), operand(v, q.dtype)
     mask = flash.Mask(scale, window, sinks if window is not None else 0, softcap)
     plan = _plan(new, heads // kv_heads, kv_heads, slots, keys[1], mask)
     if lengths is None:
@@ -67,5 +67,8 @@ def _plan(
     size = 2 ** int(math.log2(max(block["bytes"] * slots // per_slot, 1)))
     most = min(block["most slots"], 2 ** math.ceil(math.log2(slots)))
     size = max(min(size, most), block["least slots"])
+    # Whole tiles of lanes in every array.
+    while any(size * leaf.share % LANES for leaf in leaves if leaf.rows):
+        size *= 2
     first = -(-mask.sinks // size)
     return flash.Plan(new=new, groups=groups, heads=heads, size=size, first=first, pages=1)

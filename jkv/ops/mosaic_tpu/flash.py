@@ -213,7 +213,7 @@ def _block_of(plan: Plan, b: Any, i: Any, info: Any) -> Any:
 def _spec(plan: Plan, leaf: Leaf, tile: int, table: int) -> pl.BlockSpec:
     """Which part of an array a step fetches."""
     shape = [1, plan.heads, *leaf.array.shape[2:]]
-    shape[leaf.axis] = plan.size // plan.pages
+    shape[leaf.axis] = int(plan.size // plan.pages * leaf.share)
 
     def index(b: Any, g: Any, i: Any, info: Any, *rest: Any) -> tuple[Any, ...]:
         found = [b, g] + [0] * (len(shape) - 2)
@@ -327,7 +327,8 @@ def _head(
 
 def _loaded(leaf: Leaf, tiles: list[Any], h: int) -> Array:
     """What a head has in a block of one array, tiles one after another."""
-    parts = [tile[0][h : h + 1] if leaf.rows else tile[0, h] for tile in tiles]
+    # Rows of less than 32 bits cannot be told apart before they are widened.
+    parts = [tile[0].astype(jnp.int32)[h : h + 1] if leaf.rows else tile[0, h] for tile in tiles]
     if len(parts) == 1:
         return parts[0]
     return jnp.concatenate(parts, axis=leaf.axis - 2)

@@ -10,16 +10,23 @@ weighted sum of values.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from jkv._axes import Array
+from jkv.ops.encoded import Encoded
+from jkv.ops.encoded.affine import ByChannel, ByToken
+from jkv.ops.encoded.floats import Floats8
 
 LANES = 128
+LEAST_UNIT = 32  # tokens; of smaller units too many are in a tile
+MOST_GROUPS = 8  # of a token's channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Leaf:
     array: Any
     axis: int  # of slots
     rows: bool = False  # [B, K, S]: the lines of all heads in one tile
+    share: Fraction = Fraction(1)  # numbers along the axis for each slot
 
 
 def lies_last(channels: int) -> bool:
@@ -54,6 +62,39 @@ def product(a: Array, b: Array, contract: int, precision: Any = None) -> Array:
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+def thirds(x: Array, count: int) -> list[Array]:
+    """Float32 numbers as sums of `count` that bfloat16 holds: three are all of a number's 24 bits.
+
+    Their products with codes, which are whole numbers below 256, are then exact, at the price of
+    more rows and not of more passes over the codes. Bits are cut off, not rounded: a compiler may
+    leave out a conversion to and fro.
+    """
+    found = []
+    for _ in range(count - 1):
+        bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
+        found.append(lax.bitcast_convert_type(bits, jnp.float32))
+        x = x - found[-1]
+    return [*found, x]
+
+
+def _used(seen: Array) -> Array:
+    """Slots [1, S] that some query sees, as numbers above zero."""
+    return jnp.max(seen.astype(jnp.float32), axis=0, keepdims=True)
+
+
+def _wide(bits: Array) -> Array:
+    """Numbers of 16-bit patterns of bfloat16."""
+    return lax.bitcast_convert_type(bits.astype(jnp.int32) << 16, jnp.float32)
+
+
+def _added(parts: Array, rows: int) -> Array:
+    """The sum of groups of `rows` rows."""
+    total = parts[:rows]
+    for i in range(rows, parts.shape[0], rows):
+        total = total + parts[i : i + rows]
+    return total
+
+
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """Numbers as they are, ``[S, H]`` or, where slots lie last, ``[H, S]``."""
@@ -67,7 +108,7 @@ class Dense:
 
     def queries(self, q: Array) -> Array:
         """Queries [B, K, R, H] as `products` takes them."""
-        return q.astype(self.dtype)
+        return q
 
     def products(self, q: Array, leaves: list[Array]) -> Array:
         """[R, S]."""
@@ -78,22 +119,186 @@ class Dense:
         v = leaves[0]
         if seen is not None:
             # Zero times NaN is NaN. Selects are of 32 bits on all TPUs.
-            used = jnp.max(seen.astype(jnp.float32), axis=0, keepdims=True)
+            used = _used(seen)
             if not self.last:
                 used = jnp.transpose(jnp.broadcast_to(used, (8, used.shape[1])))[:, :1]
             v = jnp.where(used > 0, v.astype(jnp.float32), 0.0).astype(self.dtype)
         return product(w.astype(self.dtype), v, 1 if self.last else 0, self._precision)
 
 
-def operand(x: Any) -> tuple[Any, list[Leaf]]:
-    """How an operand is read, and its arrays."""
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """Codes with a step, and perhaps a zero point, for each group of a token's channels."""
+
+    decode: Callable[[Array], Array]  # bytes [P, S] or [S, P] to whole numbers or floats
+    last: bool  # slots
+    dim: int
+    group: int
+    exact: bool  # queries in float32
+
+    @property
+    def _groups(self) -> int:
+        return -(-self.dim // self.group)
+
+    def _channels(self, g: int) -> Array:
+        """Which channels [1, H] are in a group."""
+        lane = lax.broadcasted_iota(jnp.int32, (1, self.dim), 1)
+        return (lane >= g * self.group) & (lane < (g + 1) * self.group)
+
+    def queries(self, q: Array) -> Array:
+        """For each group, the queries' own channels, in parts: [B, K, groups * parts * R, H]."""
+        parts = thirds(q.astype(jnp.float32), 3) if self.exact else [q]
+        rows = [jnp.where(self._channels(g), x, 0) for g in range(self._groups) for x in parts]
+        return jnp.concatenate(rows, axis=2).astype(jnp.bfloat16)
+
+    def _affine(self, leaves: list[Array]) -> tuple[list[Array], list[Array] | None]:
+        """Steps and zero points [1, S] of each group."""
+        steps, *zeros = (
+            [x[g : g + 1] for g in range(self._groups)]
+            for x in (_wide(leaves[1]), *(x.astype(jnp.float32) for x in leaves[2:]))
+        )
+        return steps, zeros[0] if zeros else None
+
+    def products(self, q: Array, leaves: list[Array]) -> Array:
+        """[R, S]."""
+        found = product(q, self.decode(leaves[0]), 0 if self.last else 1)
+        steps, zeros = self._affine(leaves)
+        rows = q.shape[0] // self._groups
+        alone = rows // (3 if self.exact else 1)
+        total: Any = 0.0
+        for g in range(self._groups):
+            own = slice(g * rows, (g + 1) * rows)
+            codes = _added(found[own], alone)
+            if zeros is not None:
+                whole = jnp.sum(q[own].astype(jnp.float32), axis=1, keepdims=True)
+                codes = codes + _added(whole, alone) * zeros[g]
+            total = total + codes * steps[g]
+        return total
+
+    def sums(self, w: Array, leaves: list[Array], seen: Array | None) -> Array:
+        """Sums [R, H] with weights [R, S]; `seen` [R, S] is None where everything is."""
+        steps, zeros = self._affine(leaves)
+        if seen is not None:
+            used = _used(seen) > 0
+            steps = [jnp.where(used, x, 0.0) for x in steps]
+        scaled = [w * x for x in steps]
+        parts = [x for y in scaled for x in thirds(y, 3 if self.exact else 2)]
+        rows = jnp.concatenate(parts, axis=0).astype(jnp.bfloat16)
+        found = product(rows, self.decode(leaves[0]), 1 if self.last else 0)
+        size = found.shape[0] // self._groups
+        total: Any = 0.0
+        for g in range(self._groups):
+            own = _added(found[g * size : (g + 1) * size], w.shape[0])
+            if zeros is not None:
+                own = own + jnp.sum(scaled[g] * zeros[g], axis=1, keepdims=True)
+            total = total + (own if self._groups == 1 else jnp.where(self._channels(g), own, 0.0))
+        return total
+
+
+@dataclasses.dataclass(frozen=True)
+class PerChannel:
+    """Keys as codes with a step and a zero point for each channel of a unit of tokens."""
+
+    bits: int
+    dim: int
+    unit: int
+    exact: bool  # queries in float32
+
+    def queries(self, q: Array) -> Array:
+        """In float32."""
+        return q.astype(jnp.float32)
+
+    def products(self, q: Array, leaves: list[Array]) -> Array:
+        """[R, S]: the units of a tile's lanes are rows of one product, each for its own lanes."""
+        codes = unpacked(self.bits, 0, leaves[0])
+        steps, zeros = _wide(leaves[1]), leaves[2].astype(jnp.float32)
+        units, rows = LANES // self.unit, q.shape[0]
+        lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        found = []
+        for start in range(0, codes.shape[1], LANES):
+            parts, whole = [], []
+            for u in range(start // self.unit, start // self.unit + units):
+                own = slice(u * self.dim, (u + 1) * self.dim)
+                scaled = q * steps[:, own]
+                whole.append(jnp.sum(scaled * zeros[:, own], axis=1, keepdims=True))
+                parts += thirds(scaled, 3 if self.exact else 2)
+            lines = jnp.concatenate(parts, axis=0).astype(jnp.bfloat16)
+            tile = product(lines, codes[:, start : start + LANES], 0)
+            size = tile.shape[0] // units
+            total: Any = 0.0
+            for u in range(units):
+                own = _added(tile[u * size : (u + 1) * size], rows) + whole[u]
+                here = (lane >= u * self.unit) & (lane < (u + 1) * self.unit)
+                total = total + jnp.where(here, own, 0.0)
+            found.append(total)
+        return jnp.concatenate(found, axis=1)
+
+
+def unpacked(bits: int, axis: int, packed: Array) -> Array:
+    """Codes in bfloat16, which holds them all; the parts of the bytes one after another."""
+    wide = packed.astype(jnp.int32)
+    parts = [(wide >> i) & (2**bits - 1) for i in range(0, 8, bits)] if bits < 8 else [wide]
+    parts = [part.astype(jnp.float32) for part in parts]
+    return jnp.concatenate(parts, axis=axis).astype(jnp.bfloat16)
+
+
+def float8(codes: Array) -> Array:
+    """Numbers of e4m3 bits, in bfloat16: the exponent moved to where float32 has it.
+
+    The least numbers have no leading one: with one, and the exponent after the least, they are
+    larger by exactly that one.
+    """
+    wide = codes.astype(jnp.int32)
+    rest = wide & 0x7F
+    small = rest < 8
+    bits = (rest << 20) + jnp.where(small, 121 << 23, 120 << 23)
+    size = lax.bitcast_convert_type(bits, jnp.float32) - jnp.where(small, 2.0**-6, 0.0)
+    return jnp.where(wide >= 0x80, -size, size).astype(jnp.bfloat16)
+
+
+def operand(x: Any, dtype: Any) -> tuple[Any, list[Leaf]]:
+    """How an operand is read for queries of a dtype, and its arrays."""
+    exact = jnp.dtype(dtype) == jnp.float32
+    if isinstance(x, ByChannel):
+        share = Fraction(x.dim, x.unit)
+        leaves = [Leaf(x.codes, 3), Leaf(x.steps, 2, True, share), Leaf(x.zeros, 2, True, share)]
+        return PerChannel(x.bits, x.dim, x.unit, exact), leaves
+    if isinstance(x, Floats8):
+        codes = slots_last(x.codes)
+        form = Scaled(float8, codes.axis == 3, x.shape[-1], x.shape[-1], exact)
+        return form, [codes, Leaf(x.scales, 2, True)]
+    if isinstance(x, ByToken):
+        codes = slots_last(x.codes)
+        last = codes.axis == 3
+        decode = functools.partial(unpacked, x.bits, 0 if last else 1)
+        form = Scaled(decode, last, x.dim, x.group, exact)
+        return form, [codes, _per_token(x.steps), _per_token(x.zeros)]
     leaf = slots_last(x)
-    return Dense(jnp.dtype(x.dtype), leaf.axis == 3), [leaf]
+    return Dense(jnp.dtype(dtype), leaf.axis == 3), [leaf]
+
+
+def _per_token(x: Any) -> Leaf:
+    """Steps [B, K, groups, S] as they lie."""
+    return Leaf(x[:, :, 0], 2, True) if x.shape[2] == 1 else Leaf(x, 3)
 
 
 def refusal(name: str, x: Any, dtype: Any) -> str | None:
     """Why an operand cannot be read, if so."""
-    if not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+    if isinstance(x, ByChannel):
+        if name == "values":
+            return "values with a step for each channel"
+        if not LEAST_UNIT <= x.unit <= LANES:
+            return f"{name} in units of {x.unit} tokens; {LEAST_UNIT} to {LANES}"
+        return None
+    if isinstance(x, ByToken):
+        if x.dim * x.bits % 64:
+            return f"{name} of {x.dim} channels in {x.bits} bits: no whole tiles"
+        if x.steps.shape[2] > MOST_GROUPS:
+            return f"{name} in {x.steps.shape[2]} groups of channels; up to {MOST_GROUPS}"
+        return None
+    if isinstance(x, Floats8):
+        return None
+    if isinstance(x, Encoded):
         return f"{name} in the form of {type(x).__name__}"
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"{name} in {x.dtype}"
