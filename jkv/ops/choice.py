@@ -118,6 +118,13 @@ def run(operation: str, name: str | None, arguments: dict[str, Any]) -> Any:
             raise UnsupportedError(
                 f"{operation} got implementation={name!r}; expected one of {IMPLEMENTATIONS}"
             )
+        own = [platform for platform, names in CANDIDATES.items() if name in names]
+        if own and not set(own) & set(platforms()):
+            raise UnsupportedError(
+                f"{operation} got implementation={name!r}, which runs on {own} and not on "
+                f"{platforms()[0]}; expected None for the best one that can, or "
+                "jkv.ops.choice.target to compile for hardware that is not there"
+            )
         why = _why_not(operation, name, arguments)
         if why is not None:
             raise UnsupportedError(

@@ -63,6 +63,8 @@ def test_by_name():
         )
     with pytest.raises(UnsupportedError, match="expected one of"):
         ops.attention(Q, KV, KV, positions=CALL["positions"], implementation="cuda")
+    with pytest.raises(UnsupportedError, match=r"runs on \['cuda'\] and not on cpu"):
+        ops.attention(Q, KV, KV, positions=CALL["positions"], implementation="mosaic_gpu")
 
 
 @pytest.mark.usefixtures("picky")
