@@ -1,0 +1,156 @@
+"""From the arguments of an operation to its kernels, and why there are none for some."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jkv._axes import Array
+from jkv.errors import UnsupportedError
+from jkv.ops.mosaic_gpu import kernel, plan
+from jkv.ops.mosaic_gpu.forms import Coded, Form, form
+from jkv.ops.mosaic_gpu.plan import Layout, Mask
+from jkv.ops.partial import Partial
+
+MOST_NEW = 16  # tokens: more is a prefill
+OLDEST = (0, 11)
+
+
+def refusal(q: Any, k: Any, v: Any, *, page: int | None, slots: int) -> str | None:
+    """Why these operands cannot be done, or None; `slots` are those of a row."""
+    if jax.__version_info__[:2] < OLDEST:
+        return f"JAX {jax.__version__} (the kernel is written for 0.11 and later)"
+    capability = _capability()
+    if capability is not None and capability != "9.0":
+        return f"a GPU of compute capability {capability} (the kernel is for 9.0, Hopper)"
+    if q.shape[1] > MOST_NEW:
+        return f"{q.shape[1]} new tokens (the kernel takes up to {MOST_NEW})"
+    dim = q.shape[-1]
+    if dim % 16 or dim > 256:
+        return f"{dim} channels (the kernel takes multiples of 16 up to 256)"
+    for what, x in (("keys", k), ("values", v)):
+        why = _refused(q, x, page)
+        if why is not None:
+            return f"{what}: {why}"
+    if page is None and slots % 8:
+        return f"{slots} slots (the kernel takes multiples of 8)"
+    at = _layout(q, k, v, page, slots)
+    if page is not None and (page % 8 or (at.block % page and page % at.block)):
+        return f"pages of {page} slots (the kernel takes multiples of 8 that divide {at.block})"
+    if at.stages < 2:
+        return f"{dim} channels in this form do not fit into shared memory"
+    return None
+
+
+def _refused(q: Any, x: Any, page: int | None) -> str | None:
+    stored = form(x)
+    if isinstance(stored, str):
+        return stored
+    if stored.factor != q.dtype:
+        return f"{stored.factor.name} beside queries in {jnp.dtype(q.dtype).name}"
+    if isinstance(stored, Coded):
+        width = q.shape[-1] // stored.parts
+        if width % 16 or q.shape[-1] % (16 * stored.parts):
+            return f"{q.shape[-1]} channels in codes of {stored.bits} bits"
+        if page is not None and page < 64:
+            return f"codes in pages of {page} slots (the kernel takes 64 and more)"
+    return None
+
+
+@functools.cache
+def _capability() -> str | None:
+    """Of the GPU there is; None where there is none, which is where another is compiled for."""
+    if jax.default_backend() != "gpu":
+        return None
+    return str(jax.local_devices()[0].compute_capability)
+
+
+def _form(x: Any) -> Form:
+    stored = form(x)
+    if isinstance(stored, str):
+        raise UnsupportedError(f"no kernel for {stored}; ask `unsupported` first")
+    return stored
+
+
+def _layout(q: Any, k: Any, v: Any, page: int | None, slots: int) -> Layout:
+    batch, new, heads, dim = q.shape
+    keys, values = _form(k), _form(v)
+    groups = heads // k.shape[1]
+    bits = max(keys.bits, values.bits)
+    chunks, columns = plan.parts(groups * new, dim)
+    at = Layout(
+        batch=batch,
+        new=new,
+        kv_heads=k.shape[1],
+        groups=groups,
+        dim=dim,
+        slots=slots,
+        page=page,
+        chunks=chunks,
+        columns=columns,
+        block=plan.tuning()[str(bits)]["block"],
+        stages=1,
+        programs=1,
+    )
+    return plan.fit(at, bits, functools.partial(_shared_bytes, keys, values))
+
+
+def _shared_bytes(keys: Form, values: Form, at: Layout) -> int:
+    """Shared memory that a program takes."""
+    named = kernel.Call(at, Mask(1.0, None, 0, None), keys, values, True).scratch()
+    specs = jax.tree.leaves([spec for name, spec in named.items() if not name.endswith("here")])
+    sizes = [math.prod(spec.shape) * spec.dtype.itemsize for spec in specs]
+    return sum(-(-size // 1024) * 1024 for size in sizes) + kernel.REDUCTIONS + 1024
+
+
+def attend(
+    q: Array,
+    k: Any,
+    v: Any,
+    *,
+    positions: Array,
+    lengths: Array | None,
+    mask: Mask,
+    slot_positions: Array | None = None,
+    table: Array | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """Attention by the kernels, over rows or, with a table [B, M], over pages."""
+    keys, values = _form(k), _form(v)
+    if interpret:
+        keys, values = (
+            dataclasses.replace(x, interpreted=True) if isinstance(x, Coded) else x
+            for x in (keys, values)
+        )
+    page = None if table is None else k.shape[2]
+    slots = k.shape[2] if table is None else table.shape[1] * k.shape[2]
+    at = _layout(q, k, v, page, slots)
+    told = slot_positions is not None
+    rows = plan.rows(at, mask, positions, lengths, not told)
+    starts, spans = plan.shares(at, rows[:, 0])
+    asked = plan.queries(at, q)
+    sums = lax.bitcast_convert_type(jnp.sum(asked.astype(jnp.float32), axis=-1), jnp.int32)
+    about = jnp.stack([plan.of_lines(at, positions), sums], axis=1)
+    arrays = {
+        "starts": starts,
+        "rows": rows,
+        "q": keys.prepared(asked),
+        "about": jnp.pad(about, ((0, 0), (0, 0), (0, at.words - at.columns))),
+        "keys": keys.arrays(k),
+        "values": values.arrays(v),
+    }
+    if told:
+        arrays["slots"] = slot_positions.astype(jnp.int32)
+    if table is not None:
+        arrays["table"] = table.astype(jnp.int32)
+    call = kernel.Call(at, mask, keys, values, told)
+    parts = kernel.walk(call, arrays, interpret)
+    out, lse = kernel.join(at, parts, spans, interpret)
+    out = values.restored(out[:, : at.dim])
+    return Partial(*plan.results(at, out, lse))

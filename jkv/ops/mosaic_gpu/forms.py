@@ -1,0 +1,329 @@
+"""How a block of keys or values is fetched and takes part in products, in each form of storage.
+
+The matrix instruction multiplies 64 rows with 8 or more columns: a block's tokens are the rows of
+the scores, and a value's channels those of the weighted sum, so that the few queries are columns.
+Numbers of 16 bits are multiplied where the copy put them. Codes pass through registers, where they
+become bfloat16; steps and zero points belong to scores and weights, not to each number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from jkv._axes import Array
+from jkv.ops.encoded import Encoded
+from jkv.ops.encoded.affine import ByToken
+from jkv.ops.encoded.floats import Floats8
+from jkv.ops.mosaic_gpu import convert
+from jkv.ops.mosaic_gpu.plan import Layout
+
+# Experimental, and without types that a checker could follow.
+plgpu: Any = mosaic_gpu
+
+TILE: Any = plgpu.Layout.WGMMA
+ROW: Any = TILE.reduce(1)  # one number for each row of a tile
+COLUMN: Any = TILE.reduce(0)
+
+
+class Piece(NamedTuple):
+    """Where some slots of a block lie: in a row's buffer, or in a page."""
+
+    lead: Any  # row, or page
+    head: Any
+    start: Any  # slot
+    size: int
+    row: int  # of the block
+
+
+def swizzle(width: int) -> int | None:
+    """Bytes over which shared memory is permuted, for tiles `width` bytes wide; None for none."""
+    return next((size for size in (128, 64, 32) if width % size == 0), None)
+
+
+def shared(shape: Sequence[int], dtype: Any, permuted: int | None) -> Any:
+    """Shared memory for tiles in the order that matrix instructions read."""
+    if permuted is None:
+        return plgpu.SMEM(tuple(shape), dtype)
+    tile = (8, permuted // jnp.dtype(dtype).itemsize)
+    transforms = (plgpu.TilingTransform(tile), plgpu.SwizzleTransform(permuted))
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+
+
+def load(ref: Any, layout: Any) -> Array:
+    """A small array from memory, in some layout of registers."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def down(x: Array, shape: tuple[int, ...]) -> Array:
+    """One number for each row, in all columns."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def across(x: Array, shape: tuple[int, ...]) -> Array:
+    """One number for each column, in all rows."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def product(shape: tuple[int, int], *factors: tuple[Any, Any]) -> Array:
+    """Sum of matrix products, in float32."""
+
+    def total(sums: Any) -> Array:
+        for left, right in factors:
+            plgpu.wgmma(sums, left, right)
+        return sums[...]
+
+    return pl.run_scoped(total, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """Numbers of 16 bits."""
+
+    dtype: str
+
+    @property
+    def bits(self) -> int:
+        """Of a number."""
+        return 16
+
+    @property
+    def factor(self) -> Any:
+        """What queries or weights have to be, to be multiplied."""
+        return jnp.dtype(self.dtype)
+
+    def arrays(self, x: Any) -> list[Array]:
+        """What the kernel gets."""
+        return [x]
+
+    def prepared(self, q: Array) -> Array:
+        """Queries [lines, columns, H] as they are multiplied."""
+        return q
+
+    def restored(self, out: Array) -> Array:
+        """Results [lines, H, columns] with the channels in order."""
+        return out
+
+    def permuted(self, layout: Layout) -> int | None:
+        """Of the shared memory; the other factor's has to be the same."""
+        return swizzle(layout.dim * 2)
+
+    def stage(self, layout: Layout, height: int) -> list[Any]:
+        """Shared memory of the blocks in flight, `height` channels each."""
+        shape = (layout.stages, layout.block, height)
+        return [shared(shape, self.factor, self.permuted(layout))]
+
+    def work(self, layout: Layout) -> list[Any]:
+        """Shared memory to convert values in."""
+        del layout
+        return []
+
+    def copies(self, layout: Layout, pieces: int) -> int:
+        """How many copies bring a block."""
+        del layout
+        return pieces
+
+    def fetch(self, layout: Layout, refs: Any, stage: Any, slot: Any, piece: Piece, bar: Any):
+        """Begin to copy part of a block."""
+        whole = stage[0].at[slot, pl.ds(piece.row, piece.size)]
+        if layout.height != layout.dim and stage[0].shape[-1] != layout.dim:
+            whole = whole.at[:, pl.ds(0, layout.dim)]
+        at = refs[0].at[piece.lead, piece.head, pl.ds(piece.start, piece.size)]
+        plgpu.copy_gmem_to_smem(at, whole, bar)
+
+    def scores(
+        self, layout: Layout, stage: Any, slot: Any, work: Any, q: Any, sums: Array
+    ) -> Array:
+        """Products [block, columns] with queries, of which `sums` are those of the channels."""
+        del work, sums
+        shape = (layout.block, layout.columns)
+        return product(shape, (stage[0].at[slot], q.transpose((1, 0))))
+
+    def weighted(
+        self, layout: Layout, stage: Any, slot: Any, work: Any, w: Array, seen: Array, clean: Any
+    ) -> tuple[Array, Callable[[Any], Array]]:
+        """Weights to multiply with, and what then gives the weighted sum [height, columns].
+
+        Zero times NaN is NaN: a block in which some slot is seen by nobody is not `clean`, and
+        loses what lies there.
+        """
+        del work
+        values = stage[0].at[slot]
+
+        @pl.when(jnp.logical_not(clean))
+        def _() -> None:
+            used = jnp.max(jnp.where(seen, 1.0, 0.0), axis=1) > 0
+            x = plgpu.load(values, layout=TILE, optimized=False)
+            used = down(used, x.shape)
+            values[...] = jnp.where(used, x, jnp.zeros_like(x))
+            plgpu.commit_smem()
+
+        def multiply(weights: Any) -> Array:
+            shape = (layout.height, layout.columns)
+            return product(shape, (values.transpose((1, 0)), weights.transpose((1, 0))))
+
+        return w.astype(self.factor), multiply
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """Codes in bytes with a step for each token, and a zero point where they are integers."""
+
+    bits: int
+    floating: bool = False
+    interpreted: bool = False
+
+    @property
+    def factor(self) -> Any:
+        """What queries or weights have to be, to be multiplied."""
+        return jnp.dtype(jnp.bfloat16)
+
+    @property
+    def parts(self) -> int:
+        """Numbers in a byte; the first of all bytes are the first part of the channels."""
+        return 8 // self.bits
+
+    def arrays(self, x: Any) -> list[Array]:
+        """What the kernel gets."""
+        if self.floating:
+            return [x.codes, x.scales]
+        return [x.codes, x.steps, x.zeros]
+
+    def permuted(self, layout: Layout) -> int | None:
+        """Of the shared memory that holds queries."""
+        return swizzle(layout.dim // self.parts * 2)
+
+    def stage(self, layout: Layout, height: int) -> list[Any]:
+        """Shared memory of the blocks in flight."""
+        del height
+        width = layout.dim // self.parts
+        codes = shared((layout.stages, layout.block, width), jnp.uint8, swizzle(width))
+        steps = plgpu.SMEM((layout.stages, layout.block), jnp.uint16)
+        zeros = plgpu.SMEM((layout.stages, layout.block), jnp.int16)
+        return [codes, steps] if self.floating else [codes, steps, zeros]
+
+    def work(self, layout: Layout) -> list[Any]:
+        """Shared memory to convert values in."""
+        return [shared((layout.block, layout.height), self.factor, self.wide(layout))]
+
+    def wide(self, layout: Layout) -> int | None:
+        """How the shared memory of converted values is permuted."""
+        return swizzle(layout.dim // self.parts * 2)
+
+    def copies(self, layout: Layout, pieces: int) -> int:
+        """How many copies bring a block."""
+        del layout
+        return pieces * (2 if self.floating else 3)
+
+    def fetch(self, layout: Layout, refs: Any, stage: Any, slot: Any, piece: Piece, bar: Any):
+        """Begin to copy part of a block."""
+        del layout
+        rows, slots = pl.ds(piece.row, piece.size), pl.ds(piece.start, piece.size)
+        at = refs[0].at[piece.lead, piece.head, slots]
+        plgpu.copy_gmem_to_smem(at, stage[0].at[slot, rows], bar)
+        for ref, held in zip(refs[1:], stage[1:], strict=True):
+            at = ref.at[piece.lead, piece.head]
+            at = at.at[slots] if self.floating else at.at[0, slots]
+            plgpu.copy_gmem_to_smem(at, held.at[slot, rows], bar)
+
+    @property
+    def kind(self) -> Any:
+        """Of conversion."""
+        return "float" if self.floating else self.bits
+
+    def prepared(self, q: Array) -> Array:
+        """Queries [lines, columns, H] as they are multiplied."""
+        # A power of two, so that products are no smaller than numbers in float32 can be.
+        return convert.permuted(q * 2.0**100 if self.floating else q)
+
+    def restored(self, out: Array) -> Array:
+        """Results [lines, H, columns] with the channels in order."""
+        return jnp.swapaxes(convert.restored(jnp.swapaxes(out, 1, 2)), 1, 2)
+
+    def scales(self, stage: Any, slot: Any, factor: float) -> tuple[Array, Array | None]:
+        """Steps, times a factor, and zero points of a block's tokens, in float32."""
+        bits = load(stage[1].at[slot], ROW).astype(jnp.uint32) << jnp.uint32(16)
+        steps = lax.bitcast_convert_type(bits, jnp.float32)
+        if self.floating:
+            return steps * factor, None
+        zeros = load(stage[2].at[slot], ROW).astype(jnp.float32)
+        return steps, zeros - convert.OFFSET[self.kind]
+
+    def _convert(self, layout: Layout, codes: Any, work: Any) -> None:
+        width = layout.dim // self.parts
+        for i, part in enumerate(convert.numbers(codes, self.kind, self.interpreted)):
+            work[0].at[:, pl.ds(i * width, width)][...] = part
+
+    def scores(
+        self, layout: Layout, stage: Any, slot: Any, work: Any, q: Any, sums: Array
+    ) -> Array:
+        """Products [block, columns] with queries, of which `sums` are those of the channels."""
+        shape = (layout.block, layout.columns)
+        width, codes = layout.dim // self.parts, stage[0].at[slot]
+        if self.interpreted:
+            # The interpreter's matrix instruction takes nothing from registers.
+            self._convert(layout, codes, work)
+            out = product(shape, (work[0].at[:, pl.ds(0, layout.dim)], q.transpose((1, 0))))
+        else:
+            factors = []
+            for i, part in enumerate(convert.numbers(codes, self.kind, False)):
+                own = q if self.parts == 1 else q.at[:, pl.ds(i * width, width)]
+                factors.append((part, own.transpose((1, 0))))
+            out = product(shape, *factors)
+        steps, zeros = self.scales(stage, slot, 2.0**20)
+        if zeros is not None:
+            out = out + across(sums, shape) * down(zeros, shape)
+        return out * down(steps, shape)
+
+    def weighted(
+        self, layout: Layout, stage: Any, slot: Any, work: Any, w: Array, seen: Array, clean: Any
+    ) -> tuple[Array, Callable[[Any], Array]]:
+        """Weights to multiply with, and what then gives the weighted sum [height, columns].
+
+        Any code is finite, but the step of a slot that nobody sees may not be.
+        """
+        del clean
+        shape = w.shape
+        steps, zeros = self.scales(stage, slot, 2.0**112)
+        w = jnp.where(seen, w * down(steps, shape), 0.0).astype(self.factor)
+        low = None
+        if zeros is not None:
+            # Of the weights as they were rounded: their errors are then those of the numbers meant.
+            low = jnp.sum(w.astype(jnp.float32) * down(zeros, shape), axis=0)
+        self._convert(layout, stage[0].at[slot], work)
+
+        def multiply(weights: Any) -> Array:
+            tall = (layout.height, layout.columns)
+            out = product(tall, (work[0].transpose((1, 0)), weights.transpose((1, 0))))
+            if self.floating:
+                return out * 2.0**8
+            return out if low is None else out + across(low, tall)
+
+        return w, multiply
+
+
+Form = Plain | Coded
+
+
+def form(x: Any) -> Form | str:
+    """How `x` is stored, or why there is no kernel for it."""
+    if not isinstance(x, Encoded):
+        name = jnp.dtype(x.dtype).name
+        if name not in ("bfloat16", "float16"):
+            return f"{name} (the matrix instruction takes bfloat16 and float16)"
+        return Plain(name)
+    if isinstance(x, Floats8):
+        return Coded(8, floating=True)
+    if isinstance(x, ByToken):
+        if x.bits not in (8, 4):
+            return f"codes of {x.bits} bits"
+        if x.steps.shape[-2] != 1:
+            return f"{x.steps.shape[-2]} steps for a token"
+        return Coded(x.bits)
+    return f"numbers stored as {type(x).__name__}"

@@ -1,0 +1,218 @@
+"""How the work of one call is laid out, and divided among programs by what is filled.
+
+A line is a row's key/value head, with as many of the queries that look at it as fit into one
+program's registers. All blocks of all lines, one after another, are divided into equal parts, a
+part for each program: one that comes to the end of a line goes on with the next. What a program
+finds of line z is kept as partial result number ``program + z``: from one partial result to the
+next either number grows, so that no two share a place, and those of a line lie side by side.
+(Stream-K, Osama et al. 2023, arXiv:2301.03598; split KV, Dao et al. 2023, "Flash-Decoding".)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jkv._axes import Array
+
+LOG2E = math.log2(math.e)
+LANES = 8  # columns of the matrix instruction come in eights
+WORDS = 32  # 32-bit words that a copy at least has: a byte for each thread of a warpgroup
+
+
+@functools.cache
+def tuning() -> dict[str, Any]:
+    """What was measured to be good, and what the chip has; see tuning.json."""
+    return json.loads(Path(__file__).with_name("tuning.json").read_text())
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Static sizes of one call."""
+
+    batch: int
+    new: int  # tokens
+    kv_heads: int
+    groups: int  # query heads of a key/value head
+    dim: int
+    slots: int  # of a row
+    page: int | None  # slots of a page; None where a row is one piece
+    chunks: int  # parts that the queries of a key/value head are in
+    columns: int  # queries of a part, with padding
+    block: int  # slots that are read at once
+    stages: int  # blocks in flight
+    programs: int
+
+    @property
+    def lines(self) -> int:
+        """Key/value heads of all rows, times the parts of their queries."""
+        return self.batch * self.kv_heads * self.chunks
+
+    @property
+    def words(self) -> int:
+        """Columns of what is copied per line, 32 bits each."""
+        return -(-self.columns // WORDS) * WORDS
+
+    @property
+    def height(self) -> int:
+        """Channels, filled up to the rows of the matrix instruction."""
+        return -(-self.dim // 64) * 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The static part of who sees whom, and of the scores."""
+
+    scale: float
+    window: int | None
+    sinks: int
+    softcap: float | None
+
+
+def parts(rows: int, dim: int) -> tuple[int, int]:
+    """How many parts `rows` queries are in, and the columns of each: sums have to fit."""
+    most = max(tuning()["accumulator"] // (-(-dim // 64) * 64) // LANES * LANES, LANES)
+    chunks = -(-rows // most)
+    return chunks, -(-rows // (chunks * LANES)) * LANES
+
+
+def fit(layout: Layout, bits: int, size: Callable[[Layout], int]) -> Layout:
+    """With as many blocks in flight and programs as were found to be good and fit.
+
+    Fewer programs come before fewer than two blocks; no blocks where not even that fits.
+
+    Args:
+        layout: the other sizes.
+        bits: of the widest numbers that are read.
+        size: bytes of shared memory that a program takes.
+    """
+    chosen = tuning()[str(bits)]
+    for programs in range(chosen["programs"], 0, -1):
+        # A kilobyte of each program's shared memory is the system's.
+        room = tuning()["shared_memory"] // programs - 1024
+        for stages in range(chosen["stages"], 1, -1):
+            wanted = dataclasses.replace(layout, stages=stages)
+            if size(wanted) <= room:
+                return dataclasses.replace(wanted, programs=programs * multiprocessors())
+    return dataclasses.replace(layout, stages=0)
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Of the GPU there is, or of the one that is compiled for."""
+    if jax.default_backend() == "gpu":
+        return jax.local_devices()[0].core_count
+    return tuning()["multiprocessors"]
+
+
+def rows(
+    layout: Layout,
+    mask: Mask,
+    positions: Array,
+    lengths: Array | None,
+    in_order: bool,
+) -> Array:
+    """Of each row [B, 4]: how many blocks, blocks left out, slots filled, and the last position.
+
+    A row has at least one block, in which it may see nothing: that too has to be written. With a
+    window but in order, the blocks of the sinks come first, and then some are left out.
+    """
+    filled = jnp.full((layout.batch,), layout.slots, jnp.int32)
+    if lengths is not None:
+        filled = jnp.minimum(filled, lengths.astype(jnp.int32))
+    last = jnp.max(positions, axis=1).astype(jnp.int32)
+    skip = jnp.zeros_like(filled)
+    if in_order:
+        filled = jnp.minimum(filled, last + 1)
+    count = -(-jnp.maximum(filled, 1) // layout.block)
+    if in_order and mask.window is not None:
+        early = jnp.min(jnp.where(positions < 0, layout.slots, positions), axis=1)
+        first = jnp.maximum(early.astype(jnp.int32) - mask.window + 1, 0) // layout.block
+        sinks = min(-(-mask.sinks // layout.block), -(-layout.slots // layout.block))
+        skip = jnp.maximum(jnp.minimum(first, count - 1) - sinks, 0)
+        count -= skip
+    return jnp.stack([count, skip, filled, last], axis=1)
+
+
+def shares(layout: Layout, counts: Array) -> tuple[Array, Array]:
+    """Where each program begins, and which programs work on each line.
+
+    Args:
+        layout: sizes.
+        counts: blocks of each row, [B].
+
+    Returns:
+        starts [programs, 4]: line, block of that line, how many blocks, how many lines;
+        spans [lines, 2]: the first and the last program.
+    """
+    per_row = layout.kv_heads * layout.chunks
+    ends = jnp.cumsum(counts * per_row)
+    total = ends[-1]
+    share, extra = total // layout.programs, total % layout.programs
+
+    def place(block: Array) -> tuple[Array, Array]:
+        block = jnp.minimum(block, total - 1)  # a program that has none
+        row = jnp.sum(ends[None, :] <= block[:, None], axis=1)
+        row = jnp.minimum(row, layout.batch - 1)
+        inside = block - (ends - counts * per_row)[row]
+        return row * per_row + inside // counts[row], inside % counts[row]
+
+    numbers = jnp.arange(layout.programs, dtype=jnp.int32)
+    first = numbers * share + jnp.minimum(numbers, extra)
+    many = share + (numbers < extra).astype(jnp.int32)
+    line, block = place(first)
+    until, _ = place(first + jnp.maximum(many, 1) - 1)
+    starts = jnp.stack([line, block, many, jnp.where(many > 0, until - line + 1, 0)], axis=1)
+
+    def program(block: Array) -> Array:
+        larger = extra * (share + 1)
+        rest = extra + (block - larger) // jnp.maximum(share, 1)
+        return jnp.where(block < larger, block // (share + 1), rest)
+
+    lines = jnp.arange(layout.lines, dtype=jnp.int32)
+    row = lines // per_row
+    begin = (ends - counts * per_row)[row] + lines % per_row * counts[row]
+    spans = jnp.stack([program(begin), program(begin + counts[row] - 1)], axis=1)
+    return starts.astype(jnp.int32), spans.astype(jnp.int32)
+
+
+def queries(layout: Layout, q: Array) -> Array:
+    """Queries [B, T, N, H] as [lines, columns, H], zeros where there are none."""
+    batch, new, _, dim = q.shape
+    q = q.reshape(batch, new, layout.kv_heads, layout.groups, dim).transpose(0, 2, 1, 3, 4)
+    q = q.reshape(batch, layout.kv_heads, new * layout.groups, dim)
+    room = layout.chunks * layout.columns - new * layout.groups
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, room), (0, 0)))
+    return q.reshape(layout.lines, layout.columns, dim)
+
+
+def of_lines(layout: Layout, positions: Array) -> Array:
+    """Positions [B, T] of the columns [lines, columns], -1 where there is no query."""
+    at = jnp.repeat(positions.astype(jnp.int32), layout.groups, axis=1)
+    room = layout.chunks * layout.columns - at.shape[1]
+    at = jnp.pad(at, ((0, 0), (0, room)), constant_values=-1)
+    at = at.reshape(layout.batch, 1, layout.chunks, layout.columns)
+    at = jnp.broadcast_to(at, (layout.batch, layout.kv_heads, *at.shape[2:]))
+    return at.reshape(layout.lines, layout.columns)
+
+
+def results(layout: Layout, out: Array, lse: Array) -> tuple[Array, Array]:
+    """Results [lines, H, columns] and [lines, columns] as [B, T, N, H] and [B, T, N]."""
+    lead = (layout.batch, layout.kv_heads, layout.chunks)
+    many = layout.new * layout.groups
+    out = out.reshape(*lead, layout.dim, layout.columns)
+    out = jnp.moveaxis(out, 3, 4).reshape(*lead[:2], -1, layout.dim)[:, :, :many]
+    lse = lse.reshape(*lead[:2], -1)[:, :, :many]
+    split = (layout.batch, layout.kv_heads, layout.new, layout.groups)
+    out = out.reshape(*split, layout.dim).transpose(0, 2, 1, 3, 4)
+    lse = lse.reshape(split).transpose(0, 2, 1, 3)
+    flat = (layout.batch, layout.new, layout.kv_heads * layout.groups)
+    return out.reshape(*flat, layout.dim), lse.reshape(flat)
