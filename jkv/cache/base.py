@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from jkv import _pytree
 from jkv._axes import Array
 from jkv._pytree import pytree
+from jkv.cache.evicting import evicted
 from jkv.cache.protocol import Stack, Step, bound
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 
@@ -210,8 +211,6 @@ class Cache:
             UnsupportedError: a cache that has let go of tokens in its own way.
             ValueError: a larger budget than an evicting cache has, or another score.
         """
-        from jkv.cache.evicting import evicted  # which is made of what this module defines
-
         return evicted(self, budget, score)
 
     def requantise(self, to: Any) -> Cache:

@@ -14,7 +14,7 @@ from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.cache.base import Cache
-from jkv.cache.protocol import Step
+from jkv.cache.protocol import Step, check_heads
 from jkv.ops.write import write
 
 
@@ -130,21 +130,6 @@ def dense(grow: Any = False) -> DenseKind:
     if not isinstance(grow, bool):
         raise TypeError(f"dense got grow={grow!r}; expected True or False")
     return DenseKind(grow)
-
-
-def check_heads(held: Any, new: Array) -> None:
-    """Refuse keys ``[B, T, K, H]`` for a buffer ``[B, K, S, H]`` of other heads.
-
-    Raises:
-        ValueError: another number of heads, or of dimensions.
-    """
-    heads, dim = held.shape[1], held.shape[3]
-    if (heads, dim) != new.shape[2:]:
-        raise ValueError(
-            f"the cache holds {heads} heads of {dim} dimensions, and the model makes "
-            f"{new.shape[2]} of {new.shape[3]}; expected a cache made from this model's "
-            "configuration"
-        )
 
 
 def from_legacy(layers: Sequence[tuple[Any, Any]], lengths: Any = None) -> Cache:

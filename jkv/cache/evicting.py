@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.cache import scores as _scores
-from jkv.cache.dense import check_heads, write
-from jkv.cache.protocol import Step
+from jkv.cache.protocol import Step, check_heads
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.weights import attention_weights
 from jkv.ops.order import after
+from jkv.ops.write import write
 
 EMPTY = -1  # a slot without a token
 CLOSED = -2  # and one that its head may not use

@@ -145,3 +145,18 @@ class Shape(Protocol):
 # The model without its cache: tokens [B, T], their step and the layers' caches in; the hidden
 # states [B, T, D] and the next caches out.
 Stack = Callable[[Array, Step, tuple[Any, ...]], tuple[Array, tuple[Any, ...]]]
+
+
+def check_heads(held: Any, new: Array) -> None:
+    """Refuse keys ``[B, T, K, H]`` for a buffer ``[B, K, S, H]`` of other heads.
+
+    Raises:
+        ValueError: another number of heads, or of dimensions.
+    """
+    heads, dim = held.shape[1], held.shape[3]
+    if (heads, dim) != new.shape[2:]:
+        raise ValueError(
+            f"the cache holds {heads} heads of {dim} dimensions, and the model makes "
+            f"{new.shape[2]} of {new.shape[3]}; expected a cache made from this model's "
+            "configuration"
+        )

@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree
-from jkv.cache.dense import check_heads, write
-from jkv.cache.protocol import Step
+from jkv.cache.protocol import Step, check_heads
 from jkv.errors import UnsupportedError
 from jkv.ops.order import after
+from jkv.ops.write import write
 
 
 @pytree
