@@ -218,10 +218,7 @@ def _leaving(
 
 def _stored(far: Encoded, tokens: Array, numbers: Array, unit: int) -> Encoded:
     """The far part with units of tokens, of which its own units may be fractions."""
-    parts = unit // far.unit
-    at = numbers[..., None] * parts + jnp.arange(parts)[None, None]
-    at = jnp.where(numbers[..., None] < 0, -1, at)
-    return far.put(tokens, at.reshape(at.shape[0], -1))
+    return far.put(tokens, numbers, unit // far.unit)
 
 
 @jax.jit  # people roll back between turns, outside of any program: one, not one per operation

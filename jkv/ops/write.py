@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,19 +17,35 @@ FEW = 16  # tokens that are worth a pass of a kernel each
 
 
 def write(
-    buffer: Num[Array, "B K S *H"], new: Num[Array, "B T K *H"], slots: Int[Array, "B T"]
+    buffer: Num[Array, "B K S *H"],
+    new: Num[Array, "B T K *H"],
+    slots: Int[Array, "B U"],
+    run: int = 1,
 ) -> Num[Array, "B K S *H"]:
-    """Put each row's new tokens into its own slots; a slot that does not exist is dropped."""
+    """Put each row's new tokens into its own slots; a slot that does not exist is dropped.
+
+    Args:
+        buffer: what is there, whole runs.
+        new: tokens, in runs of `run`.
+        slots: of the runs: run u goes to slots from ``slots[b, u] * run``.
+        run: consecutive tokens that stay together.
+    """
     if buffer.ndim == 4 and buffer.shape[3] % LANES == 0:
-        return _rows(buffer, new, slots)
-    return _each(_tokens, _rows, buffer, new, slots)
+        return _rows(buffer, new, slots, run)
+    plain = functools.partial(_rows, run=run)
+    return _each(functools.partial(_tokens, run=run), plain, run, buffer, new, slots)
 
 
 def write_last(
-    buffer: Num[Array, "B K C S"], new: Num[Array, "B T K C"], slots: Int[Array, "B T"]
+    buffer: Num[Array, "B K C S"],
+    new: Num[Array, "B T K C"],
+    slots: Int[Array, "B U"],
+    run: int = 1,
 ) -> Num[Array, "B K C S"]:
     """Like `write` where the slots are the last axis: each number of a token is a line apart."""
-    return write_runs(buffer, new[..., None], slots)
+    batch, count, *rest = new.shape
+    runs = new.reshape(batch, count // run, run, *rest)
+    return write_runs(buffer, jnp.moveaxis(runs, 2, -1), slots)
 
 
 def write_runs(
@@ -38,17 +55,18 @@ def write_runs(
     if buffer.ndim == 4 and buffer.shape[2] == 1:
         # As a TPU keeps it: an axis of one is no reason to turn it around.
         return write_runs(buffer[:, :, 0], new[:, :, :, 0], at)[:, :, None]
-    return _each(_runs, _lines, buffer, new, at)
+    return _each(_runs, _lines, 1, buffer, new, at)
 
 
-def _each(kernel: Any, plain: Any, buffer: Array, new: Array, at: Array) -> Array:
-    """With a kernel for TPUs if they are compiled for and the tokens are few."""
-    if "tpu" not in choice.platforms() or at.shape[1] > FEW:
+def _each(kernel: Any, plain: Any, run: int, buffer: Array, new: Array, at: Array) -> Array:
+    """With a kernel for TPUs if they are compiled for and the runs are few."""
+    count = at.shape[1]
+    if "tpu" not in choice.platforms() or count > FEW:
         return plain(buffer, new, at)
 
     def one_by_one(buffer: Array, new: Array, at: Array) -> Array:
-        for t in range(at.shape[1]):
-            buffer = kernel(buffer, new[:, t], at[:, t])
+        for u in range(count):
+            buffer = kernel(buffer, new[:, u * run : (u + 1) * run], at[:, u])
         return buffer
 
     def for_tpu(buffer: Array, new: Array, at: Array) -> Array:
@@ -57,15 +75,20 @@ def _each(kernel: Any, plain: Any, buffer: Array, new: Array, at: Array) -> Arra
     return lax.platform_dependent(buffer, new, at, tpu=for_tpu, default=plain)
 
 
-def _tokens(buffer: Array, new: Array, at: Array) -> Array:
-    """One token of each row, [B, K, *H], seen as XLA lays the buffer."""
+def _tokens(buffer: Array, new: Array, at: Array, run: int) -> Array:
+    """One run of tokens of each row, [B, run, K, *H], seen as XLA lays the buffer."""
+    new = jnp.moveaxis(new, 1, -1)
     if buffer.ndim == 3:
-        return _runs(buffer, new[..., None], at)
-    turned = jnp.swapaxes(buffer, 2, 3)
-    return jnp.swapaxes(_runs(turned, new[..., None], at), 2, 3)
+        return _kernel(buffer, new, at)
+    return jnp.swapaxes(_kernel(jnp.swapaxes(buffer, 2, 3), new, at), 2, 3)
 
 
 def _runs(buffer: Array, new: Array, at: Array) -> Array:
+    """One run of each row, [B, 1, K, *C, R]."""
+    return _kernel(buffer, new[:, 0], at)
+
+
+def _kernel(buffer: Array, new: Array, at: Array) -> Array:
     from jkv.ops.mosaic_tpu.write import write_run  # its language takes a while to import
 
     return write_run(buffer, new, at)
@@ -81,7 +104,7 @@ def _lines(buffer: Array, new: Array, at: Array) -> Array:
     return _rows(lines, tokens, at).reshape(buffer.shape)
 
 
-def _rows(buffer: Array, new: Array, slots: Array) -> Array:
+def _rows(buffer: Array, new: Array, slots: Array, run: int = 1) -> Array:
     """By XLA.
 
     Rows and heads are one axis while writing, as they are while reading: with a reshape between
@@ -89,6 +112,9 @@ def _rows(buffer: Array, new: Array, slots: Array) -> Array:
     """
     batch, heads, size, *rest = buffer.shape
     count = new.shape[1]
+    if run > 1:
+        each = jnp.arange(run, dtype=slots.dtype)[None, None]
+        slots = (slots[:, :, None] * run + each).reshape(batch, -1)
     # Negative indices wrap in JAX; past the end they are dropped. Distinct, to stay unique.
     nowhere = size + jnp.arange(count, dtype=slots.dtype)[None, :]
     slots = jnp.where(slots < 0, nowhere, slots)

@@ -49,13 +49,15 @@ class ByChannel(Stored):
         *lead, _, slots = self.codes.shape
         return (*lead, slots, self.dim)
 
-    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"]) -> ByChannel:
+    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"], run: int = 1) -> ByChannel:
         """Encode whole units, once."""
         batch, count, heads, dim = new.shape
         units = new.reshape(batch, count // self.unit, self.unit, heads, dim)
         codes, steps, zeros = quantize.affine(units, 2, self.bits)
         # [B, U, unit, K, P] to [B, U, K, P, unit]
         packed = jnp.moveaxis(quantize.pack(codes, self.bits), 2, -1)
+        each = jnp.arange(run, dtype=at.dtype)[None, None]
+        at = (at[:, :, None] * run + each).reshape(batch, -1)
         return replace(
             self,
             codes=write_runs(self.codes, packed, at),
@@ -148,7 +150,7 @@ class ByToken(Stored):
         """``(B, K, S, H)``, or ``(Z, S, H)`` once merged."""
         return (*self.codes.shape[:-1], self.dim)
 
-    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"]) -> ByToken:
+    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"], run: int = 1) -> ByToken:
         """Encode tokens, once."""
         groups = self.steps.shape[-2]
         size = groups * self.group
@@ -159,9 +161,9 @@ class ByToken(Stored):
         codes = codes.reshape(*new.shape[:3], size)[..., : self.dim]
         return replace(
             self,
-            codes=write(self.codes, quantize.pack(codes, self.bits), at),
-            steps=write_last(self.steps, halves(steps[..., 0]), at),
-            zeros=write_last(self.zeros, zeros[..., 0], at),
+            codes=write(self.codes, quantize.pack(codes, self.bits), at, run),
+            steps=write_last(self.steps, halves(steps[..., 0]), at, run),
+            zeros=write_last(self.zeros, zeros[..., 0], at, run),
         )
 
     def over_slots(self, change: Callable[[Array, int], Array]) -> ByToken:

@@ -57,8 +57,11 @@ class Encoded(Protocol):
         """Consecutive tokens that are encoded together."""
         ...
 
-    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"]) -> Encoded:
-        """With unit u of the new tokens as unit ``at[b, u]``; dropped where there is none."""
+    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"], run: int = 1) -> Encoded:
+        """With unit u of the new tokens as unit ``at[b, u]``; dropped where there is none.
+
+        `run` units that follow each other count as one.
+        """
         ...
 
     def merged(self) -> Encoded:

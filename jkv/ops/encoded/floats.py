@@ -31,7 +31,7 @@ class Floats8(Stored):
         """``(B, K, S, H)``, or ``(Z, S, H)`` once merged."""
         return self.codes.shape
 
-    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"]) -> Floats8:
+    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"], run: int = 1) -> Floats8:
         """Encode tokens, once."""
         new = new.astype(jnp.float32)
         top = jnp.max(jnp.abs(new), axis=-1)
@@ -41,7 +41,9 @@ class Floats8(Stored):
         codes = jnp.where(finite[..., None], scaled, 0.0).astype(jnp.float8_e4m3fn)
         codes = lax.bitcast_convert_type(codes, jnp.uint8)
         scales = halves(jnp.where(finite, scales, jnp.nan))
-        return Floats8(codes=write(self.codes, codes, at), scales=write(self.scales, scales, at))
+        return Floats8(
+            codes=write(self.codes, codes, at, run), scales=write(self.scales, scales, at, run)
+        )
 
     def _numbers(self) -> Array:
         """What the codes stand for, but for the scale and for a factor of `SHIFT`.
@@ -105,12 +107,12 @@ class Plain(Stored):
         """``(B, K, S, H)``, or ``(Z, S, H)`` once merged."""
         return self.numbers.shape
 
-    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"]) -> Plain:
+    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"], run: int = 1) -> Plain:
         """Round to the dtype, once."""
         new = new.astype(self.dtype)
         if self.numbers.dtype == jnp.uint16:
             new = lax.bitcast_convert_type(new, jnp.uint16)
-        return replace(self, numbers=write(self.numbers, new, at))
+        return replace(self, numbers=write(self.numbers, new, at, run))
 
     def decode(self) -> Float[Array, "*lines S H"]:
         """All of it in float32."""

@@ -33,15 +33,15 @@ class Some(Stored):
         """``(B, K, S, H)``, or ``(Z, S, H)`` once merged."""
         return (*self.channels.shape[:-1], self.dim)
 
-    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"]) -> Some:
+    def put(self, new: Float[Array, "B R K H"], at: Int[Array, "B U"], run: int = 1) -> Some:
         """Keep the channels of the largest magnitude, once; NaN is larger than any."""
         size = jnp.abs(new.astype(jnp.float32))
         _, channels = lax.top_k(jnp.where(jnp.isnan(size), jnp.inf, size), self.channels.shape[-1])
         channels = jnp.sort(channels, axis=-1)
         return replace(
             self,
-            kept=self.kept.put(jnp.take_along_axis(new, channels, axis=-1), at),
-            channels=write(self.channels, channels, at),
+            kept=self.kept.put(jnp.take_along_axis(new, channels, axis=-1), at, run),
+            channels=write(self.channels, channels, at, run),
         )
 
     def over_slots(self, change: Callable[[Array, int], Array]) -> Some:
