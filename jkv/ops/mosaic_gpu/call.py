@@ -14,8 +14,8 @@ from jax import lax
 from jkv._axes import Array
 from jkv.errors import UnsupportedError
 from jkv.ops.mosaic_gpu import kernel, plan
-from jkv.ops.mosaic_gpu.forms import Coded, Form, form
-from jkv.ops.mosaic_gpu.plan import Layout, Mask
+from jkv.ops.mosaic_gpu.forms import ByUnit, Coded, Keys, Plain, Values, form, untwice
+from jkv.ops.mosaic_gpu.plan import LANES, Layout, Mask
 from jkv.ops.partial import Partial
 
 MOST_NEW = 16  # tokens: more is a prefill
@@ -32,34 +32,37 @@ def refusal(q: Any, k: Any, v: Any, *, page: int | None, slots: int) -> str | No
     if q.shape[1] > MOST_NEW:
         return f"{q.shape[1]} new tokens (the kernel takes up to {MOST_NEW})"
     dim = q.shape[-1]
-    if dim % 16 or dim > 256:
-        return f"{dim} channels (the kernel takes multiples of 16 up to 256)"
+    if dim % 16 or not 64 <= dim <= 256:
+        return f"{dim} channels (the kernel takes multiples of 16 from 64 to 256)"
     for what, x in (("keys", k), ("values", v)):
-        why = _refused(q, x, page)
+        why = _refused(q, x, what)
         if why is not None:
             return f"{what}: {why}"
     if page is None and slots % 8:
         return f"{slots} slots (the kernel takes multiples of 8)"
     at = _layout(q, k, v, page, slots)
+    if page is not None and not isinstance(form(k), Plain) and page % 64:
+        return f"codes in pages of {page} slots (the kernel takes multiples of 64)"
     if page is not None and (page % 8 or (at.block % page and page % at.block)):
         return f"pages of {page} slots (the kernel takes multiples of 8 that divide {at.block})"
     if at.stages < 2:
-        return f"{dim} channels in this form do not fit into shared memory"
+        return f"{dim} channels in this form, which do not fit into shared memory"
     return None
 
 
-def _refused(q: Any, x: Any, page: int | None) -> str | None:
-    stored = form(x)
+def _refused(q: Any, x: Any, what: str) -> str | None:
+    stored, dim = form(x), q.shape[-1]
     if isinstance(stored, str):
         return stored
     if stored.factor != q.dtype:
         return f"{stored.factor.name} beside queries in {jnp.dtype(q.dtype).name}"
-    if isinstance(stored, Coded):
-        width = q.shape[-1] // stored.parts
-        if width % 16 or q.shape[-1] % (16 * stored.parts):
-            return f"{q.shape[-1]} channels in codes of {stored.bits} bits"
-        if page is not None and page < 64:
-            return f"codes in pages of {page} slots (the kernel takes 64 and more)"
+    if isinstance(stored, Coded) and dim % (16 * stored.parts):
+        return f"{dim} channels in codes of {stored.bits} bits"
+    if isinstance(stored, ByUnit):
+        if what == "values":
+            return "a step for a unit's tokens (the kernel takes one for a token)"
+        if dim % (64 * stored.parts):
+            return f"{dim} channels in codes of {stored.bits} bits that lie along the slots"
     return None
 
 
@@ -71,19 +74,25 @@ def _capability() -> str | None:
     return str(jax.local_devices()[0].compute_capability)
 
 
-def _form(x: Any) -> Form:
-    stored = form(x)
-    if isinstance(stored, str):
-        raise UnsupportedError(f"no kernel for {stored}; ask `unsupported` first")
-    return stored
+def _forms(k: Any, v: Any) -> tuple[Keys, Values]:
+    keys, values = form(k), form(v)
+    if isinstance(keys, str) or isinstance(values, str | ByUnit):
+        raise UnsupportedError(f"no kernel for keys as {keys} and values as {values}")
+    return keys, values
 
 
 def _layout(q: Any, k: Any, v: Any, page: int | None, slots: int) -> Layout:
     batch, new, heads, dim = q.shape
-    keys, values = _form(k), _form(v)
+    keys, values = _forms(k, v)
     groups = heads // k.shape[1]
-    bits = max(keys.bits, values.bits)
     chunks, columns = plan.parts(groups * new, dim)
+    # Of two forms the one with fewer numbers in a block.
+    tuned = min((plan.tuning()["forms"][x.name] for x in (keys, values)), key=lambda x: x["block"])
+    block = tuned["block"]
+    if not isinstance(keys, Plain):
+        # Converted numbers and sums are in registers together.
+        block = block if columns <= LANES and dim <= 128 else 64
+        block = block if page is None else min(block, page)
     at = Layout(
         batch=batch,
         new=new,
@@ -94,14 +103,14 @@ def _layout(q: Any, k: Any, v: Any, page: int | None, slots: int) -> Layout:
         page=page,
         chunks=chunks,
         columns=columns,
-        block=plan.tuning()[str(bits)]["block"],
+        block=block,
         stages=1,
         programs=1,
     )
-    return plan.fit(at, bits, functools.partial(_shared_bytes, keys, values))
+    return plan.fit(at, tuned, functools.partial(_shared_bytes, keys, values))
 
 
-def _shared_bytes(keys: Form, values: Form, at: Layout) -> int:
+def _shared_bytes(keys: Keys, values: Values, at: Layout) -> int:
     """Shared memory that a program takes."""
     named = kernel.Call(at, Mask(1.0, None, 0, None), keys, values, True).scratch()
     specs = jax.tree.leaves([spec for name, spec in named.items() if not name.endswith("here")])
@@ -122,12 +131,11 @@ def attend(
     interpret: Any = False,
 ) -> Partial:
     """Attention by the kernels, over rows or, with a table [B, M], over pages."""
-    keys, values = _form(k), _form(v)
-    if interpret:
-        keys, values = (
-            dataclasses.replace(x, interpreted=True) if isinstance(x, Coded) else x
-            for x in (keys, values)
-        )
+    keys, values = _forms(k, v)
+    if interpret and not isinstance(keys, Plain):
+        keys = dataclasses.replace(keys, interpreted=True)
+    if interpret and not isinstance(values, Plain):
+        values = dataclasses.replace(values, interpreted=True)
     page = None if table is None else k.shape[2]
     slots = k.shape[2] if table is None else table.shape[1] * k.shape[2]
     at = _layout(q, k, v, page, slots)
@@ -152,5 +160,7 @@ def attend(
     call = kernel.Call(at, mask, keys, values, told)
     parts = kernel.walk(call, arrays, interpret)
     out, lse = kernel.join(at, parts, spans, interpret)
-    out = values.restored(out[:, : at.dim])
+    if at.height != at.dim:
+        out = untwice(at, out)
+    out = values.restored(out)
     return Partial(*plan.results(at, out, lse))

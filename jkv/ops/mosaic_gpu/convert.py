@@ -35,6 +35,10 @@ _CODES = {
         "sub.bf16x2 $0, s1, s2;",
     ),
     4: (("0x4140", "0x4342"), "prmt.b32 $0, w, 0x43, {};"),
+    "centred": (
+        ("0x4140", "0x4342"),
+        "prmt.b32 s0, w, 0x43, {}; mov.b32 s1, 0x43084308; sub.bf16x2 $0, s0, s1;",
+    ),
     # Sign, and next to it exponent and fraction four places further down.
     "float": (
         ("0x1404", "0x3424"),
@@ -42,9 +46,8 @@ _CODES = {
         "lop3.b32 $0, s0, 0x80008000, s1, 0xea;",
     ),
 }
-# What a code c comes out as: (c + offset) * factor.
-OFFSET = {8: -128.0, 4: 128.0, "float": 0.0}
-FACTOR = {8: 1.0, 4: 1.0, "float": 2.0**-120}
+# What is added to an integer code; those of floats come out 2^-120 as large.
+OFFSET = {8: -128.0, 4: 128.0, "centred": -8.0, "float": 0.0}
 
 
 def permuted(x: Array) -> Array:
@@ -59,53 +62,64 @@ def restored(x: Array) -> Array:
     return jnp.swapaxes(split, -3, -2).reshape(x.shape)
 
 
-def numbers(codes: Any, kind: Any, interpreted: bool) -> list[Array]:
-    """Bytes [tokens, W] in shared memory as bfloat16 [tokens, W], for each code in a byte."""
+def numbers(codes: Any, kind: Any, interpreted: bool, in_order: bool = False) -> list[Array]:
+    """Bytes [R, W] in shared memory as bfloat16 [R, W], for each code in a byte.
+
+    Args:
+        codes: reference to 64 rows or a multiple.
+        kind: 8 or 4 bits, 4 "centred", or "float".
+        interpreted: on a CPU.
+        in_order: leave columns where they are, in a layout that the matrix instruction does not
+            take.
+    """
     if interpreted:
-        return [_meaning(permuted(part), kind) for part in _parts(codes[...], kind)]
-    shape = codes.shape
-    result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=TILE)
+        parts = _parts(codes[...], kind)
+        return [_meaning(part if in_order else permuted(part), kind) for part in parts]
+    target = SOURCE if in_order else TILE
+    result = plgpu.ShapeDtypeStruct(codes.shape, jnp.bfloat16, layout=target)
     found = plgpu.load(codes, layout=SOURCE, optimized=False)
-    count = 2 if kind == 4 else 1
+    count = 2 if kind in (4, "centred") else 1
 
     @plgpu.inline_mgpu(arg_types=(SOURCE,), return_type=tuple([result] * count))
     def convert(context: Any, x: Any) -> Any:
         del context
-        return tuple(_converted(x, kind, part) for part in range(count))
+        return tuple(_converted(x, kind, part, target.to_mgpu()) for part in range(count))
 
     return list(convert(found))
 
 
-def _converted(x: Any, kind: Any, part: int) -> Any:
+def _converted(x: Any, kind: Any, part: int, layout: Any) -> Any:
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import llvm
 
     word = ir.IntegerType.get_signless(32)
     pair = ir.VectorType.get((2,), ir.BF16Type.get())
     select, steps = _CODES[kind]
-    first = {
-        (8, 0): "xor.b32 w, $1, 0x80808080;",
-        (4, 0): "and.b32 w, $1, 0x0f0f0f0f;",
-        (4, 1): "shr.u32 w, $1, 4; and.b32 w, w, 0x0f0f0f0f;",
-        ("float", 0): "mov.b32 w, $1;",
-    }[kind, part]
-    # [64 tokens, 16 bytes, half of the tokens]: of each word two pairs, side by side.
+    four = kind in (4, "centred")
+    first = "mov.b32 w, $1;" if kind == "float" else "xor.b32 w, $1, 0x80808080;"
+    if four:
+        first = ("shr.u32 w, $1, 4; and.b32 w, w, " if part else "and.b32 w, $1, ") + "0x0f0f0f0f;"
+    # [64 rows, 16 bytes, half of the rows]: of each word two pairs.
     old = x.registers.reshape(x.shape[0] // 64, x.shape[1] // 16, 2)
-    new = np.empty((*old.shape[:2], 2, 2), dtype=object)
+    together = layout == x.layout
+    new = np.empty((*old.shape, 1) if together else (*old.shape[:2], 2, 2), dtype=object)
     for (i, j, half), register in np.ndenumerate(old):
         bits = mgpu.utils.bitcast(register, word)
-        for u, selector in enumerate(select):
+        pairs = []
+        for selector in select:
             asm = f"{{ .reg .b32 w, s0, s1, s2; {first} {steps.format(selector)} }}"
-            out = llvm.inline_asm(word, [bits], asm, "=r,r")
-            new[i, j, u, half] = mgpu.utils.bitcast(out, pair)
-    layout = TILE.to_mgpu()
+            pairs.append(mgpu.utils.bitcast(llvm.inline_asm(word, [bits], asm, "=r,r"), pair))
+        if together:
+            new[i, j, half, 0] = mgpu.utils.vector_concat(pairs)
+        else:
+            new[i, j, :, half] = pairs
     return mgpu.FragmentedArray(
         _registers=new.reshape(layout.registers_shape(x.shape)), _layout=layout, _is_signed=None
     )
 
 
 def _parts(codes: Array, kind: Any) -> list[Array]:
-    return [codes & jnp.uint8(15), codes >> jnp.uint8(4)] if kind == 4 else [codes]
+    return [codes & jnp.uint8(15), codes >> jnp.uint8(4)] if kind in (4, "centred") else [codes]
 
 
 def _meaning(codes: Array, kind: Any) -> Array:

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from jkv._axes import Array
 from jkv.ops.encoded import Encoded
-from jkv.ops.encoded.affine import ByToken
+from jkv.ops.encoded.affine import ByChannel, ByToken
 from jkv.ops.encoded.floats import Floats8
 from jkv.ops.mosaic_gpu import convert
 from jkv.ops.mosaic_gpu.plan import Layout
@@ -82,6 +82,27 @@ def product(shape: tuple[int, int], *factors: tuple[Any, Any]) -> Array:
     return pl.run_scoped(total, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
+def summed(layout: Layout, values: Any, weights: Any) -> Array:
+    """Weighted sums [height, columns] of values [block, H], weights being [columns, block].
+
+    The instruction's rows are 64 channels: of channels that are no multiple, the last of them
+    reach back, and some are summed twice.
+    """
+    weights = weights.transpose((1, 0))
+    if layout.height == layout.dim:
+        shape = (layout.dim, layout.columns)
+        return product(shape, (values.transpose((1, 0)), weights))
+    starts = [min(at, layout.dim - 64) for at in range(0, layout.dim, 64)]
+    parts = [values.at[:, pl.ds(at, 64)].transpose((1, 0)) for at in starts]
+    return jnp.concatenate([product((64, layout.columns), (p, weights)) for p in parts])
+
+
+def untwice(layout: Layout, out: Array) -> Array:
+    """Results [lines, height, columns] of `summed`, each channel once."""
+    whole = layout.dim // 64 * 64
+    return jnp.concatenate([out[:, :whole], out[:, layout.height - layout.dim + whole :]], axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plain:
     """Numbers of 16 bits."""
@@ -89,9 +110,9 @@ class Plain:
     dtype: str
 
     @property
-    def bits(self) -> int:
-        """Of a number."""
-        return 16
+    def name(self) -> str:
+        """In tuning.json."""
+        return "16 bits"
 
     @property
     def factor(self) -> Any:
@@ -114,28 +135,26 @@ class Plain:
         """Of the shared memory; the other factor's has to be the same."""
         return swizzle(layout.dim * 2)
 
-    def stage(self, layout: Layout, height: int) -> list[Any]:
-        """Shared memory of the blocks in flight, `height` channels each."""
-        shape = (layout.stages, layout.block, height)
+    def stage(self, layout: Layout) -> list[Any]:
+        """Shared memory of the blocks in flight."""
+        shape = (layout.stages, layout.block, layout.dim)
         return [shared(shape, self.factor, self.permuted(layout))]
 
-    def work(self, layout: Layout) -> list[Any]:
-        """Shared memory to convert values in."""
-        del layout
+    def work(self, layout: Layout, keys: bool) -> list[Any]:
+        """Shared memory to convert keys or values in."""
+        del layout, keys
         return []
 
-    def copies(self, layout: Layout, pieces: int) -> int:
-        """How many copies bring a block."""
-        del layout
-        return pieces
+    @property
+    def copies(self) -> int:
+        """How many bring a block, or each piece of one."""
+        return 1
 
     def fetch(self, layout: Layout, refs: Any, stage: Any, slot: Any, piece: Piece, bar: Any):
         """Begin to copy part of a block."""
-        whole = stage[0].at[slot, pl.ds(piece.row, piece.size)]
-        if layout.height != layout.dim and stage[0].shape[-1] != layout.dim:
-            whole = whole.at[:, pl.ds(0, layout.dim)]
+        del layout
         at = refs[0].at[piece.lead, piece.head, pl.ds(piece.start, piece.size)]
-        plgpu.copy_gmem_to_smem(at, whole, bar)
+        plgpu.copy_gmem_to_smem(at, stage[0].at[slot, pl.ds(piece.row, piece.size)], bar)
 
     def scores(
         self, layout: Layout, stage: Any, slot: Any, work: Any, q: Any, sums: Array
@@ -164,11 +183,7 @@ class Plain:
             values[...] = jnp.where(used, x, jnp.zeros_like(x))
             plgpu.commit_smem()
 
-        def multiply(weights: Any) -> Array:
-            shape = (layout.height, layout.columns)
-            return product(shape, (values.transpose((1, 0)), weights.transpose((1, 0))))
-
-        return w.astype(self.factor), multiply
+        return w.astype(self.factor), lambda weights: summed(layout, values, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +193,11 @@ class Coded:
     bits: int
     floating: bool = False
     interpreted: bool = False
+
+    @property
+    def name(self) -> str:
+        """In tuning.json."""
+        return f"{self.bits} bits"
 
     @property
     def factor(self) -> Any:
@@ -196,30 +216,27 @@ class Coded:
         return [x.codes, x.steps, x.zeros]
 
     def permuted(self, layout: Layout) -> int | None:
-        """Of the shared memory that holds queries."""
+        """Of the shared memory that holds queries, weights and what is converted."""
         return swizzle(layout.dim // self.parts * 2)
 
-    def stage(self, layout: Layout, height: int) -> list[Any]:
+    def stage(self, layout: Layout) -> list[Any]:
         """Shared memory of the blocks in flight."""
-        del height
         width = layout.dim // self.parts
         codes = shared((layout.stages, layout.block, width), jnp.uint8, swizzle(width))
         steps = plgpu.SMEM((layout.stages, layout.block), jnp.uint16)
         zeros = plgpu.SMEM((layout.stages, layout.block), jnp.int16)
         return [codes, steps] if self.floating else [codes, steps, zeros]
 
-    def work(self, layout: Layout) -> list[Any]:
-        """Shared memory to convert values in."""
-        return [shared((layout.block, layout.height), self.factor, self.wide(layout))]
+    def work(self, layout: Layout, keys: bool) -> list[Any]:
+        """Shared memory to convert keys or values in."""
+        if keys and not self.interpreted:
+            return []
+        return [shared((layout.block, layout.dim), self.factor, self.permuted(layout))]
 
-    def wide(self, layout: Layout) -> int | None:
-        """How the shared memory of converted values is permuted."""
-        return swizzle(layout.dim // self.parts * 2)
-
-    def copies(self, layout: Layout, pieces: int) -> int:
-        """How many copies bring a block."""
-        del layout
-        return pieces * (2 if self.floating else 3)
+    @property
+    def copies(self) -> int:
+        """How many bring a block, or each piece of one."""
+        return 2 if self.floating else 3
 
     def fetch(self, layout: Layout, refs: Any, stage: Any, slot: Any, piece: Piece, bar: Any):
         """Begin to copy part of a block."""
@@ -248,8 +265,7 @@ class Coded:
 
     def scales(self, stage: Any, slot: Any, factor: float) -> tuple[Array, Array | None]:
         """Steps, times a factor, and zero points of a block's tokens, in float32."""
-        bits = load(stage[1].at[slot], ROW).astype(jnp.uint32) << jnp.uint32(16)
-        steps = lax.bitcast_convert_type(bits, jnp.float32)
+        steps = _wide(load(stage[1].at[slot], ROW))
         if self.floating:
             return steps * factor, None
         zeros = load(stage[2].at[slot], ROW).astype(jnp.float32)
@@ -269,7 +285,7 @@ class Coded:
         if self.interpreted:
             # The interpreter's matrix instruction takes nothing from registers.
             self._convert(layout, codes, work)
-            out = product(shape, (work[0].at[:, pl.ds(0, layout.dim)], q.transpose((1, 0))))
+            out = product(shape, (work[0], q.transpose((1, 0))))
         else:
             factors = []
             for i, part in enumerate(convert.numbers(codes, self.kind, False)):
@@ -299,19 +315,130 @@ class Coded:
         self._convert(layout, stage[0].at[slot], work)
 
         def multiply(weights: Any) -> Array:
-            tall = (layout.height, layout.columns)
-            out = product(tall, (work[0].transpose((1, 0)), weights.transpose((1, 0))))
+            out = summed(layout, work[0], weights)
             if self.floating:
                 return out * 2.0**8
-            return out if low is None else out + across(low, tall)
+            return out if low is None else out + across(low, out.shape)
 
         return w, multiply
 
 
-Form = Plain | Coded
+@dataclasses.dataclass(frozen=True)
+class ByUnit:
+    """Codes of keys that lie along the slots, steps and zero points of a unit's channels.
+
+    The steps of a unit belong to the queries, which are multiplied anew for each.
+    """
+
+    bits: int
+    unit: int
+    interpreted: bool = False
+
+    @property
+    def name(self) -> str:
+        """In tuning.json."""
+        return f"{self.bits} bits along slots"
+
+    @property
+    def factor(self) -> Any:
+        """What queries have to be, to be multiplied."""
+        return jnp.dtype(jnp.bfloat16)
+
+    @property
+    def parts(self) -> int:
+        """Numbers in a byte; the first of all bytes are the first part of the channels."""
+        return 8 // self.bits
+
+    @property
+    def kind(self) -> Any:
+        """Of conversion: small numbers, as the steps in the queries are rounded."""
+        return 8 if self.bits == 8 else "centred"
+
+    def units(self, layout: Layout) -> int:
+        """In a block, or one where a block is less."""
+        return max(layout.block // self.unit, 1)
+
+    def arrays(self, x: Any) -> list[Array]:
+        """What the kernel gets."""
+        return [x.codes, x.steps, x.zeros]
+
+    def prepared(self, q: Array) -> Array:
+        """Queries [lines, columns, H] as they are multiplied."""
+        return q
+
+    def permuted(self, layout: Layout) -> int | None:
+        """Of the shared memory that holds queries and what is converted."""
+        del layout
+        return 128
+
+    def stage(self, layout: Layout) -> list[Any]:
+        """Shared memory of the blocks in flight."""
+        shape = (layout.stages, layout.dim // self.parts, layout.block)
+        steps = (layout.stages, self.units(layout) * layout.dim)
+        # Whole tiles are copied, and of the slots there are multiples of 64.
+        codes = shared(shape, jnp.uint8, 64)
+        return [codes, plgpu.SMEM(steps, jnp.uint16), plgpu.SMEM(steps, jnp.int16)]
+
+    def work(self, layout: Layout, keys: bool) -> list[Any]:
+        """Shared memory to convert keys in, and of queries times steps."""
+        del keys
+        codes = shared((layout.dim, layout.block), self.factor, 128)
+        asked = (self.units(layout), layout.columns, layout.dim)
+        return [codes, shared(asked, self.factor, 128)]
+
+    @property
+    def copies(self) -> int:
+        """How many bring a block."""
+        return 3
+
+    def fetch(self, layout: Layout, refs: Any, stage: Any, slot: Any, piece: Piece, bar: Any):
+        """Begin to copy a block."""
+        codes = refs[0].at[piece.lead, piece.head, :, pl.ds(piece.start, piece.size)]
+        plgpu.copy_gmem_to_smem(codes, stage[0].at[slot], bar)
+        size = self.units(layout) * layout.dim
+        steps = pl.ds(lax.div(piece.start, jnp.int32(self.unit)) * layout.dim, size)
+        for ref, held in zip(refs[1:], stage[1:], strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[piece.lead, piece.head, steps], held.at[slot], bar)
+
+    def scores(
+        self, layout: Layout, stage: Any, slot: Any, work: Any, q: Any, sums: Array
+    ) -> Array:
+        """Products [block, columns] with queries."""
+        del sums
+        rows, tall = layout.dim // self.parts, (layout.dim, layout.columns)
+        codes = stage[0].at[slot]
+        for i, part in enumerate(convert.numbers(codes, self.kind, self.interpreted, True)):
+            work[0].at[pl.ds(i * rows, rows)][...] = part
+        asked = load(q.transpose((1, 0)), TILE).astype(jnp.float32)
+        lows = []
+        for u in range(self.units(layout)):
+            here = pl.ds(u * layout.dim, layout.dim)
+            scaled = asked * down(_wide(load(stage[1].at[slot, here], ROW)), tall)
+            zeros = load(stage[2].at[slot, here], ROW).astype(jnp.float32)
+            zeros = zeros - convert.OFFSET[self.kind]
+            lows.append(jnp.sum(scaled * down(zeros, tall), axis=0))
+            work[1].at[u].transpose((1, 0))[...] = scaled.astype(self.factor)
+        plgpu.commit_smem()
+        size = layout.block // self.units(layout)
+        found = []
+        for u, low in enumerate(lows):
+            keys = work[0].at[:, pl.ds(u * size, size)].transpose((1, 0))
+            shape = (size, layout.columns)
+            out = product(shape, (keys, work[1].at[u].transpose((1, 0))))
+            found.append(out + across(low, shape))
+        return found[0] if len(found) == 1 else jnp.concatenate(found)
 
 
-def form(x: Any) -> Form | str:
+def _wide(bits: Array) -> Array:
+    """Numbers in bfloat16, given as bits, in float32."""
+    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << jnp.uint32(16), jnp.float32)
+
+
+Keys = Plain | Coded | ByUnit
+Values = Plain | Coded
+
+
+def form(x: Any) -> Keys | str:
     """How `x` is stored, or why there is no kernel for it."""
     if not isinstance(x, Encoded):
         name = jnp.dtype(x.dtype).name
@@ -320,10 +447,14 @@ def form(x: Any) -> Form | str:
         return Plain(name)
     if isinstance(x, Floats8):
         return Coded(8, floating=True)
+    if isinstance(x, ByToken | ByChannel) and x.bits not in (8, 4):
+        return f"codes of {x.bits} bits (the kernel takes 8 and 4)"
     if isinstance(x, ByToken):
-        if x.bits not in (8, 4):
-            return f"codes of {x.bits} bits"
         if x.steps.shape[-2] != 1:
-            return f"{x.steps.shape[-2]} steps for a token"
+            return f"{x.steps.shape[-2]} steps for a token (the kernel takes one)"
         return Coded(x.bits)
+    if isinstance(x, ByChannel):
+        if x.unit not in (64, 128):
+            return f"a step for {x.unit} tokens (the kernel takes 64 and 128)"
+        return ByUnit(x.bits, x.unit)
     return f"numbers stored as {type(x).__name__}"

@@ -19,10 +19,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jkv._axes import Array
-from jkv.ops.mosaic_gpu.forms import COLUMN, ROW, TILE, Form, Piece, across, down, load, shared
+from jkv.ops.mosaic_gpu.forms import (
+    COLUMN,
+    ROW,
+    TILE,
+    Keys,
+    Piece,
+    Values,
+    across,
+    down,
+    load,
+    shared,
+)
 from jkv.ops.mosaic_gpu.plan import LOG2E, Layout, Mask, tuning
 
-REDUCTIONS = 6144  # bytes of shared memory in which warps meet
+REDUCTIONS = 2048  # bytes of shared memory in which warps meet
 FAR = 2**30  # a position that nobody has come to
 
 
@@ -32,8 +43,8 @@ class Call:
 
     layout: Layout
     mask: Mask
-    keys: Form
-    values: Form
+    keys: Keys
+    values: Values
     told: bool  # whether positions of slots are given
 
     @property
@@ -45,19 +56,20 @@ class Call:
     def scratch(self) -> dict[str, Any]:
         """Shared memory, and barriers of what is copied into it."""
         at, keys, values = self.layout, self.keys, self.values
-        weights = values.wide(at) if hasattr(values, "wide") else values.permuted(at)  # pyright: ignore
         bar = functools.partial(plgpu.Barrier, num_barriers=at.stages)
+        weights = shared((at.columns, at.block), values.factor, values.permuted(at))
         return {
             "q": shared((at.stages, at.columns, at.dim), keys.factor, keys.permuted(at)),
             "about": plgpu.SMEM((at.stages, 2, at.words), jnp.int32),
-            "keys": keys.stage(at, at.dim),
-            "values": values.stage(at, at.height),
-            "work": values.work(at),
-            "weights": shared((at.columns, at.block), values.factor, weights),
+            "keys": keys.stage(at),
+            "values": values.stage(at),
+            "keys_work": keys.work(at, True),
+            "values_work": values.work(at, False),
+            "weights": weights,
             "slots": [plgpu.SMEM((at.stages, at.block), jnp.int32)] if self.told else [],
             "q_here": bar(num_arrivals=2),
-            "keys_here": bar(num_arrivals=keys.copies(at, self.pieces) + self.told),
-            "values_here": bar(num_arrivals=values.copies(at, self.pieces)),
+            "keys_here": bar(num_arrivals=keys.copies * self.pieces + self.told),
+            "values_here": bar(num_arrivals=values.copies * self.pieces),
         }
 
 
@@ -199,7 +211,7 @@ class _Program:
         """Scores [block, columns] in powers of two, -inf for what is not seen."""
         mask, on = self.call.mask, self.on
         queries = on["q"].at[mine]
-        scores = self.call.keys.scores(self.at, on["keys"], slot, on["work"], queries, sums)
+        scores = self.call.keys.scores(self.at, on["keys"], slot, on["keys_work"], queries, sums)
         if mask.softcap is None:
             scores = scores * (mask.scale * LOG2E)
         else:
@@ -254,7 +266,7 @@ class _Program:
             total = total * across(faded, shape) + weights
             plgpu.barrier_wait(on["values_here"].at[slot])
             weights, multiply = self.call.values.weighted(
-                at, on["values"], slot, on["work"], weights, seen, clean
+                at, on["values"], slot, on["values_work"], weights, seen, clean
             )
             on["weights"].transpose((1, 0))[...] = weights
             plgpu.commit_smem()

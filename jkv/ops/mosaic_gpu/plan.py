@@ -84,18 +84,19 @@ def parts(rows: int, dim: int) -> tuple[int, int]:
     return chunks, -(-rows // (chunks * LANES)) * LANES
 
 
-def fit(layout: Layout, bits: int, size: Callable[[Layout], int]) -> Layout:
+def fit(layout: Layout, chosen: dict[str, int], size: Callable[[Layout], int]) -> Layout:
     """With as many blocks in flight and programs as were found to be good and fit.
 
     Fewer programs come before fewer than two blocks; no blocks where not even that fits.
 
     Args:
         layout: the other sizes.
-        bits: of the widest numbers that are read.
+        chosen: "stages" and "programs" of tuning.json.
         size: bytes of shared memory that a program takes.
     """
-    chosen = tuning()[str(bits)]
-    for programs in range(chosen["programs"], 0, -1):
+    # More than two need no more than 160 registers each.
+    small = layout.columns <= LANES and layout.dim <= 128
+    for programs in range(chosen["programs"] if small else min(chosen["programs"], 2), 0, -1):
         # A kilobyte of each program's shared memory is the system's.
         room = tuning()["shared_memory"] // programs - 1024
         for stages in range(chosen["stages"], 1, -1):
