@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +27,8 @@ def unsupported(
 ) -> str | None:
     """Why this implementation cannot do this, in words, or None."""
     del positions, slot_positions, lengths, sinks
+    if k.shape[2] < LANES:
+        return f"{k.shape[2]} slots, fewer than a tile has lanes ({LANES})"
     return flash.unsupported(q, k, v, scale, window, softcap)
 
 
@@ -62,11 +63,7 @@ def _plan(
     new: int, groups: int, kv_heads: int, slots: int, leaves: Any, mask: flash.Mask
 ) -> flash.Plan:
     heads = flash.heads_of(kv_heads)
-    block = flash.BLOCK
-    per_slot = heads * sum(math.prod(x.array.shape[2:]) * x.array.dtype.itemsize for x in leaves)
-    size = 2 ** int(math.log2(max(block["bytes"] * slots // per_slot, 1)))
-    most = min(block["most slots"], 2 ** math.ceil(math.log2(slots)))
-    size = max(min(size, most), block["least slots"])
+    size = flash.slots_of(leaves, kv_heads, slots)
     # Whole tiles of lanes in every array.
     while any(size * leaf.share % LANES for leaf in leaves if leaf.rows):
         size *= 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -66,8 +67,6 @@ def unsupported(q: Any, k: Any, v: Any, scale: Any, window: Any, softcap: Any) -
         return f"{new} new tokens; it is for up to {MOST_NEW}"
     if heads // k.shape[1] > MOST_GROUPS:
         return f"{heads // k.shape[1]} query heads to a key/value head; up to {MOST_GROUPS}"
-    if k.shape[2] < LANES:
-        return f"{k.shape[2]} slots, fewer than a tile has lanes ({LANES})"
     if dim % 16 or not 64 <= dim <= 256:
         return f"a head dimension of {dim}; expected a multiple of 16 from 64 to 256"
     if q.dtype not in (jnp.float32, jnp.bfloat16):
@@ -82,6 +81,15 @@ def heads_of(kv_heads: int) -> int:
     return (
         kv_heads if kv_heads <= 2 * BLOCK["heads"] and kv_heads % BLOCK["heads"] else BLOCK["heads"]
     )
+
+
+def slots_of(leaves: list[Leaf], kv_heads: int, slots: int) -> int:
+    """Slots of a step, a power of two: as many as `BLOCK` says, no more than there are."""
+    shapes = [(math.prod(x.array.shape[2:]), x.array.shape[x.axis], x) for x in leaves]
+    each = sum(n / size * x.share * x.array.dtype.itemsize for n, size, x in shapes)
+    most = min(BLOCK["most slots"], 2 ** math.ceil(math.log2(slots)))
+    wanted = max(BLOCK["bytes"] / (float(each) * heads_of(kv_heads)), 1)
+    return max(min(2 ** int(math.log2(wanted)), most), BLOCK["least slots"])
 
 
 def flash(
@@ -211,16 +219,37 @@ def _block_of(plan: Plan, b: Any, i: Any, info: Any) -> Any:
 
 
 def _spec(plan: Plan, leaf: Leaf, tile: int, table: int) -> pl.BlockSpec:
-    """Which part of an array a step fetches."""
+    """Which part of an array a step fetches: its share of a block, or of a page of it."""
     shape = [1, plan.heads, *leaf.array.shape[2:]]
     shape[leaf.axis] = int(plan.size // plan.pages * leaf.share)
 
-    def index(b: Any, g: Any, i: Any, info: Any, *rest: Any) -> tuple[Any, ...]:
+    def index(b: Any, g: Any, i: Any, info: Any, *pages: Any) -> tuple[Any, ...]:
+        block = _block_of(plan, b, i, info)
         found = [b, g] + [0] * (len(shape) - 2)
-        found[leaf.axis] = _block_of(plan, b, i, info)
+        if pages:
+            number = block * plan.pages + tile
+            at = b * (FIXED + plan.new)
+            filled = jnp.minimum(info[at + 2], info[at + 3] + 1)
+            # Past the end, what this tile fetched a step ago: that fetches nothing.
+            past = number * (plan.size // plan.pages) >= filled
+            number = jnp.maximum(jnp.where(past, number - plan.pages, number), 0)
+            found[0] = jnp.maximum(pages[0][b * table + number], 0)
+        else:
+            found[leaf.axis] = block
         return tuple(found)
 
     return pl.BlockSpec(tuple(shape), index)
+
+
+def _there(plan: Plan, slots: Array, first: Any, columns: int, pages: Any, row: Any) -> Array:
+    """Slots [1, S] as they are, -1 in pages that the table does not name."""
+    size = plan.size // plan.pages
+    for tile in range(plan.pages):
+        number = jnp.minimum(first + tile, columns - 1)
+        start = first * size + tile * size
+        here = (slots >= start) & (slots < start + size)
+        slots = jnp.where(here & (pages[row * columns + number] < 0), -1, slots)
+    return slots
 
 
 def _kernel(
@@ -253,8 +282,16 @@ def _kernel(
     if mask.window is not None:
         full &= (start > high - mask.window) | (stop <= mask.sinks)
 
+    if scalars > 1:
+        for tile in range(plan.pages):
+            number = jnp.minimum(lax.div(start, plan.size) * plan.pages + tile, table - 1)
+            full &= refs[1][b * table + number] >= 0
+
     def heads(clean: bool) -> None:
         slots = start + lax.broadcasted_iota(jnp.int32, (1, plan.size), 1)
+        if clean and scalars > 1:
+            first = lax.div(start, plan.size) * plan.pages
+            slots = _there(plan, slots, first, table, refs[1], b)
         held_at = held[-1][pl.ds(lax.rem(b, held[-1].shape[0]), 1), :] if given else slots
         seen = _seen(plan, mask, info, at, jnp.where(slots < length, held_at, -1))
         for h in range(plan.heads):
@@ -331,4 +368,4 @@ def _loaded(leaf: Leaf, tiles: list[Any], h: int) -> Array:
     parts = [tile[0].astype(jnp.int32)[h : h + 1] if leaf.rows else tile[0, h] for tile in tiles]
     if len(parts) == 1:
         return parts[0]
-    return jnp.concatenate(parts, axis=leaf.axis - 2)
+    return jnp.concatenate(parts, axis=1 if leaf.rows else leaf.axis - 2)

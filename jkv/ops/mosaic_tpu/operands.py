@@ -15,6 +15,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
@@ -275,6 +276,20 @@ def operand(x: Any, dtype: Any) -> tuple[Any, list[Leaf]]:
         return form, [codes, _per_token(x.steps), _per_token(x.zeros)]
     leaf = slots_last(x)
     return Dense(jnp.dtype(dtype), leaf.axis == 3), [leaf]
+
+
+def outline(x: Any, dtype: Any) -> list[Leaf]:
+    """The shapes of an operand's arrays."""
+    found: list[Leaf] = []
+
+    def arrays(x: Any) -> list[Array]:
+        found.extend(operand(x, dtype)[1])
+        return [leaf.array for leaf in found]
+
+    shapes = jax.eval_shape(arrays, x)
+    return [
+        dataclasses.replace(leaf, array=array) for leaf, array in zip(found, shapes, strict=True)
+    ]
 
 
 def _per_token(x: Any) -> Leaf:

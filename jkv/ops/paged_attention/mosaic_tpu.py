@@ -1,0 +1,95 @@
+"""Attention over pages in a Mosaic kernel for TPUs, see `jkv.ops.mosaic_tpu.flash`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from jkv._axes import Array
+from jkv.ops.mosaic_tpu import flash
+from jkv.ops.mosaic_tpu.operands import LANES, Leaf, operand, outline
+from jkv.ops.partial import Partial
+
+TILES = 16  # pages of a step, each an operand of the kernel
+TABLE = 2**17  # numbers of pages that fit into the memory of scalars
+
+
+def unsupported(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    block_table: Any,
+    *,
+    positions: Any,
+    lengths: Any,
+    scale: Any,
+    window: Any = None,
+    sinks: Any = 0,
+    softcap: Any = None,
+) -> str | None:
+    """Why this implementation cannot do this, in words, or None."""
+    del positions, lengths, sinks
+    why = flash.unsupported(q, k_pages, v_pages, scale, window, softcap)
+    if why is not None:
+        return why
+    if math.prod(block_table.shape) > TABLE:
+        return f"a block table of {math.prod(block_table.shape)} pages; up to {TABLE}"
+    page = k_pages.shape[2]
+    for name, x in (("keys", k_pages), ("values", v_pages)):
+        why = _scattered(name, outline(x, q.dtype), page)
+        if why is not None:
+            return why
+    return None
+
+
+def _scattered(name: str, leaves: list[Leaf], page: int) -> str | None:
+    """Why a page of an operand is no block of memory, if so."""
+    for leaf in leaves:
+        if leaf.axis == 2 and not leaf.rows:
+            least = 8 * 4 // leaf.array.dtype.itemsize
+            if page % least or page * TILES < LANES:
+                return f"pages of {page} tokens; {name} need a multiple of {least} here"
+        elif page % LANES or page * leaf.share % LANES:
+            # XLA lays arrays with short last axes with the pages side by side.
+            return f"pages of {page} tokens; {name} need a multiple of {LANES} here"
+    return None
+
+
+def paged_attention(
+    q: Array,
+    k_pages: Any,
+    v_pages: Any,
+    block_table: Array,
+    *,
+    positions: Array,
+    lengths: Array,
+    scale: float,
+    window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    interpret: Any = False,
+) -> Partial:
+    """See `jkv.ops.paged_attention`; `interpret` is that of `pl.pallas_call`."""
+    _, new, heads, _ = q.shape
+    _, kv_heads, page, _ = k_pages.shape
+    columns = block_table.shape[1]
+    keys, values = operand(k_pages, q.dtype), operand(v_pages, q.dtype)
+    mask = flash.Mask(scale, window, sinks if window is not None else 0, softcap)
+    wanted = flash.slots_of(keys[1], kv_heads, columns * page)
+    whole = LANES // math.gcd(page, LANES)  # pages that fill tiles
+    pages = min(max(wanted // page // whole, 1) * whole, max(TILES // whole, 1) * whole)
+    size = pages * page
+    plan = flash.Plan(
+        new=new,
+        groups=heads // kv_heads,
+        heads=flash.heads_of(kv_heads),
+        size=size,
+        first=-(-mask.sinks // size),
+        pages=pages,
+    )
+    lengths = jnp.clip(lengths, 0, columns * page)
+    info, steps = flash.scalars_of(plan, mask, positions, lengths, True)
+    table = block_table.astype(jnp.int32).reshape(-1)
+    return flash.flash(q, keys, values, plan, mask, (info, table), steps, columns, None, interpret)
