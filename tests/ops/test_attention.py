@@ -10,11 +10,12 @@ import pytest
 
 from jkv import ops
 from jkv.errors import UnsupportedError
-from jkv.ops.attention import IMPLEMENTATIONS, xla
+from jkv.ops.attention import xla
 from jkv.ops.attention.xla import BLOCK
 
 # Two buffers: one of several blocks whose last is not full, one of a single block.
 LONG, SHORT = 3 * BLOCK + 16, 48
+IMPLEMENTATIONS = ("xla", "reference")  # that run on a CPU
 STATIC = ("scale", "window", "sinks", "softcap", "implementation")
 attention = jax.jit(ops.attention, static_argnames=STATIC)
 

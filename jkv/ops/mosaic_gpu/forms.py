@@ -175,14 +175,17 @@ class Plain:
         del work
         values = stage[0].at[slot]
 
-        @pl.when(jnp.logical_not(clean))
-        def _() -> None:
+        def clear() -> None:
             used = jnp.max(jnp.where(seen, 1.0, 0.0), axis=1) > 0
             x = plgpu.load(values, layout=TILE, optimized=False)
             used = down(used, x.shape)
             values[...] = jnp.where(used, x, jnp.zeros_like(x))
             plgpu.commit_smem()
 
+        if clean is None:
+            clear()
+        else:
+            pl.when(jnp.logical_not(clean))(clear)
         return w.astype(self.factor), lambda weights: summed(layout, values, weights)
 
 

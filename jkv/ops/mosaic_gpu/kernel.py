@@ -175,7 +175,10 @@ class _Program:
         )
 
     def seen(self, row: Any, block: Any, slot: Any, positions: Array) -> tuple[Array, Any]:
-        """Which columns see which slots of a block, and whether each slot is seen by some."""
+        """Which columns see which slots of a block, and whether each slot is seen by some.
+
+        The latter is None where that is not known beforehand.
+        """
         at, mask, size = self.at, self.call.mask, self.at.block
         shape = (size, at.columns)
         filled, last = self.refs["rows"][row, 2], self.refs["rows"][row, 3]
@@ -193,7 +196,7 @@ class _Program:
                 inside, clean = inside & ~(here & (page < 0)), clean & (page >= 0)
         if self.call.told:
             told = load(self.on["slots"][0].at[slot], ROW)
-            held, clean = jnp.where(inside & (told >= 0), told, FAR), jnp.bool_(False)
+            held, clean = jnp.where(inside & (told >= 0), told, FAR), None
         else:
             held = jnp.where(inside, held + start, FAR)
         held, positions = down(held, shape), across(positions, shape)
@@ -204,7 +207,7 @@ class _Program:
             if mask.sinks:
                 near = near | (held < mask.sinks)
                 whole = whole | (start + size <= mask.sinks)
-            seen, clean = seen & near, clean & whole
+            seen, clean = seen & near, None if clean is None else clean & whole
         return seen, clean
 
     def scores(self, slot: Any, mine: Any, sums: Array, seen: Array) -> Array:
