@@ -73,11 +73,12 @@ def width(size: int, bits: int) -> int:
     return -(-size * bits // 8)
 
 
-def split(x: Shaped[Array, "... H"], bits: int) -> list[Shaped[Array, "... P"]]:
+def split(x: Shaped[Array, "..."], bits: int, axis: int = -1) -> list[Shaped[Array, "..."]]:
     """Channels as packed codes lie: the first part, the second, and so on, filled up with zeros."""
-    per, size = 8 // bits, width(x.shape[-1], bits)
-    room = [(0, 0)] * (x.ndim - 1) + [(0, per * size - x.shape[-1])]
-    return jnp.split(jnp.pad(x, room), per, axis=-1)
+    per, size = 8 // bits, width(x.shape[axis], bits)
+    room = [(0, 0)] * x.ndim
+    room[axis] = (0, per * size - x.shape[axis])
+    return jnp.split(jnp.pad(x, room), per, axis=axis)
 
 
 def pack(codes: UInt8[Array, "... H"], bits: int) -> UInt8[Array, "... P"]:

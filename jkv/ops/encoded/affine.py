@@ -94,6 +94,8 @@ class ByChannel(Stored):
         block = self.block(start, size)
         if q.shape[1] > FEW:
             return jnp.einsum("zrh,zsh->zrs", q, block.decode(), **PRODUCT)
+        if q.shape[1] > 1:
+            return block._decoded_products(q)
         steps, zeros = (x[:, :, None] for x in block._affine())
         scaled = q[:, None] * steps  # [Z, U, R, H]
         out = jnp.sum(scaled * zeros, axis=-1, keepdims=True)
@@ -101,6 +103,19 @@ class ByChannel(Stored):
         for part, factor in parts:
             out += jnp.einsum("zurp,zput->zurt", factor, part, **PRODUCT)
         return jnp.swapaxes(out, 1, 2).reshape(*q.shape[:2], size)
+
+    def _decoded_products(self, q: Array) -> Array:
+        """Products of several queries, for which each channel is decoded once, where it lies."""
+        steps, zeros = (
+            quantize.split(jnp.swapaxes(x, 1, 2)[..., None], self.bits, axis=1)  # [Z, P, U, 1]
+            for x in self._affine()
+        )
+        parts = zip(self._units(), steps, zeros, quantize.split(q, self.bits, axis=2), strict=True)
+        out: Any = 0.0
+        for codes, step, zero, factor in parts:
+            keys = ((codes + zero) * step).reshape(*codes.shape[:2], -1)
+            out += jnp.einsum("zrp,zps->zrs", factor, keys, **PRODUCT)
+        return out
 
     def _units(self) -> list[Array]:
         """The parts of the codes, [Z, P, U, unit]."""
@@ -214,8 +229,14 @@ class ByToken(Stored):
 
     def _products(self, q: Array) -> Array:
         """Products of codes with q, [Z, R, S]."""
-        if self.bits == 8:
-            return jnp.einsum("zrh,zsh->zrs", q, self.codes.astype(jnp.float32), **PRODUCT)
+        if self.bits == 8 or q.shape[1] > 1:
+            pairs = zip(
+                quantize.split(q, self.bits), quantize.parts(self.codes, self.bits), strict=True
+            )
+            return sum(
+                jnp.einsum("zrp,zsp->zrs", factor, part.astype(jnp.float32), **PRODUCT)
+                for factor, part in pairs
+            )
         # The parts of a byte are summed while they are unpacked, which leaves half or a quarter as
         # many numbers to write; those then as a product with ones, the sum that XLA is best at.
         total: Any = 0.0
@@ -273,6 +294,10 @@ class ByToken(Stored):
         for i, part in enumerate(quantize.parts(self.rows, self.bits)):
             member = self._member(i)
             first, last = np.flatnonzero(member.any(axis=0))[[0, -1]] if member.any() else (0, 0)
+            if beside == 1 and first == last:
+                some, part = w[..., 0, first], part.astype(jnp.float32)
+                sums.append(jnp.einsum("zrs,zsp->zrp", some, part, **PRODUCT))
+                continue
             # Tokens that lie beside each other, and groups of a token, have each their own
             # weights: a row of the product for each, of which only its own bytes are meant.
             own = np.kron(np.eye(beside, dtype=bool), member[:, first : last + 1].T)
