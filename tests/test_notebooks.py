@@ -23,6 +23,7 @@ def test_there_are_notebooks():
         "01_quickstart.ipynb",
         "02_cache_zoo.ipynb",
         "03_long_context.ipynb",
+        "04_kernels.ipynb",
     ]
 
 
