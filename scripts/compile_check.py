@@ -7,6 +7,7 @@ a tenth of the cache, or where its program holds a copy of a cache's array.
     python scripts/compile_check.py                     # this machine's CPU
     python scripts/compile_check.py --target tpu        # TPU v5e and v6e, needs libtpu
     python scripts/compile_check.py --target h200       # NVIDIA H200, needs jax[cuda13]
+    python scripts/compile_check.py --target tpu --shape llama-3-8b
 
 Exit code: 0 no second cache anywhere, 1 there is one, 77 the target's compiler is not installed.
 """
@@ -41,7 +42,35 @@ class Case:
     slots: int = 1024
     head_dim: int = 64
     layers: int = 2
+    width: int = 64
+    feed_forward: int = 64
+    vocab: int = 128
     dtype: str = "float32"
+
+
+# Layers of a large model that fit beside their caches, where not all do.
+MOST_LAYERS = {"v5e": 8}
+# Shapes of models that people run, 8 rows of 8192 tokens.
+SHAPES = {
+    "llama-3-8b": {
+        "groups": 4,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "layers": 32,
+        "width": 4096,
+        "feed_forward": 14336,
+        "vocab": 128256,
+    },
+    "llama-3.2-1b": {
+        "groups": 4,
+        "kv_heads": 8,
+        "head_dim": 64,
+        "layers": 16,
+        "width": 2048,
+        "feed_forward": 8192,
+        "vocab": 128256,
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +128,13 @@ def program(case: Case) -> tuple[Any, Any, Any]:
     from jkv.models import Config, Decoder, Rope
 
     config = Config(
-        vocab=128,
+        vocab=case.vocab,
         layers=case.layers,
-        width=64,
+        width=case.width,
         heads=case.kv_heads * case.groups,
         kv_heads=case.kv_heads,
         head_dim=case.head_dim,
-        feed_forward=64,
+        feed_forward=case.feed_forward,
         context=case.slots,
         rope=Rope(dims=case.head_dim),
         dtype=case.dtype,
@@ -171,50 +200,77 @@ def devices(target: str, textproto: Path) -> dict[str, Any]:
     }
 
 
-def cases(target: str) -> dict[str, Case]:
-    """What is compiled, by name; sizes are no cost, nothing of this is ever allocated."""
+def kinds_of(target: str, slots: int) -> dict[str, Any]:
+    """Kinds of cache by name."""
     import jkv
 
-    # On an accelerator the buffers must be too long for the chip's own memory: a TPU carries a
-    # whole small cache into it and out again, which is no second cache. A kind that rounds decodes
-    # a block of 128 tokens at a time, whatever the length: that is little beside a long one.
-    long = 32768
-    short = 4096 if target == "cpu" else long
-    exact = {
+    kinds = {
         "dense": jkv.dense(),
-        "window": jkv.window(short),
-        "sinks": jkv.window(short, sinks=4),
-        "evicting": jkv.evicting(short),
-    }
-    kinds = exact | {
+        "window": jkv.window(slots),
+        "sinks": jkv.window(slots, sinks=4),
         "int8": jkv.quantized(bits=8),
         "int4": jkv.quantized(bits=4),
         "int2": jkv.quantized(bits=2),
         "fp8": jkv.fp8(),
         "near_far": jkv.near_far(recent=64, far=jkv.quantized(bits=8)),
-        "sparse": jkv.sparse(0.25),
-        "mixed": jkv.sparse(0.25, bits=8),
     }
-    if target == "tpu":
-        # XLA tiles the last axis by 128 lanes on TPUs and copies the narrow arrays of the other
-        # kinds: they run there, at the price of copies that only kernels of their own will avoid.
-        kinds = {name: kinds[name] for name in ("dense", "window", "sinks", "int8")}
-    forms = [("float32", 64)] if target == "cpu" else [("bfloat16", 128), ("float32", 128)]
-    whole = ("dense",)  # the others: the fewest and the most rows
+    if target != "tpu":
+        # These are read by XLA alone, which on a TPU copies their narrow arrays.
+        kinds |= {
+            "evicting": jkv.evicting(slots),
+            "sparse": jkv.sparse(0.25),
+            "mixed": jkv.sparse(0.25, bits=8),
+        }
+    return kinds
+
+
+def cases(target: str, shape: str | None = None) -> dict[str, Case]:
+    """What is compiled, by name; sizes are no cost, nothing of this is ever allocated.
+
+    Args:
+        target: one of `TARGETS`.
+        shape: one of `SHAPES`: the whole of such a model, with each kind. Otherwise few layers, at
+            sizes at which a compiler may choose differently.
+    """
+    if shape is not None:
+        sizes: dict[str, Any] = SHAPES[shape] | {"slots": 8192, "dtype": "bfloat16"}
+        kinds = kinds_of(target, 8192)
+        return {f"{shape} {name}": Case(kind, 8, **sizes) for name, kind in kinds.items()}
+    # On an accelerator the buffers must be too long for the chip's own memory: a TPU carries a
+    # whole small cache into it and out again, which is no second cache. A kind that rounds decodes
+    # a block of 128 tokens at a time, whatever the length: that is little beside a long one.
+    long = 32768
+    short = 4096 if target == "cpu" else long
+    exact = ("dense", "window", "sinks", "evicting")
+    forms = {
+        "cpu": [("float32", 64)],
+        "tpu": [("bfloat16", 128), ("bfloat16", 64), ("float32", 64)],
+        "h200": [("bfloat16", 128), ("float32", 128)],
+    }[target]
+    narrow = [form for form in forms[1:] if form == ("bfloat16", 64)]
+
+    def chosen(name: str, form: tuple[str, int], batch: int, groups: int) -> bool:
+        # All of it for one kind; for the others the fewest and the most rows.
+        if name == "dense":
+            return True
+        if form in narrow:
+            return (batch, groups) == (1, 1)
+        return form == forms[0] and (batch, groups) in ((1, 1), (8, 4))
+
     return {
-        f"{name} B={batch} G={groups} {dtype} H={dim}": Case(
+        f"{name} B={batch} G={groups} {form[0]} H={form[1]}": Case(
             kind,
             batch,
             groups,
             slots=short if name in exact else long,
-            head_dim=dim,
-            dtype=dtype,
+            dtype=form[0],
+            head_dim=form[1],
         )
-        for name, kind in kinds.items()
-        for dtype, dim in forms
+        for name, kind in kinds_of(target, short).items()
+        for form in forms
         for batch in (1, 8)
         for groups in (1, 4)
-        if name in whole or (dtype == forms[0][0] and (batch, groups) in ((1, 1), (8, 4)))
+        if chosen(name, form, batch, groups)
     }
 
 
@@ -222,6 +278,7 @@ def main() -> int:
     """Print a table and return the exit code."""
     parser = argparse.ArgumentParser(description="Look for a second cache.")
     parser.add_argument("--target", choices=TARGETS, default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, help="the whole of such a model")
     parser.add_argument(
         "--textproto",
         type=Path,
@@ -249,14 +306,16 @@ def main() -> int:
         "  attention"
     )
     for device, sharding in shardings.items():
-        for name, case in cases(arguments.target).items():
+        for name, case in cases(arguments.target, arguments.shape).items():
+            if arguments.shape:
+                layers = min(case.layers, MOST_LAYERS.get(device, case.layers))
+                case = dataclasses.replace(case, layers=layers)
             report = measure(case, sharding, TARGETS[arguments.target])
             failed += not report.free
             print(
                 f"{device:8}{name:34}{report.cache / 2**20:>7.0f} MiB"
                 f"{report.temporaries / 2**20:>9.1f} MiB{report.share:>9.1%}{report.copies:>8}"
-                f"  {report.attention}"
-                + ("" if report.free else "  A SECOND CACHE"),
+                f"  {report.attention}" + ("" if report.free else "  A SECOND CACHE"),
                 flush=True,
             )
     return 1 if failed else 0

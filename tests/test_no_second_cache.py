@@ -97,7 +97,7 @@ def test_other_compilers(target):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=540,
+        timeout=900,
         check=False,
     )
     if done.returncode == check.SKIPPED:

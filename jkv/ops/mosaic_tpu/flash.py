@@ -21,26 +21,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jkv._axes import Array
-from jkv.ops.mosaic_tpu.operands import LANES, Leaf, refusal, where_it_is
+from jkv.ops.masks import Mask
+from jkv.ops.mosaic_tpu.operands import LANES, Dense, Leaf, refusal, where_it_is
 from jkv.ops.partial import Partial
 
 # Sizes of blocks: bytes of keys that a step of the grid fetches (enough to hide what a step costs,
 # about a third of a microsecond), slots and heads that they are spread over.
-BLOCK = {"bytes": 2**20, "least slots": 128, "most slots": 2048, "heads": 8}
+BLOCK = {"bytes": 2**20, "least slots": 128, "most slots": 1024, "heads": 8}
 MOST_NEW = 16  # new tokens
 MOST_GROUPS = 16
 SUBLANES = 8
 LOW = -3e38  # below any score
-
-
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """The static part of the mask and of the scores."""
-
-    scale: float
-    window: int | None
-    sinks: int
-    softcap: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +69,8 @@ def unsupported(q: Any, k: Any, v: Any, scale: Any, window: Any, softcap: Any) -
 
 def heads_of(kv_heads: int) -> int:
     """Key/value heads of a step: all, or as many as a tile has rows."""
-    return (
-        kv_heads if kv_heads <= 2 * BLOCK["heads"] and kv_heads % BLOCK["heads"] else BLOCK["heads"]
-    )
+    most = BLOCK["heads"]
+    return kv_heads if kv_heads % most and kv_heads < 2 * most else most
 
 
 def slots_of(leaves: list[Leaf], kv_heads: int, slots: int) -> int:
@@ -297,13 +287,23 @@ def _kernel(
         for h in range(plan.heads):
             _head(plan, mask, keys, values, held, q_ref[0, h], seen, h, clean, refs[-3:])
 
-    @pl.when((i < count) & full)
-    def _():
-        heads(clean=False)
+    # Codes stand for numbers, whatever they are: only of dense values it costs anything to leave
+    # out those of slots that nobody sees.
+    if isinstance(values[0], Dense):
 
-    @pl.when((i < count) & ~full)
-    def _():
-        heads(clean=True)
+        @pl.when((i < count) & full)
+        def _():
+            heads(clean=False)
+
+        @pl.when((i < count) & ~full)
+        def _():
+            heads(clean=True)
+
+    else:
+
+        @pl.when(i < count)
+        def _():
+            heads(clean=True)
 
     @pl.when(i == pl.num_programs(2) - 1)
     def _():

@@ -306,7 +306,7 @@ def refusal(name: str, x: Any, dtype: Any) -> str | None:
             return f"{name} in units of {x.unit} tokens; {LEAST_UNIT} to {LANES}"
         return None
     if isinstance(x, ByToken):
-        if x.dim * x.bits % 64:
+        if x.dim * x.bits % 8:
             return f"{name} of {x.dim} channels in {x.bits} bits: no whole tiles"
         if x.steps.shape[2] > MOST_GROUPS:
             return f"{name} in {x.steps.shape[2]} groups of channels; up to {MOST_GROUPS}"
