@@ -1,9 +1,23 @@
 """Who sees whom, from positions only."""
 
+from __future__ import annotations
+
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
 from jkv._axes import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The static part of who sees whom, and of the scores; see `jkv.ops.attention`."""
+
+    scale: float
+    window: int | None
+    sinks: int
+    softcap: float | None
 
 
 def visible(

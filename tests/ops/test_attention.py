@@ -12,6 +12,7 @@ from jkv import ops
 from jkv.errors import UnsupportedError
 from jkv.ops.attention import xla
 from jkv.ops.attention.xla import BLOCK
+from jkv.ops.masks import Mask
 
 # Two buffers: one of several blocks whose last is not full, one of a single block.
 LONG, SHORT = 3 * BLOCK + 16, 48
@@ -328,7 +329,7 @@ def test_vmap():
 
 def blocks_walked(slots, positions, **options):
     """The bounds of the loop over blocks, as it computes them from its arguments."""
-    mask = xla.Mask(1.0, options.get("window"), options.get("sinks", 0), None)
+    mask = Mask(1.0, options.get("window"), options.get("sinks", 0), None)
     lengths = options.get("lengths")
     lengths = None if lengths is None else jnp.asarray(lengths)
     held = options.get("slot_positions")

@@ -13,8 +13,9 @@ import pytest
 from jkv import ops
 from jkv.ops import choice
 from jkv.ops.encoded import Affine, Float8, Sparse
+from jkv.ops.masks import Mask
 from jkv.ops.mosaic_gpu import plan
-from jkv.ops.mosaic_gpu.plan import Layout, Mask
+from jkv.ops.mosaic_gpu.plan import Layout
 from tests.ops.cached import Case, close, drawn
 from tests.quick import quick_jit
 

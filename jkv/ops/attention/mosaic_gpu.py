@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from jkv._axes import Array
+from jkv.ops.masks import Mask
 from jkv.ops.mosaic_gpu import call
-from jkv.ops.mosaic_gpu.plan import Mask
 from jkv.ops.partial import Partial
 
 

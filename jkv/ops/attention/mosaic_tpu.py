@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jkv._axes import Array
+from jkv.ops.masks import Mask
 from jkv.ops.mosaic_tpu import flash
 from jkv.ops.mosaic_tpu.operands import LANES, operand
 from jkv.ops.partial import Partial
@@ -50,7 +51,7 @@ def attention(
     batch, new, heads, _ = q.shape
     _, kv_heads, slots, _ = k.shape
     keys, values = operand(k, q.dtype), operand(v, q.dtype)
-    mask = flash.Mask(scale, window, sinks if window is not None else 0, softcap)
+    mask = Mask(scale, window, sinks if window is not None else 0, softcap)
     plan = _plan(new, heads // kv_heads, kv_heads, slots, keys[1], mask)
     if lengths is None:
         lengths = jnp.full((batch,), slots, jnp.int32)
@@ -59,9 +60,7 @@ def attention(
     return flash.flash(q, keys, values, plan, mask, (info,), steps, 0, slot_positions, interpret)
 
 
-def _plan(
-    new: int, groups: int, kv_heads: int, slots: int, leaves: Any, mask: flash.Mask
-) -> flash.Plan:
+def _plan(new: int, groups: int, kv_heads: int, slots: int, leaves: Any, mask: Mask) -> flash.Plan:
     heads = flash.heads_of(kv_heads)
     size = flash.slots_of(leaves, kv_heads, slots)
     # Whole tiles of lanes in every array.

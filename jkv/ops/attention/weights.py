@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from jkv._axes import Array
 from jkv.ops import choice
 from jkv.ops.attention import xla
+from jkv.ops.masks import Mask
 
 # Keys [B, K, S, H], values [B, K, S, H] and positions [B, K, S], -1 and below where there is none.
 Part = tuple[Array, Array, Array]
@@ -46,7 +47,7 @@ def attention_weights(
     batch, new, heads, dim = q.shape
     kv_heads = parts[0][0].shape[1]
     groups = heads // kv_heads
-    mask = xla.Mask(scale, window, 0, softcap)
+    mask = Mask(scale, window, 0, softcap)
     # Each row and head is a row of its own here: one axis, as in `xla`, and for its reasons.
     at = jnp.repeat(positions, kv_heads, axis=0)
     lines = [[x.reshape(batch * kv_heads, *x.shape[2:]) for x in part] for part in parts]

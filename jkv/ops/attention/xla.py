@@ -19,7 +19,7 @@ from jax import lax
 
 from jkv._axes import Array
 from jkv.ops.encoded import Encoded
-from jkv.ops.masks import visible
+from jkv.ops.masks import Mask, visible
 from jkv.ops.partial import Partial
 
 BLOCK = 128  # slots; measured on the CPU against 64, 256, 512 and 1024
@@ -31,15 +31,6 @@ _PRODUCT: dict[str, Any] = {
     "preferred_element_type": jnp.float32,
     "precision": lax.Precision.HIGHEST,
 }
-
-
-class Mask(NamedTuple):
-    """The static part of the mask and of the scores."""
-
-    scale: float
-    window: int | None
-    sinks: int
-    softcap: float | None
 
 
 def attention(

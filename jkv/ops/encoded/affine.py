@@ -229,17 +229,16 @@ class ByToken(Stored):
 
     def _products(self, q: Array) -> Array:
         """Products of codes with q, [Z, R, S]."""
+        total: Any = 0.0
         if self.bits == 8 or q.shape[1] > 1:
             pairs = zip(
                 quantize.split(q, self.bits), quantize.parts(self.codes, self.bits), strict=True
             )
-            return sum(
-                jnp.einsum("zrp,zsp->zrs", factor, part.astype(jnp.float32), **PRODUCT)
-                for factor, part in pairs
-            )
+            for factor, part in pairs:
+                total += jnp.einsum("zrp,zsp->zrs", factor, part.astype(jnp.float32), **PRODUCT)
+            return total
         # The parts of a byte are summed while they are unpacked, which leaves half or a quarter as
         # many numbers to write; those then as a product with ones, the sum that XLA is best at.
-        total: Any = 0.0
         for part, factor in self._parts(q):
             total += part * factor
         return jnp.einsum("zrsp,p->zrs", total, jnp.ones(total.shape[-1]), **PRODUCT)

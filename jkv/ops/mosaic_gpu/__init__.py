@@ -4,3 +4,5 @@
 multiplied in each form that they are stored in, and `kernel` walks over them and merges what the
 programs found. `jkv.ops.attention.mosaic_gpu` and `jkv.ops.paged_attention.mosaic_gpu` call them.
 """
+
+__all__: list[str] = []

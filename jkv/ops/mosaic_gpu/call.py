@@ -13,9 +13,10 @@ from jax import lax
 
 from jkv._axes import Array
 from jkv.errors import UnsupportedError
+from jkv.ops.masks import Mask
 from jkv.ops.mosaic_gpu import kernel, plan
 from jkv.ops.mosaic_gpu.forms import ByUnit, Coded, Keys, Plain, Values, form, untwice
-from jkv.ops.mosaic_gpu.plan import LANES, Layout, Mask
+from jkv.ops.mosaic_gpu.plan import LANES, Layout
 from jkv.ops.partial import Partial
 
 MOST_NEW = 16  # tokens: more is a prefill

@@ -108,7 +108,8 @@ def _converted(x: Any, kind: Any, part: int, layout: Any) -> Any:
         pairs = []
         for selector in select:
             asm = f"{{ .reg .b32 w, s0, s1, s2; {first} {steps.format(selector)} }}"
-            pairs.append(mgpu.utils.bitcast(llvm.inline_asm(word, [bits], asm, "=r,r"), pair))
+            made: Any = llvm.inline_asm(word, [bits], asm, "=r,r")
+            pairs.append(mgpu.utils.bitcast(made, pair))
         if together:
             new[i, j, half, 0] = mgpu.utils.vector_concat(pairs)
         else:

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jkv._axes import Array
+from jkv.ops.masks import Mask
 from jkv.ops.mosaic_gpu.forms import (
     COLUMN,
     ROW,
@@ -31,7 +32,7 @@ from jkv.ops.mosaic_gpu.forms import (
     load,
     shared,
 )
-from jkv.ops.mosaic_gpu.plan import LOG2E, Layout, Mask, tuning
+from jkv.ops.mosaic_gpu.plan import LOG2E, Layout, tuning
 
 REDUCTIONS = 2048  # bytes of shared memory in which warps meet
 FAR = 2**30  # a position that nobody has come to

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jkv._axes import Array
+from jkv.ops.masks import Mask
 
 LOG2E = math.log2(math.e)
 LANES = 8  # columns of the matrix instruction come in eights
@@ -65,16 +66,6 @@ class Layout:
     def height(self) -> int:
         """Channels, filled up to the rows of the matrix instruction."""
         return -(-self.dim // 64) * 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """The static part of who sees whom, and of the scores."""
-
-    scale: float
-    window: int | None
-    sinks: int
-    softcap: float | None
 
 
 def parts(rows: int, dim: int) -> tuple[int, int]:

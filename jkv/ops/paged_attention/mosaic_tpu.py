@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jkv._axes import Array
+from jkv.ops.masks import Mask
 from jkv.ops.mosaic_tpu import flash
 from jkv.ops.mosaic_tpu.operands import LANES, Leaf, operand, outline
 from jkv.ops.partial import Partial
@@ -76,7 +77,7 @@ def paged_attention(
     _, kv_heads, page, _ = k_pages.shape
     columns = block_table.shape[1]
     keys, values = operand(k_pages, q.dtype), operand(v_pages, q.dtype)
-    mask = flash.Mask(scale, window, sinks if window is not None else 0, softcap)
+    mask = Mask(scale, window, sinks if window is not None else 0, softcap)
     wanted = flash.slots_of(keys[1], kv_heads, columns * page)
     whole = LANES // math.gcd(page, LANES)  # pages that fill tiles
     pages = min(max(wanted // page // whole, 1) * whole, max(TILES // whole, 1) * whole)

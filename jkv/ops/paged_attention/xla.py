@@ -16,6 +16,7 @@ from jax import lax
 from jkv._axes import Array
 from jkv.ops.attention import xla
 from jkv.ops.encoded import Encoded
+from jkv.ops.masks import Mask
 from jkv.ops.paged_attention.reference import gathered, slot_positions
 from jkv.ops.partial import Partial
 
@@ -109,7 +110,7 @@ def paged_attention(
     softcap: float | None = None,
 ) -> Partial:
     """See `jkv.ops.paged_attention`."""
-    mask = xla.Mask(scale, window, sinks, softcap)
+    mask = Mask(scale, window, sinks, softcap)
     rows = xla.rows_of(q, k_pages.shape[1])
     out, lse = _walked(mask, rows, k_pages, v_pages, block_table, positions, lengths)
     return xla.partial_of(out, lse, q)
