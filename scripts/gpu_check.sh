@@ -12,10 +12,10 @@ sees_gpu() {
   JAX_PLATFORMS=cuda "$1" -c 'import jax; jax.devices()' >/dev/null 2>&1
 }
 
-quick=()
+tiny=()
 if [ "${JKV_GPU_CHECK_CPU:-}" = 1 ]; then
   make_venv .venv test
-  python=.venv/bin/python quick=(--quick --tiny)
+  python=.venv/bin/python tiny=(--tiny)
   export JAX_PLATFORMS=cpu
 elif sees_gpu "$PYTHON"; then
   python=$PYTHON
@@ -52,10 +52,15 @@ run() {
   echo "$((SECONDS - start)) s" | tee -a "$log"
 }
 
-tests=(tests/ops tests/cache tests/decoding)
-[ ${#quick[@]} -eq 0 ] || tests=(tests/ops)
-run 280 tests "$python" -m pytest -q -m "not slow and not compare and not tpu_compile" "${tests[@]}"
-run 280 bench "$python" scripts/bench_decode.py ${quick[@]+"${quick[@]}"} \
+tests=(tests/ops tests/cache tests/decoding) many=(-n 8)
+[ ${#tiny[@]} -eq 0 ] || tests=(tests/ops/test_attention.py) many=()
+unmarked="not slow and not compare and not tpu_compile"
+# The kernels alone first: each of their tests compiles, which the processors can do side by side.
+run 130 kernels "$python" -m pytest -q ${many[@]+"${many[@]}"} tests/ops/test_on_gpu.py
+run 150 tests "$python" -m pytest -q -m "$unmarked" "${tests[@]}" --ignore tests/ops/test_on_gpu.py
+run 170 attention "$python" scripts/bench_attention.py ${tiny[@]+"${tiny[@]}"} --seconds 140 \
+  --json "$results/attention.json" --plot "$results/attention.png"
+run 130 bench "$python" scripts/bench_decode.py --quick ${tiny[@]+"${tiny[@]}"} \
   --json "$results/bench.json" --plot "$results/bench.png"
 echo "Results: $results"
 exit $status

@@ -1,0 +1,97 @@
+"""The benchmark of attention runs through, on sizes of no use, and its sums are right."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import pytest
+from rich.console import Console
+
+import bench_attention
+from bench.attention import MOST, POOL, TINY, Grid, Mine, Point, drawn, measure, summary
+from jkv._pytree import nbytes
+
+
+@pytest.mark.slow
+def test_runs_through(tmp_path, capsys):
+    target, drawing = tmp_path / "out.json", tmp_path / "out.png"
+    options = bench_attention.parse(["--tiny", "--json", str(target), "--plot", str(drawing)])
+    results = bench_attention.run(options, Console(stderr=True))
+    bench_attention.plot(results, options.plot)
+    bench_attention.show(results, Console(width=140))
+    assert json.loads(target.read_text()) == results
+    assert drawing.stat().st_size > 1000
+    points = {(p["form"], p["page"], p["contender"]): p for p in results["points"]}
+    for form in TINY.forms:
+        for page in TINY.pages:
+            point = points[form, page, "jkv"]
+            assert point["attention"] == "xla"
+            assert point["off by"] < 1e-2
+            rate = point["bytes"] / (point["microseconds"] * 1e-6)
+            assert point["bytes per second"] == pytest.approx(rate)
+            assert point["share"] == pytest.approx(rate / results["copy bandwidth"])
+    assert points["bfloat16", None, "jax.nn, cudnn"]["why not"] == "no GPU"
+    assert "microseconds" in points["bfloat16", None, "jax.nn, xla"]
+    assert "int8" in capsys.readouterr().out
+
+
+def test_nothing_begins_when_the_time_is_up(capsys):
+    options = bench_attention.parse(["--tiny", "--seconds", "0"])
+    results = bench_attention.run(options, Console())
+    assert results["points"] == []
+    assert len(results["left out"]) > 4
+
+
+def test_the_grid():
+    points = list(Grid().points())
+    assert (points[0].rows, points[0].slots, points[0].form) == (8, 32768, "bfloat16")
+    assert len(set(points)) == len(points)
+    sizes = {p: 4 * p.rows * p.slots * p.shape[1] * p.shape[2] for p in points}
+    assert max(sizes.values()) <= MOST
+    assert {p.page for p in points if p.form == "bfloat16"} == {None, 16, 64}
+    assert {p.page for p in points if p.form != "bfloat16"} == {None, 64}
+    assert POOL > 60e6  # the largest cache memory of a chip
+
+
+@pytest.mark.parametrize(("form", "most"), [("int8", 0.53), ("fp8", 0.53), ("int4", 0.29)])
+def test_bytes_of_a_cache(form, most):
+    def size(form):
+        point = Point("llama-3-8b", 2, 4096, form, None, shape=(32, 8, 128))
+        return nbytes(jax.eval_shape(lambda: drawn(point, 0)))
+
+    assert size("bfloat16") == 2 * 2 * 4096 * 8 * 128 * 2
+    assert size(form) <= most * size("bfloat16")
+
+
+def test_who_is_wrong_is_not_timed():
+    class Wrong(Mine):
+        def __call__(self, q, cache, lengths):
+            return super().__call__(q, cache, lengths) * (1.1 if self.implementation is None else 1)
+
+    point = next(iter(TINY.points()))
+    found = measure(point, Wrong(point), 1e9, TINY)
+    assert found["wrong"]
+    assert "microseconds" not in found
+
+
+def test_the_summary_names_the_worst():
+    def entry(contender="jkv", form="bfloat16", page=None, slots=32768, us=100.0, share=0.9):
+        names = {"model": "m", "rows": 8, "slots": slots, "form": form, "page": page}
+        return names | {"contender": contender, "microseconds": us, "share": share}
+
+    lines = summary(
+        [
+            entry(),
+            entry(slots=131072, share=0.8),
+            entry(form="int8", us=50.0),
+            entry(page=16, us=104.0),
+            entry("torch sdpa", us=150.0),
+        ]
+    )
+    assert lines == [
+        "bfloat16, 256k tokens and more: 80% of the copy (85 %)",
+        "int8 at 32k and more: 2.00 times as fast (1.8)",
+        "pages of 16: at most 4% slower (5 %)",
+        "beside the others: 1.50 times as fast or more (1.0)",
+    ]
