@@ -119,6 +119,11 @@ def _shared_bytes(keys: Keys, values: Values, at: Layout) -> int:
     return sum(-(-size // 1024) * 1024 for size in sizes) + kernel.REDUCTIONS + 1024
 
 
+def _summed(keys: Keys) -> bool:
+    """Whether zero points are multiplied with the sums of queries."""
+    return isinstance(keys, Coded) and not keys.floating
+
+
 def attend(
     q: Array,
     k: Any,
@@ -144,7 +149,9 @@ def attend(
     rows = plan.rows(at, mask, positions, lengths, not told)
     starts, spans = plan.shares(at, rows[:, 0])
     asked = plan.queries(at, q)
-    sums = lax.bitcast_convert_type(jnp.sum(asked.astype(jnp.float32), axis=-1), jnp.int32)
+    # Only what needs them: without, all layers of a model share one small array.
+    sums = jnp.sum(asked.astype(jnp.float32), axis=-1) if _summed(keys) else jnp.zeros((1, 1))
+    sums = lax.bitcast_convert_type(jnp.broadcast_to(sums, asked.shape[:2]), jnp.int32)
     about = jnp.stack([plan.of_lines(at, positions), sums], axis=1)
     arrays = {
         "starts": starts,

@@ -146,7 +146,10 @@ def shares(layout: Layout, counts: Array) -> tuple[Array, Array]:
         spans [lines, 2]: the first and the last program.
     """
     per_row = layout.kv_heads * layout.chunks
-    ends = jnp.cumsum(counts * per_row)
+    # A sum for each row: a cumulative one is several programs, and rows are few.
+    numbers = jnp.arange(layout.batch)
+    before = numbers[None, :] <= numbers[:, None]
+    ends = jnp.sum(jnp.where(before, counts[None, :], 0), axis=1) * per_row
     total = ends[-1]
     share, extra = total // layout.programs, total % layout.programs
 
