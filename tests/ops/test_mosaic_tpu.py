@@ -16,6 +16,7 @@ from jkv.errors import UnsupportedError
 from jkv.ops import choice
 from jkv.ops.attention import mosaic_tpu
 from jkv.ops.encoded import Affine, Cast, Float8, Sparse
+from jkv.ops.masks import Mask
 from jkv.ops.mosaic_tpu import flash, operands
 from jkv.ops.mosaic_tpu import write as mosaic_write
 from jkv.ops.paged_attention import mosaic_tpu as paged_tpu
@@ -237,6 +238,25 @@ def test_encoded_pages(monkeypatch):
     want = ops.paged_attention(q, k, v, table, scale=0.1, implementation="reference", **arguments)
     np.testing.assert_allclose(got.out, want.out, atol=1e-5)
     np.testing.assert_allclose(got.lse, want.lse, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (200, 0), (200, 5), (1, 130)])
+def test_blocks_that_nobody_sees_are_not_fetched(window, sinks):
+    """A step beyond a row's last block names it again, which fetches nothing."""
+    lengths = [1, 127, 128, 129, 640, 1000]
+    plan = flash.Plan(1, 1, 1, BLOCK, first=-(-sinks // BLOCK), pages=1)
+    mask = Mask(1.0, window, sinks, None)
+    info, steps = flash.scalars_of(
+        plan, mask, jnp.asarray(last(lengths, 1)), jnp.asarray(lengths), in_order=True
+    )
+    counts = []
+    for b, n in enumerate(lengths):
+        seen = {s // BLOCK for s in range(n) if window is None or n - 1 - s < window or s < sinks}
+        visited = [int(flash._block_of(plan, b, i, info)) for i in range(int(steps) + 2)]
+        assert set(visited) == seen
+        assert visited == sorted(visited)
+        counts.append(len(seen))
+    assert int(steps) == max(counts)
 
 
 def test_no_races():
