@@ -189,7 +189,7 @@ def test_what_is_supported(any_version, form, dim, new, groups):
         )
         return
     assert any_version.refusal(q, k, v, page=None, slots=512) is None
-    layout = any_version._layout(q, k, v, None, 512)
+    layout = any_version.layout_of(q, k, v, None, 512)
     assert layout.chunks * layout.columns >= new * groups
     assert layout.stages >= 2
     # Programs that share a multiprocessor share its memory.

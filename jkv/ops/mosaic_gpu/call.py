@@ -41,7 +41,7 @@ def refusal(q: Any, k: Any, v: Any, *, page: int | None, slots: int) -> str | No
             return f"{what}: {why}"
     if page is None and slots % 8:
         return f"{slots} slots (the kernel takes multiples of 8)"
-    at = _layout(q, k, v, page, slots)
+    at = layout_of(q, k, v, page, slots)
     if page is not None and not isinstance(form(k), Plain) and page % 64:
         return f"codes in pages of {page} slots (the kernel takes multiples of 64)"
     if page is not None and (page % 8 or (at.block % page and page % at.block)):
@@ -82,7 +82,12 @@ def _forms(k: Any, v: Any) -> tuple[Keys, Values]:
     return keys, values
 
 
-def _layout(q: Any, k: Any, v: Any, page: int | None, slots: int) -> Layout:
+def layout_of(q: Any, k: Any, v: Any, page: int | None, slots: int) -> Layout:
+    """Sizes of a call: blocks, programs, and how queries are split.
+
+    Raises:
+        UnsupportedError: there is no kernel for operands of this form.
+    """
     batch, new, heads, dim = q.shape
     keys, values = _forms(k, v)
     groups = heads // k.shape[1]
@@ -144,7 +149,7 @@ def attend(
         values = dataclasses.replace(values, interpreted=True)
     page = None if table is None else k.shape[2]
     slots = k.shape[2] if table is None else table.shape[1] * k.shape[2]
-    at = _layout(q, k, v, page, slots)
+    at = layout_of(q, k, v, page, slots)
     told = slot_positions is not None
     rows = plan.rows(at, mask, positions, lengths, not told)
     starts, spans = plan.shares(at, rows[:, 0])
