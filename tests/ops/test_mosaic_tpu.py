@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def last(lengths, new):
     return np.where(at >= 0, at, -1).astype(np.int32)
 
 
-def unseen(positions, held, window=None, sinks=0):
+def unseen(positions, held, window=None, sinks=0) -> np.ndarray:
     """Slots [B, S] that no query sees."""
     p, s = positions[:, :, None], held[:, None]
     seen = (s >= 0) & (s <= p)
@@ -233,7 +234,7 @@ def test_encoded_pages(monkeypatch):
     vp, _ = cut(v, 128, spare=0)
     k, v = encoded(INT4[0], kp), encoded(INT4[1], vp)
     q, table, lengths = jnp.asarray(q), jnp.asarray(table), jnp.asarray([150, 384])
-    arguments = {"positions": jnp.asarray(last([150, 384], 1)), "lengths": lengths}
+    arguments: Any = {"positions": jnp.asarray(last([150, 384], 1)), "lengths": lengths}
     got = paged(q, k, v, table, scale=0.1, interpret=True, **arguments)
     want = ops.paged_attention(q, k, v, table, scale=0.1, implementation="reference", **arguments)
     np.testing.assert_allclose(got.out, want.out, atol=1e-5)
@@ -262,7 +263,7 @@ def test_blocks_that_nobody_sees_are_not_fetched(window, sinks):
 def test_no_races():
     """Two heads, two blocks, memory that nobody wrote is NaN."""
     q, k, v = draw(1, 1, 128, kv_heads=2, slots=256)
-    arguments = {"positions": last([130, 256], 1), "lengths": np.asarray([130, 256], np.int32)}
+    arguments: Any = {"positions": last([130, 256], 1), "lengths": np.asarray([130, 256], np.int32)}
     got = attention(q, k, v, slot_positions=None, scale=0.1, interpret=RACES, **arguments)
     check(got, q, k, v, arguments["positions"], held_by([130, 256], 256), 1e-5, scale=0.1)
 
@@ -280,7 +281,7 @@ def interpreted(monkeypatch):
 @pytest.mark.usefixtures("interpreted")
 def test_derivatives_and_vmap():
     q, k, v = (jnp.asarray(x) for x in draw(1, 2, 64, slots=128))
-    call = {"positions": jnp.asarray(last([100, 7], 1)), "lengths": jnp.asarray([100, 7])}
+    call: Any = {"positions": jnp.asarray(last([100, 7], 1)), "lengths": jnp.asarray([100, 7])}
 
     def loss(name, q, k, v):
         part = ops.attention(q, k, v, implementation=name, **call)
@@ -418,7 +419,7 @@ def test_what_is_for_the_kernel():
 )
 def test_pages_that_are_not_for_the_kernel(page, dim, table, why):
     pages = shape(9, 2, page, dim)
-    call = {"positions": shape(1, 1), "lengths": shape(1), "scale": 1.0}
+    call: Any = {"positions": shape(1, 1), "lengths": shape(1), "scale": 1.0}
     assert why in str(
         paged_tpu.unsupported(shape(1, 1, 2, dim), pages, pages, shape(1, table), **call)
     )
