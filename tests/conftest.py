@@ -8,6 +8,11 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from tests import quick
+
+# Before JAX reads it; processes that tests start compile alike, and compute the same bits.
+os.environ["XLA_FLAGS"] = quick.flags(os.environ)
+
 from jaxtyping import install_import_hook
 
 # Before jkv is imported by anything: every annotated shape and dtype is checked at each call.
@@ -109,6 +114,29 @@ def tiny_model(tiny_config):
     # the greedy tokens and not in the fifth digit only.
     model.embedding[...] = model.embedding[...] * 50
     return model
+
+
+@pytest.fixture
+def optimised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test compiles by hand is optimised, as it is for users."""
+    compile = jax.stages.Lowered.compile
+    monkeypatch.setattr(
+        jax.stages.Lowered,
+        "compile",
+        lambda lowered: compile(lowered, compiler_options=quick.OPTIMISED),
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs() -> Iterator[None]:
+    """Each program takes some 18 mappings of memory, and a process may have 65,530 of them.
+
+    With no more of them XLA's compiler ends the process.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,29 @@
-"""Programs that are run once or twice: compiled in a third of the time, without optimisation."""
+"""How the tests' programs are compiled: without optimisation, in a third of the time.
+
+Most are run once or twice, and compiling them is most of the suite's time. What looks at a program
+itself, or at the clock, compiles it as users' are: with ``compiler_options=OPTIMISED``, or with the
+fixture `optimised`. JKV_TEST_OPTIMISED=1 compiles all of them so.
+"""
 
 from __future__ import annotations
 
-import functools
+import importlib.metadata
+from collections.abc import Mapping
 from typing import Any
 
-import jax
+OPTIMISED: dict[str, Any] = {"xla_backend_optimization_level": 3}
+_QUICK = {"xla_backend_optimization_level": "0"}
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    # The newer of two ways to emit fusions optimises whatever it is told; later versions have but
+    # one, and no such option.
+    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
+    _QUICK["xla_cpu_use_fusion_emitters"] = "false"
 
-OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    # Its newer emitters optimise whatever they are told; later versions have others, and no such
-    # option.
-    OPTIONS["xla_cpu_use_fusion_emitters"] = False
 
-quick_jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+def flags(environment: Mapping[str, str]) -> str:
+    """XLA's; those that are there already come last, and win."""
+    given = environment.get("XLA_FLAGS", "")
+    wanted = environment.get("JKV_TEST_OPTIMISED") == "1" or "optimization_level" in given
+    if wanted or environment.get("JAX_PLATFORMS") != "cpu":
+        return given
+    return " ".join([*(f"--{name}={value}" for name, value in _QUICK.items()), given]).strip()

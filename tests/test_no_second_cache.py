@@ -18,7 +18,10 @@ from jkv._pytree import pytree, static
 from jkv.cache.protocol import Step
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+pytestmark = [
+    pytest.mark.slow,  # many programs: once is enough, on one version of JAX
+    pytest.mark.usefixtures("optimised"),
+]
 
 spec = importlib.util.spec_from_file_location("compile_check", ROOT / "scripts/compile_check.py")
 check: Any = importlib.util.module_from_spec(spec)

@@ -21,7 +21,6 @@ from jkv.cache import LayerCache, Step
 from jkv.errors import CacheFullError, UnsupportedError
 from jkv.models import Decoder
 from tests.cache import kinds
-from tests.quick import quick_jit
 
 # Each kind costs a dozen compilations of a whole model, so those that differ from these in their
 # codec alone, or have no such model to be compared with, are looked at layer by layer: by the same
@@ -51,12 +50,12 @@ def model(case, tiny_model):
     return windowed(tiny_model, case.window)
 
 
-@quick_jit
+@jax.jit
 def forward(model, tokens):
     return model(tokens)[0]
 
 
-@quick_jit
+@jax.jit
 def run(model, tokens, cache, counts):
     return model(tokens, cache, counts)
 
@@ -199,7 +198,7 @@ def test_padding_is_not_stored(case, model):
     real = (jnp.arange(5)[None] < counts[:, None])[..., None, None]
     step = Step.after(jnp.array([0, 2, 4, SLOTS - 1]), counts, 5)
     layer = new_cache(case, model).layers[0]
-    attend = quick_jit(lambda layer, k, v: layer.attend(q, k, v, step, scale=0.3))
+    attend = jax.jit(lambda layer, k, v: layer.attend(q, k, v, step, scale=0.3))
     out, clean = attend(layer, jnp.where(real, k, 0), jnp.where(real, v, 0))
     dirty_out, dirty = attend(layer, jnp.where(real, k, jnp.nan), jnp.where(real, v, jnp.nan))
     for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
@@ -401,7 +400,7 @@ def test_scan_vmap_and_donation(case, model, tokens):
     # Two caches of two rows from one of four.
     start = new_cache(case, model)
     stacked = jax.tree.map(lambda leaf: leaf.reshape(2, B // 2, *leaf.shape[1:]), start)
-    program = quick_jit(jax.vmap(decode, in_axes=(None, 0, 0)), donate_argnums=1)
+    program = jax.jit(jax.vmap(decode, in_axes=(None, 0, 0)), donate_argnums=1)
     held = jax.tree.leaves(stacked)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "Some donated buffers were not usable"
@@ -439,7 +438,7 @@ def test_dtypes_and_head_dimensions(case, dim, dtype, size):
     k, v = ((rng.random((count, 2, 2, dim)) < 0.5) * MOST for _ in range(2))
     scale, softcap = 1 / np.sqrt(dim), 4.0
 
-    @quick_jit
+    @jax.jit
     def follow(*qkv):
         def chunk(layer, given):
             first, *qkv = given

@@ -412,6 +412,7 @@ def test_other_requests_compile_nothing(tiny_model, compiles):
         assert compiles.count == 0
 
 
+@pytest.mark.usefixtures("optimised")
 def test_no_second_cache():
     """The loop with a draft holds its cache once, as the plain one does.
 

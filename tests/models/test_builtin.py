@@ -6,12 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jkv
 import train
+from tests import quick
 from training.corpus import Corpus
 from training.export import CHAT_TEMPLATE
 
@@ -72,12 +74,13 @@ def test_the_held_out_loss_is_what_the_card_states(lm, play):
         new = len(tokens) - 1 - (0 if start == 0 else window - hop)
         rows.append((tokens, new))
     assert sum(new for _, new in rows) == len(ids) - 1
+    losses = jax.jit(train.losses, compiler_options=quick.OPTIMISED)  # runs for long
     for start in range(0, len(rows), 4):
         part = rows[start : start + 4]
         padded = np.zeros((4, window + 1), np.int32)
         for row, (tokens, _) in enumerate(part):
             padded[row, : len(tokens)] = tokens
-        found = np.asarray(train._held_losses(lm.model, jnp.asarray(padded)), np.float64)
+        found = np.asarray(losses(lm.model, jnp.asarray(padded)), np.float64)
         for row, (tokens, new) in enumerate(part):
             total += found[row, len(tokens) - 1 - new : len(tokens) - 1].sum()
     loss = float(stated(r"\*\*([\d.]+) nats per character"))

@@ -13,6 +13,7 @@ from jkv.errors import UnsupportedError
 from jkv.ops.attention import xla
 from jkv.ops.attention.xla import BLOCK
 from jkv.ops.masks import Mask
+from tests import quick
 
 # Two buffers: one of several blocks whose last is not full, one of a single block.
 LONG, SHORT = 3 * BLOCK + 16, 48
@@ -366,6 +367,7 @@ def test_the_cost_follows_the_filled_length():
 
     Generous, for a shared machine: what a block costs over its share of the whole is about 2.
     """
+    attention = jax.jit(ops.attention, compiler_options=quick.OPTIMISED)
     times = {}
     for slots in (8 * BLOCK, 256 * BLOCK):
         q, k, v = draw(1, 1, 4, 1, 64, slots)

@@ -17,7 +17,6 @@ from jkv.ops.masks import Mask
 from jkv.ops.mosaic_gpu import plan
 from jkv.ops.mosaic_gpu.plan import Layout
 from tests.ops.cached import Case, close, drawn
-from tests.quick import quick_jit
 
 VERSION = jax.__version_info__[:2]
 interpreted = pytest.mark.skipif(
@@ -70,7 +69,7 @@ def test_arithmetic(name):
         run = mosaic_gpu.paged_attention
     assert mosaic_gpu.unsupported(**arguments, **case.options) is None
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    got = quick_jit(functools.partial(run, **case.options, interpret=interpret))(**arguments)
+    got = jax.jit(functools.partial(run, **case.options, interpret=interpret))(**arguments)
     close(case, got, out, lse)
 
 
@@ -283,7 +282,7 @@ def test_derivatives_are_those_of_xla(monkeypatch):
         return jnp.sum(ops.attention(**rest).out ** 2)
 
     with choice.target("cuda"):
-        got = quick_jit(jax.grad(functools.partial(total, implementation="mosaic_gpu")))
+        got = jax.jit(jax.grad(functools.partial(total, implementation="mosaic_gpu")))
         got = got(arguments["q"])
-    want = quick_jit(jax.grad(functools.partial(total, implementation="xla")))(arguments["q"])
+    want = jax.jit(jax.grad(functools.partial(total, implementation="xla")))(arguments["q"])
     np.testing.assert_allclose(got.astype(float), want.astype(float), atol=2e-2)

@@ -145,6 +145,7 @@ def test_encoded_pages(codec):
     np.testing.assert_allclose(whole.out, want.out, atol=1e-6)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_nothing_is_gathered_as_a_whole():
     """What is in memory beside the pages is a block of each row."""
     pages = jax.ShapeDtypeStruct((1024, 2, 16, 64), jnp.float32)

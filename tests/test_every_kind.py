@@ -1,0 +1,138 @@
+"""Every kind of cache as people write it: in a conversation, and on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jkv
+from jkv.cache import spec
+from jkv.cli import main, process
+from tests.decoding import texts
+
+pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
+
+NEW = 8
+TURNS = ("hello, and hello again", "why")  # of few sizes: each is a program for each kind
+
+# A reply is that of a model which reads the whole conversation at once. Kinds that round say so
+# only as long as nothing has been rounded: a prompt sees itself exactly, and later turns do not.
+ALIKE = [
+    "dense",
+    "dense:grow",
+    "none",
+    "window:12",
+    "window:10,sinks=2",
+    "window:10,sinks=2,positions=text",
+    "window:10,sinks=2,positions=clamped",
+    "per_layer:window:12,first=1",
+    "int8:residual=64",
+    "evict:64",
+]
+# These go on, in words of their own.
+GO_ON = [
+    "int8",
+    "int4:residual=4,group=8",
+    "int2:residual=0,group=8",
+    "kv:k8v4,residual=4",
+    "fp8:residual=3",
+    "near_far:recent=6,far=int8",
+    "sparse:0.5",
+    "sparse:0.5,int8",
+    "evict:16,score=h2o,sinks=2,recent=4",
+    "evict:16,score=tova",
+    "evict:16,score=snapkv",
+    "evict:16,score=key_norm",
+    "evict:16,score=recency",
+    "pyramid:16",
+]
+# Kinds that let go of tokens cannot be rolled back to what two turns share.
+LETS_GO = ("window", "evict:16", "pyramid", "per_layer")
+
+
+@pytest.fixture(scope="module")
+def lms(tiny_config: Any) -> dict[int, jkv.LM]:
+    """By the number of layers: one is cheaper, two make a difference to kinds per layer."""
+    return {n: texts.noise(dataclasses.replace(tiny_config, layers=n)) for n in (1, 2)}
+
+
+@pytest.fixture
+def lm(lms: dict[int, jkv.LM], text: str) -> jkv.LM:
+    return lms[2 if text.startswith(("per_layer", "pyramid")) else 1]
+
+
+@pytest.fixture
+def run(lm: jkv.LM, capsys: Any, monkeypatch: Any) -> Any:
+    """The command line with this model, in this process: standard output."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
+    monkeypatch.setattr(process, "load", lambda *_: lm)
+
+    def run(*arguments: str, said: str = "") -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        with pytest.raises(SystemExit) as exit:
+            main([*arguments, "--max-new-tokens", str(NEW)])
+        heard = capsys.readouterr()
+        assert exit.value.code == 0, heard.err
+        return heard.out
+
+    return run
+
+
+def talk(lm: jkv.LM, text: str) -> tuple[jkv.Chat, list[tuple[int, int]]]:
+    """A conversation, and how many tokens of each prompt were there already and were not."""
+    chat = jkv.Chat(lm, max_new_tokens=NEW, cache=spec.parse(text))
+    counts = []
+    for turn in TURNS:
+        chat.send(turn)
+        counts.append((chat.reused, chat.prefilled))
+        past = chat._past.result
+        assert np.asarray(past.cache.check().lengths).tolist() == [len(past.history[0]) - 1]
+        assert 1 <= int(past.lengths[0]) <= NEW
+    return chat, counts
+
+
+@pytest.mark.parametrize("text", [*ALIKE, *GO_ON])
+def test_in_a_conversation_and_on_the_command_line(lm, run, compiles, text):
+    chat, counts = talk(lm, text)
+    messages = chat.messages
+    for turn, (reused, prefilled) in enumerate(counts):
+        prompt = lm.tokenizer.chat_ids(messages[: 2 * turn + 1])
+        assert reused + prefilled == len(prompt)
+    assert counts[1][0] > 0 or text.startswith(LETS_GO)
+    for leaf in jax.device_get(jax.tree.leaves(chat._past.result.cache.layers)):
+        assert leaf.ndim < 4 or np.all(np.isfinite(leaf))
+
+    # The same programs from the command line.
+    with compiles:
+        replies = [message["content"] for message in messages[1::2]]
+        assert run("chat", "--cache", text, said="\n".join(TURNS)) == "\n".join([*replies, ""])
+        prompt = "x" * len(lm.tokenizer.chat_ids(messages[:1]))
+        report = json.loads(run("generate", "--cache", text, "--prompt", prompt, "--json"))
+        assert compiles.count < 5
+    assert report["cache"] == text
+    assert report["outputs"][0]["finish_reason"] in ("length", "stop")
+    fresh = jkv.stream(lm, [prompt], max_new_tokens=NEW, cache=spec.parse(text))
+    list(fresh)
+    assert report["cache_bytes"] == fresh.result.cache.nbytes
+    said = fresh.result.tokens[0][: fresh.result.lengths[0]]
+    assert report["outputs"][0]["tokens"] == said.tolist()
+
+    if text in ALIKE:
+        whole = jkv.stream(
+            lm,
+            [lm.tokenizer.chat_ids(messages[:-1])],
+            max_new_tokens=NEW,
+            cache=spec.parse(text),
+        )
+        assert "".join(block.texts[0] for block in whole) == replies[-1]
+
+
+def test_no_kind_is_left_out():
+    assert {text.partition(":")[0] for text in [*ALIKE, *GO_ON]} == set(spec.FORMS)
