@@ -204,7 +204,7 @@ def table(results: dict[str, Any]) -> Table:
         title_justify="left",
     )
     for name in ("cache", "perplexity", "above dense", "KL", "same top-1", "bytes/token"):
-        made.add_column(name, justify="left" if name == "cache" else "right")
+        made.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
     made.add_column(f"at {LONG // 1024}k", justify="right")
     made.add_column("smaller by", justify="right")
     made.add_column("tokens/s", justify="right")
@@ -267,7 +267,7 @@ def main() -> None:
         "kinds": measure(lm, specs, rows, setting),
     }
     # A file has no width of its own.
-    Console(width=None if sys.stdout.isatty() else 120).print(table(results))
+    Console(width=None if sys.stdout.isatty() else 150).print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot:

@@ -314,6 +314,8 @@ def quantized(
     are many times as large as others, and values per token (KIVI, Liu et al. 2024,
     arXiv:2402.02750). What has been rounded is never rounded again.
 
+    Keys with large biases in a few channels (Qwen2.5) want ``key_axis="channel"`` at 8 bits too.
+
     Args:
         bits: 8, 4 or 2.
         residual: newest tokens that stay exact: 0 at 8 bits and 128 below by default.
