@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 )
 
 import jkv
+from jkv.cache.evicting import Evicting
 from jkv.cache.protocol import Step
 from tests.cache.kinds import KINDS
 
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.slow  # many programs: once is enough, on one version o
 
 # One number of rows: another would be another program.
 ROWS, SLOTS, HEADS, DIM = 3, 40, 2, 16
+NEWEST = 10  # tokens that are left by evict
 SHARP = 6.0  # times the scores: a query sees what it asks for and hardly anything else
 WAVES = np.random.default_rng(1).uniform(0.2, 3.0, DIM // 2)
 VALUES = np.random.default_rng(2).uniform(-1, 1, (512, HEADS, DIM)).astype(np.float32)
@@ -69,14 +71,44 @@ def asked(layer, token, start):
     return jax.lax.map(ask, jnp.asarray(key_of(np.arange(SLOTS))))
 
 
-def found(case, row, token):
+def found(sees, row, token):
     """The same from the list of a row's tokens, in float64."""
     row = [*row, token]
-    seen = [p for p in range(len(row)) if case.sees(len(row) - 1, p)]
+    seen = [p for p in range(len(row)) if sees(len(row) - 1, p)]
     scores = SHARP * key_of(np.arange(SLOTS)).astype(float) @ key_of(seen).T.astype(float)
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     weights /= weights.sum(axis=1, keepdims=True)
     return np.einsum("ts,snh->tnh", weights, VALUES[[row[p] for p in seen]].astype(float))
+
+
+# What operations do is compiled once for a kind, and not once for each array of a layer.
+taken = jax.jit(lambda layer, rows: layer.take(rows))
+joined = jax.jit(lambda layer: parted(layer)[-1].concat(parted(layer)[:-1]))
+
+
+def parted(layer):
+    return [layer.take(jnp.asarray([r])) for r in range(ROWS)]
+
+
+def whole(layer, lengths):
+    return jkv.Cache((layer,), lengths, jnp.zeros(lengths.shape, bool))
+
+
+@jax.jit
+def forked(layer, lengths, row):
+    one = whole(layer, lengths).take(row[None])
+    return one.fork(ROWS).layers[0]
+
+
+@jax.jit
+def dense(layer, lengths):
+    return whole(layer, lengths).convert(jkv.dense()).layers[0]
+
+
+@jax.jit
+def evicted(layer, lengths):
+    score = None if isinstance(layer, Evicting) else jkv.scores.recency
+    return whole(layer, lengths).evict(NEWEST, score).layers[0]
 
 
 class Life(RuleBasedStateMachine):
@@ -92,7 +124,7 @@ class Life(RuleBasedStateMachine):
         self.next = 0
 
     def lengths(self):
-        return jnp.asarray([len(row) for row in self.rows], jnp.int32)
+        return np.asarray([len(row) for row in self.rows], np.int32)
 
     @rule(size=st.sampled_from([11, 4, 1]), data=st.data())
     def append(self, size, data):
@@ -117,33 +149,49 @@ class Life(RuleBasedStateMachine):
         rows = zip(self.rows, keep, strict=True)
         if not all(n == len(row) or self.case.rolls_back_from(len(row)) for row, n in rows):
             return
-        self.layer = self.layer.crop(self.lengths(), jnp.asarray(keep, jnp.int32))
+        self.layer = self.layer.crop(*map(jnp.asarray, (self.lengths(), np.int32(keep))))
         self.rows = [row[:n] for row, n in zip(self.rows, keep, strict=True)]
 
     @rule(data=st.data())
     def take(self, data):
         order = data.draw(st.permutations(range(ROWS)) | st.just([1, 1, 0]) | st.just([2, 0, 2]))
-        self.layer = self.layer.take(jnp.asarray(order))
+        self.layer = taken(self.layer, np.asarray(order))
         self.rows = [list(self.rows[r]) for r in order]
 
     @rule(row=st.integers(0, ROWS - 1))
     def fork(self, row):
-        one = self.layer.take(jnp.asarray([row]))
-        cache = jkv.Cache((one,), self.lengths()[row : row + 1], jnp.zeros(1, bool)).fork(ROWS)
-        self.layer, self.rows = cache.layers[0], [list(self.rows[row]) for _ in range(ROWS)]
+        self.layer = forked(self.layer, self.lengths(), np.int32(row))
+        self.rows = [list(self.rows[row]) for _ in range(ROWS)]
 
     @rule()
     def part_and_join(self):
-        parts = [self.layer.take(jnp.asarray([r])) for r in range(ROWS)]
-        self.layer = parts[-1].concat(parts[:-1])
+        self.layer = joined(self.layer)
         self.rows = [self.rows[-1], *self.rows[:-1]]
+
+    @precondition(lambda self: self.case.rolls_back)
+    @rule()
+    def convert(self):
+        """The same tokens in a cache of another kind; this one stays what it is."""
+        if isinstance(self.layer, Evicting):  # which knows outside of a program only
+            return
+        self.holds(dense(self.layer, self.lengths()), self.case.sees)
+
+    @precondition(lambda self: self.case.rolls_back)
+    @rule()
+    def evict(self):
+        """The newest tokens and no others, one of which makes room for the token that asks."""
+        layer = evicted(self.layer, self.lengths())
+        self.holds(layer, lambda query, position: query - position < NEWEST)
 
     @invariant()
     def every_position_holds_its_token(self):
+        self.holds(self.layer, self.case.sees)
+
+    def holds(self, layer, sees):
         token = np.full(len(self.rows), 510, np.int32)
-        got = np.asarray(asked(self.layer, token, self.lengths()))
+        got = np.asarray(asked(layer, token, self.lengths()))
         for b, row in enumerate(self.rows):
-            want = found(self.case, row, 510)
+            want = found(sees, row, 510)
             bound = 1e-4 if self.case.exact else self.case.off
             assert np.abs(got[:, b] - want).max() < bound, (b, row)
 
@@ -177,7 +225,7 @@ def test_a_lost_token_would_be_seen():
     """The machine itself: a cache that forgets one token, or doubles one, does not pass."""
 
     class Forgetful:
-        name, exact, off, layered = "forgetful", True, 0.0, True
+        name, exact, off, rolls_back = "forgetful", True, 0.0, True
 
         @staticmethod
         def sees(query, position):
