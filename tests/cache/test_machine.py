@@ -116,6 +116,7 @@ class Life(RuleBasedStateMachine):
 
     case: Any
     appended = 0
+    evicted = 0
 
     @initialize()
     def born(self):
@@ -168,37 +169,36 @@ class Life(RuleBasedStateMachine):
         self.layer = joined(self.layer)
         self.rows = [self.rows[-1], *self.rows[:-1]]
 
-    @precondition(lambda self: self.case.rolls_back)
-    @rule()
-    def convert(self):
-        """The same tokens in a cache of another kind; this one stays what it is."""
-        if isinstance(self.layer, Evicting):  # which knows outside of a program only
-            return
-        self.holds(dense(self.layer, self.lengths()), self.case.sees)
-
-    @precondition(lambda self: self.case.rolls_back)
-    @rule()
-    def evict(self):
-        """The newest tokens and no others, one of which makes room for the token that asks."""
-        layer = evicted(self.layer, self.lengths())
-        self.holds(layer, lambda query, position: query - position < NEWEST)
-
     @invariant()
     def every_position_holds_its_token(self):
         self.holds(self.layer, self.case.sees)
+
+    def teardown(self):
+        """At the end of a life: the same tokens in another kind, and the newest ones alone."""
+        if not self.case.rolls_back:
+            return
+        if not isinstance(self.layer, Evicting):  # which knows outside of a program only
+            self.holds(dense(self.layer, self.lengths()), self.case.sees)
+        # One of them has made room for the token that asks.
+        layer = evicted(self.layer, self.lengths())
+        self.holds(layer, lambda query, position: query - position < NEWEST)
+        Life.evicted += sum(max(len(row) - NEWEST, 0) for row in self.rows)
 
     def holds(self, layer, sees):
         token = np.full(len(self.rows), 510, np.int32)
         got = np.asarray(asked(layer, token, self.lengths()))
         for b, row in enumerate(self.rows):
-            want = found(sees, row, 510)
+            off = np.abs(got[:, b] - found(sees, row, 510)).max(axis=(1, 2))
+            # What is found at a position without a token is a mixture, of which rounding makes
+            # another one.
+            wanted = [p for p in range(SLOTS) if self.case.exact or sees(len(row), p)]
             bound = 1e-4 if self.case.exact else self.case.off
-            assert np.abs(got[:, b] - want).max() < bound, (b, row)
+            assert off[wanted].max() < bound, (b, row)
 
 
 def lives(case):
-    """Run some, the same each time; how many tokens were appended in all."""
-    Life.appended = 0
+    """Run some, the same each time; how many tokens were appended and evicted in all."""
+    Life.appended = Life.evicted = 0
     machine = type("Life", (Life,), {"case": case})
     options = settings(
         max_examples=12,
@@ -210,7 +210,7 @@ def lives(case):
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(machine, settings=options)
-    return Life.appended
+    return Life.appended, Life.evicted
 
 
 CASES = [case for case in KINDS if case.layered and case.recalls]
@@ -218,7 +218,9 @@ CASES = [case for case in KINDS if case.layered and case.recalls]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_random_lives(case):
-    assert lives(case) > 100  # tokens that were appended, in all
+    appended, evicted = lives(case)
+    assert appended > 100
+    assert evicted > 20 or not case.rolls_back
 
 
 def test_a_lost_token_would_be_seen():
