@@ -33,12 +33,14 @@ def affine(
     """
     levels = 2**bits - 1
     x = x.astype(jnp.float32)
-    low, high = x, x
+    low, high, finite = x, x, jnp.isfinite(x)
     if real is not None:
         low, high = jnp.where(real, x, jnp.inf), jnp.where(real, x, -jnp.inf)
+        finite |= ~real
     low = jnp.min(low, axis=axis, keepdims=True)
     high = jnp.max(high, axis=axis, keepdims=True)
-    finite = jnp.isfinite(low) & jnp.isfinite(high)
+    # The least and the largest do not tell: XLA's on the CPU pass over NaN.
+    finite = jnp.all(finite, axis=axis, keepdims=True)
     # Each divided by itself: the range of two large numbers may be infinite.
     wide = high / levels - low / levels
     far = jnp.maximum(jnp.abs(low), jnp.abs(high)) / MOST
