@@ -390,10 +390,12 @@ def evicting(
             f"evicting got recent={recent} and sinks={sinks} for a budget of {least}; expected at "
             "most as many, since these are kept whatever their scores"
         )
-    if not callable(score) or isinstance(score, type) or score.__hash__ is None:
+    maker = score is _scores.snapkv
+    if maker or not callable(score) or isinstance(score, type) or score.__hash__ is None:
         raise TypeError(
             f"evicting got score={score!r:.60}; expected one of jkv.scores, such as "
             "jkv.scores.h2o, or a function like them that can be hashed"
+            + ("; jkv.scores.snapkv(), with brackets, makes one" if maker else "")
         )
     if score is _scores.tova and len(set(budgets)) > 1:
         raise ValueError(

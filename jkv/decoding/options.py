@@ -61,5 +61,6 @@ def checked_kind(kind: Any) -> Any:
     if isinstance(kind, type) or not known or kind.__hash__ is None:
         raise TypeError(
             f"cache got {kind!r:.60}; expected a kind such as jkv.dense() or jkv.none()"
+            + ("; jkv.cache.spec.parse makes one of a text" if isinstance(kind, str) else "")
         )
     return kind

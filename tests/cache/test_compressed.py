@@ -256,6 +256,8 @@ def test_share_of_bfloat16(kind, most):
 def test_what_cannot_be():
     for call, message in (
         (lambda: jkv.quantized(bits=3), "bits"),
+        (lambda: jkv.quantized("int4"), "bits='int4'; expected 8, 4 or 2"),
+        (lambda: jkv.quantized(key_bits=0), "bits=0"),
         (lambda: jkv.quantized(bits=4, group=48), "group"),
         (lambda: jkv.quantized(bits=4, key_axis="row"), "axis"),
         (lambda: jkv.quantized(bits=4, residual=-1), "-1 recent tokens"),
