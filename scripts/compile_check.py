@@ -238,7 +238,8 @@ def cases(target: str, shape: str | None = None) -> dict[str, Case]:
         return {f"{shape} {name}": Case(kind, 8, **sizes) for name, kind in kinds.items()}
     # On an accelerator the buffers must be too long for the chip's own memory: a TPU carries a
     # whole small cache into it and out again, which is no second cache. A kind that rounds decodes
-    # a block of 128 tokens at a time, whatever the length: that is little beside a long one.
+    # a block of 128 tokens at a time, whatever the length: that is little beside a long one, which
+    # has to be the longer the fewer bytes a token takes.
     long = 32768
     short = 4096 if target == "cpu" else long
     exact = ("dense", "window", "sinks", "evicting")
@@ -262,7 +263,7 @@ def cases(target: str, shape: str | None = None) -> dict[str, Case]:
             kind,
             batch,
             groups,
-            slots=short if name in exact else long,
+            slots=short if name in exact else long * 128 // form[1],
             dtype=form[0],
             head_dim=form[1],
         )
