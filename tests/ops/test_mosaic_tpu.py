@@ -24,6 +24,8 @@ from jkv.ops.paged_attention import mosaic_tpu as paged_tpu
 from jkv.ops.write import write, write_last, write_runs
 from tests.ops.test_attention import oracle
 
+pytestmark = pytest.mark.slow  # a minute in the interpreter: once is enough, on one version of JAX
+
 BLOCK, SLOTS, B = 128, 320, 2  # two blocks and half of one
 EDGES = ([0, 1], [BLOCK - 1, BLOCK], [BLOCK + 1, SLOTS])
 RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
