@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.custom_batching
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jkv.errors import UnsupportedError
@@ -153,7 +154,7 @@ def _called(function: Any, static: dict[str, Any], traced: dict[str, Any]) -> An
 
 def _traced(value: Any) -> bool:
     leaves = jax.tree.leaves(value)
-    return bool(leaves) and all(isinstance(leaf, jax.Array) for leaf in leaves)
+    return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
 
 
 def note(name: str) -> None:
@@ -188,8 +189,7 @@ def kernel(function: Any, plain: Any, **arguments: Any) -> Any:
 
     @jax.custom_batching.custom_vmap
     def mapped(traced: dict[str, Any]) -> Any:
-        # Some kernels place their operands, which is for compiled programs only.
-        return jax.jit(functools.partial(_called, function, static), inline=True)(traced)
+        return _compiled(function, tuple(static.items()), traced)
 
     @mapped.def_vmap
     def _(size: int, flags: Any, traced: dict[str, Any]) -> tuple[Any, Any]:
@@ -212,6 +212,15 @@ def kernel(function: Any, plain: Any, **arguments: Any) -> Any:
         return jax.jvp(lambda t: plain(**t, **static), primals, tangents)
 
     return run(traced)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(function: Any, static: tuple[tuple[str, Any], ...], traced: dict[str, Any]) -> Any:
+    """The kernel, a function that all layers of a model share: traced and lowered once.
+
+    Some kernels place their operands, which is for compiled programs only.
+    """
+    return function(**traced, **dict(static))
 
 
 def _with_more_rows(mapped: Any, size: int, batched: Any, traced: dict[str, Any]) -> Any:
