@@ -12,10 +12,10 @@ sees_gpu() {
   JAX_PLATFORMS=cuda "$1" -c 'import jax; jax.devices()' >/dev/null 2>&1
 }
 
-tiny=()
+tiny=() shape=()
 if [ "${JKV_GPU_CHECK_CPU:-}" = 1 ]; then
   make_venv .venv test
-  python=.venv/bin/python tiny=(--tiny)
+  python=.venv/bin/python tiny=(--tiny) shape=(--shape tiny)
   export JAX_PLATFORMS=cpu
 elif sees_gpu "$PYTHON"; then
   python=$PYTHON
@@ -44,7 +44,7 @@ mkdir -p "$results"
 } | tee "$results/hardware.txt"
 
 status=0
-# run SECONDS NAME COMMAND...: keeps the output, and goes on whatever comes of it.
+# run SECONDS NAME COMMAND...: keeps the output, and goes on whatever comes of it. Together 580 s.
 run() {
   local limit=$1 log="$results/$2.txt" start=$SECONDS
   shift 2
@@ -56,11 +56,13 @@ tests=(tests/ops tests/cache tests/decoding) many=(-n 8)
 [ ${#tiny[@]} -eq 0 ] || tests=(tests/ops/test_attention.py) many=()
 unmarked="not slow and not compare and not tpu_compile"
 # The kernels alone first: each of their tests compiles, which the processors can do side by side.
-run 130 kernels "$python" -m pytest -q ${many[@]+"${many[@]}"} tests/ops/test_on_gpu.py
-run 150 tests "$python" -m pytest -q -m "$unmarked" "${tests[@]}" --ignore tests/ops/test_on_gpu.py
-run 170 attention "$python" scripts/bench_attention.py ${tiny[@]+"${tiny[@]}"} --seconds 140 \
+run 110 kernels "$python" -m pytest -q ${many[@]+"${many[@]}"} tests/ops/test_on_gpu.py
+run 130 attention "$python" scripts/bench_attention.py ${tiny[@]+"${tiny[@]}"} --seconds 110 \
   --json "$results/attention.json" --plot "$results/attention.png"
-run 130 bench "$python" scripts/bench_decode.py --quick ${tiny[@]+"${tiny[@]}"} \
-  --json "$results/bench.json" --plot "$results/bench.png"
+run 150 llama "$python" scripts/bench_decode.py --gpu --only llama ${shape[@]+"${shape[@]}"} \
+  --seconds 120 --json "$results/llama.json"
+run 110 tests "$python" -m pytest -q -m "$unmarked" "${tests[@]}" --ignore tests/ops/test_on_gpu.py
+run 80 bench "$python" scripts/bench_decode.py --quick ${tiny[@]+"${tiny[@]}"} --only one-row \
+  eight-rows buffers bandwidth first-token --json "$results/bench.json" --plot "$results/bench.png"
 echo "Results: $results"
 exit $status

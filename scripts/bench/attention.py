@@ -125,16 +125,21 @@ def drawn(point: Point, seed: int) -> tuple[Any, Any]:
         if codecs is None:
             return jax.random.normal(key, (many, heads, page, dim), jnp.dtype(point.dtype))
         empty = codecs[which].empty(many, heads, page, dim, jnp.dtype(point.dtype))
-        step = jax.lax.bitcast_convert_type(jnp.bfloat16(0.02), jnp.uint16)
-
-        def leaf(x: Any) -> Any:
-            if x.dtype == jnp.uint8:
-                return jax.random.bits(key, x.shape, jnp.uint8) & jnp.uint8(0xBB)  # no NaN
-            return jnp.full(x.shape, step if x.dtype == jnp.uint16 else -8, x.dtype)
-
-        return jax.tree.map(leaf, empty)
+        return jax.tree.map(lambda x: full(x, key), empty)
 
     return fill(0, key), fill(1, jax.random.fold_in(key, 1))
+
+
+def full(x: Any, key: Any) -> Any:
+    """An array of a cache with anything in it: normal numbers, or codes, steps and zero points."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.random.normal(key, x.shape, x.dtype)
+    if x.dtype == jnp.uint8:
+        return jax.random.bits(key, x.shape, jnp.uint8) & jnp.uint8(0xBB)  # no NaN
+    if x.dtype == jnp.uint16:
+        step = jax.lax.bitcast_convert_type(jnp.bfloat16(0.02), jnp.uint16)
+        return jnp.full(x.shape, step, x.dtype)
+    return jnp.full(x.shape, -8, x.dtype) if x.dtype == jnp.int16 else x
 
 
 class Mine:

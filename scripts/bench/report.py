@@ -120,12 +120,46 @@ def _first_token(section: dict[str, Any]) -> tuple[Table, str]:
     return table, "The second process finds the programs of the first in JAX's compilation cache."
 
 
+def _llama(section: dict[str, Any]) -> tuple[Table, str]:
+    table = _table(
+        "Decode steps of Llama's shapes, random weights in bfloat16",
+        "",
+        "rows",
+        "slots",
+        "cache",
+        "ms per step",
+        "tokens/s",
+        "of the floor",
+        "attention",
+    )
+    for found in section["points"]:
+        names = [str(found[k]) for k in ("shape", "rows", "slots", "cache")]
+        if "why not" in found:
+            table.add_row(*names, "", "", "", found["why not"][:60])
+            continue
+        table.add_row(
+            *names,
+            f"{1e3 * found['seconds per step']:.2f}",
+            f"{found['tokens per second']:.0f}",
+            f"{found['share']:.0%}",
+            found.get("attention", ""),
+        )
+    note = (
+        "The floor: weights and cache, each read once at the "
+        f"{section['copy bandwidth'] / 1e9:.0f} GB/s at which this device copies."
+    )
+    if section["left out"]:
+        note += f"\n{len(section['left out'])} more were left out for want of time."
+    return table, note
+
+
 TABLES = {
     "one-row": _one_row,
     "eight-rows": _eight_rows,
     "buffers": _buffers,
     "bandwidth": _bandwidth,
     "first-token": _first_token,
+    "llama": _llama,
 }
 
 

@@ -118,6 +118,8 @@ class Transformers:
         length = prompts.shape[1]
 
         def watch(ids: Any, scores: Any, **_: Any) -> Any:
+            if ids.is_cuda:
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
             return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 

@@ -7,12 +7,17 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
+import bench_decode
 import jkv
+from bench import llama, report
 from bench.runners import TINY, Jkv, Shape, Trace, write_checkpoint
 from bench.sections import SECTIONS, _agreement, _curve, _ratios
+from jkv._pytree import nbytes
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "scripts" / "bench_decode.py"
@@ -95,3 +100,52 @@ def test_a_plot_needs_its_section(tmp_path):
     done = bench("--only", "buffers", "--plot", str(tmp_path / "x.png"))
     assert done.returncode == 2
     assert "--plot" in done.stderr
+
+
+@pytest.mark.slow
+def test_llama_steps(tmp_path, capsys, monkeypatch):
+    """On a CPU, at sizes of no use: every cache is timed, and torch's absence is said."""
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    target = tmp_path / "out.json"
+    options = ["--gpu", "--only", "llama", "--shape", "tiny", "--json", str(target)]
+    results = bench_decode.measure(bench_decode.parse(options), Console(stderr=True))
+    report.show(results, Console(width=110))
+    assert json.loads(target.read_text()) == results
+    found = results["sections"]["llama"]
+    points = {(p["cache"], p["rows"]): p for p in found["points"]}
+    assert len(points) == 2 * len(llama.KINDS) + 2
+    for cache in llama.KINDS:
+        for rows in (1, 8):
+            point = points[cache, rows]
+            assert point["tokens per second"] == pytest.approx(rows / point["seconds per step"])
+            assert point["share"] > 0
+            assert point["attention"] == "xla"
+    assert points[llama.THEIRS, 8]["why not"] == "torch is not installed"
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_no_llama_begins_when_the_time_is_up():
+    found = llama.measure(("tiny",), 0.0, lambda section, news: None)
+    assert found["points"] == []
+    assert len(found["left out"]) == 2 * len(llama.KINDS) + 2
+
+
+def test_bytes_of_a_llama_step():
+    """Llama 2 7B: 6.6e9 weights that are read; half a megabyte for each token."""
+    point = llama.Point("7b", "bfloat16", 8, 8192)
+    weights, cache = llama.bytes_of(point)
+    assert weights == 2 * (6_738_415_616 - 32000 * 4096)
+    assert cache == pytest.approx(8 * 8192 * 2**19, rel=0.01)
+    tied, _ = llama.bytes_of(llama.Point("1b", "bfloat16", 1, 8192))
+    assert tied == 2 * 1_235_814_400
+    eight, small = llama.bytes_of(llama.Point("8b", "int4", 1, 8192))
+    assert eight == 2 * (8_030_261_248 - 128256 * 4096)
+    assert small < 0.35 * 8192 * 2**17
+
+
+def test_llamas_weights_are_what_a_step_needs():
+    config = llama.SHAPES["tiny"]
+    made, wanted = llama.model(config), llama.outline(config)
+    assert nbytes(made) == nbytes(wanted)
+    spread = [float(leaf.std()) for leaf in jax.tree.leaves(made) if leaf.ndim == 2]
+    np.testing.assert_allclose(spread, 0.02, rtol=0.1)
