@@ -7,8 +7,8 @@ One decode step's attention of one layer: a token per row over caches that are f
 of a large array is timed, its bytes counted as read and written; what attention is compared with
 is reading the cache at that speed. Every form of cache, in rows and in pages; beside it, for
 bfloat16, what else there is: XLA, cuDNN, JAX's own decode kernel while it can be imported, and
-torch's, if torch is there. Each contender's result is compared with the reference first: one that
-is wrong is told, not timed.
+torch's own choice and FlashAttention, if torch is there. This library's result is compared with
+the reference first: where it is wrong that is told, not timed.
 
 Times are of many steps in one program, each over another part of a pool of caches that is larger
 than the chip's cache memory; the least of several rounds. --tiny tries the script on a CPU.

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
 import bench_attention
-from bench.attention import MOST, POOL, TINY, Grid, Mine, Point, drawn, measure, summary
+from bench.attention import (
+    FORMS,
+    MOST,
+    POOL,
+    TINY,
+    Grid,
+    Mine,
+    Point,
+    contenders,
+    drawn,
+    measure,
+    summary,
+)
+from jkv import ops
 from jkv._pytree import nbytes
 
 
@@ -49,9 +66,41 @@ def test_the_grid():
     assert len(set(points)) == len(points)
     sizes = {p: 4 * p.rows * p.slots * p.shape[1] * p.shape[2] for p in points}
     assert max(sizes.values()) <= MOST
-    assert {p.page for p in points if p.form == "bfloat16"} == {None, 16, 64}
-    assert {p.page for p in points if p.form != "bfloat16"} == {None, 64}
+    for form in FORMS:  # keys by channel have a step for 64 tokens
+        small = set() if form == "int4" else {16}
+        assert {p.page for p in points if p.form == form} == {None, 64} | small
+    assert {p.rows for p in points} == {1, 8, 64}
+    assert {p.slots for p in points} == {1024, 8192, 32768, 131072}
     assert POOL > 60e6  # the largest cache memory of a chip
+
+
+def test_who_takes_part():
+    """Nobody is left out in silence: who cannot says why."""
+    plain = Point("llama-3-8b", 1, 128, "bfloat16", None, shape=(4, 2, 64))
+    found = contenders(plain)
+    names = ["jkv", "jax.nn, xla", "jax.nn, cudnn", "pallas triton"]
+    assert list(found) == [*names, "torch sdpa", "torch flash", "flash_attn"]
+    assert found["flash_attn"].refusal() == "flash_attn is not installed"
+    for name in ("torch sdpa", "torch flash"):
+        assert found[name].refusal() in ("torch is not installed", "torch sees no GPU")
+    assert list(contenders(dataclasses.replace(plain, page=64))) == ["jkv"]
+
+
+@pytest.mark.parametrize("name", ["torch sdpa", "torch flash"])
+def test_torch_computes_the_same(name):
+    """Where torch is there, on the CPU."""
+    torch = pytest.importorskip("torch")
+    point = Point("llama-3-8b", 1, 128, "bfloat16", None, shape=(4, 2, 64))
+    contender: Any = contenders(point)[name]
+    made = np.random.default_rng(0)
+    q, k, v = (
+        made.standard_normal((1, n, s, 64), np.float32) for n, s in [(4, 1)] + 2 * [(2, 128)]
+    )
+    got = contender.step(*(torch.from_numpy(x) for x in (q, k, v)))[:, :, 0].numpy()
+    at = jnp.full((1, 1), 127)
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    want = ops.attention(jnp.swapaxes(q, 1, 2), k, v, positions=at).out[:, 0]
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(("form", "most"), [("int8", 0.53), ("fp8", 0.53), ("int4", 0.29)])
