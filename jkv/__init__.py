@@ -21,6 +21,7 @@ _HOME = {
     "init_cache": "jkv.cache",
     "near_far": "jkv.cache",
     "none": "jkv.cache",
+    "paged": "jkv.cache",
     "quantized": "jkv.cache",
     "sparse": "jkv.cache",
     "per_layer": "jkv.cache",

@@ -7,6 +7,7 @@ from jkv.cache.dense import Dense, dense, from_legacy
 from jkv.cache.evicting import Evicting, evicting
 from jkv.cache.init import init_cache
 from jkv.cache.none import none
+from jkv.cache.paged import Paged, copy_pages, paged
 from jkv.cache.per_layer import per_layer
 from jkv.cache.protocol import LayerCache, Step
 from jkv.cache.pyramid import pyramid
@@ -18,9 +19,11 @@ __all__ = [
     "Evicting",
     "LayerCache",
     "NearFar",
+    "Paged",
     "Step",
     "Window",
     "concat",
+    "copy_pages",
     "dense",
     "evicting",
     "fp8",
@@ -28,6 +31,7 @@ __all__ = [
     "init_cache",
     "near_far",
     "none",
+    "paged",
     "per_layer",
     "pyramid",
     "pytree",

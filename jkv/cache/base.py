@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from jkv import _pytree
 from jkv._axes import Array
 from jkv._pytree import pytree
+from jkv.cache import pages
 from jkv.cache.evicting import evicted
 from jkv.cache.protocol import Stack, Step, bound
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
@@ -32,6 +33,18 @@ class Cache:
     layers: tuple[Any, ...]  # of LayerCache
     lengths: Array  # [B] int32, tokens held by each row
     overflowed: Array  # [B] bool
+    tables: tuple[Array, ...] = ()  # [B, M] int32 for each group of layers of pages, -1 for none
+
+    @classmethod
+    def empty(cls, layers: Sequence[Any], batch: int, slots: int) -> Cache:
+        """A cache of new layers, of which those of pages get their tables."""
+        made, tables = pages.grouped(layers, batch, slots)
+        return cls(
+            layers=made,
+            lengths=jnp.zeros((batch,), jnp.int32),
+            overflowed=jnp.zeros((batch,), bool),
+            tables=tables,
+        )
 
     @property
     def batch(self) -> int:
@@ -42,6 +55,7 @@ class Cache:
     def capacity(self) -> int | None:
         """Tokens that a row can hold, None when it never runs full."""
         limits = [layer.capacity for layer in self.layers if layer.capacity is not None]
+        limits += map(pages.capacity, pages.pools(self.layers), self.tables)
         return min(limits, default=None)
 
     @property
@@ -71,7 +85,11 @@ class Cache:
         step, overflowed = self.admit(tokens.shape[1], counts)
         hidden, layers = stack(tokens, step, self.layers)
         return hidden, _pytree.replace(
-            self, layers=layers, lengths=step.stop, overflowed=overflowed
+            self,
+            layers=layers,
+            lengths=step.stop,
+            overflowed=overflowed,
+            tables=tuple(plan.table for plan in step.pages),
         )
 
     def expect(self, tokens: Array) -> None:
@@ -87,14 +105,22 @@ class Cache:
             )
 
     def admit(self, new: int, counts: Int[Array, " B"] | None) -> tuple[Step, Array]:
-        """The step for `new` tokens, none in a row that has no room for all, and the new flags."""
+        """The step for `new` tokens, none in a row that has no room for all, and the new flags.
+
+        Pages are found for all layers of a group at once.
+        """
         if counts is None:
             counts = jnp.full((self.batch,), new, jnp.int32)
         counts = jnp.clip(counts.astype(jnp.int32), 0, new)
         if self.capacity is None:
             return Step.after(self.lengths, counts, new), self.overflowed
         fits = ~self.overflowed & (self.lengths + counts <= self.capacity)
-        return Step.after(self.lengths, jnp.where(fits, counts, 0), new), ~fits
+        plans: tuple[Any, ...] = ()
+        if self.tables:
+            groups = pages.pools(self.layers)
+            plans, fits = pages.planned(groups, self.tables, self.lengths, counts, new, fits)
+        step = Step.after(self.lengths, jnp.where(fits, counts, 0), new)
+        return _pytree.replace(step, pages=plans), ~fits
 
     def check(self) -> Cache:
         """This cache, if no row has refused tokens and nothing was stored that cannot be.
@@ -107,10 +133,11 @@ class Cache:
         if len(full):
             raise CacheFullError(
                 f"the cache is full: rows {full.tolist()} had no room for their new tokens in "
-                f"{self.capacity} slots; nothing was written. Ask for more slots or fewer tokens"
+                f"{self.capacity} slots{', or no page was free' if self.tables else ''}; nothing "
+                "was written. Ask for more slots or fewer tokens"
             )
         for i, layer in enumerate(self.layers):
-            broken = np.flatnonzero(np.asarray(getattr(layer, "broken", ())))
+            broken = np.flatnonzero(self._broken(layer))
             if len(broken):
                 raise NonFiniteError(
                     f"layer {i} was given NaN or infinity as keys or values of rows "
@@ -118,6 +145,15 @@ class Cache:
                     "model's own activations, or use jkv.dense() to keep them as they are"
                 )
         return self
+
+    def _broken(self, layer: Any) -> np.ndarray:
+        """Rows [B] of which a layer holds what cannot be rounded."""
+        broken = getattr(layer, "broken", None)
+        broken = np.zeros((0,), bool) if broken is None else np.asarray(broken)
+        if not hasattr(layer, "pool") or not broken.any():
+            return broken
+        table = np.asarray(self.tables[layer.group])
+        return np.any((table >= 0) & broken[np.maximum(table, 0)], axis=1)
 
     def crop(self, lengths: Any) -> Cache:
         """Roll rows back to their first `lengths` tokens; a row that is shorter stays as it is.
@@ -135,8 +171,14 @@ class Cache:
         wanted = _per_row(lengths, self.batch, "crop")
         new = jnp.minimum(jnp.maximum(wanted, 0), self.lengths)
         layers = tuple(layer.crop(self.lengths, new) for layer in self.layers)
+        tables = tuple(
+            pages.cropped(pool, table, self.lengths, new)
+            for pool, table in zip(pages.pools(self.layers), self.tables, strict=True)
+        )
         overflowed = self.overflowed & (new == self.lengths)
-        return _pytree.replace(self, layers=layers, lengths=new, overflowed=overflowed)
+        return _pytree.replace(
+            self, layers=layers, lengths=new, overflowed=overflowed, tables=tables
+        )
 
     def take(self, rows: Any) -> Cache:
         """Reorder, repeat or drop rows: row r of the result is row ``rows[r]`` of this cache.
@@ -153,10 +195,13 @@ class Cache:
             layers=tuple(layer.take(at) for layer in self.layers),
             lengths=self.lengths[at],
             overflowed=self.overflowed[at],
+            tables=tuple(table[at] for table in self.tables),
         )
 
     def fork(self, count: Any) -> Cache:
         """Every row `count` times, copies next to each other: prefill once, go on many ways.
+
+        Rows share their pages, if it is a cache of pages: `resize` makes more of these.
 
         Raises:
             ValueError: `count` is no integer of at least 1.
@@ -186,16 +231,31 @@ class Cache:
         slots = room if slots is None else _integer("convert", "slots", slots)
         if slots < held:
             raise CacheFullError(f"convert got slots={slots} for rows of up to {held} tokens")
-        step = Step.after(jnp.zeros_like(self.lengths), self.lengths, held)
         layers = []
-        for i, (keys, values) in enumerate(pairs):
+        for i, (keys, _) in enumerate(pairs):
             batch, heads, _, dim = keys.shape
             kind = to if config is None else bound(to, config, i)
-            layer = kind.init(batch, slots, heads, dim, keys.dtype)
-            if held:
-                layer = layer.put(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), step)
-            layers.append(layer)
-        return _pytree.replace(self, layers=tuple(layers))
+            layers.append(kind.init(batch, slots, heads, dim, keys.dtype))
+        made = Cache.empty(layers, self.batch, slots)
+        if any(pool.managed for pool in pages.pools(made.layers)):
+            raise UnsupportedError(
+                "convert got a kind of managed pages, of which none are named yet; expected "
+                "jkv.paged() without managed=True"
+            )
+        flags, lengths, tables = self.overflowed, self.lengths, made.tables
+        layers = made.layers
+        if held:
+            step, refused = made.admit(held, self.lengths)
+            layers = tuple(
+                layer.put(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), step)
+                for layer, (keys, values) in zip(layers, pairs, strict=True)
+            )
+            # Where pages run out, rows are refused.
+            flags, lengths = flags | refused, step.stop
+            tables = tuple(plan.table for plan in step.pages)
+        return _pytree.replace(
+            self, layers=layers, lengths=lengths, overflowed=flags, tables=tables
+        )
 
     def evict(self, budget: Any, score: Any = None) -> Cache:
         """The best `budget` tokens of each row and head, in an evicting cache.
@@ -211,7 +271,7 @@ class Cache:
             UnsupportedError: a cache that has let go of tokens in its own way.
             ValueError: a larger budget than an evicting cache has, or another score.
         """
-        return evicted(self, budget, score)
+        return _pytree.replace(evicted(self, budget, score), tables=())
 
     def requantise(self, to: Any) -> Cache:
         """What has been rounded, rounded in another form; layers and tokens that are exact stay so.
@@ -223,19 +283,20 @@ class Cache:
             TypeError: `to` is no such kind.
             UnsupportedError: no layer rounds what it keeps: `convert` is for those.
         """
-        if not any(hasattr(layer, "requantise") for layer in self.layers):
+        rounding = [hasattr(x, "requantise") and getattr(x, "rounds", True) for x in self.layers]
+        if not any(rounding):
             raise UnsupportedError(
                 "requantise got a cache of which no layer rounds what it keeps; expected one of "
                 "jkv.quantized or the like. Use cache.convert(to) to round an exact cache"
             )
         layers = tuple(
-            layer.requantise(to, self.lengths) if hasattr(layer, "requantise") else layer
-            for layer in self.layers
+            layer.requantise(to, self.lengths) if rounds else layer
+            for layer, rounds in zip(self.layers, rounding, strict=True)
         )
         return _pytree.replace(self, layers=layers)
 
     def resize(self, slots: Any) -> Cache:
-        """The same tokens in buffers of `slots` slots.
+        """The same tokens in buffers of `slots` slots, and pages for as many in each row.
 
         Raises:
             ValueError: `slots` is no integer of at least 1.
@@ -253,11 +314,27 @@ class Cache:
                 f"resize got {slots} slots under jit, fewer than the {self.capacity} there are; "
                 "whether the rows still fit is only known outside of it"
             )
-        return _pytree.replace(self, layers=tuple(layer.resize(slots) for layer in self.layers))
+        groups = pages.pools(self.layers)
+        tables = [
+            pages.resized(pool, table, slots)
+            for pool, table in zip(groups, self.tables, strict=True)
+        ]
+        layers, renamed = pages.repooled(
+            [layer.resize(slots) for layer in self.layers],
+            tables,
+            pages.elastic_counts(groups, tables),
+        )
+        return _pytree.replace(self, layers=layers, tables=renamed)
+
+    def pair(self, layer: Any) -> tuple[Array, Array]:
+        """Keys and values of one of the layers, each ``[B, K, S, H]``."""
+        if hasattr(layer, "pool"):
+            return layer.to_legacy(self.lengths, self.tables[layer.group])
+        return layer.to_legacy(self.lengths)
 
     def to_legacy(self) -> tuple[tuple[Array, Array], ...]:
         """Per layer (keys, values), each ``[B, K, S, H]``, cut to the longest row if known."""
-        pairs = tuple(layer.to_legacy(self.lengths) for layer in self.layers)
+        pairs = tuple(map(self.pair, self.layers))
         if isinstance(self.lengths, Tracer):
             return pairs
         longest = int(np.max(np.asarray(self.lengths), initial=0))
@@ -284,13 +361,16 @@ def concat(caches: Any) -> Cache:
     if len({_signature(c) for c in caches}) > 1:
         raise ValueError(f"concat got caches of different kinds or shapes: {caches}")
     first, rest = caches[0], caches[1:]
+    layers = [layer.concat([c.layers[i] for c in rest]) for i, layer in enumerate(first.layers)]
+    tables = pages.joined([pages.pools(c.layers) for c in caches], [c.tables for c in caches])
+    counts = pages.elastic_counts(pages.pools(layers), tables)
+    made, renamed = pages.repooled(layers, tables, counts)
     return _pytree.replace(
         first,
-        layers=tuple(
-            layer.concat([c.layers[i] for c in rest]) for i, layer in enumerate(first.layers)
-        ),
+        layers=made,
         lengths=jnp.concatenate([c.lengths for c in caches]),
         overflowed=jnp.concatenate([c.overflowed for c in caches]),
+        tables=renamed,
     )
 
 

@@ -419,7 +419,7 @@ def evicted(cache: Any, budget: Any, score: Any = None) -> Any:
             layers.append(layer.evict(cache.lengths, evicting(budget, layer.score).budget))
             continue
         kind = evicting(budget, _scores.key_norm if score is None else score)
-        keys, values = layer.to_legacy(cache.lengths)
+        keys, values = cache.pair(layer)
         if not isinstance(cache.lengths, Tracer):
             held = max(int(np.max(np.asarray(cache.lengths), initial=0)), 1)
             keys, values = keys[:, :, :held], values[:, :, :held]

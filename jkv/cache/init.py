@@ -43,12 +43,8 @@ def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: 
         )
     if hasattr(kind, "init_cache"):
         return kind.init_cache(config, batch, slots, dtype)
-    layers = tuple(
+    layers = [
         bound(kind, config, i).init(batch, slots, config.kv_heads, config.head_dim, dtype)
         for i in range(config.layers)
-    )
-    return Cache(
-        layers=layers,
-        lengths=jnp.zeros((batch,), jnp.int32),
-        overflowed=jnp.zeros((batch,), bool),
-    )
+    ]
+    return Cache.empty(layers, batch, slots)

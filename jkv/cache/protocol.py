@@ -23,6 +23,7 @@ class Step:
     positions: Array  # [B, T] int32
     start: Array  # [B] int32, tokens in the row before this pass
     stop: Array  # [B] int32, and after it
+    pages: tuple[Any, ...] = ()  # a `pages.Plan` for each group of layers of pages
 
     @classmethod
     def after(cls, start: Int[Array, " B"], counts: Int[Array, " B"], new: int) -> Step:

@@ -21,6 +21,7 @@ from jkv.cache.compressed import fp8, near_far, quantized, sparse
 from jkv.cache.dense import dense
 from jkv.cache.evicting import evicting
 from jkv.cache.none import none
+from jkv.cache.paged import paged
 from jkv.cache.per_layer import per_layer
 from jkv.cache.pyramid import pyramid
 from jkv.cache.window import window
@@ -110,6 +111,11 @@ def _rounded(bits: int, says: str) -> Form:
     return Form(functools.partial(quantized, bits), says, arguments=_ROUNDED)
 
 
+def _in_pages(codec: str | None = None, **more: Any) -> Any:
+    bits = {"int8": 8, "int4": 4, "int2": 2}.get(codec or "")
+    return paged(bits=bits, codec=fp8() if codec == "fp8" else None, **more)
+
+
 # A new kind is one entry here.
 FORMS: dict[str, Form] = {
     "dense": Form(
@@ -150,6 +156,17 @@ FORMS: dict[str, Form] = {
         "the largest channels of each token, as a share of all; rounded too, if wanted",
         examples=(":0.25", ":0.25,int8"),
         arguments={"keep": _REAL, "bits": _words(int8=8, int4=4), "residual": _COUNT},
+        bare=2,
+    ),
+    "paged": Form(
+        _in_pages,
+        "every token, in pages of N that rows share and copy on write; rounded, if wanted",
+        examples=("", ":16,int8"),
+        arguments={
+            "page": _COUNT,
+            "codec": _words(int8="int8", int4="int4", int2="int2", fp8="fp8"),
+            "pages": _COUNT,
+        },
         bare=2,
     ),
     "evict": Form(

@@ -1,0 +1,342 @@
+"""Pages that rows share: a pool per layer, and one block table for all layers of a group."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jkv import ops
+from jkv._axes import Array
+from jkv._pytree import pytree, replace, static
+from jkv.cache import pages
+from jkv.cache.base import Cache
+from jkv.cache.compressed import NearFarKind
+from jkv.cache.pages import Plan, Pool
+from jkv.cache.protocol import Step, check_heads
+from jkv.cache.ring import chunk
+from jkv.errors import UnsupportedError
+from jkv.ops.encoded import Affine, Encoded
+from jkv.ops.paged_attention.reference import gathered
+from jkv.ops.pages import copy, write_tokens
+
+
+@pytree
+class Paged:
+    """A layer's keys and values in pages, which rows have by their cache's block table.
+
+    Pages have no axis of rows: all that is done to rows is done to the table. A page in a codec's
+    form holds tokens that are encoded one by one, so that each is rounded once, whoever the page is
+    copied for. New tokens see each other before they are rounded.
+    """
+
+    k_pages: Any  # [P, K, page, H], or Encoded
+    v_pages: Any  # [P, K, page, H], or Encoded
+    broken: Array | None  # [P] bool, encoded pages that were given NaN or infinity
+    dtype: str = static()
+    window: int | None = static(default=None)  # of the model, in this layer
+    managed: bool = static(default=False)
+    elastic: bool = static(default=True)
+    group: int = static(default=0)  # whose table it is
+
+    @property
+    def pool(self) -> Pool:
+        """What is the same in all layers of a group."""
+        count, _, page, _ = self.k_pages.shape
+        return Pool(page, count, self.window, self.managed, self.elastic)
+
+    @property
+    def capacity(self) -> None:
+        """The table has it."""
+        return None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the pages are in a codec's form."""
+        return self.broken is not None
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        step: Step,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Float[Array, "B T N H"], Paged]:
+        """Attention over the pages and the new tokens as they are, and the cache with all.
+
+        Raises:
+            ValueError: keys of other heads than the cache was made for.
+            UnsupportedError: a step without pages: a layer alone has no table.
+        """
+        options = {"scale": scale, "window": window, "softcap": softcap}
+        plan, one = self._plan(step), q.shape[1] == 1
+        if one or (self.window is None and not self.rounds):
+            # Written first, nothing is ever copied. One token sees no page that leaves its window.
+            stored = self.put(k, v, step)
+            if not self.rounds:
+                part = stored._read(q, step, plan.table, step.stop, options)
+            else:
+                old = stored._read(q, step, plan.table, step.start, options)
+                part = ops.merge(old, chunk(q, k, v, step, **options))
+            return part.out.astype(q.dtype), stored
+        old = self._read(q, step, plan.before, step.start, options)
+        out = ops.merge(old, chunk(q, k, v, step, **options)).out
+        # The pages that leave the window with these tokens may be written by others.
+        return out.astype(q.dtype), self._put(k, v, plan, ops.after(plan.into, out))
+
+    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Paged:
+        """Each new token in the page that the step has for it.
+
+        Raises:
+            ValueError: keys of other heads than the cache was made for.
+            UnsupportedError: a step without pages.
+        """
+        plan = self._plan(step)
+        return self._put(k, v, plan, plan.into)
+
+    def _plan(self, step: Step) -> Plan:
+        if not step.pages:
+            raise UnsupportedError(
+                "a layer of pages has no table of its own: expected a step of the cache that it "
+                "belongs to; call the cache's advance, as a model does"
+            )
+        return step.pages[self.group]
+
+    def _put(self, k: Array, v: Array, plan: Plan, into: Array) -> Paged:
+        check_heads(self.k_pages, k)
+        put = functools.partial(write_tokens, at=plan.at, source=plan.source, into=into)
+        broken = self.broken
+        if broken is not None:
+            # By single numbers, of which there are few: one for each page that is written.
+            fine = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=(2, 3))
+            rows = jnp.arange(len(fine))[:, None, None]
+            new = jnp.any(~fine[rows, jnp.maximum(plan.at, 0)] & (plan.at >= 0), axis=2)
+            begun = plan.at[:, :, 0] < 0  # the source's tokens come first
+            bad = new | (begun & broken[jnp.maximum(plan.source, 0)])
+            at = jnp.where(into < 0, len(broken), into)
+            broken = broken.at[at].set(bad, mode="drop")
+        return replace(
+            self, k_pages=put(self.k_pages, k), v_pages=put(self.v_pages, v), broken=broken
+        )
+
+    def _read(
+        self, q: Array, step: Step, table: Array, count: Array, options: dict[str, Any]
+    ) -> ops.Partial:
+        return ops.paged_attention(
+            q,
+            self.k_pages,
+            self.v_pages,
+            table,
+            positions=step.positions,
+            lengths=count,
+            **options,
+        )
+
+    def take(self, rows: Int[Array, " R"]) -> Paged:
+        """The same: rows are in the table."""
+        del rows
+        return self
+
+    def resize(self, slots: int) -> Paged:
+        """The same: the table grows, and the cache has its pools follow."""
+        del slots
+        return self
+
+    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Paged:
+        """The same: the table lets go of pages."""
+        del held, lengths
+        return self
+
+    def concat(self, others: Sequence[Paged]) -> Paged:
+        """The pages of all."""
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, *others)
+
+    def to_legacy(
+        self, lengths: Int[Array, " B"], table: Int[Array, "B M"] | None = None
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Keys and values of the rows of a table, in order.
+
+        Raises:
+            UnsupportedError: no table, or one whose pages have left a window.
+        """
+        if table is None:
+            raise UnsupportedError(
+                "a layer of pages has no table of its own; call to_legacy of the cache"
+            )
+        pages.check_whole(self.pool, table, lengths)
+        keys, values = (gathered(x, table).astype(self.dtype) for x in (self.k_pages, self.v_pages))
+        return keys, values
+
+    def requantise(self, to: Any, lengths: Int[Array, " B"]) -> Paged:
+        """The same pages in another codec's form, all of them; exact ones stay as they are.
+
+        Raises:
+            TypeError: no kind of pages that rounds.
+            ValueError: pages of another size.
+        """
+        del lengths
+        if not self.rounds:
+            return self
+        if not isinstance(to, PagedKind) or to.keys is None:
+            raise TypeError(
+                f"requantise got {to!r:.60} for pages; expected a kind of pages that rounds, such "
+                "as jkv.paged(bits=4)"
+            )
+        count, heads, page, dim = self.k_pages.shape
+        if to.page != page:
+            raise ValueError(
+                f"requantise got pages of {to.page} tokens for pages of {page}; expected the same"
+            )
+        each = jnp.broadcast_to(jnp.arange(page, dtype=jnp.int32)[None], (count, page))
+
+        def again(old: Encoded, codec: Any) -> Encoded:
+            empty = codec.empty(count, heads, page, dim, self.dtype)
+            return empty.put(jnp.swapaxes(old.decode(), 1, 2), each)
+
+        return replace(
+            self, k_pages=again(self.k_pages, to.keys), v_pages=again(self.v_pages, to.values)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedKind:
+    """See `paged`."""
+
+    page: int = 16
+    pages: int | None = None
+    keys: Any = None  # Codec, or None for the model's dtype
+    values: Any = None
+    managed: bool = False
+    window: int | None = None  # of the layer, once bound to it
+
+    def bind(self, config: Any, layer: int) -> PagedKind:
+        """The kind for one layer: with the model's own window, outside of which pages are freed."""
+        own = config.window(layer) if hasattr(config, "window") else None
+        return dataclasses.replace(self, window=own)
+
+    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Paged:
+        """An empty layer: pages of zeros that are nobody's."""
+        width = pages.columns(self.page, slots)
+        needed = batch * pages.pages_of_row(Pool(self.page, 0, self.window), width)
+        count = needed if self.pages is None else self.pages
+        if self.window is not None and not self.managed:
+            count = min(count, needed)  # more are never used
+
+        def empty(codec: Any) -> Any:
+            if codec is None:
+                return jnp.zeros((count, kv_heads, self.page, head_dim), dtype)
+            return codec.empty(count, kv_heads, self.page, head_dim, dtype)
+
+        return Paged(
+            k_pages=empty(self.keys),
+            v_pages=empty(self.values),
+            broken=None if self.keys is None else jnp.zeros((count,), bool),
+            dtype=jnp.dtype(dtype).name,
+            window=self.window,
+            managed=self.managed,
+            elastic=self.pages is None and not self.managed,
+        )
+
+
+def paged(
+    page: Any = 16,
+    bits: Any = None,
+    *,
+    pages: Any = None,
+    codec: Any = None,
+    managed: Any = False,
+) -> PagedKind:
+    """Every token, in pages of `page` tokens that rows share and copy on write (Kwon et al. 2023,
+    arXiv:2309.06180).
+
+    A row takes a page when its next token needs one. Forks share what they have in common, and a
+    row gets a copy of a shared page when it writes to it. Rows that are cropped, or dropped by
+    `take`, give pages back; layers with a window of the model's own free those that have left it.
+
+    A row for which there is no page takes none of its tokens and raises its flag, as one that is
+    full does. With ``pages=None`` there are always enough for the rows that the cache was made for;
+    after `fork`, which makes more rows and no pages, `resize` makes enough for all again.
+
+    Args:
+        page: tokens of a page.
+        bits: 8, 4 or 2, to round keys and values; in the model's dtype by default.
+        pages: in each layer; by default as many as all rows need when they are full.
+        codec: another form of the tokens, such as `jkv.fp8()`: a kind that rounds them one by one
+            and keeps none exact, or a codec of `jkv.ops.encoded`.
+        managed: take and free no pages. Whoever holds the cache gives it tables (``cache.tables``,
+            one for each group of layers that see as far, ``[B, M]``, -1 for no page) in which every
+            page that a pass will write to is named, and is nobody else's. Tables, lengths and flags
+            may be of other rows in each pass, and of any number of them.
+
+    Raises:
+        TypeError: a codec that is none.
+        ValueError: numbers below 1, bits that there is no codec for, both bits and a codec, or one
+            that encodes several tokens together.
+    """
+    for name, value in (("page", page), ("pages", pages)):
+        plain = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not (plain and value >= 1) and not (value is None and name == "pages"):
+            raise ValueError(f"paged got {name}={value!r}; expected an integer of at least 1")
+    if not isinstance(managed, bool):
+        raise TypeError(f"paged got managed={managed!r}; expected True or False")
+    if bits is not None and codec is not None:
+        raise ValueError(f"paged got bits={bits!r} and codec={codec!r:.60}; expected one of them")
+    if bits is not None:
+        codec = Affine(bits=bits, axis="token", group=None if bits == 8 else 64)
+    keys, values = _codecs(codec)
+    return PagedKind(int(page), None if pages is None else int(pages), keys, values, managed)
+
+
+def _codecs(codec: Any) -> tuple[Any, Any]:
+    """Of keys and of values."""
+    if codec is None:
+        return None, None
+    kind = codec
+    if not isinstance(codec, NearFarKind):
+        if isinstance(codec, type) or not (hasattr(codec, "unit") and hasattr(codec, "empty")):
+            raise TypeError(
+                f"paged got codec={codec!r:.60}; expected a kind that rounds, such as jkv.fp8(), "
+                "or a codec"
+            )
+        kind = NearFarKind(keys=codec, values=codec)
+    if kind.recent or kind.keys.unit > 1 or kind.values.unit > 1:
+        together = max(kind.keys.unit, kind.values.unit)
+        raise ValueError(
+            f"paged got codec={codec!r:.200}, which encodes {together} tokens together and keeps "
+            f"{kind.recent} exact; expected one for single tokens, of all of them. Use "
+            "paged(bits=4), or jkv.quantized(bits=4, key_axis='token', residual=0)"
+        )
+    return kind.keys, kind.values
+
+
+@functools.partial(jax.jit, static_argnames="group", donate_argnums=0)
+def copy_pages(
+    cache: Cache, source: Int[Array, " N"], into: Int[Array, " N"], group: int = 0
+) -> Cache:
+    """The cache, which is donated, with pages ``into[n]`` as copies of ``source[n]``.
+
+    In all layers of a group; tables stay as they are. For whoever manages the pages.
+
+    Args:
+        cache: whose pages.
+        source: their numbers, -1 for none, of which any are read before any are written.
+        into: numbers of the copies, distinct.
+        group: of layers.
+    """
+
+    def copied(layer: Any) -> Any:
+        if not isinstance(layer, Paged) or layer.group != group:
+            return layer
+        return copy(layer, source, into)
+
+    return replace(cache, layers=tuple(map(copied, cache.layers)))
