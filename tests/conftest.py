@@ -26,6 +26,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long runs are for those who ask for them."""
+    if os.environ.get("JKV_SOAK") != "1":
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(pytest.mark.skip(reason="a long run: set JKV_SOAK=1"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Checkpoints and texts too big for the repository, in `shared/` beside it.
