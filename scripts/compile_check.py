@@ -48,6 +48,21 @@ class Case:
     dtype: str = "float32"
 
 
+@dataclasses.dataclass(frozen=True)
+class Paged:
+    """A decode loop over pages, of attention alone: each step writes a page and looks at all."""
+
+    form: str  # one of `forms_of_pages`
+    page: int
+    batch: int
+    groups: int
+    slots: int = 32768
+    kv_heads: int = 8
+    head_dim: int = 128
+    layers: int = 2
+    dtype: str = "bfloat16"
+
+
 # Layers of a large model that fit beside their caches, where not all do.
 MOST_LAYERS = {"v5e": 8}
 # Shapes of models that people run, 8 rows of 8192 tokens.
@@ -93,14 +108,15 @@ class Report:
         return self.share < 0.1 and self.copies == 0
 
 
-def measure(case: Case, sharding: Any = None, platform: str = "cpu") -> Report:
+def measure(case: Case | Paged, sharding: Any = None, platform: str = "cpu") -> Report:
     """Compile the case, for the devices of `sharding` if one is given."""
     import jax
 
     from jkv._pytree import nbytes
     from jkv.ops import choice
 
-    function, arguments, cache = program(case)
+    make: Any = program if isinstance(case, Case) else paged_program
+    function, arguments, cache = make(case)
 
     def placed(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -160,11 +176,95 @@ def program(case: Case) -> tuple[Any, Any, Any]:
     return decode, shapes, shapes[1].cache
 
 
+def forms_of_pages() -> dict[str, Any]:
+    """Codecs of keys and values in pages by name; None is as they are."""
+    from jkv.ops.encoded import Affine, Float8
+
+    return {
+        "exact": None,
+        "int8": (Affine(8), Affine(8)),
+        "int4": (Affine(4, axis="channel", group=64), Affine(4)),
+        "int4 by token": (Affine(4), Affine(4)),
+        "fp8": (Float8(), Float8()),
+    }
+
+
+def paged_program(case: Paged) -> tuple[Any, Any, Any]:
+    """As `program`, for pages: keys and values of all layers, and tables of the rows' pages.
+
+    A token goes into its page while that is on its way into the chip; keys that are encoded some
+    tokens at a time are written so, whenever their last is there.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jkv.ops import paged_attention
+    from jkv.ops.encoded import Encoded
+
+    columns, heads = case.slots // case.page, case.kv_heads * case.groups
+    sizes = (case.batch * columns, case.kv_heads, case.page, case.head_dim)
+    codecs = forms_of_pages()[case.form] or (None, None)
+    units = [1 if codec is None else codec.unit for codec in codecs]
+
+    def pool(codec: Any) -> Any:
+        dtype = jnp.dtype(case.dtype)
+        return jnp.zeros(sizes, dtype) if codec is None else codec.empty(*sizes, dtype)
+
+    def put(pages: Any, unit: int, tokens: Any, table: Any, length: Any) -> Any:
+        at = jnp.take_along_axis(table, length[:, None] // case.page, axis=1)[:, 0]
+        inside = length % case.page
+        if isinstance(pages, Encoded):
+            tokens = jnp.repeat(tokens, unit, axis=1)
+            whole = jnp.where((inside + 1) % unit == 0, inside // unit, -1)
+            new: Any = pages.take(at).put(tokens, whole[:, None])
+        else:
+            own = jnp.arange(case.page)[None, None, :, None] == inside[:, None, None, None]
+            new = jnp.where(own, jnp.swapaxes(tokens, 1, 2).astype(pages.dtype), pages[at])
+        return jax.tree.map(lambda old, one: old.at[at].set(one, unique_indices=True), pages, new)
+
+    def step(_: Any, state: Any) -> Any:
+        layers, table, length, x = state
+        after = []
+        for pools in layers:
+            new = jnp.mean(x.reshape(case.batch, 1, case.kv_heads, case.groups, -1), axis=3)
+            k, v = (put(p, u, new, table, length) for p, u in zip(pools, units, strict=True))
+            options = {"positions": length[:, None], "lengths": length + 1}
+            x = paged_attention(x, k, v, table, **options).out.astype(case.dtype)
+            after.append((k, v))
+        return after, table, length + 1, x
+
+    def arguments() -> Any:
+        layers = [tuple(pool(codec) for codec in codecs) for _ in range(case.layers)]
+        table = jnp.zeros((case.batch, columns), jnp.int32)
+        x = jnp.zeros((case.batch, 1, heads, case.head_dim), case.dtype)
+        return layers, table, jnp.zeros((case.batch,), jnp.int32), x
+
+    shapes = jax.eval_shape(arguments)
+    decode = jax.jit(lambda state: jax.lax.fori_loop(0, 32, step, state), donate_argnums=0)
+    return decode, (shapes,), shapes[0]
+
+
 def count_copies(text: str, size: int) -> int:
-    """How many `copy` operations of exactly `size` elements a compiled program holds."""
-    # An asynchronous copy has a tuple of shapes, of which the first is where it goes.
-    shapes = re.findall(r"= \(?\w+\[([\d,]*)\][^=\n]* copy(?:-start)?\(", text)
-    return sum(math.prod(int(n) for n in shape.split(",") if n) == size for shape in shapes)
+    """How many `copy` operations of exactly `size` elements a compiled program holds.
+
+    A fusion whose result is its operand, under the name of another tiling, moves nothing; nor does
+    a computation that nobody calls.
+    """
+    calls = re.findall(
+        r"(output_to_operand_aliasing=\{\{\}: \(0, \{\}\)\}, )?calls=(%[\w.-]+)", text
+    )
+    moving = {name for aliased, name in calls if not aliased}
+    count, counted = 0, True
+    for line in text.splitlines():
+        if found := re.match(r"(%copy_fusion[\w.]*) \(", line):
+            counted = found.group(1) in moving
+        elif line.startswith("}"):
+            counted = True
+        # An asynchronous copy has a tuple of shapes, of which the first is where it goes.
+        shape = re.search(r"= \(?\w+\[([\d,]*)\][^=\n]* copy(?:-start)?\(", line)
+        if shape and counted:
+            count += math.prod(int(n) for n in shape.group(1).split(",") if n) == size
+    return count
 
 
 def devices(target: str, textproto: Path) -> dict[str, Any]:
@@ -224,6 +324,26 @@ def kinds_of(target: str, slots: int) -> dict[str, Any]:
     return kinds
 
 
+def paged_cases(target: str) -> dict[str, Paged]:
+    """Loops over pages by name, of sizes that people have.
+
+    Numbers of 8 bits and less in small pages are no block of a TPU's memory: there pages are as
+    large as a tile, see `jkv.ops.paged_attention.mosaic_tpu`.
+    """
+    dtype = "float32" if target == "cpu" else "bfloat16"
+    found = {}
+    for form, codecs in forms_of_pages().items():
+        unit = max((codec.unit for codec in codecs or ()), default=1)
+        least = 128 if target == "tpu" and codecs else unit
+        for page in (16, 64, 128) if target == "tpu" else (16, 64):
+            if page < least:
+                continue
+            for batch, groups in ((1, 1), (8, 4)):
+                name = f"{form} in pages of {page} B={batch} G={groups}"
+                found[name] = Paged(form, page, batch, groups, dtype=dtype)
+    return found
+
+
 def cases(target: str, shape: str | None = None) -> dict[str, Case]:
     """What is compiled, by name; sizes are no cost, nothing of this is ever allocated.
 
@@ -281,6 +401,13 @@ def main() -> int:
     parser.add_argument("--target", choices=TARGETS, default="cpu")
     parser.add_argument("--shape", choices=SHAPES, help="the whole of such a model")
     parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="cases whose names have one of these",
+    )
+    parser.add_argument(
         "--textproto",
         type=Path,
         default=ROOT.parent / "shared" / "hardware" / "h200.textproto",
@@ -303,18 +430,23 @@ def main() -> int:
 
     failed = 0
     print(
-        f"{'device':8}{'decode loop':34}{'cache':>11}{'temporaries':>13}{'share':>9}{'copies':>8}"
+        f"{'device':8}{'decode loop':38}{'cache':>11}{'temporaries':>13}{'share':>9}{'copies':>8}"
         "  attention"
     )
     for device, sharding in shardings.items():
-        for name, case in cases(arguments.target, arguments.shape).items():
+        wanted: dict[str, Any] = cases(arguments.target, arguments.shape)
+        if not arguments.shape:
+            wanted |= paged_cases(arguments.target)
+        for name, case in wanted.items():
+            if not any(text in name for text in arguments.only):
+                continue
             if arguments.shape:
                 layers = min(case.layers, MOST_LAYERS.get(device, case.layers))
                 case = dataclasses.replace(case, layers=layers)
             report = measure(case, sharding, TARGETS[arguments.target])
             failed += not report.free
             print(
-                f"{device:8}{name:34}{report.cache / 2**20:>7.0f} MiB"
+                f"{device:8}{name:38}{report.cache / 2**20:>7.0f} MiB"
                 f"{report.temporaries / 2**20:>9.1f} MiB{report.share:>9.1%}{report.copies:>8}"
                 f"  {report.attention}" + ("" if report.free else "  A SECOND CACHE"),
                 flush=True,

@@ -38,6 +38,13 @@ def test_decode_loop(name):
     assert report.share < 0.1, report
 
 
+@pytest.mark.parametrize(("form", "page"), [("exact", 16), ("int4", 64)])
+def test_pages(form, page):
+    report = check.measure(check.paged_cases("cpu")[f"{form} in pages of {page} B=8 G=4"])
+    assert report.copies == 0, report
+    assert report.share < 0.1, report
+
+
 @pytest.mark.parametrize("name", ["dense", "window", "int8", "int4"])
 def test_prefill_copies_nothing(name):
     """A chunk's activations are temporaries, and no share of the cache; copies there are none."""
@@ -88,6 +95,21 @@ def test_copies_are_counted():
     """
     assert check.count_copies(text, 4 * 128 * 64) == 3
     assert check.count_copies(text, 4 * 128) == 1
+
+
+def test_a_copy_that_is_none_is_not_counted():
+    """In place, under another tiling's name; and one that is."""
+    text = """
+%copy_fusion.1 (input.1: u8[32,128]) -> u8[32,128] {
+  ROOT %copy.1 = u8[32,128]{1,0:T(8,128)(4,1)} copy(%input.1)
+}
+%copy_fusion.2 (input.2: u8[32,128]) -> u8[32,128] {
+  ROOT %copy.2 = u8[32,128]{1,0:T(8,128)(4,1)} copy(%input.2)
+}
+  %f = u8[32,128]{1,0} fusion(%p), kind=kLoop, ALIASED, calls=%copy_fusion.1
+  %g = u8[32,128]{1,0} fusion(%p), kind=kLoop, calls=%copy_fusion.2
+    """.replace("ALIASED", "output_to_operand_aliasing={{}: (0, {})}")
+    assert check.count_copies(text, 32 * 128) == 1
 
 
 @pytest.mark.tpu_compile

@@ -416,8 +416,23 @@ def test_what_is_for_the_kernel():
 
 
 @pytest.mark.parametrize(
+    ("codecs", "least"), [((Affine(8), Affine(8)), 128), ((Float8(), Float8()), 128), (INT4, 128)]
+)
+def test_pages_of_codes(codecs, least):
+    """What is said of small pages is so: those of that size are read."""
+
+    def chosen(page):
+        pages = [form(codec, page) for codec in codecs]
+        call: Any = {"positions": shape(1, 1), "lengths": shape(1), "platform": "tpu"}
+        return ops.explain_paged(shape(1, 1, 2, 64), *pages, shape(1, 8), **call)
+
+    assert f"in pages of multiples of {least}" in chosen(least // 2).refused["mosaic_tpu"]
+    assert chosen(least).name == "mosaic_tpu"
+
+
+@pytest.mark.parametrize(
     ("page", "dim", "table", "why"),
-    [(16, 64, 8, "a multiple of 128"), (4, 128, 8, "a multiple of 8"), (16, 128, 2**18, "a block")],
+    [(16, 64, 8, "multiples of 128"), (4, 128, 8, "multiples of 8"), (16, 128, 2**18, "a block")],
 )
 def test_pages_that_are_not_for_the_kernel(page, dim, table, why):
     pages = shape(9, 2, page, dim)

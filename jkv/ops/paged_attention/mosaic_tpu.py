@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jkv._axes import Array
+from jkv.ops.encoded import Encoded
 from jkv.ops.masks import Mask
 from jkv.ops.mosaic_tpu import flash
 from jkv.ops.mosaic_tpu.operands import LANES, Leaf, operand, outline
@@ -39,22 +40,28 @@ def unsupported(
         return f"a block table of {math.prod(block_table.shape)} pages; up to {TABLE}"
     page = k_pages.shape[2]
     for name, x in (("keys", k_pages), ("values", v_pages)):
-        why = _scattered(name, outline(x, q.dtype), page)
+        why = _scattered(name, outline(x, q.dtype), page, x)
         if why is not None:
             return why
     return None
 
 
-def _scattered(name: str, leaves: list[Leaf], page: int) -> str | None:
-    """Why a page of an operand is no block of memory, if so."""
+def _scattered(name: str, leaves: list[Leaf], page: int, x: Any) -> str | None:
+    """Why a page of an operand is no block of memory, if so.
+
+    An array whose last axis is no whole tile (few channels, steps of a few tokens) XLA lays with
+    the pages side by side, which fills its tiles: a page is then one number of each of many.
+    """
+    least = 1
     for leaf in leaves:
         if leaf.axis == 2 and not leaf.rows:
-            least = 8 * 4 // leaf.array.dtype.itemsize
-            if page % least or page * TILES < LANES:
-                return f"pages of {page} tokens; {name} need a multiple of {least} here"
-        elif page % LANES or page * leaf.share % LANES:
-            # XLA lays arrays with short last axes with the pages side by side.
-            return f"pages of {page} tokens; {name} need a multiple of {LANES} here"
+            least = max(least, 8 * 4 // leaf.array.dtype.itemsize, LANES // TILES)
+        else:
+            share = leaf.share  # numbers for each slot
+            least = max(least, LANES, LANES * share.denominator // math.gcd(LANES, share.numerator))
+    if page % least:
+        form = type(x).__name__ if isinstance(x, Encoded) else f"{x.shape[3]} channels"
+        return f"pages of {page} tokens; {name} as {form} are read in pages of multiples of {least}"
     return None
 
 
