@@ -1,0 +1,32 @@
+"""Sequences' caches that outlive a request: keys, eviction policies, planning by simulation.
+
+Nothing here needs JAX, and names resolve on first use (PEP 562).
+"""
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "ARC": "jkv.store.policy",
+    "CostAware": "jkv.store.policy",
+    "Evictor": "jkv.store.policy",
+    "FIFO": "jkv.store.policy",
+    "LFU": "jkv.store.policy",
+    "LRU": "jkv.store.policy",
+    "Policy": "jkv.store.policy",
+    "SLRU": "jkv.store.policy",
+}
+
+__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jkv.store' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,122 @@
+"""Which entry goes next: eviction policies, for the page pool and for every tier of the store.
+
+A `Policy` is a value with its parameters; `start` makes the state of one tier, an `Evictor`, which
+knows keys and never values. Its owner decides when something must go and how much: it asks for the
+`victim`, lets it go and says so with `evicted`, or says `removed` where nothing was pushed out.
+What is in use is held: an entry that is held keeps its standing and is never the victim, at no
+cost to the search for one.
+
+Every operation takes O(1), and those of FIFO, LFU and CostAware O(log n) amortised.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+from jkv.store._lines import Adaptive, Arrival, Recency, Segmented
+from jkv.store._ranks import Ranked
+from jkv.store.evictor import Evictor
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy(abc.ABC):
+    """A rule for what goes next: a value that may serve several tiers."""
+
+    @abc.abstractmethod
+    def start(self, capacity: int | float) -> Evictor:
+        """The state of one tier that may hold `capacity`, in the unit of the entries' sizes.
+
+        Raises:
+            ValueError: a capacity that is not above 0.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class FIFO(Policy):
+    """What came first goes first, used or not: the baseline."""
+
+    def start(self, capacity: int | float) -> Evictor:
+        """The state of one tier."""
+        return Arrival(capacity)
+
+
+@dataclasses.dataclass(frozen=True)
+class LRU(Policy):
+    """The least recently used goes first."""
+
+    def start(self, capacity: int | float) -> Evictor:
+        """The state of one tier."""
+        return Recency(capacity)
+
+
+@dataclasses.dataclass(frozen=True)
+class LFU(Policy):
+    """The least often used goes first, the least recently used one among equals.
+
+    With aging an entry's uses count from a floor, the count of what went last, so that what was
+    popular once goes in the end. Arlitt et al., "Evaluating Content Management Techniques for Web
+    Proxy Caches" (1999): LFU-DA.
+
+    Attributes:
+        aging: without it nothing ever catches up with what was used often.
+    """
+
+    aging: bool = True
+
+    def start(self, capacity: int | float) -> Evictor:
+        """The state of one tier."""
+        return Ranked(capacity, aging=self.aging, by_cost=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class SLRU(Policy):
+    """Two lines by recency: what was used once, and goes first; and what was used again.
+
+    What falls out of the second line is the newest of the first. Karedla, Love and Wherry, "Caching
+    Strategies to Improve Disk System Performance" (1994).
+
+    Attributes:
+        protected: the second line's share of the capacity, above 0 and below 1.
+    """
+
+    protected: int | float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.protected < 1:
+            raise ValueError(
+                f"protected got {self.protected!r}; expected a share of the capacity above 0 and "
+                "below 1"
+            )
+
+    def start(self, capacity: int | float) -> Evictor:
+        """The state of one tier."""
+        return Segmented(capacity, self.protected)
+
+
+@dataclasses.dataclass(frozen=True)
+class ARC(Policy):
+    """Two lines as in SLRU, whose shares follow from what is missed after it went.
+
+    It remembers the keys that it evicted, as many as fit into the capacity once more; one that
+    comes back says which line was too short. Megiddo and Modha, "ARC: A Self-Tuning, Low Overhead
+    Replacement Cache" (FAST 2003); sizes weigh lines and steps, and are 1 in the paper.
+    """
+
+    def start(self, capacity: int | float) -> Evictor:
+        """The state of one tier."""
+        return Adaptive(capacity)
+
+
+@dataclasses.dataclass(frozen=True)
+class CostAware(Policy):
+    """What is cheap to make again for its size, and seldom used, goes first.
+
+    GreedyDual-Size-Frequency: an entry's worth is uses x cost / size above a floor, the worth of
+    what went last. Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency
+    Caching Policy" (1998).
+    """
+
+    def start(self, capacity: int | float) -> Evictor:
+        """The state of one tier."""
+        return Ranked(capacity, aging=True, by_cost=True)
