@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkv.cache import Cache, LayerCache, Step, init_cache
+from jkv.cache import LayerCache, concat, init_cache
 from jkv.errors import UnsupportedError
 
 HEADS, DIM = 2, 16
@@ -84,9 +84,9 @@ class _Config:
 
 @dataclasses.dataclass
 class _Rows:
-    """A layer, and the tokens that are in it."""
+    """A cache of one layer, and the tokens that are in it."""
 
-    layer: Any
+    cache: Any
     tokens: list[list[int]]
 
     @property
@@ -113,26 +113,31 @@ class _Probe:
         self.compiled = 0
         # Whole programs: of single operations each would be compiled by itself.
         self.attend = jax.jit(self._attend)
-        self.take = jax.jit(lambda layer, rows: layer.take(rows))
-        self.concat = jax.jit(lambda first, rest: first.concat(rest))
-        self.resize = jax.jit(lambda layer, slots: layer.resize(slots), static_argnums=1)
-        self.cropped = jax.jit(lambda layer, held, lengths: layer.crop(held, lengths))
-        self.to_legacy = jax.jit(lambda layer, lengths: layer.to_legacy(lengths))
+        self.take = jax.jit(lambda cache, rows: cache.take(rows))
+        self.concat = jax.jit(concat)
+        self.longer = jax.jit(lambda cache, slots: cache.resize(slots), static_argnums=1)
+        self.cropped = jax.jit(lambda cache, lengths: cache.crop(lengths))
+        self.to_legacy = jax.jit(lambda cache: cache.to_legacy())
 
     def new(self, rows: int) -> Any:
-        return init_cache(_Config(), self.kind, batch=rows, slots=self.slots).layers[0]
+        return init_cache(_Config(), self.kind, batch=rows, slots=self.slots)
 
-    def _attend(self, layer: Any, tokens: Any, asked: Any, start: Any, counts: Any) -> Any:
+    def _attend(self, cache: Any, tokens: Any, asked: Any, counts: Any) -> Any:
         """Each new token [B, T] asks for a position; padding is NaN."""
         self.compiled += 1
-        step = Step.after(start, counts, tokens.shape[1])
-        real = (step.positions >= 0)[..., None, None]
-        k = jnp.broadcast_to(
-            self.keys[jnp.maximum(step.positions, 0)][:, :, None], (*tokens.shape, HEADS, DIM)
-        )
-        q = jnp.broadcast_to(self.keys[asked][:, :, None], k.shape)
-        k, v = (jnp.where(real, x, jnp.nan) for x in (k, jnp.asarray(_VALUES)[tokens]))
-        return layer.attend(jnp.where(real, q, 0.0), k, v, step, scale=SHARP)
+
+        def stack(tokens: Any, step: Any, layers: Any) -> Any:
+            real = (step.positions >= 0)[..., None, None]
+            k = jnp.broadcast_to(
+                self.keys[jnp.maximum(step.positions, 0)][:, :, None], (*tokens.shape, HEADS, DIM)
+            )
+            q = jnp.broadcast_to(self.keys[asked][:, :, None], k.shape)
+            k, v = (jnp.where(real, x, jnp.nan) for x in (k, jnp.asarray(_VALUES)[tokens]))
+            out, layer = layers[0].attend(jnp.where(real, q, 0.0), k, v, step, scale=SHARP)
+            return out.reshape(*tokens.shape, -1), (layer,)
+
+        out, cache = cache.advance(stack, tokens, counts)
+        return out.reshape(*tokens.shape, HEADS, DIM), cache
 
     def push(self, rows: _Rows, counts: Sequence[int], what: str) -> _Rows:
         """New tokens in each row, and what each of them sees."""
@@ -142,8 +147,8 @@ class _Probe:
         held = np.asarray(rows.lengths)
         newest = held + np.asarray(counts)
         asked = self.random.integers(0, np.maximum(newest, 1)[:, None], tokens.shape)
-        out, layer = self.attend(
-            rows.layer, tokens, asked.astype(np.int32), held, np.asarray(counts, np.int32)
+        out, cache = self.attend(
+            rows.cache, tokens, asked.astype(np.int32), np.asarray(counts, np.int32)
         )
         out = np.asarray(out, float)
         given = zip(rows.tokens, tokens, counts, strict=True)
@@ -153,7 +158,7 @@ class _Probe:
                 self.compare(
                     out[b, t], told[b], int(held[b]) + t, int(asked[b, t]), f"{what}, row {b}"
                 )
-        return _Rows(layer, told)
+        return _Rows(cache, told)
 
     def compare(self, got: np.ndarray, row: list[int], query: int, asked: int, what: str) -> None:
         seen = [p for p in range(query + 1) if self.sees(query, p)]
@@ -171,11 +176,11 @@ class _Probe:
                 f"positions {places}. It should see {len(seen)} tokens, {seen[:1]} to {seen[-1:]}"
             )
 
-    def crop(self, layer: Any, held: np.ndarray, lengths: np.ndarray) -> Any:
+    def crop(self, cache: Any, lengths: np.ndarray) -> Any:
         try:
-            return self.cropped(layer, held, lengths)
+            return self.cropped(cache, lengths)
         except UnsupportedError:  # a kind may have to know the lengths
-            return layer.crop(jnp.asarray(held), jnp.asarray(lengths))
+            return cache.crop(lengths)
 
     def holds(self, rows: _Rows, what: str) -> None:
         """Every position of every row, asked for by one more token that is not kept."""
@@ -183,12 +188,13 @@ class _Probe:
             self.push(rows, [1] * len(rows.tokens), what)
 
     def is_a_value(self) -> None:
-        layer = self.new(2)
+        cache = self.new(2)
+        layer = cache.layers[0]
         if not isinstance(layer, LayerCache):
             lacks = [n for n in dir(LayerCache) if n[0] != "_" and not hasattr(layer, n)]
             raise AssertionError(f"{type(layer).__name__} is no LayerCache: it lacks {lacks}")
         hash(self.kind)
-        leaves, tree = jax.tree.flatten(layer)
+        leaves, tree = jax.tree.flatten(cache)
         if jax.tree.structure(jax.tree.unflatten(tree, leaves)) != tree:
             raise AssertionError(f"{type(layer).__name__} changes when it is rebuilt as a pytree")
         if len({leaf.unsafe_buffer_pointer() for leaf in leaves}) < len(leaves):
@@ -208,29 +214,30 @@ class _Probe:
             before,
             np.zeros((3, self.longest), np.int32),
             np.zeros((3, self.longest), np.int32),
-            np.zeros(3, np.int32),
             np.asarray([0, 2, 1], np.int32),
         )
+        if before.tables:  # of pages, rows are in the table alone
+            before, after = before.tables, after.tables
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
             if not np.array_equal(a[0], b[0]):
                 raise AssertionError("a row without new tokens has changed")
 
     def rows_move(self, rows: _Rows) -> None:
         order = [2, 0, 0]
-        taken = self.take(rows.layer, np.asarray(order))
+        taken = self.take(rows.cache, np.asarray(order))
         taken = _Rows(taken, [list(rows.tokens[r]) for r in order])
         self.holds(taken, "after take")
-        first, *rest = (self.take(rows.layer, np.asarray([r])) for r in (1, 2, 0))
-        joined = _Rows(self.concat(first, rest), [list(rows.tokens[r]) for r in (1, 2, 0)])
+        parts = [self.take(rows.cache, np.asarray([r])) for r in (1, 2, 0)]
+        joined = _Rows(self.concat(parts), [list(rows.tokens[r]) for r in (1, 2, 0)])
         self.holds(joined, "after concat")
 
     def resizes(self, rows: _Rows) -> None:
-        longer = self.resize(self.resize(rows.layer, self.slots + 16), self.slots)
-        self.holds(_Rows(longer, rows.tokens), "after resize")
+        longer = self.longer(rows.cache, self.slots + 16)
+        self.holds(_Rows(longer.resize(self.slots), rows.tokens), "after resize")
 
     def converts(self, rows: _Rows) -> None:
         try:
-            keys, values = self.to_legacy(rows.layer, rows.lengths)
+            ((keys, values),) = self.to_legacy(rows.cache)
         except UnsupportedError:
             return
         for b, row in enumerate(rows.tokens):
@@ -247,8 +254,8 @@ class _Probe:
     def rolls_back(self, rows: _Rows) -> None:
         for back in (0, 1, 9):
             kept = [max(len(row) - back * (b + 1), 0) for b, row in enumerate(rows.tokens)]
-            layer = self.crop(rows.layer, rows.lengths, np.asarray(kept, np.int32))
-            short = _Rows(layer, [row[:n] for row, n in zip(rows.tokens, kept, strict=True)])
+            cache = self.crop(rows.cache, np.asarray(kept, np.int32))
+            short = _Rows(cache, [row[:n] for row, n in zip(rows.tokens, kept, strict=True)])
             self.holds(short, f"after crop by {back}")
             again = self.push(short, [3, 1, 2], f"going on after crop by {back}")
             self.holds(again, f"after going on from crop by {back}")
@@ -264,7 +271,6 @@ class _Probe:
                 "a step compiles anew: the cache it returns differs in shape, dtype or a static "
                 "field from the one it was given"
             )
-        cache = Cache((rows.layer,), jnp.asarray(rows.lengths), jnp.zeros(3, bool))
 
         @jax.jit
         def reversed_twice(cache: Any) -> Any:
@@ -272,5 +278,5 @@ class _Probe:
             forked = jax.vmap(lambda cache: cache.take(jnp.asarray([2, 1, 0])))(stacked)
             return jax.tree.map(lambda leaf: leaf[0], forked)
 
-        flat = reversed_twice(cache)
-        self.holds(_Rows(flat.layers[0], rows.tokens[::-1]), "after vmap")
+        flat = reversed_twice(rows.cache)
+        self.holds(_Rows(flat, rows.tokens[::-1]), "after vmap")

@@ -74,7 +74,7 @@ def pools(layers: Sequence[Any]) -> tuple[Pool, ...]:
 
 def grouped(layers: Sequence[Any], batch: int, slots: int) -> tuple[tuple[Any, ...], tuple]:
     """New layers with their groups, those with the same pool together, and each one's table."""
-    found: dict[Pool, int] = {}
+    found: dict[Pool, int] = {}  # in the order of the tables
     made = []
     for layer in layers:
         if hasattr(layer, "pool"):
@@ -82,6 +82,12 @@ def grouped(layers: Sequence[Any], batch: int, slots: int) -> tuple[tuple[Any, .
         made.append(layer)
     tables = [jnp.full((batch, columns(pool.page, slots)), -1, jnp.int32) for pool in found]
     return tuple(made), tuple(tables)
+
+
+def columns_of_tables(layers: Sequence[Any], slots: int) -> int:
+    """Numbers of pages that the tables of layers have for a row, four bytes each."""
+    found = {layer.pool for layer in layers if hasattr(layer, "pool")}
+    return sum(columns(pool.page, slots) for pool in found)
 
 
 def mentions(table: Int[Array, "B M"], count: int) -> Int[Array, " P"]:
@@ -294,7 +300,7 @@ def check_whole(pool: Pool, table: Any, lengths: Any) -> None:
     )
 
 
-def resized(pool: Pool, table: Int[Array, "B M"], slots: int) -> Int[Array, "B M"]:
+def resized(pool: Pool, table: Int[Array, "B M"], slots: int) -> Int[Array, "B W"]:
     """The table with columns for `slots` tokens."""
     width = columns(pool.page, slots)
     room = ((0, 0), (0, max(width - table.shape[1], 0)))

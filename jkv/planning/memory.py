@@ -13,6 +13,8 @@ import jax
 from flax import nnx
 
 from jkv import _pytree
+from jkv.cache import pages
+from jkv.cache.base import Cache
 from jkv.cache.init import init_cache
 from jkv.cache.protocol import bound
 from jkv.models.config import Config
@@ -111,12 +113,15 @@ def cache_sizer(config: Config, kind: Any) -> Callable[[int, int], int]:
         return lambda batch, slots: _pytree.nbytes(cache_shape(config, kind, batch, slots))
     alike = distinct(config, kind)
 
-    def layers(batch: int, slots: int) -> int:
-        return sum(x.count * _pytree.nbytes(x.shape(config, batch, slots)) for x in alike)
+    # Lengths and flags of a row.
+    rest = _pytree.nbytes(jax.eval_shape(lambda: Cache.empty((), 1, 1)))
 
-    # Lengths and flags of the rows.
-    rest = _pytree.nbytes(cache_shape(config, kind, 1, 1)) - layers(1, 1)
-    return lambda batch, slots: layers(batch, slots) + batch * rest
+    def size(batch: int, slots: int) -> int:
+        shapes = [x.shape(config, batch, slots) for x in alike]
+        held = sum(x.count * _pytree.nbytes(shape) for x, shape in zip(alike, shapes, strict=True))
+        return held + batch * (rest + 4 * pages.columns_of_tables(shapes, slots))
+
+    return size
 
 
 def bytes_per_token(config: Config, kind: Any, slots: int) -> int | float:

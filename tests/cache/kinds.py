@@ -60,6 +60,16 @@ def evicting_bytes(budget):
     return lambda layers, b, k, s, h: layers * b * k * budget * (2 * h * 4 + 4 + 4)
 
 
+def paged_bytes(page, key, value, flags=0):
+    """Of pages with `key` and `value` bytes per token of a head, and one table for all layers."""
+
+    def count(layers, b, k, s, h):
+        pages = b * -(-s // page)
+        return layers * pages * (k * page * (key(h) + value(h)) + flags) + 4 * pages
+
+    return count
+
+
 KINDS = [
     Case("dense", jkv.dense(), dense_bytes),
     Case("dense:grow", jkv.dense(grow=True), dense_bytes),
@@ -138,6 +148,29 @@ KINDS = [
         "mixed",
         jkv.sparse(1.0, bits=8),
         near_far_bytes(*(2 * (lambda h: 2 * h + 4,))),
+        exact=False,
+        modelled=False,
+    ),
+    Case("paged", jkv.paged(4), paged_bytes(4, *(2 * (lambda h: 4 * h,)))),
+    Case(
+        "paged:int8",
+        jkv.paged(4, bits=8),
+        paged_bytes(4, *(2 * (lambda h: h + 4,)), flags=1),
+        exact=False,
+        modelled=False,
+    ),
+    Case(
+        "paged:int4",
+        jkv.paged(4, bits=4),
+        paged_bytes(4, *(2 * (lambda h: -(-h // 2) + 4 * -(-h // 64),)), flags=1),
+        exact=False,
+        modelled=False,
+        off=0.85,
+    ),
+    Case(
+        "paged:fp8",
+        jkv.paged(4, codec=jkv.fp8()),
+        paged_bytes(4, *(2 * (lambda h: h + 2,)), flags=1),
         exact=False,
         modelled=False,
     ),

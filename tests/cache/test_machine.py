@@ -24,8 +24,8 @@ from hypothesis.stateful import (
 )
 
 import jkv
+from jkv.cache import Cache
 from jkv.cache.evicting import Evicting
-from jkv.cache.protocol import Step
 from tests.cache.kinds import KINDS
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
@@ -45,11 +45,15 @@ def key_of(position):
 
 
 @jax.jit
-def appended(layer, tokens, start, counts):
-    """The layer with new tokens [B, T]; asking for nothing."""
-    step = Step.after(start, counts, tokens.shape[1])
-    k, v = material(tokens, step.positions)
-    return layer.attend(jnp.zeros_like(k), k, v, step, scale=SHARP)[1]
+def appended(cache, tokens, counts):
+    """The cache with new tokens [B, T]; asking for nothing."""
+
+    def stack(tokens, step, layers):
+        k, v = material(tokens, step.positions)
+        out, layer = layers[0].attend(jnp.zeros_like(k), k, v, step, scale=SHARP)
+        return out.reshape(*tokens.shape, -1), (layer,)
+
+    return cache.advance(stack, tokens, counts)[1]
 
 
 def material(tokens, positions):
@@ -59,14 +63,18 @@ def material(tokens, positions):
 
 
 @jax.jit
-def asked(layer, token, start):
+def asked(cache, token):
     """What a next token finds at each position: [targets, B, HEADS, DIM]."""
-    step = Step.after(start, jnp.ones_like(start), 1)
-    k, v = material(token[:, None], step.positions)
 
     def ask(target):
-        q = jnp.broadcast_to(target, (*k.shape[:2], HEADS, DIM))
-        return layer.attend(q, k, v, step, scale=SHARP)[0][:, 0]
+        def stack(tokens, step, layers):
+            k, v = material(tokens, step.positions)
+            q = jnp.broadcast_to(target, (*k.shape[:2], HEADS, DIM))
+            out, layer = layers[0].attend(q, k, v, step, scale=SHARP)
+            return out.reshape(*tokens.shape, -1), (layer,)
+
+        out, _ = cache.advance(stack, token[:, None])
+        return out.reshape(-1, HEADS, DIM)
 
     return jax.lax.map(ask, jnp.asarray(key_of(np.arange(SLOTS))))
 
@@ -82,33 +90,17 @@ def found(sees, row, token):
 
 
 # What operations do is compiled once for a kind, and not once for each array of a layer.
-taken = jax.jit(lambda layer, rows: layer.take(rows))
-joined = jax.jit(lambda layer: parted(layer)[-1].concat(parted(layer)[:-1]))
-
-
-def parted(layer):
-    return [layer.take(jnp.asarray([r])) for r in range(ROWS)]
-
-
-def whole(layer, lengths):
-    return jkv.Cache((layer,), lengths, jnp.zeros(lengths.shape, bool))
+taken = jax.jit(lambda cache, rows: cache.take(rows))
+joined = jax.jit(lambda cache: jkv.concat([cache.take([r]) for r in (2, 0, 1)]))
+cropped = jax.jit(lambda cache, lengths: cache.crop(lengths))
+forked = jax.jit(lambda cache, row: cache.take(row[None]).fork(ROWS))
+dense = jax.jit(lambda cache: cache.convert(jkv.dense()))
 
 
 @jax.jit
-def forked(layer, lengths, row):
-    one = whole(layer, lengths).take(row[None])
-    return one.fork(ROWS).layers[0]
-
-
-@jax.jit
-def dense(layer, lengths):
-    return whole(layer, lengths).convert(jkv.dense()).layers[0]
-
-
-@jax.jit
-def evicted(layer, lengths):
-    score = None if isinstance(layer, Evicting) else jkv.scores.recency
-    return whole(layer, lengths).evict(NEWEST, score).layers[0]
+def evicted(cache):
+    score = None if isinstance(cache.layers[0], Evicting) else jkv.scores.recency
+    return cache.evict(NEWEST, score)
 
 
 class Life(RuleBasedStateMachine):
@@ -120,12 +112,10 @@ class Life(RuleBasedStateMachine):
 
     @initialize()
     def born(self):
-        self.layer = self.case.kind.init(ROWS, SLOTS, HEADS, DIM, jnp.float32)
+        layer = self.case.kind.init(ROWS, SLOTS, HEADS, DIM, jnp.float32)
+        self.cache = Cache.empty([layer], ROWS, SLOTS)
         self.rows = [[] for _ in range(ROWS)]
         self.next = 0
-
-    def lengths(self):
-        return np.asarray([len(row) for row in self.rows], np.int32)
 
     @rule(size=st.sampled_from([11, 4, 1]), data=st.data())
     def append(self, size, data):
@@ -138,7 +128,7 @@ class Life(RuleBasedStateMachine):
             new = [(self.next + i) % 510 for i in range(count)]
             self.next += count
             tokens[b, :count] = new
-        self.layer = appended(self.layer, tokens, self.lengths(), np.asarray(counts, np.int32))
+        self.cache = appended(self.cache, tokens, np.asarray(counts, np.int32))
         for row, line, count in zip(self.rows, tokens, counts, strict=True):
             row.extend(line[:count].tolist())
             Life.appended += count
@@ -150,43 +140,45 @@ class Life(RuleBasedStateMachine):
         rows = zip(self.rows, keep, strict=True)
         if not all(n == len(row) or self.case.rolls_back_from(len(row)) for row, n in rows):
             return
-        self.layer = self.layer.crop(*map(jnp.asarray, (self.lengths(), np.int32(keep))))
+        jitted = self.case.rolls_back and not isinstance(self.cache.layers[0], Evicting)
+        crop = cropped if jitted else Cache.crop
+        self.cache = crop(self.cache, np.asarray(keep, np.int32))
         self.rows = [row[:n] for row, n in zip(self.rows, keep, strict=True)]
 
     @rule(data=st.data())
     def take(self, data):
         order = data.draw(st.permutations(range(ROWS)) | st.just([1, 1, 0]) | st.just([2, 0, 2]))
-        self.layer = taken(self.layer, np.asarray(order))
+        self.cache = taken(self.cache, np.asarray(order))
         self.rows = [list(self.rows[r]) for r in order]
 
     @rule(row=st.integers(0, ROWS - 1))
     def fork(self, row):
-        self.layer = forked(self.layer, self.lengths(), np.int32(row))
+        self.cache = forked(self.cache, np.int32(row))
         self.rows = [list(self.rows[row]) for _ in range(ROWS)]
 
     @rule()
     def part_and_join(self):
-        self.layer = joined(self.layer)
+        self.cache = joined(self.cache)
         self.rows = [self.rows[-1], *self.rows[:-1]]
 
     @invariant()
     def every_position_holds_its_token(self):
-        self.holds(self.layer, self.case.sees)
+        self.holds(self.cache, self.case.sees)
 
     def teardown(self):
         """At the end of a life: the same tokens in another kind, and the newest ones alone."""
         if not self.case.rolls_back:
             return
-        if not isinstance(self.layer, Evicting):  # which knows outside of a program only
-            self.holds(dense(self.layer, self.lengths()), self.case.sees)
+        if not isinstance(self.cache.layers[0], Evicting):  # which knows outside of a program only
+            self.holds(dense(self.cache), self.case.sees)
         # One of them has made room for the token that asks.
-        layer = evicted(self.layer, self.lengths())
-        self.holds(layer, lambda query, position: query - position < NEWEST)
+        self.holds(evicted(self.cache), lambda query, position: query - position < NEWEST)
         Life.evicted += sum(max(len(row) - NEWEST, 0) for row in self.rows)
 
-    def holds(self, layer, sees):
+    def holds(self, cache, sees):
+        assert np.asarray(cache.lengths).tolist() == [len(row) for row in self.rows]
         token = np.full(len(self.rows), 510, np.int32)
-        got = np.asarray(asked(layer, token, self.lengths()))
+        got = np.asarray(asked(cache, token))
         for b, row in enumerate(self.rows):
             off = np.abs(got[:, b] - found(sees, row, 510)).max(axis=(1, 2))
             # What is found at a position without a token is a mixture, of which rounding makes
