@@ -345,6 +345,24 @@ def elastic_counts(groups: Sequence[Pool], tables: Sequence[Array]) -> tuple[int
     )
 
 
+def forked_counts(
+    groups: Sequence[Pool], tables: Sequence[Array], lengths: np.ndarray, times: int
+) -> tuple[int, ...]:
+    """Pages for rows that go on `times` ways each, and share what they have filled.
+
+    In sixteenths of what they would need without sharing: each number is another program.
+    """
+    counts = []
+    for pool, table in zip(groups, tables, strict=True):
+        rows, width = table.shape
+        apart = rows * times * pages_of_row(pool, width)
+        shared = 0 if pool.window is not None else int(np.sum(lengths // pool.page))
+        needed = apart - (times - 1) * shared
+        part = -(-apart // 16)
+        counts.append(min(-(-needed // part) * part, apart) if pool.elastic else pool.count)
+    return tuple(counts)
+
+
 def joined(groups: Sequence[Sequence[Pool]], tables: Sequence[Sequence[Array]]) -> tuple[Any, ...]:
     """Tables of the rows of several caches, whose pages follow each other."""
     made = []

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace
+from jkv.cache import pages
 from jkv.cache.base import Cache
 from jkv.cache.init import init_cache
 from jkv.decoding import sampling
@@ -269,10 +270,23 @@ def copied(cache: Cache) -> Cache:
     return jax.tree.map(jnp.copy, cache)
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def forked(last: Array, cache: Cache, count: int) -> tuple[Array, Cache]:
-    """Each row of a prefill `count` times, copies next to each other."""
-    return jnp.repeat(last, count, axis=0), cache.fork(count)
+    """Each row of a prefill `count` times, copies next to each other.
+
+    What is in pages is shared, and there are as many more as they need from here on.
+    """
+    more: tuple[int, ...] = ()
+    if cache.tables:
+        groups, lengths = pages.pools(cache.layers), np.asarray(cache.lengths)
+        more = pages.forked_counts(groups, cache.tables, lengths, count)
+    return _forked(last, cache, count, more)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _forked(last: Array, cache: Cache, count: int, more: tuple[int, ...]) -> tuple[Array, Cache]:
+    cache = cache.fork(count)
+    layers, tables = pages.repooled(cache.layers, cache.tables, more)
+    return jnp.repeat(last, count, axis=0), replace(cache, layers=layers, tables=tables)
 
 
 @functools.partial(jax.jit, donate_argnums=(2, 4))
