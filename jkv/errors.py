@@ -9,6 +9,10 @@ class CacheFullError(JkvError, ValueError):
     """A row had no slot left for a new token: the write was dropped and nothing was changed."""
 
 
+class PoolFullError(JkvError, ValueError):
+    """A pool had too few free pages: none was taken."""
+
+
 class NonFiniteError(JkvError, ValueError):
     """NaN or infinity was given to a cache that rounds what it stores."""
 
@@ -19,3 +23,11 @@ class UnsupportedError(JkvError, ValueError):
 
 class CheckpointError(JkvError, ValueError):
     """A checkpoint refused as a whole; the message lists every problem that was found."""
+
+
+class TierError(JkvError, OSError):
+    """A tier of the store could not do what was asked; what it held is as it was."""
+
+
+class CorruptError(JkvError, ValueError):
+    """What a tier holds is not what was written: it was put aside, and is a miss."""

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from jkv.store.evictor import Evictor, check_new, is_held, none_can_go, not_held, unknown
 
 
-class Arrival(Evictor):
+class _Arrival(Evictor):
     """One line in which those held keep their places."""
 
     def __init__(self, capacity: int | float) -> None:
@@ -77,7 +77,7 @@ class Arrival(Evictor):
         self._held.discard(key)
 
 
-class Recency(Evictor):
+class _Recency(Evictor):
     """One line, the oldest first. Those held stand beside it."""
 
     def __init__(self, capacity: int | float) -> None:
@@ -211,7 +211,7 @@ class _TwoLines(Evictor):
         """Called when the second line has grown."""
 
 
-class Segmented(_TwoLines):
+class _Segmented(_TwoLines):
     """Two lines, the second no longer than its share."""
 
     def __init__(self, capacity: int | float, protected: int | float) -> None:
@@ -238,7 +238,7 @@ class Segmented(_TwoLines):
             self._sizes[1] -= size
 
 
-class Adaptive(_TwoLines):
+class _Adaptive(_TwoLines):
     """The paper's T1 and T2 are the lines, B1 and B2 the ghosts, and p the target."""
 
     def __init__(self, capacity: int | float) -> None:

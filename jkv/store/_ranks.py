@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from jkv.store.evictor import Evictor, check_new, is_held, none_can_go, not_held, unknown
 
 
-class Ranked(Evictor):
+class _Ranked(Evictor):
     """Rank: the worth of all uses, above the rank of what went last.
 
     Entries of one rank stand in a line, the longest unused first. The heap has nothing but numbers:

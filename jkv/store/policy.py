@@ -14,8 +14,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 
-from jkv.store._lines import Adaptive, Arrival, Recency, Segmented
-from jkv.store._ranks import Ranked
+from jkv.store._lines import _Adaptive, _Arrival, _Recency, _Segmented
+from jkv.store._ranks import _Ranked
 from jkv.store.evictor import Evictor
 
 
@@ -38,7 +38,7 @@ class FIFO(Policy):
 
     def start(self, capacity: int | float) -> Evictor:
         """The state of one tier."""
-        return Arrival(capacity)
+        return _Arrival(capacity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LRU(Policy):
 
     def start(self, capacity: int | float) -> Evictor:
         """The state of one tier."""
-        return Recency(capacity)
+        return _Recency(capacity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LFU(Policy):
 
     def start(self, capacity: int | float) -> Evictor:
         """The state of one tier."""
-        return Ranked(capacity, aging=self.aging, by_cost=False)
+        return _Ranked(capacity, aging=self.aging, by_cost=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class SLRU(Policy):
 
     def start(self, capacity: int | float) -> Evictor:
         """The state of one tier."""
-        return Segmented(capacity, self.protected)
+        return _Segmented(capacity, self.protected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ARC(Policy):
 
     def start(self, capacity: int | float) -> Evictor:
         """The state of one tier."""
-        return Adaptive(capacity)
+        return _Adaptive(capacity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,4 +119,4 @@ class CostAware(Policy):
 
     def start(self, capacity: int | float) -> Evictor:
         """The state of one tier."""
-        return Ranked(capacity, aging=True, by_cost=True)
+        return _Ranked(capacity, aging=True, by_cost=True)

@@ -1,0 +1,687 @@
+"""Pages: who holds which, what is in them, what is found again, and what that costs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from jkv.engine.pool import PagePool, PageSequence
+from jkv.errors import PoolFullError
+from jkv.store.policy import ARC, FIFO, LFU, LRU, SLRU, CostAware
+
+ROOT = Path(__file__).parents[2]
+POLICIES = (LRU(), FIFO(), LFU(), SLRU(), ARC(), CostAware())
+# The long run: JKV_POOL_LIVES=10000 with 100 operations each.
+LIVES = int(os.environ.get("JKV_POOL_LIVES", "40"))
+
+
+def snapshot(pool: PagePool) -> Any:
+    """All there is to know of a pool, and of what may go."""
+    state = {k: v for k, v in vars(pool).items() if k not in ("_open", "_evictor")}
+    evictor, order = copy.deepcopy(pool._evictor), []
+    for _ in range(pool._cached):
+        order.append(evictor.victim())
+        evictor.evicted(order[-1])
+    tables = sorted((s.table, s.length, s._names, s._dropped) for s in pool._open)
+    return copy.deepcopy((state, order, tables))
+
+
+def name(pool: PagePool, tenant: str, tokens: list[int]) -> bytes:
+    """The name of a page that ends with these tokens, by hashlib alone."""
+
+    def part(kind, data):
+        return kind + struct.pack("<q", len(data)) + data
+
+    root = b"jkv root 1" + part(b"b", pool.fingerprint) + part(b"s", tenant.encode())
+    found = hashlib.sha256(root + part(b"i", str(pool.page).encode())).digest()
+    for i in range(0, len(tokens), pool.page):
+        block = tokens[i : i + pool.page]
+        found = hashlib.sha256(found + b"".join(struct.pack("<q", t) for t in block)).digest()
+    return found
+
+
+class Row:
+    """A sequence, and the tokens that it should hold."""
+
+    def __init__(self, seq: PageSequence, tokens: list[int]) -> None:
+        self.seq, self.tokens = seq, tokens
+
+
+class Device:
+    """A pool, and what is in its pages."""
+
+    def __init__(self, pages=8, page=3, policy=None, fingerprint=b"model"):
+        self.pool = PagePool(pages=pages, page=page, policy=policy, fingerprint=fingerprint)
+        self.contents: list[list[Any]] = [["?"] * page for _ in range(pages)]
+        self.rows: list[Row] = []
+
+    def new(self, tenant="") -> Row:
+        row = Row(self.pool.sequence(tenant=tenant), [])
+        self.rows.append(row)
+        return row
+
+    def perform(self, copies):
+        for source, target in copies:
+            self.contents[target] = list(self.contents[source])
+
+    def write(self, row: Row, tokens: list[int]):
+        """Into pages that were reserved, at the row's end."""
+        page = self.pool.page
+        for token in tokens:
+            at = len(row.tokens)
+            self.contents[row.seq.table[at // page]][at % page] = token
+            row.tokens.append(token)
+
+    def extend(self, row: Row, tokens: list[int], publish=True):
+        self.perform(row.seq.reserve(len(row.tokens) + len(tokens)))
+        self.write(row, list(tokens))
+        if publish:
+            row.seq.publish(row.tokens)
+
+    def prompt(self, tokens, tenant="", publish=True) -> tuple[Row, int]:
+        """A new row of these tokens, and how many of them were found."""
+        row = self.new(tenant)
+        found = row.seq.match(tokens, limit=len(tokens) - 1)
+        row.tokens = list(tokens[:found])
+        self.extend(row, tokens[found:], publish)
+        return row, found
+
+    def fork(self, row: Row) -> Row:
+        other = Row(row.seq.fork(), list(row.tokens))
+        self.rows.append(other)
+        return other
+
+    def close(self, row: Row):
+        row.seq.close()
+        self.rows.remove(row)
+
+    def check(self):
+        """Every token of every row is where its table says, and what is found is what it says."""
+        self.pool.check()
+        page = self.pool.page
+        for row in self.rows:
+            assert row.seq.length == len(row.tokens)
+            for at in range(row.seq._dropped * page, len(row.tokens)):
+                assert self.contents[row.seq.table[at // page]][at % page] == row.tokens[at]
+        stats = self.pool.stats()
+        assert stats["pages"] == stats["used"] + stats["cached"] + stats["free"]
+        assert self.pool.free_pages == stats["cached"] + stats["free"]
+        assert stats["sequences"] == len(self.rows)
+
+
+class Life(RuleBasedStateMachine):
+    """Sequences that come, share, write and go in a pool that is too small for them."""
+
+    seen = 0  # of what should have happened: see the test
+
+    @initialize(policy=st.sampled_from(POLICIES), pages=st.integers(3, 9), page=st.integers(1, 4))
+    def start(self, policy, pages, page):
+        self.device = Device(pages, page, policy)
+        self.pool = self.device.pool
+        self.unique = itertools.count(2)
+        self.published: dict[bytes, list[int]] = {}  # the tokens that a name stands for
+
+    def row(self, data) -> Row:
+        return data.draw(st.sampled_from(self.device.rows))
+
+    def tokens(self, data, most=10):
+        return data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=most))
+
+    def published_by(self, row):
+        row.seq.publish(row.tokens)
+        page, tenant = self.pool.page, row.seq.tenant
+        if row.seq._generation == self.pool._generation:
+            for end in range(page, len(row.tokens) + 1, page):
+                self.published[name(self.pool, tenant, row.tokens[:end])] = row.tokens[:end]
+
+    def reserve(self, row, length):
+        """The copies, or None where the pool is full."""
+        needed, free = self.pool.needs(row.seq, length), self.pool.free_pages
+        if needed > free:
+            before = snapshot(self.pool)
+            with pytest.raises(PoolFullError, match=f"need {needed} pages more, and {free} of"):
+                row.seq.reserve(length)
+            assert snapshot(self.pool) == before
+            Life.seen |= 1
+            return None
+        copies = row.seq.reserve(length)
+        assert self.pool.free_pages in (free - needed, free - needed + len(copies))
+        for source, target in copies:
+            assert source != target
+            Life.seen |= 2
+        return copies
+
+    @rule(data=st.data(), tenant=st.sampled_from(["", "", "a"]), all_but_one=st.booleans())
+    def come(self, data, tenant, all_but_one):
+        tokens = self.tokens(data)
+        row, page = self.device.new(tenant), self.pool.page
+        limit = len(tokens) - all_but_one
+        expected = 0
+        while (
+            expected + page <= limit
+            and name(self.pool, tenant, tokens[: expected + page]) in self.pool._index
+        ):
+            expected += page
+        before = self.pool.stats()
+        assert row.seq.match(tokens, limit=limit) == expected
+        after = self.pool.stats()
+        assert after["hits_tokens"] - before["hits_tokens"] == expected
+        assert after["asked_tokens"] - before["asked_tokens"] == len(tokens)
+        Life.seen |= 4 * bool(expected)
+        row.tokens = tokens[:expected]
+        copies = self.reserve(row, len(tokens))
+        if copies is not None:
+            assert not copies
+            self.device.write(row, tokens[expected:])
+
+    @precondition(lambda self: self.device.rows)
+    @rule(data=st.data())
+    def go_on(self, data):
+        row = self.row(data)
+        tokens = self.tokens(data, most=5)
+        copies = self.reserve(row, len(row.tokens) + len(tokens))
+        if copies is not None:
+            self.device.perform(copies)
+            self.device.write(row, tokens)
+
+    @precondition(lambda self: self.device.rows)
+    @rule(data=st.data())
+    def step(self, data):
+        """All rows by a token of their own: every copy is made before anything is written."""
+        ready, copies = [], []
+        for row in self.device.rows:
+            ahead = data.draw(st.integers(1, 3))
+            made = self.reserve(row, len(row.tokens) + ahead)
+            if made is not None:
+                copies += made
+                ready.append(row)
+        self.device.perform(copies)
+        for row in ready:
+            self.device.write(row, [next(self.unique)])
+        for row in ready:
+            row.seq.crop(len(row.tokens))
+
+    @precondition(lambda self: self.device.rows)
+    @rule(data=st.data())
+    def publish(self, data):
+        self.published_by(self.row(data))
+
+    @precondition(lambda self: 0 < len(self.device.rows) < 6)
+    @rule(data=st.data())
+    def fork(self, data):
+        self.device.fork(self.row(data))
+
+    @precondition(lambda self: self.device.rows)
+    @rule(data=st.data())
+    def crop(self, data):
+        row = self.row(data)
+        length = data.draw(st.integers(0, len(row.tokens)))
+        dropped = row.seq._dropped * self.pool.page
+        if 0 < length < dropped:
+            before = snapshot(self.pool)
+            with pytest.raises(ValueError, match=f"first {dropped} tokens were dropped"):
+                row.seq.crop(length)
+            assert snapshot(self.pool) == before
+            return
+        row.seq.crop(length)
+        del row.tokens[length:]
+
+    @precondition(lambda self: self.device.rows)
+    @rule(data=st.data())
+    def drop(self, data):
+        row = self.row(data)
+        position = data.draw(st.integers(-2, len(row.tokens)))
+        row.seq.drop_before(position)
+        dropped = row.seq._dropped * self.pool.page
+        assert dropped + self.pool.page > position
+        assert row.seq.table[: row.seq._dropped] == [-1] * row.seq._dropped
+
+    @precondition(lambda self: self.device.rows)
+    @rule(data=st.data())
+    def close(self, data):
+        self.device.close(self.row(data))
+
+    @rule(really=st.integers(0, 9))
+    def clear(self, really):
+        if really == 0:
+            self.pool.clear()
+            self.published.clear()
+            assert self.pool.stats()["cached"] == 0
+
+    @invariant()
+    def all_is_as_it_should_be(self):
+        self.device.check()
+        page = self.pool.page
+        for found, at in self.pool._index.items():
+            assert self.device.contents[at] == self.published[found][-page:]
+        Life.seen |= 8 * bool(self.pool.stats()["evicted"])
+
+    def teardown(self):
+        for row in list(self.device.rows):
+            self.device.close(row)
+        assert self.pool.stats()["used"] == 0
+        assert self.pool.free_pages == self.pool.pages
+        self.device.check()
+
+
+def lives(**more):
+    Life.seen = 0
+    options = settings(
+        max_examples=LIVES,
+        stateful_step_count=100 if LIVES > 1000 else 40,
+        deadline=None,
+        derandomize=LIVES < 1000,
+        database=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        **more,
+    )
+    run_state_machine_as_test(Life, settings=options)
+
+
+def test_random_lives():
+    lives()
+    # A pool that was full, a copy on write, a match, and a page given away.
+    assert Life.seen == 15
+
+
+@pytest.mark.parametrize("wrong", ["_must_copy", "_leave", "_publish", "match"])
+def test_the_machine_sees_what_is_wrong(wrong, monkeypatch):
+    """Without copies on write, with pages that leak, names that are wrong, other tenants' pages."""
+    if wrong == "_must_copy":
+        monkeypatch.setattr(PageSequence, wrong, lambda self: False)
+    elif wrong == "_leave":
+        leave = PagePool._leave
+        monkeypatch.setattr(PagePool, wrong, lambda self, page: page and leave(self, page))
+    elif wrong == "_publish":
+        publish = PagePool._publish
+        monkeypatch.setattr(
+            PagePool, wrong, lambda self, page, name: publish(self, page, name[:1] * 32)
+        )
+    else:
+        match = PageSequence.match
+
+        def anybody_s(self, tokens, limit=None):
+            self._root = self._pool.sequence(tenant="")._root
+            return match(self, tokens, limit)
+
+        monkeypatch.setattr(PageSequence, wrong, anybody_s)
+    with pytest.raises((AssertionError, RuntimeError, KeyError)):
+        lives(phases=[Phase.generate])
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_forks_of_a_partly_filled_page(order):
+    """Each writes its own tokens after the same ones; then they go, in all orders."""
+    device = Device(pages=6, page=4)
+    first, _ = device.prompt([1, 2, 3, 4, 5])
+    rows = [first, device.fork(first), device.fork(first)]
+    assert device.pool.stats()["used"] == 2
+    assert device.pool.stats()["shared"] == 2
+    for i, row in enumerate(rows):
+        last = i == 2  # alone by then: it writes where the others were
+        assert device.pool.needs(row.seq, 6) == (not last)
+        copies = row.seq.reserve(6)
+        assert len(copies) == (not last)
+        device.perform(copies)
+        device.write(row, [60 + i])
+        device.check()
+    assert [row.tokens[-1] for row in rows] == [60, 61, 62]
+    assert device.pool.stats()["copies"] == 2
+    assert device.pool.stats()["used"] == 4
+    for i in order:
+        device.close(rows[i])
+        device.check()
+    assert device.pool.stats()["used"] == 0
+    assert device.pool.stats()["cached"] == 1
+
+
+def test_a_full_page_is_shared_without_a_copy():
+    device = Device(pages=6, page=4)
+    first, _ = device.prompt([1, 2, 3, 4])
+    other = device.fork(first)
+    assert first.seq.reserve(5) == []
+    assert other.seq.reserve(5) == []
+    assert first.seq.table[0] == other.seq.table[0]
+    assert first.seq.table[1] != other.seq.table[1]
+
+
+def test_a_page_that_can_be_found_is_not_written():
+    """Cropped into its middle and written anew: the old contents are found, and the new ones."""
+    device = Device(pages=6, page=4)
+    row, _ = device.prompt([1, 2, 3, 4, 5, 6, 7, 8])
+    row.seq.crop(6)
+    del row.tokens[6:]
+    assert device.pool.needs(row.seq, 6) == 0
+    assert device.pool.needs(row.seq, 8) == 1
+    old = row.seq.table[1]
+    device.extend(row, [70, 80])
+    assert row.seq.table[1] != old
+    device.check()
+    for tail in ([7, 8], [70, 80]):
+        seq = device.pool.sequence()
+        assert seq.match([1, 2, 3, 4, 5, 6, *tail]) == 8
+        assert device.contents[seq.table[1]] == [5, 6, *tail]
+        seq.close()
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3])
+def test_prompts_of_exactly_so_many_pages(pages):
+    """Cold nothing is found, warm all but the page with the last token; with it if wanted."""
+    page = 4
+    tokens = list(range(pages * page))
+    device = Device(pages=12, page=page)
+    row, found = device.prompt(tokens)
+    assert found == 0
+    warm, found = device.prompt(tokens)  # while the first still has them
+    assert found == (pages - 1) * page
+    device.close(row)
+    device.close(warm)
+    row, found = device.prompt(tokens)  # and when nobody has
+    assert found == (pages - 1) * page
+    assert device.pool.stats()["hits_tokens"] == 2 * (pages - 1) * page
+    assert device.pool.stats()["asked_tokens"] == 3 * pages * page
+    seq = device.pool.sequence()
+    assert seq.match(tokens) == pages * page
+    seq.crop(0)
+    assert seq.match([*tokens, 99], limit=len(tokens)) == pages * page
+    seq.crop(0)
+    assert seq.match(tokens, limit=0) == 0
+    assert seq.match(tokens, limit=-1) == 0
+    assert seq.match(tokens[:-1]) == (pages - 1) * page
+    device.pool.check()
+
+
+def test_outputs_are_found_by_the_next_turn():
+    device = Device(pages=12, page=4)
+    row, _ = device.prompt([1, 2, 3])
+    for token in (4, 5, 6, 7, 8):
+        device.extend(row, [token])
+    # 9 was sampled and is not written: it is not published either.
+    device.close(row)
+    _, found = device.prompt([1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+    assert found == 8
+    _, found = device.prompt([1, 2, 3, 4, 5, 6, 7, 9, 9, 10])
+    assert found == 4
+
+
+def test_what_is_equal_is_kept_once():
+    """Two that computed the same at the same time: the first page is found, the second goes."""
+    device = Device(pages=6, page=2)
+    tokens = [1, 2, 3]
+    rows = []
+    for _ in range(2):
+        row = device.new()
+        assert row.seq.match(tokens, limit=2) == 0
+        rows.append(row)
+    for row in rows:
+        device.extend(row, tokens)
+    assert device.pool.stats()["used"] == 4
+    first = rows[0].seq.table[0]
+    device.close(rows[1])
+    device.close(rows[0])
+    assert device.pool.stats()["cached"] == 1
+    row, found = device.prompt(tokens)
+    assert found == 2
+    assert row.seq.table[0] == first
+
+
+def test_publishing_again_changes_nothing():
+    device = Device(pages=6, page=2)
+    row, _ = device.prompt([1, 2, 3, 4, 5])
+    before = snapshot(device.pool)
+    row.seq.publish(row.tokens)
+    row.seq.publish(row.tokens[:3])
+    assert snapshot(device.pool) == before
+
+
+@pytest.mark.parametrize("policy", [LRU(), LFU(), SLRU(), ARC(), CostAware()], ids=repr)
+def test_the_end_of_a_chain_goes_first(policy):
+    """What is behind a page that went could not be found."""
+    device = Device(pages=6, page=2, policy=policy)
+    row, _ = device.prompt([1, 2, 3, 4, 5, 6, 7, 8])
+    device.close(row)
+    for pages, left in [(3, 6), (4, 4), (5, 2), (6, 0)]:
+        filler = device.pool.sequence()
+        filler.reserve(2 * pages)
+        filler.close()
+        seq = device.pool.sequence()
+        assert seq.match([1, 2, 3, 4, 5, 6, 7, 8]) == left
+        seq.close()
+    assert device.pool.stats()["evicted"] == 4
+
+
+def test_an_evicted_page_is_found_no_more():
+    device = Device(pages=3, page=2)
+    row, _ = device.prompt([1, 2, 3])
+    device.close(row)
+    assert device.pool.stats()["cached"] == 1
+    assert device.pool.free_pages == 3
+    row, found = device.prompt([5, 6, 7, 8, 9])
+    assert found == 0
+    assert device.pool.stats()["evicted"] == 1
+    device.close(row)
+    _, found = device.prompt([1, 2, 3])
+    assert found == 0
+
+
+def test_the_policy_sees_what_is_used():
+    """LFU keeps the prefix that many asked for, LRU the one that was asked for last."""
+    kept = {}
+    for policy in (LRU(), LFU()):
+        device = Device(pages=4, page=2, policy=policy)
+        for tokens in [[1, 2, 0]] * 4 + [[3, 4, 0]]:
+            row, _ = device.prompt(tokens)
+            device.close(row)
+        assert device.pool.stats()["cached"] == 2
+        filler = device.pool.sequence()
+        filler.reserve(6)
+        (left,) = device.pool._index.values()
+        kept[type(policy)] = device.contents[left]
+    assert kept == {LRU: [3, 4], LFU: [1, 2]}
+
+
+# Each is not found by the other, and found by itself.
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("", [1, 2, 3, 4, 0]), ("a", [1, 2, 3, 4, 0])),
+        (("a", [1, 2, 3, 4, 0]), ("aa", [1, 2, 3, 4, 0])),
+        (("a", [1, 2, 3, 4, 0]), ("a\0", [1, 2, 3, 4, 0])),
+        (("1", [2, 3, 4, 5, 0]), ("12", [3, 4, 5, 6, 0])),
+        (("", [1, 2, 3, 4, 0]), ("", [2, 1, 3, 4, 0])),
+        (("", [12, 3, 4, 5, 0]), ("", [1, 23, 4, 5, 0])),
+        (("", [1, 256, 3, 4, 0]), ("", [257, 0, 3, 4, 0])),
+        (("", [0, 0, 1, 1, 0]), ("", [1, 1, 0, 0, 0])),
+        (("", [-1, 2, 3, 4, 0]), ("", [1, 2, 3, 4, 0])),
+        (("\ud800", [1, 2, 3, 4, 0]), ("\ud801", [1, 2, 3, 4, 0])),
+    ],
+)
+def test_what_differs_is_not_found(one, other):
+    device = Device(pages=20, page=2)
+    for tenant, tokens in (one, other):
+        row, found = device.prompt(tokens, tenant)
+        assert found == 0
+        device.close(row)
+    for tenant, tokens in (one, other):
+        row, found = device.prompt(tokens, tenant)
+        assert found == 4
+        device.check()
+
+
+def test_what_is_before_a_page_counts():
+    """The same page after another one is another page."""
+    device = Device(pages=20, page=2)
+    device.prompt([1, 2, 3, 4, 0])
+    _, found = device.prompt([9, 9, 3, 4, 0])
+    assert found == 0
+    _, found = device.prompt([1, 2, 9, 9, 0])
+    assert found == 2
+
+
+def names_of(fingerprint: bytes, tenant: str, page: int = 2) -> set[Any]:
+    device = Device(pages=4, page=page, fingerprint=fingerprint)
+    device.prompt([1, 2, 3, 4, 0], tenant)
+    return set(device.pool._index)
+
+
+def test_names_depend_on_model_tenant_and_page():
+    parts = [(b"ab", "c", 2), (b"a", "bc", 2), (b"abc", "", 2), (b"", "abc", 2), (b"ab", "c", 4)]
+    names = [names_of(*part) for part in parts]
+    for a, b in itertools.combinations(names, 2):
+        assert not a & b
+    for part, found in zip(parts, names, strict=True):
+        assert names_of(*part) == found
+
+
+def test_names_are_the_same_in_every_process():
+    code = (
+        "from jkv.engine.pool import PagePool\n"
+        "p = PagePool(pages=2, page=2, fingerprint=b'm'); s = p.sequence(tenant='t')\n"
+        "s.reserve(4); s.publish([1, 2, 3, 4]); print([n.hex() for n in p._index])\n"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", "import sys; sys.modules['jax'] = None\n" + code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    pool = PagePool(pages=2, page=2, fingerprint=b"m")
+    assert told == {str([name(pool, "t", [1, 2, 3, 4][:n]).hex() for n in (2, 4)])}
+
+
+def test_misuse_raises_and_changes_nothing():
+    device = Device(pages=6, page=2)
+    pool = device.pool
+    row, _ = device.prompt([1, 2, 3, 4, 5])
+    other, _ = device.prompt([1, 2, 7])
+    closed = pool.sequence()
+    closed.close()
+    row.seq.drop_before(2)
+    foreign = PagePool(pages=6, page=2).sequence()
+    before = snapshot(pool)
+    for error, wrong in [
+        (PoolFullError, lambda: row.seq.reserve(100)),
+        (ValueError, lambda: row.seq.match([1, 2])),
+        (ValueError, lambda: row.seq.publish([1, 2, 3, 4, 5, 6])),
+        (ValueError, lambda: row.seq.crop(6)),
+        (ValueError, lambda: row.seq.crop(-1)),
+        (ValueError, lambda: row.seq.crop(1)),
+        (ValueError, lambda: row.seq.drop_before(6)),
+        (ValueError, lambda: pool.needs(foreign, 3)),
+        (ValueError, lambda: pool.needs(closed, 3)),
+        (ValueError, lambda: closed.close()),
+        (ValueError, lambda: closed.fork()),
+        (ValueError, lambda: closed.crop(0)),
+        (ValueError, lambda: closed.match([1])),
+        (ValueError, lambda: closed.publish([])),
+        (ValueError, lambda: closed.reserve(1)),
+        (ValueError, lambda: closed.drop_before(0)),
+        (TypeError, lambda: pool.sequence().match([1, 2**70])),
+    ]:
+        with pytest.raises(error):
+            wrong()
+        for seq in pool._open - {r.seq for r in device.rows}:
+            seq.close()
+        assert snapshot(pool) == before
+    device.extend(other, [8], publish=False)
+    with pytest.raises(TypeError, match="whole numbers"):
+        other.seq.publish([1, 2, 7, 2**63])
+    assert row.seq.reserve(3) == []  # it has them
+    device.close(row)
+    device.close(other)
+    assert pool.free_pages == 6
+    for pages, page in [(0, 1), (1, 0)]:
+        with pytest.raises(ValueError, match="at least 1 of each"):
+            PagePool(pages=pages, page=page)
+
+
+def test_a_window_gives_pages_back():
+    device = Device(pages=3, page=4)
+    row = device.new()
+    for token in range(40):
+        device.extend(row, [token])
+        row.seq.drop_before(max(0, token - 3))
+        assert device.pool.stats()["used"] <= 2
+        device.check()
+    assert row.seq.table[:9] == [-1] * 9
+    other = device.fork(row)
+    device.close(row)
+    device.check()
+    other.seq.crop(0)
+    other.tokens = []
+    device.extend(other, [1, 2])
+    device.check()
+
+
+def test_nothing_is_found_after_clear():
+    device = Device(pages=8, page=2)
+    old, _ = device.prompt([1, 2, 3])
+    gone, _ = device.prompt([5, 6, 7])
+    device.close(gone)
+    device.pool.clear()
+    device.check()
+    assert device.pool.stats()["cached"] == 0
+    device.extend(old, [4, 5])  # from before, and so is what it writes
+    device.close(old)
+    assert device.pool.stats()["cached"] == 0
+    for found in (0, 4):
+        row, got = device.prompt([1, 2, 3, 4, 5])
+        assert got == found
+        device.close(row)
+
+
+def test_the_pool_empties_whatever_the_order():
+    rng = random.Random(0)
+    for _ in range(20):
+        device = Device(pages=16, page=2, policy=rng.choice(POLICIES))
+        rows = [device.prompt([rng.randrange(2) for _ in range(4)])[0] for _ in range(4)]
+        rows += [device.fork(rng.choice(rows)) for _ in range(3)]
+        rng.shuffle(rows)
+        for row in rows:
+            device.close(row)
+            device.check()
+        assert device.pool.free_pages == 16
+
+
+def cost_ratio(pages: int, bound: float) -> float:
+    # In another process: here every call is checked, which takes longer than what it does.
+    code = f"from tests.engine.cost import *; print(ratio({pages}, {bound}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return float(done.stdout)
+
+
+def test_an_operation_costs_the_same_among_many_pages():
+    assert cost_ratio(30_000, 4.0) < 4
+
+
+@pytest.mark.slow
+def test_an_operation_costs_the_same_among_a_million_pages():
+    assert cost_ratio(10**6, 1.5) < 1.5
