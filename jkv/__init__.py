@@ -42,19 +42,23 @@ _HOME = {
     "rollout": "jkv.decoding",
     "stream": "jkv.decoding",
     "plan": "jkv.planning",
+    "Engine": "jkv.engine",
     "CacheFullError": "jkv.errors",
     "CheckpointError": "jkv.errors",
     "JkvError": "jkv.errors",
     "NonFiniteError": "jkv.errors",
+    "PoolFullError": "jkv.errors",
     "UnsupportedError": "jkv.errors",
 }
 _MODULES = {
     "cache": "jkv.cache",
+    "engine": "jkv.engine",
     "errors": "jkv.errors",
     "models": "jkv.models",
     "ops": "jkv.ops",
     "sampling": "jkv.decoding.sampling",
     "scores": "jkv.cache.scores",
+    "store": "jkv.store",
 }
 
 __all__ = ["__version__", *_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -14,6 +14,7 @@ import typer
 from jkv._version import __version__
 from jkv.cli.caches import caches
 from jkv.cli.chat import chat
+from jkv.cli.engine import engine
 from jkv.cli.errors import complain, is_ours
 from jkv.cli.generate import generate
 from jkv.cli.info import info
@@ -21,7 +22,7 @@ from jkv.cli.plan import plan
 from jkv.errors import JkvError
 
 app = typer.Typer(name="jkv", add_completion=False, pretty_exceptions_enable=False)
-for command in (generate, chat, info, plan, caches):
+for command in (generate, chat, engine, info, plan, caches):
     app.command()(command)
 
 # Some versions of typer bring a copy of click; this is the base of usage errors in either.

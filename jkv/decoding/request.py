@@ -218,6 +218,29 @@ def _stop_id(value: Any, vocab: int) -> int:
     return int(value)
 
 
+def first_stop(
+    tokenizer: Any, strings: Sequence[str], tokens: Sequence[int], fresh: int
+) -> int | None:
+    """How many tokens a row keeps if a stop string is complete in its text, else None.
+
+    Args:
+        tokenizer: of the row's tokens.
+        strings: at which it ends.
+        tokens: all that the row has said.
+        fresh: how many of them are new; the others held no stop string.
+    """
+    if not strings or not fresh:
+        return None
+
+    def complete(count: int) -> bool:
+        text = tokenizer.decode(tokens[:count])
+        return any(s in text for s in strings)
+
+    if not complete(len(tokens)):
+        return None
+    return next(n for n in range(len(tokens) - fresh + 1, len(tokens) + 1) if complete(n))
+
+
 def bucket(size: int, least: int = 64) -> int:
     """The next size for which there is a program: powers of two, and quarters between from 1024.
 

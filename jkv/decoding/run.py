@@ -18,6 +18,7 @@ from jkv.decoding.request import (
     PAD,
     Stops,
     bucket,
+    first_stop,
     integer,
     padded,
     rows_of_tokens,
@@ -218,7 +219,7 @@ class Run:
             row.tokens.extend(fresh.tolist())
             if values is not None:
                 row.logprobs.extend(values[i, : len(fresh)].tolist())
-            cut = self._first_stop(row, len(fresh))
+            cut = first_stop(self.tokenizer, row.strings, row.tokens, len(fresh))
             if cut is not None:
                 block[i, len(fresh) - (len(row.tokens) - cut) :] = PAD
                 del row.tokens[cut:], row.logprobs[cut:]
@@ -228,20 +229,6 @@ class Run:
             elif len(row.tokens) >= self.max_new or ended[i]:
                 row.reason = "length"  # or no room, which `result` says
         return block
-
-    def _first_stop(self, row: _Row, fresh: int) -> int | None:
-        """How many tokens the row keeps if a stop string is complete in its text, else None."""
-        if not row.strings or not fresh:
-            return None
-
-        def complete(count: int) -> bool:
-            text = self.tokenizer.decode(row.tokens[:count])
-            return any(s in text for s in row.strings)
-
-        if not complete(len(row.tokens)):
-            return None
-        counts = range(len(row.tokens) - fresh + 1, len(row.tokens) + 1)
-        return next(n for n in counts if complete(n))
 
     def _cropped(self, cache: Cache, rows: list[np.ndarray]) -> Cache:
         """The cache of rows that it holds more of."""

@@ -1,0 +1,424 @@
+"""What the engine has on the device, and in the page pools: pages, lanes, and passes over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jkv._axes import Array
+from jkv._pytree import nbytes, replace
+from jkv.cache.paged import Paged, PagedKind, paged
+from jkv.cache.pages import pools
+from jkv.decoding import loop, sampling
+from jkv.decoding.request import PAD, bucket
+from jkv.engine import lanes as device
+from jkv.engine.pool import PagePool
+from jkv.engine.scheduler import Seat
+from jkv.errors import PoolFullError
+from jkv.ops.pages import copy
+
+ENDS = 16  # stop ids of a request, at most
+FIRST_RATE = 4e9  # bytes per second between device and host, until it has been measured
+
+
+@dataclasses.dataclass
+class Part:
+    """One pass that has been dispatched."""
+
+    seats: list[tuple[int, Seat]]  # their rows
+    said: Array  # [R, n]
+    active: Array  # [R]
+    refused: Array  # [R]
+
+
+@dataclasses.dataclass
+class Saved:
+    """A request's pages on the host."""
+
+    length: int  # tokens
+    pages: Any  # per layer (keys, values) of its pages, in order
+    nbytes: int
+
+
+class Batch:
+    """The pages of all requests, the lanes they run in, and who holds which page."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        pages: int,
+        page: int | None,
+        lanes: int,
+        kind: Any,
+        block: int,
+        chunk: int,
+        rows: int,
+        policy: Any,
+    ):
+        self.kind = _managed(kind, page, pages)
+        self.model, self.config = model, model.config
+        self.pages, self.page, self.lanes = pages, self.kind.page, lanes
+        self.block, self.chunk, self.rows = block, min(chunk, self.config.context), rows
+        cache = loop.new_cache(self.config, self.kind, 1, self.config.context, self.config.dtype)
+        self.layers = cache.layers
+        self.columns = tuple(table.shape[1] for table in cache.tables)
+        self.windows = tuple(pool.window for pool in pools(cache.layers))
+        fingerprint = repr((self.config, self.kind)).encode()
+        self.pools = [
+            PagePool(pages=pages, page=self.page, policy=policy, fingerprint=fingerprint)
+            for _ in self.columns
+        ]
+        self.state = device.empty(lanes, self.columns, ENDS)
+        self.groups: dict[Any, int] = {}
+        self.page_bytes = nbytes(self.layers) / pages / len(self.columns)
+        self.rate = FIRST_RATE
+        self.waited = 0.0  # seconds for the device, in all
+
+    # Pages.
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold so many."""
+        return -(-tokens // self.page)
+
+    def free_pages(self) -> int:
+        """Pages that could be had now."""
+        return min(pool.free_pages for pool in self.pools)
+
+    def check_fits(self, prompt: int, most: int, ends: tuple[int, ...]) -> None:
+        """Refuse what could never run.
+
+        Raises:
+            ValueError: longer than the model's context, or too many stop ids.
+            PoolFullError: more than all pages.
+        """
+        if prompt + most > self.config.context:
+            raise ValueError(
+                f"a prompt of {prompt} tokens and max_new_tokens={most} make {prompt + most}, more "
+                f"than the model's context of {self.config.context}; shorten the prompt or ask for "
+                "fewer tokens"
+            )
+        if len(ends) > ENDS:
+            raise ValueError(f"stop got {len(ends)} ids; an engine takes at most {ENDS}")
+        needed = self.pages_for(prompt + most - 1)
+        if needed > self.pages:
+            raise PoolFullError(
+                f"a prompt of {prompt} tokens and max_new_tokens={most} need {needed} pages of "
+                f"{self.page}, and the pool has {self.pages}; expected more pages, or a shorter "
+                "request"
+            )
+
+    def sequences(self, tenant: str) -> list[Any]:
+        """Nothing yet, of a tenant, in each pool."""
+        return [pool.sequence(tenant=tenant) for pool in self.pools]
+
+    def match(self, held: list[Any], tokens: np.ndarray) -> int:
+        """Take the pages that hold the beginning of `tokens`; how many those are.
+
+        The last token is left to be computed, whose logits are wanted.
+        """
+        most, ids = len(tokens) - 1, tokens.tolist()
+        found = [seq.match(ids, limit=most) for seq in held]
+        for seq, n in zip(held, found, strict=True):
+            if n > min(found):
+                seq.crop(min(found))
+        return min(found)
+
+    def publish(self, seat: Seat, upto: int) -> None:
+        """Let others find the full pages of its first `upto` tokens, which have been dispatched."""
+        ids = seat.request.history[:upto].tolist()
+        for seq in seat.held:
+            seq.reserve(len(ids))  # pages that it has, of which the pool has not heard how full
+            seq.publish(ids)
+
+    def reserve(self, seat: Seat, upto: int) -> None:
+        """Pages for its first `upto` tokens.
+
+        Raises:
+            PoolFullError: there are too few; nothing was taken that `reserve` would not take again.
+        """
+        for group, seq in enumerate(seat.held):
+            copies = seq.reserve(upto)
+            if copies:
+                self._copy(group, copies)
+                first = min(seq.table.index(target) for _, target in copies)
+                seat.columns[group] = min(seat.columns[group], first)
+        seat.reserved = len(seat.held[0].table) * self.page
+
+    def could(self, seat: Seat, upto: int) -> bool:
+        """Whether `reserve` would do."""
+        pairs = zip(self.pools, seat.held, strict=True)
+        return all(pool.needs(seq, upto) <= pool.free_pages for pool, seq in pairs)
+
+    def filled(self, seats: Iterable[Seat]) -> tuple[int, int]:
+        """Slots of the pages that the first pool's sequences hold, and those with tokens.
+
+        A page that several hold is full, and counted once as what each has that is not.
+        """
+        held = self.pools[0].stats()["used"] * self.page
+        return held, held - sum(seat.reserved - seat.bound(0) for seat in seats)
+
+    def close(self, held: list[Any]) -> None:
+        """Give all pages back."""
+        for seq in held:
+            seq.close()
+
+    def let_go(self, seat: Seat) -> None:
+        """Give back the pages that have left the windows of their layers."""
+        for seq, window in zip(seat.held, self.windows, strict=True):
+            if window is not None and seat.written() >= window:
+                seq.drop_before(seat.written() - window + 1)
+
+    def pool_stats(self) -> dict[str, int]:
+        """Figures of the pools, summed."""
+        figures = [pool.stats() for pool in self.pools]
+        return {k: sum(f[k] for f in figures) for k in figures[0]}
+
+    def _copy(self, group: int, copies: list[tuple[int, int]]) -> None:
+        size = bucket(len(copies), 4)
+        source = _filled([s for s, _ in copies], size)
+        target = _filled([t for _, t in copies], size)
+        self.layers = _copied(self.layers, source, target, group)
+
+    # Lanes.
+
+    def group_of(self, sampler: Any) -> int:
+        """The sampler's place among the structures that the lanes know."""
+        if sampler is None:
+            return -1
+        leaves, tree = jax.tree.flatten(_plain(sampler))
+        signature = (tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if signature not in self.groups:
+            self.state = device.with_sampler(self.state, _plain(sampler), self.config.vocab)
+            self.groups[signature] = len(self.groups)
+        return self.groups[signature]
+
+    def install(self, seat: Seat) -> None:
+        """The request's state in its lane."""
+        request = seat.request
+        group = self.group_of(request.sampler)
+        history = request.history
+        what = {
+            "tables": tuple(
+                _filled(seq.table, width)
+                for seq, width in zip(seat.held, self.columns, strict=True)
+            ),
+            "lengths": np.int32(seat.cached),
+            "token": np.int32(0 if seat.reading else history[-1]),
+            "active": np.bool_(not seat.reading),
+            "left": np.int32(seat.limit),
+            "ends": _filled(request.stop_ids, ENDS, -2),
+            "keys": jax.random.key(0) if request.key is None else request.key,
+        }
+        if group >= 0:
+            # Without the token that goes into the cache next: the sampler hears of that one then.
+            said = history[: seat.target]
+            what["said"] = _filled(said, bucket(self.config.context), PAD)
+            what["sampler"] = _plain(request.sampler)
+        seat.columns = [len(seq.table) for seq in seat.held]
+        self.state = device.installed(
+            self.state, group, self.config.vocab, np.int32(seat.lane), what
+        )
+
+    # Passes.
+
+    def absorb(self, prompts: list[tuple[Seat, int]]) -> Part:
+        """Dispatch the tokens of each seat from where it is, up to the given one."""
+        rows = 1 if len(prompts) == 1 else self.rows
+        at = np.full(rows, self.lanes, np.int32)
+        tokens = np.zeros((rows, self.chunk), np.int32)
+        counts, last = np.zeros(rows, np.int32), np.zeros(rows, bool)
+        for i, (seat, upto) in enumerate(prompts):
+            at[i], counts[i] = seat.lane, upto - seat.cached
+            tokens[i, : counts[i]] = seat.request.history[seat.cached : upto]
+            last[i] = upto == seat.target
+        seats = list(enumerate(seat for seat, _ in prompts))
+        grown = self._grown(rows, seats, self.chunk)
+        self.layers, self.state, *out = device.absorbed(
+            self.model, self.layers, self.state, at, tokens, counts, last, grown
+        )
+        speaking = []
+        for (i, seat), (_, upto) in zip(seats, prompts, strict=True):
+            seat.cached = upto
+            if not seat.reading:
+                seat.asked = 1
+                speaking.append((i, seat))
+        return Part(speaking, *out)
+
+    def decode(self, seats: list[Seat]) -> Part:
+        """Dispatch the next block of tokens of these seats."""
+        highest = max(seat.lane for seat in seats) + 1
+        width = next(w for w in self.widths if w >= highest)
+        alive = np.zeros(width, bool)
+        rows = [(seat.lane, seat) for seat in seats]
+        alive[[lane for lane, _ in rows]] = True
+        grown = self._grown(width, rows, self.block)
+        self.layers, self.state, *out = device.decoded(
+            self.block, self.model, self.layers, self.state, alive, grown, np.int32(self.block)
+        )
+        for seat in seats:
+            seat.asked = min(seat.asked + self.block, seat.limit)
+        return Part(rows, *out)
+
+    @functools.cached_property
+    def widths(self) -> tuple[int, ...]:
+        """How many lanes a pass may have: all, and powers of four below."""
+        widths = [self.lanes]
+        while widths[-1] > 1:
+            widths.append(-(-widths[-1] // 4))
+        return tuple(reversed(widths))
+
+    def _grown(
+        self, rows: int, seats: list[tuple[int, Seat]], tokens: int
+    ) -> tuple[device.Grown, ...]:
+        """The pages that seats got since the device last heard of them, by row."""
+        most = tokens // self.page + 2
+        grown = []
+        for group in range(len(self.columns)):
+            start, pages = np.zeros(rows, np.int32), np.full((rows, most), -1, np.int32)
+            for row, seat in seats:
+                table, known = seat.held[group].table, seat.columns[group]
+                if len(table) > known:
+                    start[row] = known
+                    pages[row, : len(table) - known] = table[known:]
+                    seat.columns[group] = len(table)
+            grown.append(device.Grown(start=start, pages=pages))
+        return tuple(grown)
+
+    def read(self, part: Part) -> Iterator[tuple[Seat, list[int], bool]]:
+        """What a pass said: per seat its new tokens, and whether it would say more."""
+        began = time.perf_counter()
+        said, active = np.asarray(part.said).tolist(), np.asarray(part.active).tolist()
+        refused = np.asarray(part.refused)
+        self.waited += time.perf_counter() - began
+        for row, seat in part.seats:
+            if refused[row]:
+                raise RuntimeError(f"{seat.request} had no page for its tokens: an error in jkv")
+            tokens = said[row]
+            while tokens and tokens[-1] == PAD:
+                tokens.pop()
+            yield seat, tokens, active[row]
+
+    def warm(self) -> None:
+        """Compile every pass; no request takes part."""
+        for width in self.widths:
+            grown = self._grown(width, [], self.block)
+            self.layers, self.state, *_ = device.decoded(
+                self.block,
+                self.model,
+                self.layers,
+                self.state,
+                np.zeros(width, bool),
+                grown,
+                np.int32(self.block),
+            )
+        for rows in {1, self.rows}:
+            self.layers, self.state, *_ = device.absorbed(
+                self.model,
+                self.layers,
+                self.state,
+                np.full(rows, self.lanes, np.int32),
+                np.zeros((rows, self.chunk), np.int32),
+                np.zeros(rows, np.int32),
+                np.zeros(rows, bool),
+                self._grown(rows, [], self.chunk),
+            )
+
+    # To the host and back.
+
+    def bytes_of(self, seat: Seat) -> int:
+        """Of the pages of its tokens."""
+        return int(self.pages_for(seat.written()) * self.page_bytes * len(self.columns))
+
+    def save(self, seat: Seat) -> Saved:
+        """Its pages on the host."""
+        length = seat.written()
+        began = time.perf_counter()
+        tables = self._tables(seat, length)
+        pages = jax.device_get(_gathered(self.layers, tables))
+        size = nbytes(pages)
+        self.rate = size / max(time.perf_counter() - began, 1e-6)
+        return Saved(length, pages, size)
+
+    def restore(self, seat: Seat, saved: Saved) -> None:
+        """The pages of a request that was saved, in pages of its own."""
+        self.reserve(seat, saved.length)
+        self.layers = _scattered(self.layers, self._tables(seat, saved.length), saved.pages)
+
+    def _tables(self, seat: Seat, length: int) -> tuple[np.ndarray, ...]:
+        count = self.pages_for(length)
+        return tuple(_filled(seq.table[:count], bucket(count, 4)) for seq in seat.held)
+
+
+@jax.jit
+def _gathered(layers: tuple[Any, ...], tables: tuple[Array, ...]) -> Any:
+    """The pages of each layer in the order of its table; anything where the table has -1."""
+    return [
+        jax.tree.map(lambda leaf, at=tables[layer.group]: leaf.at[at].get(mode="clip"), pages)
+        for layer in layers
+        for pages in [(layer.k_pages, layer.v_pages)]
+    ]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _scattered(layers: tuple[Any, ...], tables: tuple[Array, ...], pages: Any) -> tuple[Any, ...]:
+    """The layers with those pages; none where the table has -1."""
+    after = []
+    for layer, new in zip(layers, pages, strict=True):
+        at = tables[layer.group]
+
+        def put(leaf: Array, part: Array, at: Array = at) -> Array:
+            return leaf.at[jnp.where(at < 0, leaf.shape[0], at)].set(part, mode="drop")
+
+        keys, values = jax.tree.map(put, (layer.k_pages, layer.v_pages), tuple(new))
+        after.append(replace(layer, k_pages=keys, v_pages=values))
+    return tuple(after)
+
+
+@functools.partial(jax.jit, static_argnames="group", donate_argnums=0)
+def _copied(layers: tuple[Paged, ...], source: Array, into: Array, group: int) -> tuple[Paged, ...]:
+    """The layers of a group with pages ``into[n]`` as copies of ``source[n]``."""
+    return tuple(copy(layer, source, into) if layer.group == group else layer for layer in layers)
+
+
+def _filled(values: Any, width: int, rest: int = -1) -> np.ndarray:
+    out = np.full(width, rest, np.int32)
+    out[: len(values)] = values
+    return out
+
+
+def _plain(sampler: Any) -> Any:
+    """A sampler whose parameters are arrays of 32 bits."""
+    sampling.check(sampler)
+
+    def array(leaf: Any) -> Any:
+        if isinstance(leaf, int):
+            return np.asarray(leaf, np.int32)
+        return np.asarray(leaf, np.float32) if isinstance(leaf, float) else np.asarray(leaf)
+
+    return jax.tree.map(array, sampler)
+
+
+def _managed(kind: Any, page: int | None, pages: int) -> PagedKind:
+    """The kind with the engine's pages.
+
+    Raises:
+        TypeError: a kind without pages.
+        ValueError: pages of two sizes.
+    """
+    if kind is None:
+        kind = paged() if page is None else paged(page)
+    if not isinstance(kind, PagedKind):
+        raise TypeError(f"cache got {kind!r:.60}; expected a kind of pages, such as jkv.paged()")
+    if page not in (None, kind.page):
+        raise ValueError(
+            f"page={page} and a cache with pages of {kind.page}; expected one of them, or the same"
+        )
+    return dataclasses.replace(kind, pages=pages, managed=True)

@@ -1,0 +1,259 @@
+"""The device's side of the engine: lanes that requests run in, and the two programs over them.
+
+A lane is a row of the decode step. What belongs to it lives on the device (its block table, its
+last token, its sampler's state), so that the next step can be dispatched before the last one's
+tokens have been read. The pages have no rows: any lanes may share a pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jkv._axes import Array
+from jkv._pytree import pytree, replace
+from jkv.cache.base import Cache
+from jkv.decoding import loop, sampling
+from jkv.decoding.request import PAD
+
+
+@pytree
+class Lanes:
+    """What the device knows of W lanes."""
+
+    tables: tuple[Array, ...]  # per group of layers [W, M] int32
+    lengths: Array  # [W] int32, tokens in the cache
+    token: Array  # [W] int32, said last and not in the cache yet
+    active: Array  # [W] bool, says tokens
+    left: Array  # [W] int32, tokens that it may still say
+    ends: Array  # [W, E] int32, tokens at which it ends
+    keys: Array  # [W] typed keys
+    group: Array  # [W] int32, its sampler's place in `samplers`, -1 for the likeliest token
+    samplers: tuple[Any, ...] = ()  # one for each structure in use, its leaves [W, ...]
+    states: tuple[Any, ...] = ()  # their states as for a batch of one, leaves [W, ...]
+
+
+@pytree
+class Grown:
+    """Pages that lanes got since the last pass, for one group of layers."""
+
+    start: Any  # [R] int32, column of the first; an array of either library
+    pages: Any  # [R, n] int32, -1 for none
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def empty(width: int, columns: tuple[int, ...], ends: int) -> Lanes:
+    """Lanes without requests, with tables of so many columns."""
+    return Lanes(
+        tables=tuple(jnp.full((width, m), -1, jnp.int32) for m in columns),
+        lengths=jnp.zeros((width,), jnp.int32),
+        token=jnp.zeros((width,), jnp.int32),
+        active=jnp.zeros((width,), bool),
+        left=jnp.zeros((width,), jnp.int32),
+        ends=jnp.full((width, ends), -2, jnp.int32),
+        keys=jax.random.split(jax.random.key(0), width),
+        group=jnp.full((width,), -1, jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def with_sampler(lanes: Lanes, sampler: Any, vocab: int) -> Lanes:
+    """Lanes that know one more structure of samplers."""
+    width = lanes.lengths.shape[0]
+    nothing = jnp.full((1, 1), PAD, jnp.int32)
+
+    def wide(leaf: Any) -> Array:
+        leaf = jnp.asarray(leaf)
+        return jnp.broadcast_to(leaf, (width, *leaf.shape)).copy()
+
+    return replace(
+        lanes,
+        samplers=(*lanes.samplers, jax.tree.map(wide, sampler)),
+        states=(*lanes.states, jax.tree.map(wide, sampler.init(nothing, vocab))),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
+def installed(lanes: Lanes, group: int, vocab: int, at: Array, what: dict[str, Any]) -> Lanes:
+    """Lanes with a request in lane `at`.
+
+    Args:
+        lanes: donated.
+        group: its sampler's place in `lanes.samplers`, -1 for the likeliest token.
+        vocab: V.
+        at: the lane, int32.
+        what: the lane's values of the fields of `Lanes` up to `keys`; and with a sampler `sampler`
+            and `said` [T], the tokens so far, -1 after them.
+    """
+
+    def put(old: Array, new: Any) -> Array:
+        return old.at[at].set(new)
+
+    plain = ("lengths", "token", "active", "left", "ends", "keys")
+    changes: dict[str, Any] = {name: put(getattr(lanes, name), what[name]) for name in plain}
+    changes["tables"] = tuple(map(put, lanes.tables, what["tables"]))
+    changes["group"] = put(lanes.group, group)
+    if group >= 0:
+        sampler = what["sampler"]
+        state = sampler.init(what["said"][None], vocab)
+        changes["samplers"] = _with(lanes.samplers, group, put, sampler)
+        changes["states"] = _with(lanes.states, group, put, state)
+    return replace(lanes, **changes)
+
+
+def _with(parts: tuple[Any, ...], i: int, put: Any, new: Any) -> tuple[Any, ...]:
+    return (*parts[:i], jax.tree.map(put, parts[i], new), *parts[i + 1 :])
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def decoded(
+    size: int,
+    model: Any,
+    layers: tuple[Any, ...],
+    lanes: Lanes,
+    alive: Array,
+    grown: tuple[Grown, ...],
+    steps: Array,
+) -> tuple[tuple[Any, ...], Lanes, Array, Array, Array]:
+    """Up to `steps` of at most `size` tokens of each active lane among the first R.
+
+    Args:
+        size: tokens at most, the width of the result.
+        model: a decoder.
+        layers: of the paged cache, donated.
+        lanes: donated.
+        alive: ``[R]`` bool, lanes whose requests still want tokens.
+        grown: pages that the first R lanes got, per group.
+        steps: int32.
+
+    Returns:
+        Layers; lanes; tokens ``[R, size]``, -1 where none; the lanes still active ``[R]``; and
+        whether a lane had no page for its token ``[R]``, which its keeper should have seen to.
+    """
+    width = alive.shape[0]
+    rows = jax.tree.map(lambda leaf: leaf[:width], lanes)
+    rows = replace(rows, tables=_extended(rows.tables, grown), active=rows.active & alive)
+    said = jnp.full((size, width), PAD, jnp.int32)
+
+    def going(carry: Any) -> Array:
+        i, _, rows, _, _ = carry
+        return (i < steps) & jnp.any(rows.active)
+
+    def body(carry: Any) -> Any:
+        i, layers, rows, said, refused = carry
+        cache = _cache(layers, rows)
+        logits, cache = loop.decode_step(model, rows.token, cache, rows.active)
+        rows = replace(rows, lengths=cache.lengths)
+        rows, token = _choose(logits, rows, rows.active, rows.token)
+        said = lax.dynamic_update_index_in_dim(said, token, i, 0)
+        return i + 1, cache.layers, rows, said, refused | cache.overflowed
+
+    carry = (jnp.int32(0), layers, rows, said, jnp.zeros((width,), bool))
+    _, layers, rows, said, refused = lax.while_loop(going, body, carry)
+    active = rows.active
+    # Others may be between their prompts and their first step.
+    rows = replace(rows, active=active | (lanes.active[:width] & ~alive))
+    lanes = jax.tree.map(lambda whole, part: whole.at[:width].set(part), lanes, rows)
+    return layers, lanes, said.T, active, refused
+
+
+@functools.partial(jax.jit, donate_argnums=(1, 2))
+def absorbed(
+    model: Any,
+    layers: tuple[Any, ...],
+    lanes: Lanes,
+    at: Array,
+    tokens: Array,
+    counts: Array,
+    last: Array,
+    grown: tuple[Grown, ...],
+) -> tuple[tuple[Any, ...], Lanes, Array, Array, Array]:
+    """One chunk of the prompts of R lanes, and the first token of those that are through.
+
+    Args:
+        model: a decoder.
+        layers: of the paged cache, donated.
+        lanes: donated.
+        at: ``[R]`` int32, the lanes; W and more are nobody.
+        tokens: ``[R, T]`` int32.
+        counts: ``[R]`` int32, how many of them are real.
+        last: ``[R]`` bool, the prompt ends with them.
+        grown: pages that these lanes got, per group.
+
+    Returns:
+        As of `decoded`, tokens ``[R, 1]``.
+    """
+    rows = jax.tree.map(lambda leaf: leaf.at[at].get(mode="clip"), lanes)
+    rows = replace(rows, tables=_extended(rows.tables, grown))
+    hidden, cache = model.hidden(tokens, _cache(layers, rows), counts)
+    ending = jnp.maximum(counts - 1, 0)[:, None, None]
+    logits = model.logits(jnp.take_along_axis(hidden, ending, axis=1)[:, 0])
+    rows = replace(rows, lengths=cache.lengths)
+    rows, token = _choose(logits, rows, last, jnp.full_like(rows.token, PAD))
+    lanes = jax.tree.map(lambda whole, part: whole.at[at].set(part, mode="drop"), lanes, rows)
+    return cache.layers, lanes, token[:, None], rows.active, cache.overflowed
+
+
+def _cache(layers: tuple[Any, ...], rows: Lanes) -> Cache:
+    return Cache(
+        layers=layers,
+        lengths=rows.lengths,
+        overflowed=jnp.zeros(rows.lengths.shape, bool),
+        tables=rows.tables,
+    )
+
+
+def _extended(tables: tuple[Array, ...], grown: tuple[Grown, ...]) -> tuple[Array, ...]:
+    """The tables [R, M] with new pages in their columns."""
+    longer = []
+    for table, new in zip(tables, grown, strict=True):
+        rows = jnp.arange(table.shape[0])[:, None]
+        columns = new.start[:, None] + jnp.arange(new.pages.shape[1])[None]
+        columns = jnp.where(new.pages >= 0, columns, table.shape[1])
+        longer.append(table.at[rows, columns].set(new.pages, mode="drop"))
+    return tuple(longer)
+
+
+def _choose(logits: Array, rows: Lanes, who: Array, after: Array) -> tuple[Lanes, Array]:
+    """Draw a token [R] for the lanes in `who`, each as it would alone; PAD for the others.
+
+    Args:
+        logits: ``[R, V]``.
+        rows: their lengths are the positions of what is drawn.
+        who: ``[R]`` bool.
+        after: ``[R]``, the token that the logits follow, PAD where the sampler knows it.
+    """
+    changed, states = logits, []
+    random = jnp.zeros(who.shape, bool)
+    for i, (sampler, state) in enumerate(zip(rows.samplers, rows.states, strict=True)):
+        mine = who & (rows.group == i)
+        out, new = jax.vmap(_one)(sampler, logits, state, after)
+        changed = jnp.where(mine[:, None], out, changed)
+        states.append(jax.tree.map(functools.partial(_where, mine), new, state))
+        if sampling.needs_key(sampler):
+            random = random | mine
+    token = sampling.likeliest(changed)
+    if any(map(sampling.needs_key, rows.samplers)):
+        token = jnp.where(random, sampling.draw(changed, rows.keys, rows.lengths), token)
+    left = rows.left - 1
+    goes_on = (left > 0) & ~jnp.any(token[:, None] == rows.ends, axis=1)
+    return replace(
+        rows,
+        token=jnp.where(who, token, rows.token),
+        left=jnp.where(who, left, rows.left),
+        active=jnp.where(who, goes_on, rows.active),
+        states=tuple(states),
+    ), jnp.where(who, token, PAD)
+
+
+def _one(sampler: Any, logits: Array, state: Any, token: Array) -> tuple[Array, Any]:
+    changed, state = sampler.update(logits[None], state, token[None])
+    return changed[0], state
+
+
+def _where(who: Array, new: Array, old: Array) -> Array:
+    return jnp.where(who.reshape(-1, *(1,) * (new.ndim - 1)), new, old)

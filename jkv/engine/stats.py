@@ -1,0 +1,140 @@
+"""What an engine did, in figures."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import numpy as np
+
+KEPT = 10_000  # of the latest latencies, from which percentiles are taken
+
+
+class Stats:
+    """Counters of one engine; `as_dict` says what they are."""
+
+    def __init__(self) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.first: collections.deque[float] = collections.deque(maxlen=KEPT)
+        self.between: collections.deque[tuple[float, int]] = collections.deque(maxlen=KEPT)
+        self.busy_seconds = 0.0
+        self.host_seconds = 0.0
+        self.prefill_seconds = 0.0
+        self.swapped_bytes = 0  # on the host now
+        self._last: float | None = None  # when tokens were read
+        self.slots_held = 0  # summed over steps that were looked at, as is the next
+        self.slots_filled = 0
+
+    def stepped(self, seconds: float, waited: float, prefilled: int) -> None:
+        """A step took so long, and of it waited for the device; it read `prefilled` tokens."""
+        self.counts["steps"] += 1
+        self.busy_seconds += seconds
+        self.host_seconds += seconds - waited
+        if prefilled:
+            self.prefill_seconds += seconds
+
+    def said(self, tokens: int, lanes: int, now: float) -> None:
+        """So many tokens of so many lanes were read."""
+        self.counts["tokens"] += tokens
+        if self._last is not None:
+            self.between.append(((now - self._last) * lanes / tokens, tokens))
+        self._last = now
+
+    def filled(self, held: int, filled: int) -> None:
+        """Slots of the pages that requests hold, and those of them with tokens."""
+        self.slots_held += held
+        self.slots_filled += filled
+
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second, those of steps that did other things too among them."""
+        return self.counts["prefill_tokens"] / max(self.prefill_seconds, 1e-9)
+
+    def as_dict(self, *, running: int, waiting: int, pool: dict[str, Any]) -> dict[str, Any]:
+        """All figures.
+
+        Keys: requests `running`, `waiting`, `finished` and by reason; `pages` (in all, `used`, and
+        of them `shared`; `cached`, nobody's and to be found again; `free`); `hit_rate` (tokens of
+        prompts found, of those asked for); `preemptions` (`recompute`, `swap`);
+        `time_to_first_token` and `time_between_tokens` (seconds, `p50` and `p99` of the latest);
+        `tokens`, `tokens_per_second` (while there was work); `host_seconds_per_step` (the host's
+        own work, waiting for the device left out); `waste` (slots held and not filled, of those
+        held, over the steps that were looked at).
+        """
+        counts = self.counts
+        asked = counts["asked_tokens"]
+        return {
+            "running": running,
+            "waiting": waiting,
+            "finished": counts["finished"],
+            "reasons": {r: counts[r] for r in ("stop", "length", "cancelled", "error")},
+            "pages": {k: pool[k] for k in ("pages", "used", "free", "shared", "cached")},
+            "hit_rate": counts["hit_tokens"] / asked if asked else 0.0,
+            "hit_tokens": counts["hit_tokens"],
+            "asked_tokens": asked,
+            "prefill_tokens": counts["prefill_tokens"],
+            "preemptions": {k: counts[k] for k in ("recompute", "swap")},
+            "time_to_first_token": _percentiles(list(self.first), None),
+            "time_between_tokens": _percentiles(
+                [s for s, _ in self.between], [n for _, n in self.between]
+            ),
+            "tokens": counts["tokens"],
+            "tokens_per_second": counts["tokens"] / self.busy_seconds if self.busy_seconds else 0.0,
+            "steps": counts["steps"],
+            "host_seconds_per_step": self.host_seconds / max(counts["steps"], 1),
+            "swapped_bytes": self.swapped_bytes,
+            "waste": 1 - self.slots_filled / self.slots_held if self.slots_held else 0.0,
+        }
+
+
+def _percentiles(values: list[float], weights: list[int] | None) -> dict[str, float | None]:
+    """The 50th and 99th, each value counted `weights` times; None without any."""
+    if not values:
+        return {"p50": None, "p99": None}
+    order = np.argsort(values)
+    heavy = np.cumsum(np.ones(len(values)) if weights is None else np.asarray(weights)[order])
+    at = {p: int(np.searchsorted(heavy, p / 100 * heavy[-1])) for p in (50, 99)}
+    return {f"p{p}": float(values[order[min(i, len(values) - 1)]]) for p, i in at.items()}
+
+
+_HELP = {
+    "running": ("gauge", "Requests that run."),
+    "waiting": ("gauge", "Requests that wait."),
+    "finished": ("counter", "Requests that have ended."),
+    "tokens": ("counter", "Tokens said."),
+    "prefill_tokens": ("counter", "Tokens of prompts computed."),
+    "hit_tokens": ("counter", "Tokens of prompts found in the cache."),
+    "asked_tokens": ("counter", "Tokens of prompts looked for in the cache."),
+    "steps": ("counter", "Steps."),
+    "swapped_bytes": ("gauge", "Bytes of pages on the host."),
+    "waste": ("gauge", "Share of the slots held that is not filled."),
+}
+
+
+def prometheus(figures: dict[str, Any], prefix: str = "jkv_engine") -> str:
+    """The figures of `Engine.stats` in Prometheus' text format."""
+    lines: list[str] = []
+
+    def family(name: str, kind: str, text: str, samples: list[tuple[str, Any]]) -> None:
+        full = f"{prefix}_{name}" + ("_total" if kind == "counter" else "")
+        lines.extend([f"# HELP {full} {text}", f"# TYPE {full} {kind}"])
+        lines.extend(f"{full}{labels} {float(value):g}" for labels, value in samples)
+
+    for name, (kind, text) in _HELP.items():
+        family(name, kind, text, [("", figures[name])])
+    labelled = (
+        ("requests", "counter", "Requests that have ended, by reason.", "reason", "reasons"),
+        ("preemptions", "counter", "Requests sent back to wait.", "how", "preemptions"),
+        ("pages", "gauge", "Pages of the pool.", "state", "pages"),
+    )
+    for name, kind, text, label, key in labelled:
+        samples = [(f'{{{label}="{k}"}}', v) for k, v in figures[key].items()]
+        family(name, kind, text, samples)
+    for name, text in (
+        ("time_to_first_token", "Seconds from submission to the first token."),
+        ("time_between_tokens", "Seconds from one token to the next."),
+    ):
+        samples = [
+            (f'{{quantile="0.{p[1:]}"}}', v) for p, v in figures[name].items() if v is not None
+        ]
+        family(f"{name}_seconds", "gauge", text, samples)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,384 @@
+"""What the engine makes of many requests at once, beside batches that wait for their last row.
+
+    python scripts/bench_engine.py --json engine.json
+    python scripts/bench_engine.py --only trace --model ../shared/models/stories260k
+
+Prompts and answers are as long as in ShareGPT in shape: log-normal, means and spread below, cut at
+the model's context; a third of the prompts begin with one of four system prompts; requests arrive
+at random times (Poisson). The same trace for all, which serve it one after another, in turns:
+the engine; `jkv.generate` in batches of what has arrived, each as long as its longest answer;
+`transformers` likewise, and its own continuous batching, where it is installed with torch (the
+`compare` extra). Only tokens that were asked for count. Weights of `42m` are random.
+
+Sections: trace, requests of mixed lengths; prefix, the first token after a prompt of 1000 tokens
+that is in the cache, and that is not; host, the engine's own work per step at 256 lanes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import jkv
+from bench import machine
+from jkv.models import Config, Rope
+
+LLAMA_42M = Config(
+    vocab=32000,
+    layers=8,
+    width=512,
+    heads=8,
+    kv_heads=8,
+    head_dim=64,
+    feed_forward=1376,
+    context=2048,
+    rope=Rope(dims=64),
+)
+PROMPT, ANSWER = (3.6, 1.0), (4.1, 0.9)  # of the logarithms: mean and standard deviation
+SYSTEM = 48  # tokens of a system prompt
+SECTIONS = ("trace", "prefix", "host")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One request of the trace."""
+
+    at: float  # seconds
+    prompt: list[int]
+    new: int
+
+
+def trace(config: Any, count: int, rate: float, seed: int, longest: int) -> list[Asked]:
+    """Requests in the order of their arrival."""
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.exponential(1 / rate, count))
+    system = rng.integers(3, config.vocab, (4, SYSTEM))
+    asked = []
+    for at in times:
+        prompt = int(np.clip(rng.lognormal(*PROMPT), 4, longest // 2 - SYSTEM))
+        new = int(np.clip(rng.lognormal(*ANSWER), 4, longest // 2))
+        tokens = rng.integers(3, config.vocab, prompt)
+        if rng.random() < 1 / 3:
+            tokens = np.concatenate([system[rng.integers(4)], tokens])
+        asked.append(Asked(float(at), tokens.tolist(), new))
+    return asked
+
+
+@dataclasses.dataclass
+class Served:
+    """How one contestant served the trace."""
+
+    tokens: int
+    seconds: float
+    first: list[float]  # seconds from arrival to the first token that could be read
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second that were asked for."""
+        return self.tokens / self.seconds
+
+
+def by_engine(engine: Any, asked: list[Asked]) -> Served:
+    """All requests through an engine, submitted when they arrive."""
+    start, left, requests = time.perf_counter(), list(asked), []
+    before = engine.stats()
+    more = True
+    while left or more:
+        now = time.perf_counter() - start
+        while left and left[0].at <= now:
+            one = left.pop(0)
+            requests.append(engine.submit(one.prompt, max_new_tokens=one.new, stop=()))
+        more = engine.step()
+        if not more and left:
+            time.sleep(max(0.0, left[0].at - (time.perf_counter() - start)))
+    seconds = time.perf_counter() - start
+    figures = engine.stats()
+    first = [r.first_token - start - a.at for r, a in zip(requests, asked, strict=True)]
+    found = figures["hit_tokens"] - before["hit_tokens"]
+    return Served(
+        sum(a.new for a in asked),
+        seconds,
+        first,
+        {"waste": figures["waste"], "hits": found, "preemptions": figures["preemptions"]},
+    )
+
+
+def by_batches(run: Callable[[list[Asked]], None], asked: list[Asked], size: int) -> Served:
+    """Batches of what has arrived, one after another; `run` serves one of them."""
+    start, left, first = time.perf_counter(), list(asked), []
+    while left:
+        now = time.perf_counter() - start
+        if left[0].at > now:
+            time.sleep(left[0].at - now)
+            continue
+        batch = [one for one in left[:size] if one.at <= now]
+        left = left[len(batch) :]
+        run(batch)
+        first += [time.perf_counter() - start - one.at for one in batch]
+    return Served(sum(a.new for a in asked), time.perf_counter() - start, first)
+
+
+def by_generate(model: Any) -> Callable[[list[Asked]], None]:
+    """Batches of `jkv.generate`."""
+
+    def run(batch: list[Asked]) -> None:
+        most = max(one.new for one in batch)
+        jkv.generate(model, [one.prompt for one in batch], max_new_tokens=most, stop=())
+
+    return run
+
+
+def by_transformers(theirs: Any) -> Callable[[list[Asked]], None]:
+    """Batches of `transformers`, padded on the left."""
+    import torch
+
+    def run(batch: list[Asked]) -> None:
+        longest = max(len(one.prompt) for one in batch)
+        most = max(one.new for one in batch)
+        rows = [[0] * (longest - len(one.prompt)) + one.prompt for one in batch]
+        mask = [[0] * (longest - len(one.prompt)) + [1] * len(one.prompt) for one in batch]
+        with torch.inference_mode():
+            theirs.generate(
+                torch.tensor(rows),
+                attention_mask=torch.tensor(mask),
+                min_new_tokens=most,
+                max_new_tokens=most,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    return run
+
+
+def by_continuous(theirs: Any, asked: list[Asked]) -> Served:
+    """All requests at once through the continuous batching of `transformers`."""
+    from transformers import GenerationConfig
+
+    longest = max(one.new for one in asked)
+    how = GenerationConfig(
+        max_new_tokens=longest,
+        do_sample=False,
+        eos_token_id=-1,
+        pad_token_id=0,
+        use_cuda_graph=False,
+    )
+    start = time.perf_counter()
+    # It takes one length for all: each group of equal lengths would be a batch again, so all run
+    # as long as the longest, and what is beyond is not counted.
+    out = theirs.generate_batch([one.prompt for one in asked], generation_config=how)
+    if len(out) != len(asked):
+        raise RuntimeError(f"{len(out)} answers to {len(asked)} requests")
+    return Served(sum(a.new for a in asked), time.perf_counter() - start, [])
+
+
+def transformers_model(name: str, config: Any) -> Any:
+    """The same shape there, or the reason why not."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        return f"not installed ({error.name})"
+    torch.set_num_threads(machine.cores())
+    if name != "42m":
+        return transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+    shape = transformers.LlamaConfig(
+        vocab_size=config.vocab,
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.feed_forward,
+        max_position_embeddings=config.context,
+    )
+    return transformers.LlamaForCausalLM(shape).eval()
+
+
+def ours(name: str) -> Any:
+    """The decoder."""
+    if name == "42m":
+        return jax.jit(lambda: jkv.Decoder(LLAMA_42M, rngs=nnx.Rngs(0)))()
+    return jkv.load(name).model
+
+
+def engine_for(model: Any, options: Any, **changes: Any) -> Any:
+    """An engine with as many pages as full rows would take."""
+    lanes = changes.get("max_batch", options.lanes)
+    context = min(model.config.context, options.longest + SYSTEM)
+    pages = lanes * -(-context // options.page)
+    how = {"page": options.page, "max_batch": options.lanes, "block": options.block}
+    return jkv.Engine(model, **({"pages": pages} | how | changes))
+
+
+def measure_trace(name: str, options: Any, console: Console) -> dict[str, Any]:
+    """The trace, by everyone in turns."""
+    model = ours(name)
+    config = model.config
+    longest = min(options.longest, config.context)
+    theirs = transformers_model(name, config)
+    rate = options.rate or (40.0 if name != "42m" else 4.0)
+    asked = trace(config, options.requests, rate, options.seed, longest)
+    engine = engine_for(model, options)
+    engine.warm()
+    contestants: dict[str, Callable[[list[Asked]], Served]] = {
+        "engine": lambda a: by_engine(engine, a),
+        "jkv.generate, batches": lambda a: by_batches(by_generate(model), a, options.lanes),
+    }
+    reasons = {}
+    if isinstance(theirs, str):
+        reasons["transformers"] = theirs
+    else:
+        contestants["transformers, batches"] = lambda a: by_batches(
+            by_transformers(theirs), a, options.lanes
+        )
+        if not hasattr(theirs, "generate_batch"):
+            reasons["transformers, continuous"] = "this version has none"
+        else:
+            contestants["transformers, continuous"] = lambda a: by_continuous(theirs, a)
+    served: dict[str, list[Served]] = {n: [] for n in contestants}
+    for turn in range(options.rounds + 1):  # the first compiles
+        # Each round has texts of its own: nothing but the system prompts is found again.
+        now = trace(config, options.requests, rate, options.seed + turn, longest)
+        for n, serve in list(contestants.items()):
+            try:
+                one = serve(asked if turn == 0 else now)
+            except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
+                reasons[n] = f"{type(error).__name__}: {error}"[:200]
+                del contestants[n]
+                continue
+            if turn:
+                served[n].append(one)
+                console.print(f"  {n}: {one.rate:.0f} tokens/s", highlight=False)
+    rows = {}
+    for n, runs in served.items():
+        if not runs:
+            continue
+        first = sorted(s for run in runs for s in run.first)
+        rows[n] = {
+            "tokens_per_second": statistics.median(run.rate for run in runs),
+            "first_token_p50": first[len(first) // 2] if first else None,
+            "first_token_p99": first[int(0.99 * len(first))] if first else None,
+            **(runs[-1].more),
+        }
+    lengths = {
+        "prompt": statistics.mean(len(a.prompt) for a in asked),
+        "answer": statistics.mean(a.new for a in asked),
+    }
+    return {"model": name, "rate": rate, "mean_lengths": lengths, "rows": rows, "not_run": reasons}
+
+
+def measure_prefix(options: Any) -> dict[str, Any]:
+    """Seconds to the first token after 1000 tokens that are known, and that are not."""
+    model = ours("42m")
+    engine = engine_for(model, options, pages=1024)
+    engine.warm()
+    rng = np.random.default_rng(options.seed)
+    cold, warm = [], []
+    for _ in range(options.rounds + 1):
+        prefix = rng.integers(3, model.config.vocab, 1000).tolist()
+        for times in (cold, warm):
+            tail = rng.integers(3, model.config.vocab, 24).tolist()
+            request = engine.submit(prefix + tail, max_new_tokens=4, stop=())
+            request.result()
+            engine.run()
+            times.append(request.first_token - request.submitted)
+    cold_s, warm_s = statistics.median(cold[1:]), statistics.median(warm[1:])
+    return {"cold_seconds": cold_s, "warm_seconds": warm_s, "ratio": warm_s / cold_s}
+
+
+def measure_host(options: Any) -> dict[str, Any]:
+    """Seconds of the host's own work per step with 256 lanes at work; JAX's calls left out."""
+    config = dataclasses.replace(LLAMA_42M, layers=1, width=64, heads=1, kv_heads=1, vocab=512)
+    config = dataclasses.replace(config, feed_forward=64, context=512)
+    model = jax.jit(lambda: jkv.Decoder(config, rngs=nnx.Rngs(0)))()
+    engine = engine_for(model, options, max_batch=256, pages=256 * 20, block=1)
+    engine.warm()
+    rng = np.random.default_rng(options.seed)
+    for _ in range(256):
+        prompt = rng.integers(3, config.vocab, 16).tolist()
+        engine.submit(prompt, max_new_tokens=256, stop=())
+    while engine.stats()["tokens"] < 256 * 20:
+        engine.step()
+    steps, times = 150, []
+    for _ in range(steps):
+        began, waited = time.perf_counter(), engine.batch.waited
+        engine.step()
+        times.append(time.perf_counter() - began - (engine.batch.waited - waited))
+    return {"lanes": 256, "steps": steps, "seconds_per_step": statistics.median(times)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", action="append", help="42m, or a checkpoint's directory; repeatable")
+    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    add("--requests", type=int, default=64)
+    add("--lanes", type=int, default=8, help="requests at once; rows of the others' batches")
+    add("--page", type=int, default=16)
+    add("--block", type=int, default=4, help="tokens per step")
+    add("--longest", type=int, default=512, help="prompt and answer, at most")
+    add("--rate", type=float, help="requests per second")
+    add("--rounds", type=int, default=3)
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    console = Console()
+    results: dict[str, Any] = {"machine": machine.describe(), "options": str(vars(options))}
+    if "trace" in options.only:
+        results["trace"] = []
+        for name in options.model or ["42m"]:
+            found = measure_trace(name, options, console)
+            results["trace"].append(found)
+            console.print(table_of(found))
+    if "prefix" in options.only:
+        found = results["prefix"] = measure_prefix(options)
+        console.print(
+            f"first token after 1000 tokens: {found['cold_seconds']:.3f} s cold, "
+            f"{found['warm_seconds']:.3f} s found: {found['ratio']:.3f}x",
+            highlight=False,
+        )
+    if "host" in options.only:
+        found = results["host"] = measure_host(options)
+        console.print(
+            f"the host's work at 256 lanes: {1000 * found['seconds_per_step']:.2f} ms per step",
+            highlight=False,
+        )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def table_of(found: dict[str, Any]) -> Table:
+    """Who said how much in a second."""
+    table = Table(title=f"{found['model']}, {found['rate']:.0f} requests/s")
+    for head in ("", "tokens/s", "of the engine's", "first token p50", "p99", "waste"):
+        table.add_column(head, justify="left" if not head else "right")
+    best = found["rows"]["engine"]["tokens_per_second"]
+    for name, row in found["rows"].items():
+        times = [row["first_token_p50"], row["first_token_p99"]]
+        table.add_row(
+            name,
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['tokens_per_second'] / best:.2f}",
+            *("-" if t is None else f"{t:.2f} s" for t in times),
+            f"{row['waste']:.1%}" if "waste" in row else "",
+        )
+    for name, reason in found["not_run"].items():
+        table.add_row(name, f"not run: {reason}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

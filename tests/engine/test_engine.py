@@ -1,0 +1,438 @@
+"""The engine: what a request says does not depend on what runs beside it, nor on what is found."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+import jax
+import numpy as np
+import pytest
+
+import jkv
+from jkv.engine.stats import prometheus
+from jkv.errors import PoolFullError
+from tests.decoding import oracle
+
+PAGE = 4
+SHAPE = {"page": PAGE, "max_batch": 4, "block": 2, "prefill_chunk": 8, "prefill_rows": 2}
+HOT = jkv.sampling.temperature(1.5)
+PUSHED = jkv.sampling.chain(jkv.sampling.repetition_penalty(1.7), jkv.sampling.greedy())
+RNG = np.random.default_rng(3)
+PROMPTS = [RNG.integers(0, 11, n).tolist() for n in (1, 3, 4, 5, 8, 9, 13, 21, 2, 16, 7, 30)]
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model):
+    return oracle.lm(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model):
+    """What a request says by itself, from `jkv.generate`."""
+    known = {}
+
+    def say(prompt, new, sampler=None, key=None, **how):
+        which = (tuple(prompt), new, id(sampler), None if key is None else str(key), str(how))
+        if which not in known:
+            how = {"slots": 64, "stop": (), "sampler": sampler, "key": key} | how
+            out = jkv.generate(tiny_model, [prompt], max_new_tokens=new, **how)
+            known[which] = out.tokens[0, : out.lengths[0]].tolist()
+        return known[which]
+
+    return say
+
+
+def made(lm, pages=64, **changes):
+    return jkv.Engine(lm, pages=pages, **(SHAPE | changes))
+
+
+@pytest.fixture
+def engine(lm):
+    """One with pages for all; at the end nobody holds any."""
+    it = made(lm)
+    yield it
+    empty(it)
+
+
+def empty(engine):
+    figures = engine.stats()
+    assert (figures["running"], figures["waiting"]) == (0, 0)
+    pages = figures["pages"]
+    assert pages["used"] == 0
+    assert pages["free"] + pages["cached"] == pages["pages"]
+    assert figures["swapped_bytes"] == 0
+    for pool in engine.batch.pools:
+        pool.check()
+
+
+def test_tokens_are_those_of_each_request_alone(engine, alone):
+    requests = [engine.submit(p, max_new_tokens=5 + i, stop=()) for i, p in enumerate(PROMPTS)]
+    engine.run()
+    for i, (request, prompt) in enumerate(zip(requests, PROMPTS, strict=True)):
+        assert request.tokens == alone(prompt, 5 + i)
+        assert (request.state, request.finish_reason) == ("finished", "length")
+    assert engine.stats()["tokens"] == sum(len(r.tokens) for r in requests)
+
+
+def test_samplers_beside_each_other(engine, alone):
+    ways = [
+        {},
+        {"sampler": HOT, "key": jax.random.key(1)},
+        {"sampler": jkv.sampling.temperature(0.9), "key": jax.random.key(2)},
+        {"sampler": PUSHED},
+    ]
+    requests = [
+        (p, ways[i % 4], engine.submit(p, max_new_tokens=9, stop=(), **ways[i % 4]))
+        for i, p in enumerate(PROMPTS[:8])
+    ]
+    engine.run()
+    for prompt, how, request in requests:
+        assert request.tokens == alone(prompt, 9, **how)
+    greedy = {tuple(alone(p, 9)) for p, *_ in requests}
+    assert sum(tuple(r.tokens) in greedy for *_, r in requests) < len(requests)
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_too_few_pages_change_nothing_but_the_time(lm, alone, preemption):
+    # 14 pages of 4 tokens; four requests that end with 7 to 12 pages each.
+    engine = made(lm, pages=14, preemption=preemption, share=False)
+    ways = [{}, {"sampler": HOT, "key": jax.random.key(1)}, {"sampler": PUSHED}]
+    asked = [(PROMPTS[7 + i % 5], 18 + 2 * i, ways[i % 3]) for i in range(6)]
+    requests = [engine.submit(p, max_new_tokens=n, stop=(), **how) for p, n, how in asked]
+    engine.run()
+    for request, (prompt, new, how) in zip(requests, asked, strict=True):
+        assert request.tokens == alone(prompt, new, **how)
+    assert engine.stats()["preemptions"][preemption] > 0
+    assert sum(engine.stats()["preemptions"].values()) == sum(r.preemptions for r in requests)
+    empty(engine)
+
+
+def test_a_request_that_could_never_fit_is_refused_at_once(lm, alone):
+    engine = made(lm, pages=6)
+    with pytest.raises(PoolFullError, match=r"need 7 pages of 4, and the pool has 6"):
+        engine.submit(PROMPTS[7], max_new_tokens=5)
+    request = engine.submit(PROMPTS[7], max_new_tokens=4, stop=())  # 24 tokens, all of the pool
+    engine.run()
+    assert request.tokens == alone(PROMPTS[7], 4)
+    with pytest.raises(ValueError, match="more than the model's context of 256"):
+        engine.submit(PROMPTS[0], max_new_tokens=256)
+    empty(engine)
+
+
+@pytest.mark.parametrize(("length", "found"), [(7, 4), (8, 4), (9, 8), (12, 8), (13, 12)])
+def test_prompts_of_whole_pages_cold_and_warm(engine, alone, length, found):
+    prompt = [(3 * i + i * i + length) % 11 for i in range(length)]
+    cold = engine.submit(prompt, max_new_tokens=3, stop=())
+    engine.run()
+    assert cold.cached_tokens == 0
+    warm = engine.submit(prompt, max_new_tokens=3, stop=())
+    engine.run()
+    # The last token is always computed: its logits are wanted.
+    assert warm.cached_tokens == found
+    assert cold.tokens == warm.tokens == alone(prompt, 3)
+
+
+def test_an_answer_is_part_of_the_next_turn_but_for_its_last_token(engine, alone):
+    prompt = [1, 2, 3, 4, 5]
+    first = engine.submit(prompt, max_new_tokens=8, stop=())
+    engine.run()
+    # 12 tokens are in the cache, three pages, and the 13th is not.
+    turn = prompt + first.tokens + [7]
+    second = engine.submit(turn, max_new_tokens=4, stop=())
+    engine.run()
+    assert second.cached_tokens == 12
+    assert second.tokens == alone(turn, 4)
+
+
+def test_tenants_do_not_share(engine, alone):
+    prompt = list(range(10))
+    for tenant, found in (("a", 0), ("b", 0), ("a", 8), ("b", 8), ("", 0)):
+        request = engine.submit(prompt, max_new_tokens=2, stop=(), tenant=tenant)
+        engine.run()
+        assert request.cached_tokens == found
+        assert request.tokens == alone(prompt, 2)
+
+
+def test_samples_share_the_pages_of_their_prompt(engine, tiny_model):
+    prompt, key = [*range(11), 3, 1], jax.random.key(5)
+    requests = engine.submit(prompt, max_new_tokens=6, stop=(), sampler=HOT, key=key, samples=3)
+    most_shared = 0
+    while engine.step():
+        most_shared = max(most_shared, engine.stats()["pages"]["shared"])
+    how = {"max_new_tokens": 6, "sampler": HOT, "key": key, "stop": (), "slots": 64}
+    out = jkv.generate(tiny_model, [prompt], samples=3, **how)
+    assert [r.tokens for r in requests] == out.tokens.tolist()
+    assert [r.cached_tokens for r in requests] == [0, 12, 12]
+    assert most_shared == 3
+
+
+def test_without_sharing_nothing_is_found(lm, alone):
+    engine = made(lm, share=False)
+    for _ in range(2):
+        request = engine.submit(PROMPTS[7], max_new_tokens=3, stop=())
+        engine.run()
+        assert request.tokens == alone(PROMPTS[7], 3)
+        assert request.cached_tokens == 0
+    empty(engine)
+
+
+def test_stops_by_id_and_by_text(engine, alone, lm):
+    prompt = PROMPTS[6]
+    whole = alone(prompt, 12)
+    by_id = engine.submit(prompt, max_new_tokens=12, stop=whole[4])
+    text = lm.tokenizer.decode(whole)
+    by_text = engine.submit(prompt, max_new_tokens=12, stop=[text[3:6]])
+    engine.run()
+    assert by_id.tokens == whole[: whole.index(whole[4]) + 1]
+    assert by_id.finish_reason == by_text.finish_reason == "stop"
+    want = jkv.generate(lm, [prompt], max_new_tokens=12, stop=[text[3:6]], slots=64)
+    assert by_text.tokens == want.tokens[0].tolist()
+    assert by_text.text == lm.tokenizer.decode(by_text.tokens)
+
+
+def test_cancelled_while_waiting_and_while_running(engine, alone):
+    requests = [engine.submit(p, max_new_tokens=40, stop=()) for p in PROMPTS[4:10]]
+    for _ in range(6):
+        engine.step()
+    running, waiting = requests[1], requests[5]
+    assert (running.state, waiting.state) == ("running", "waiting")
+    running.cancel()
+    waiting.cancel()
+    running.cancel()  # again: nothing happens
+    engine.run()
+    assert (running.finish_reason, waiting.finish_reason) == ("cancelled", "cancelled")
+    assert running.tokens == alone(PROMPTS[5], 40)[: len(running.tokens)]
+    assert 0 < len(running.tokens) < 40
+    assert waiting.tokens == []
+    for request, prompt in zip(requests, PROMPTS[4:10], strict=True):
+        if request not in (running, waiting):
+            assert request.tokens == alone(prompt, 40)
+
+
+def test_what_a_callback_raises_ends_its_request_alone(engine, alone):
+    heard = []
+
+    def broken(request, token):
+        heard.append(token)
+        if len(heard) == 3:
+            raise KeyError("a user's mistake")
+
+    bad = engine.submit(PROMPTS[4], max_new_tokens=20, stop=(), on_token=broken)
+    good = engine.submit(PROMPTS[5], max_new_tokens=20, stop=())
+    engine.run()
+    assert (bad.finish_reason, good.finish_reason) == ("error", "length")
+    assert heard == alone(PROMPTS[4], 20)[:3]
+    assert good.tokens == alone(PROMPTS[5], 20)
+    with pytest.raises(KeyError, match="a user's mistake"):
+        bad.result()
+    assert engine.stats()["reasons"]["error"] == 1
+
+
+def test_a_callback_may_submit_and_cancel_but_not_run(engine, alone):
+    more = []
+
+    def once(request, token):
+        if not more:
+            more.append(engine.submit(PROMPTS[2], max_new_tokens=3, stop=()))
+        elif len(request.tokens) > 4:
+            request.cancel()
+
+    request = engine.submit(PROMPTS[1], max_new_tokens=20, stop=(), on_token=once)
+    nested = engine.submit(PROMPTS[1], max_new_tokens=3, on_token=lambda r, t: engine.step())
+    engine.run()
+    assert request.finish_reason == "cancelled"
+    assert more[0].tokens == alone(PROMPTS[2], 3)
+    assert isinstance(nested.error, RuntimeError)
+
+
+def test_tokens_as_they_come(engine, alone):
+    request = engine.submit(PROMPTS[4], max_new_tokens=9, stop=())
+    other = engine.submit(PROMPTS[5], max_new_tokens=4, stop=())
+    seen = []
+    for token in request:
+        seen.append(token)
+        assert len(request.tokens) >= len(seen)
+    assert seen == alone(PROMPTS[4], 9)
+    assert other.result() == alone(PROMPTS[5], 4)
+    engine.run()
+
+
+def test_several_tasks_wait_for_tokens(engine, alone):
+    async def say(prompt):
+        return [token async for token in engine.submit(prompt, max_new_tokens=7, stop=())]
+
+    async def all_of_them():
+        return await asyncio.gather(*map(say, PROMPTS[:5]))
+
+    assert asyncio.run(all_of_them()) == [alone(p, 7) for p in PROMPTS[:5]]
+    engine.run()
+
+
+def test_priority_comes_first_and_nobody_waits_for_ever(lm):
+    engine = made(lm, max_batch=1)
+    order = []
+
+    def ended(request, token):
+        if token is not None and len(request.tokens) == 1:
+            order.append(request.number)
+
+    how = {"max_new_tokens": 1, "stop": (), "on_token": ended}
+    plain = [engine.submit([1], **how) for _ in range(3)]
+    urgent = [engine.submit([2], priority=1, **how) for _ in range(70)]
+    engine.run()
+    numbers = [r.number for r in plain + urgent]
+    assert sorted(order) == numbers
+    # 64 that come later go before one without priority, and no more.
+    assert [order.index(r.number) for r in plain] == [61, 63, 65]
+    empty(engine)
+
+
+def test_nothing_is_compiled_after_warming(lm, compiles):
+    engine = made(lm, preemption="recompute")
+    engine.warm(samplers=[HOT])
+    first = engine.submit([1], max_new_tokens=2, sampler=HOT, key=jax.random.key(0))
+    engine.submit([1], max_new_tokens=2)
+    engine.run()
+    assert first.state == "finished"
+    with compiles:
+        for i, prompt in enumerate(PROMPTS * 2):
+            how = {"sampler": HOT, "key": first.key} if i % 3 == 0 else {}
+            engine.submit(prompt, max_new_tokens=3 + i % 7, stop=[i % 11], **how)
+            if i % 4 == 0:
+                engine.step()
+        engine.run()
+        assert compiles.count == 0
+    empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "match"),
+    [
+        ({"prompt": []}, ValueError, "empty"),
+        ({"prompt": [11]}, ValueError, "ids from 0 to 10"),
+        ({"prompt": 3}, TypeError, "expected a list of token ids"),
+        ({"max_new_tokens": 0}, ValueError, "at least 1"),
+        ({"stop": [1.5]}, TypeError, "token id or a string"),
+        ({"stop": list(range(11)) * 2}, ValueError, "at most 16"),
+        ({"priority": "high"}, TypeError, "an integer"),
+        ({"tenant": 4}, TypeError, "a text"),
+        ({"on_token": 4}, TypeError, "a function"),
+        ({"sampler": HOT}, ValueError, "needs key"),
+        ({"sampler": 0.7}, TypeError, "transforms"),
+        ({"samples": 2}, ValueError, "would all be the same"),
+        ({"sampler": HOT, "key": 3}, TypeError, "jax.random.key"),
+        ({"sampler": HOT, "key": jax.random.key(0, impl="rbg")}, ValueError, "default kind"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(lm, bad, error, match):
+    engine = made(lm)
+    with pytest.raises(error, match=match):
+        engine.submit(**({"prompt": [1, 2], "max_new_tokens": 4} | bad))
+    assert not engine.step()
+    empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "match"),
+    [
+        ({"pages": 0}, ValueError, "at least 1"),
+        ({"max_batch": 1.5}, ValueError, "at least 1"),
+        ({"cache": jkv.dense()}, TypeError, "jkv.paged"),
+        ({"preemption": "kill"}, ValueError, "recompute"),
+    ],
+)
+def test_bad_engines_are_refused_at_once(lm, bad, error, match):
+    with pytest.raises(error, match=match):
+        made(lm, **bad)
+
+
+def test_figures(engine, alone):
+    assert engine.stats()["time_to_first_token"] == {"p50": None, "p99": None}
+    for prompt in PROMPTS:
+        engine.submit(prompt, max_new_tokens=12, stop=())
+    engine.run()
+    figures = engine.stats()
+    assert figures["finished"] == figures["reasons"]["length"] == len(PROMPTS)
+    assert figures["tokens"] == 12 * len(PROMPTS)
+    assert figures["prefill_tokens"] == sum(map(len, PROMPTS)) - figures["hit_tokens"]
+    for name in ("time_to_first_token", "time_between_tokens"):
+        assert 0 < figures[name]["p50"] <= figures[name]["p99"]
+    assert 0 <= figures["waste"] < 0.5
+    lines = prometheus(figures).splitlines()
+    assert f"jkv_engine_tokens_total {12 * len(PROMPTS)}" in lines
+    assert 'jkv_engine_pages{state="used"} 0' in lines
+    names = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+    assert len(names) == len(set(names))
+    assert all(line.startswith(("#", "jkv_engine_")) for line in lines)
+
+
+@pytest.mark.slow  # rounding kinds take long to compile
+def test_rounded_pages_say_what_the_kind_says(lm, tiny_model):
+    kind = jkv.paged(page=PAGE, bits=8)
+    # One chunk: tokens of a chunk see each other before they are rounded.
+    engine = made(lm, cache=kind, prefill_chunk=16, prefill_rows=1)
+    requests = [engine.submit(p, max_new_tokens=6, stop=()) for p in PROMPTS[3:7]]
+    engine.run()
+    for prompt, request in zip(PROMPTS[3:7], requests, strict=True):
+        how = {"cache": kind, "slots": 64, "stop": (), "prefill_chunk": 16}
+        out = jkv.generate(tiny_model, [prompt], max_new_tokens=6, **how)
+        assert request.tokens == out.tokens[0].tolist()
+    empty(engine)
+
+
+def soak(lm, alone, count, seed):
+    """Short requests with everything that can happen to them, on few pages."""
+    rng = np.random.default_rng(seed)
+    engine = made(lm, pages=11, preemption="auto")
+    prompts = [rng.integers(0, 11, n).tolist() for n in rng.integers(1, 14, 12)]
+    live, checked = [], 0
+
+    def raising(request, token):
+        if len(request.tokens) > 2:
+            raise OSError("gone")
+
+    for i in range(count):
+        prompt, new = prompts[rng.integers(12)], int(rng.integers(1, 4)) * 4
+        how = {"priority": int(rng.integers(-1, 2)), "tenant": "ab"[rng.integers(2)]}
+        if rng.random() < 0.05:
+            how["on_token"] = raising
+        live.append((engine.submit(prompt, max_new_tokens=new, stop=(), **how), prompt, new))
+        while len(live) > 12:
+            engine.step()
+            if rng.random() < 0.03:
+                live[rng.integers(len(live))][0].cancel()
+            for request, prompt, new in [x for x in live if x[0].state == "finished"]:
+                want = alone(prompt, new)
+                if request.finish_reason == "length":
+                    assert request.tokens == want
+                    checked += 1
+                else:
+                    assert request.tokens == want[: len(request.tokens)]
+            live = [x for x in live if x[0].state != "finished"]
+        if i % 50 == 0:
+            for pool in engine.batch.pools:
+                pool.check()
+    engine.run()
+    empty(engine)
+    figures = engine.stats()
+    assert figures["finished"] == count == sum(figures["reasons"].values())
+    assert checked > count / 2
+    assert sum(figures["preemptions"].values()) > 0
+    assert min(figures["reasons"][r] for r in ("length", "cancelled", "error")) > 0
+    return engine
+
+
+def test_many_short_requests_on_few_pages(lm, alone):
+    soak(lm, alone, 150, 0)
+
+
+@pytest.mark.soak
+def test_five_thousand_requests_leave_nothing_behind(lm, alone):
+    soak(lm, alone, 200, 1)
+    gc.collect()
+    before = len(jax.live_arrays())
+    engine = soak(lm, alone, 5000, 2)
+    del engine
+    gc.collect()
+    assert len(jax.live_arrays()) <= before
