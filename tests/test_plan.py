@@ -14,6 +14,7 @@ from flax import nnx
 
 import jkv
 from jkv import _pytree
+from jkv._bytes import parse_bytes
 from jkv.cache import spec
 from jkv.models import Config, Decoder, Rope, outline
 from jkv.planning import PRESETS, memory, survey
@@ -198,7 +199,7 @@ def test_the_search():
     ],
 )
 def test_bytes_as_written(written, count):
-    assert memory.parse_bytes(written) == count
+    assert parse_bytes(written) == count
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_bytes_as_written(written, count):
 )
 def test_bytes_that_nobody_understands(written):
     with pytest.raises(ValueError, match=r"device_memory got .*'80GB' or '24GiB'"):
-        memory.parse_bytes(written)
+        parse_bytes(written)
 
 
 # Operations ---------------------------------------------------------------------------------------

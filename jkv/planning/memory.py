@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,34 +23,6 @@ from jkv.planning.work import itemsize
 
 LONGEST = 2**31 - 1  # positions are int32
 STEP = 1024  # tokens over which `bytes_per_token` looks; whole units of every codec
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("KMGT", 1)
-    for suffix, base in (("B", 1000), ("IB", 1024))
-}
-
-
-def parse_bytes(value: Any) -> int:
-    """Bytes as a number, or as a text: "80GB" is 80 * 1000**3, "24GiB" 24 * 1024**3.
-
-    Raises:
-        ValueError: anything else, or less than 1.
-    """
-    match = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(\w*?)\s*", value) if isinstance(value, str) else None
-    )
-    count = 0
-    if match is not None and match[2].upper() in _UNITS:
-        count = int(float(match[1]) * _UNITS[match[2].upper()])
-    elif isinstance(value, int) and not isinstance(value, bool):
-        count = value
-    if count < 1:
-        raise ValueError(
-            f"device_memory got {value!r}; expected a number of bytes, or a text such as '80GB' or "
-            "'24GiB'"
-        )
-    return count
 
 
 @functools.lru_cache(maxsize=64)

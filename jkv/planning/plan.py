@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jkv import _pytree
+from jkv._bytes import parse_bytes
 from jkv.cache import spec
 from jkv.cache.dense import dense
 from jkv.decoding.options import Options, checked_kind
@@ -137,7 +138,7 @@ def plan(
             f"plan got seq_len={seq_len}; expected at most {config.context}, since {name} has a "
             "table of as many positions"
         )
-    there = None if device_memory is None else memory.parse_bytes(device_memory)
+    there = None if device_memory is None else parse_bytes(device_memory)
     if isinstance(cache, list | tuple):
         return [_plan(name, config, batch, seq_len, each, there) for each in cache]
     return _plan(name, config, batch, seq_len, cache, there)

@@ -6,7 +6,15 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Hashable
 
-from jkv.store.evictor import Evictor, check_new, is_held, none_can_go, not_held, unknown
+from jkv.store.evictor import (
+    Evictor,
+    check_known,
+    check_new,
+    is_held,
+    none_can_go,
+    not_held,
+    unknown,
+)
 
 
 class _Arrival(Evictor):
@@ -37,6 +45,9 @@ class _Arrival(Evictor):
     def touch(self, key: Hashable) -> None:
         if key not in self:
             raise unknown(key)
+
+    def update(self, key: Hashable, size: int | float = 1, cost: int | float = 1.0) -> None:
+        check_known(self, key, size, cost)
 
     def hold(self, key: Hashable) -> None:
         if key in self._held or key not in self:
@@ -101,6 +112,9 @@ class _Recency(Evictor):
             self._line.move_to_end(key)
         elif key not in self._held:
             raise unknown(key)
+
+    def update(self, key: Hashable, size: int | float = 1, cost: int | float = 1.0) -> None:
+        check_known(self, key, size, cost)
 
     def hold(self, key: Hashable) -> None:
         if key not in self._line:
@@ -168,6 +182,18 @@ class _TwoLines(Evictor):
             raise unknown(key)
         self._sizes[0] -= size
         self._sizes[1] += size
+        self._balance()
+
+    def update(self, key: Hashable, size: int | float = 1, cost: int | float = 1.0) -> None:
+        check_known(self, key, size, cost)
+        if key in self._held:
+            line, old = self._held[key]
+            self._held[key] = line, size
+        else:
+            line = self._line_of(key)
+            old = self._lines[line][key]
+            self._lines[line][key] = size
+        self._sizes[line] += size - old
         self._balance()
 
     def hold(self, key: Hashable) -> None:

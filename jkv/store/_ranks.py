@@ -6,7 +6,15 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Hashable
 
-from jkv.store.evictor import Evictor, check_new, is_held, none_can_go, not_held, unknown
+from jkv.store.evictor import (
+    Evictor,
+    check_known,
+    check_new,
+    is_held,
+    none_can_go,
+    not_held,
+    unknown,
+)
 
 
 class _Ranked(Evictor):
@@ -42,6 +50,15 @@ class _Ranked(Evictor):
         if not entry.held:
             self._take(key, entry)
             self._place(key, entry)
+
+    def update(self, key: Hashable, size: int | float = 1, cost: int | float = 1.0) -> None:
+        check_known(self, key, size, cost)
+        if self._by_cost:
+            entry = self._entries[key]
+            entry.worth = cost / size
+            if not entry.held:
+                self._take(key, entry)
+                self._place(key, entry)
 
     def hold(self, key: Hashable) -> None:
         entry = self._get(key)

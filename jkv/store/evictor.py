@@ -48,6 +48,15 @@ class Evictor(abc.ABC):
         """
 
     @abc.abstractmethod
+    def update(self, key: Hashable, size: int | float = 1, cost: int | float = 1.0) -> None:
+        """The entry, held or not, has another size or cost by now, as a conversation that grew.
+
+        Raises:
+            KeyError: no such entry.
+            ValueError: a size or cost that cannot be.
+        """
+
+    @abc.abstractmethod
     def hold(self, key: Hashable) -> None:
         """The entry is in use: it is not the victim until it is released.
 
@@ -113,6 +122,27 @@ def check_new(evictor: Evictor, key: Hashable, size: int | float, cost: int | fl
     """
     if key in evictor:
         raise ValueError(f"add got {key!r}, which is here already; expected a new key, or touch")
+    check_weight(key, size, cost)
+
+
+def check_known(evictor: Evictor, key: Hashable, size: int | float, cost: int | float) -> None:
+    """What is changed is here, and its new size and cost can be.
+
+    Raises:
+        KeyError: it is not here.
+        ValueError: its size or cost cannot be.
+    """
+    if key not in evictor:
+        raise unknown(key)
+    check_weight(key, size, cost)
+
+
+def check_weight(key: Hashable, size: int | float, cost: int | float) -> None:
+    """A size and a cost that can be.
+
+    Raises:
+        ValueError: they cannot.
+    """
     if not 0 < size < math.inf:
         raise ValueError(f"size of {key!r} got {size!r}; expected a number above 0")
     if not 0 <= cost < math.inf:

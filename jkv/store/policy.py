@@ -120,3 +120,14 @@ class CostAware(Policy):
     def start(self, capacity: int | float) -> Evictor:
         """The state of one tier."""
         return _Ranked(capacity, aging=True, by_cost=True)
+
+
+POLICIES: dict[str, Policy] = {
+    "fifo": FIFO(),
+    "lru": LRU(),
+    "lfu": LFU(),
+    "slru": SLRU(),
+    "arc": ARC(),
+    "cost-aware": CostAware(),
+}
+"""Every policy as command lines name it."""

@@ -33,6 +33,9 @@ class Model:
         self.entries[key]["uses"] += 1
         self.used(self.entries[key])
 
+    def update(self, key, size, cost):
+        self.entries[key].update(size=size, cost=cost)
+
     def hold(self, key):
         self.entries[key]["held"] = True
 
@@ -90,6 +93,10 @@ class NoAging(LFU):
 
 
 class CostAware(LFU):
+    def update(self, key, size, cost):
+        super().update(key, size, cost)
+        self.used(self.entries[key])
+
     def value(self, entry):
         return entry["cost"] / entry["size"]
 
@@ -109,6 +116,10 @@ class SLRU(Model):
 
     def release(self, key):
         super().release(key)
+        self.balance()
+
+    def update(self, key, size, cost):
+        super().update(key, size, cost)
         self.balance()
 
     def balance(self):

@@ -67,7 +67,7 @@ def serve(evictor: Evictor, trace: Any, capacity: int) -> list[bool]:
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["ask", "ask", "ask", "evict", "hold", "release", "any", "remove", "expect"]
+            ["ask", "ask", "ask", "evict", "hold", "release", "any", "remove", "expect", "update"]
         ),
         st.integers(0, 11),
         st.sampled_from([1, 1, 2, 3]),
@@ -98,6 +98,8 @@ def test_what_goes_next_is_what_a_search_finds(name, steps):
             both = [(m.hold, (key,)) for m in (evictor, model)]
         elif step == "release" and held:
             both = [(m.release, (key,)) for m in (evictor, model)]
+        elif step == "update" and here:
+            both = [(m.update, (key, size, cost)) for m in (evictor, model)]
         elif step == "remove" and here:
             both = [(m.removed, (key,)) for m in (evictor, model)]
         elif step == "expect" and not here:
@@ -139,6 +141,9 @@ def test_misuse_raises_and_changes_nothing(policy):
         (lambda: evictor.add("new", cost=-1), ValueError),
         (lambda: evictor.add("new", cost=float("inf")), ValueError),
         (lambda: evictor.touch("x"), KeyError),
+        (lambda: evictor.update("x"), KeyError),
+        (lambda: evictor.update("a", size=0), ValueError),
+        (lambda: evictor.update("c", cost=-1), ValueError),
         (lambda: evictor.hold("x"), KeyError),
         (lambda: evictor.hold("c"), ValueError),
         (lambda: evictor.release("x"), KeyError),
