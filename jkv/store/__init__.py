@@ -9,11 +9,15 @@ from typing import Any
 _HOME = {
     "ARC": "jkv.store.policy",
     "CostAware": "jkv.store.policy",
+    "Disk": "jkv.store.disk",
+    "Entry": "jkv.store.entry",
     "Evictor": "jkv.store.policy",
     "FIFO": "jkv.store.policy",
     "LFU": "jkv.store.policy",
     "LRU": "jkv.store.policy",
+    "Memory": "jkv.store.memory",
     "Policy": "jkv.store.policy",
+    "Remote": "jkv.store.remote",
     "SLRU": "jkv.store.policy",
 }
 

@@ -1,0 +1,204 @@
+"""An entry as one blob of bytes, and back: a header that says all, then the arrays as they are.
+
+A blob, numbers little-endian:
+
+===========  =================================================================================
+bytes        what
+===========  =================================================================================
+0 to 8       ``jkvblob`` and a newline
+8 to 12      version of this format, 1
+12 to 16     length of the JSON
+16 to 24     length of the payload
+24 to 40     checksum of the payload, as it lies there
+40 to 56     SHA-256 of bytes 0 to 40 and of 56 to the payload, the first sixteen bytes
+56 to 64     zero
+64 on        JSON: ``key``, ``arrays`` (name, dtype, shape), ``meta``, ``compression``, ``nbytes``
+payload      at the next multiple of 64, as is each array in it; zeros in between
+===========  =================================================================================
+
+Nothing in it is executed, and nothing is believed: sizes must add up to what is there before any
+memory is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jkv.errors import CorruptError, UnsupportedError
+from jkv.store import zstd
+from jkv.store.checksum import SIZE, checksum
+from jkv.store.entry import Entry
+
+VERSION = 1
+PREFIX = 64  # bytes before the JSON
+_MAGIC = b"jkvblob\n"
+_FIXED = struct.Struct("<8sIIQ16s")
+_MAX_JSON = 1 << 28
+
+_PLAIN = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
+_DTYPES = {name: np.dtype(name) for name in [*_PLAIN.split(), "complex64", "complex128"]} | {
+    name: np.dtype(getattr(ml_dtypes, name))
+    for name in dir(ml_dtypes)
+    if name.startswith(("bfloat", "float", "int", "uint"))
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # a dtype takes 5 µs to say its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a blob says of itself."""
+
+    key: str
+    arrays: tuple[tuple[str, np.dtype, tuple[int, ...], int], ...]  # name, dtype, shape, offset
+    meta: Mapping[str, Any]
+    compression: str | None
+    nbytes: int  # of the payload, once it is not compressed
+    start: int  # of the payload
+    stored: int  # bytes of the payload, as it lies there
+    checksum: bytes
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // 64) * 64
+
+
+def encode(entry: Entry, key: str = "", *, compression: str | None = None) -> list[memoryview]:
+    """The blob of an entry, in pieces to be written one after the other; arrays are not copied.
+
+    Args:
+        compression: None, or "zstd": lossless; kept only where it makes the payload smaller.
+
+    Raises:
+        UnsupportedError: a dtype or a meta that a blob cannot say, or no zstd is installed.
+    """
+    pieces, arrays, end = [], [], 0
+    for name, array in entry.arrays.items():
+        if (dtype := _NAMES.get(array.dtype)) is None:
+            raise UnsupportedError(
+                f"array {name!r} is of dtype {array.dtype.str!r}, which blobs do not hold; "
+                "they hold numbers and bools, little-endian"
+            )
+        if gap := _aligned(end) - end:
+            pieces.append(memoryview(bytes(gap)))
+        end += gap + array.nbytes
+        arrays.append([name, dtype, array.shape])
+        if array.nbytes:
+            flat = np.ascontiguousarray(array).reshape(-1)
+            pieces.append(flat.view(np.uint8).data)
+    nbytes, stored, packed = end, end, None
+    if compression is not None:
+        smaller = memoryview(zstd.compress(b"".join(pieces), compression))
+        if len(smaller) < nbytes:
+            pieces, stored, packed = [smaller], len(smaller), compression
+    said = {
+        "key": key,
+        "arrays": arrays,
+        "meta": dict(entry.meta),
+        "compression": packed,
+        "nbytes": nbytes,
+    }
+    try:
+        text = json.dumps(said, separators=(",", ":")).encode()
+    except (TypeError, ValueError) as error:
+        raise UnsupportedError(f"an entry's meta must be what JSON can say: {error}") from error
+    fixed = _FIXED.pack(_MAGIC, VERSION, len(text), stored, checksum(pieces))
+    text += bytes(_aligned(PREFIX + len(text)) - PREFIX - len(text))
+    seal = hashlib.sha256(fixed + bytes(8) + text).digest()[:SIZE]
+    return [memoryview(fixed + seal + bytes(8) + text), *pieces]
+
+
+def measure(prefix: bytes | memoryview) -> tuple[int, int]:
+    """Bytes of the header and of the whole blob, from its first 64 bytes.
+
+    Raises:
+        CorruptError: these are not the first bytes of a blob that this version reads.
+    """
+    if len(prefix) < PREFIX:
+        raise CorruptError(f"{len(prefix)} bytes, which is less than the {PREFIX} of any header")
+    magic, version, json_bytes, stored, _ = _FIXED.unpack_from(prefix)
+    if magic != _MAGIC:
+        raise CorruptError(f"no blob of jkv: it begins with {bytes(magic)!r}")
+    if version > VERSION:
+        raise CorruptError(f"written in format {version} by a newer jkv; this one reads {VERSION}")
+    if version != VERSION or json_bytes > _MAX_JSON:
+        raise CorruptError(f"a damaged header: format {version}, {json_bytes} bytes of JSON")
+    start = _aligned(PREFIX + json_bytes)
+    return start, start + stored
+
+
+def read_header(data: bytes | memoryview) -> Header:
+    """What a blob says of itself, from its beginning; the payload need not be there.
+
+    Raises:
+        CorruptError: what is wrong with it.
+    """
+    start, _ = measure(data)
+    _, _, json_bytes, stored, payload = _FIXED.unpack_from(data)
+    if len(data) < start:
+        raise CorruptError(f"it ends in its header: {len(data)} bytes of {start}")
+    head = bytes(data[:start])
+    seal = hashlib.sha256(head[:40] + head[56:]).digest()[:SIZE]
+    if seal != head[40:56]:
+        raise CorruptError("the header is damaged: its checksum is another")
+    # Sealed from here on: what is still wrong was written so, by accident or on purpose.
+    try:
+        said = json.loads(head[PREFIX : PREFIX + json_bytes])
+        key, meta, packed = said["key"], said["meta"], said["compression"]
+        listed = [(name, _DTYPES[dtype], tuple(shape)) for name, dtype, shape in said["arrays"]]
+        nbytes = said["nbytes"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptError(f"the header says nothing that makes sense: {error!r}") from error
+    arrays, end = [], 0
+    for name, dtype, shape in listed:
+        if not all(type(size) is int and 0 <= size < 1 << 48 for size in shape) or len(shape) > 32:
+            raise CorruptError(f"array {name!r} has the shape {shape}")
+        arrays.append((name, dtype, shape, _aligned(end)))
+        end = _aligned(end) + math.prod(shape) * dtype.itemsize
+    names = {name for name, *_ in arrays if isinstance(name, str)}
+    if len(names) != len(arrays):
+        raise CorruptError("two arrays have one name, or names that are no texts")
+    if not isinstance(key, str) or not isinstance(meta, dict):
+        raise CorruptError("the key is no text, or meta no object")
+    if type(nbytes) is not int or nbytes != end:
+        raise CorruptError(f"the arrays take {end} bytes and the payload is said to have {nbytes}")
+    if packed is None and stored != nbytes:
+        raise CorruptError(f"a payload of {nbytes} bytes is stored in {stored}")
+    return Header(key, tuple(arrays), meta, packed, nbytes, start, stored, payload)
+
+
+def decode(data: bytes | memoryview, key: str | None = None) -> Entry:
+    """The entry in a blob; its arrays are read-only views of ``data``, unless it is compressed.
+
+    Args:
+        key: what it must have been written for; None for any.
+
+    Raises:
+        CorruptError: what is wrong with it: damaged, cut off, of another key, of a newer version.
+        UnsupportedError: it is compressed by what is not installed.
+    """
+    view = memoryview(data).cast("B").toreadonly()
+    start, total = measure(view)
+    if len(view) != total:
+        raise CorruptError(f"{len(view)} bytes where {total} were written")
+    header = read_header(view)
+    if key is not None and header.key != key:
+        raise CorruptError(f"it holds the key {header.key[:80]!r} and not {key[:80]!r}")
+    payload = view[start:]
+    if checksum([payload]) != header.checksum:
+        raise CorruptError("the payload is damaged: its checksum is another")
+    if header.compression is not None:
+        payload = memoryview(zstd.decompress(payload, header.nbytes, header.compression))
+    arrays = {
+        name: np.ndarray(shape, dtype, buffer=payload, offset=offset if math.prod(shape) else 0)
+        for name, dtype, shape, offset in header.arrays
+    }
+    return Entry(arrays, header.meta)

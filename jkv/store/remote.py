@@ -1,0 +1,248 @@
+"""The tier that machines share: a bucket or a directory, through tensorstore."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jkv.errors import CorruptError, TierError, UnsupportedError
+from jkv.store import codec, zstd
+from jkv.store.breaker import Breaker
+from jkv.store.entry import Entry
+from jkv.store.names import is_name, key_of, name_of
+
+QUARANTINE = "quarantine/"
+_AT_ONCE = 128  # requests in flight while headers are looked at
+# What tensorstore's statuses become in Python; TimeoutError is an OSError.
+_ERRORS = (ValueError, OSError, KeyError, IndexError, NotImplementedError, RuntimeError)
+
+
+class Remote:
+    """Entries as objects of a bucket, or files of a directory, that others read and write too.
+
+    Every call ends after ``timeout`` seconds at most; after several failures in a row nothing is
+    asked for a while (`jkv.store.breaker`). A write that timed out may still arrive: entries under
+    keys of content are equal whenever they come; do not give one name to two contents in turn.
+
+    Args:
+        url: ``file:///dir/``, ``memory://``, ``s3://bucket/prefix/``, ``gs://bucket/prefix/``, or
+            a kvstore spec of tensorstore with all that it can say (credentials, concurrency).
+        timeout: seconds; a scan may take longer, each step of it may not.
+        retries: how often tensorstore asks S3 or GCS again within that time.
+        endpoint, region: of an S3 server that is not Amazon's.
+        max_bytes, max_entries: limits that a store is to keep; nothing is refused here.
+        compression: None, or "zstd" (lossless) for what is written from now on.
+        breaker: when to stop asking, and when to try again.
+
+    Raises:
+        TierError: tensorstore cannot open that.
+        UnsupportedError: no zstd is installed.
+    """
+
+    name = "remote"
+
+    def __init__(
+        self,
+        url: str | Mapping[str, Any],
+        *,
+        timeout: float = 5.0,
+        retries: int = 2,
+        endpoint: str | None = None,
+        region: str | None = None,
+        max_bytes: int | None = None,
+        max_entries: int | None = None,
+        compression: str | None = None,
+        breaker: Breaker | None = None,
+    ) -> None:
+        import tensorstore  # 40 ms and its threads, for those who have a remote tier
+
+        if not timeout > 0:
+            raise ValueError(f"timeout is {timeout}; expected seconds above 0")
+        zstd.check(compression)
+        self.timeout = timeout
+        self.max_bytes = max_bytes
+        self.max_entries = max_entries
+        self.compression = compression
+        self.breaker = breaker or Breaker()
+        try:
+            spec = tensorstore.KvStore.Spec(dict(url) if isinstance(url, Mapping) else url)
+            spec = {**spec.to_json(), **_given(endpoint=endpoint, aws_region=region)}
+            if spec.get("path") and not spec["path"].endswith("/"):
+                spec["path"] += "/"  # a prefix, and not the beginning of a name
+            if spec["driver"] in ("s3", "gcs"):
+                waits = {"max_retries": retries, "initial_delay": "100ms", "max_delay": "1s"}
+                service = f"{spec['driver']}_request_retries"
+                spec["context"] = {service: waits, **spec.get("context", {})}
+            self._kvstore = tensorstore.KvStore.open(spec).result(timeout=timeout)
+        except (*_ERRORS, TypeError) as error:
+            raise TierError(f"no remote tier at {url!r}: {error}") from error
+        self.persistent = spec["driver"] != "memory"
+        self.url = self._kvstore.url
+
+    def scan(self) -> dict[str, int]:
+        """Keys that are there and the bytes of their objects, in the order of their names.
+
+        tensorstore lists names only: sizes come from the first 64 bytes of each, which is a
+        request per entry, 128 at a time.
+
+        Raises:
+            TierError: it does not answer, or not in time.
+        """
+        names = list(filter(is_name, self._names()))
+        found: dict[str, int] = {}
+        for at in range(0, len(names), _AT_ONCE):
+            prefixes = self._beginnings(dict.fromkeys(names[at : at + _AT_ONCE], codec.PREFIX))
+            sizes: dict[str, tuple[int, int]] = {}
+            for name, prefix in prefixes.items():
+                # What is damaged is left for a read to put aside.
+                with contextlib.suppress(CorruptError):
+                    sizes[name] = codec.measure(prefix)
+            keys = {name: key_of(name) for name in sizes}
+            hashed = {name: sizes[name][0] for name, key in keys.items() if key is None}
+            for name, head in self._beginnings(hashed).items():
+                with contextlib.suppress(CorruptError):
+                    keys[name] = codec.read_header(head).key
+            for name, key in keys.items():
+                if key is not None and name_of(key) == name:
+                    found[key] = sizes[name][1]
+        return found
+
+    def write(self, key: str, entry: Entry) -> int:
+        """Keep it; bytes of its object.
+
+        Raises:
+            TierError: it does not answer, or not in time, when it may still arrive.
+            UnsupportedError: blobs cannot hold it.
+        """
+        blob = b"".join(codec.encode(entry, key, compression=self.compression))
+        self._ask(f"write {key[:80]!r}", lambda: self._kvstore.write(name_of(key), blob))
+        return len(blob)
+
+    def read(self, key: str) -> Entry | None:
+        """The entry, None if there is none.
+
+        Raises:
+            CorruptError: what is there is not what was written; it was moved to ``quarantine/``.
+            TierError: it does not answer, or not in time.
+        """
+        name = name_of(key)
+        result = self._ask(f"read {key[:80]!r}", lambda: self._kvstore.read(name))
+        if result.state == "missing":
+            return None
+        try:
+            return codec.decode(result.value, key)
+        except CorruptError as error:
+            raise CorruptError(
+                f"{self.url}{name}: {error}{self._put_aside(name, result)}"
+            ) from None
+        except UnsupportedError as error:  # no zstd in this process
+            raise TierError(f"{key[:80]!r} not read: {error}") from error
+
+    def delete(self, key: str) -> None:
+        """Drop it; nothing happens if it is not there.
+
+        Raises:
+            TierError: it does not answer, or not in time.
+        """
+        self._ask(f"delete {key[:80]!r}", lambda: self._kvstore.write(name_of(key), None))
+
+    def verify(self) -> dict[str, str]:
+        """Reads everything there is; what was wrong, by name, and was moved to ``quarantine/``.
+
+        Raises:
+            TierError: it does not answer, or not in time.
+        """
+        problems = {}
+        for name in filter(is_name, self._names()):
+            result = self._ask(f"read {name}", lambda name=name: self._kvstore.read(name))
+            if result.state == "missing":
+                continue
+            try:
+                key = codec.read_header(result.value).key
+                if name_of(key) != name:
+                    raise CorruptError(f"it holds the key {key[:80]!r} of another name")
+                codec.decode(result.value)
+            except CorruptError as error:
+                problems[name] = f"{error}{self._put_aside(name, result)}"
+        return problems
+
+    def close(self) -> None:
+        """Nothing to let go of: connections are tensorstore's."""
+
+    def stats(self) -> dict[str, int]:
+        """What the breaker counted."""
+        return self.breaker.stats()
+
+    def _names(self) -> list[str]:
+        listed = self._ask("list", self._kvstore.list)
+        return sorted(name.decode("utf-8", "replace") for name in listed)
+
+    def _ask(self, what: str, start: Callable[[], Any]) -> Any:
+        """What tensorstore answers in time.
+
+        Raises:
+            TierError: it does not, or the breaker is open.
+        """
+        return self._ask_all(what, start)[0]
+
+    def _ask_all(self, what: str, *starts: Callable[[], Any]) -> list[Any]:
+        """What it answers to several, asked at once; all of them share the time.
+
+        Raises:
+            TierError: one of them is not answered, or the breaker is open.
+        """
+        if not self.breaker.allow():
+            raise TierError(f"not asked to {what}: {self.url} failed several times in a row")
+        until = time.monotonic() + self.timeout
+        futures, answers = [], []
+        try:
+            futures = [start() for start in starts]
+            for future in futures:
+                try:
+                    answers.append(future.result(timeout=max(until - time.monotonic(), 0.001)))
+                except ValueError as error:
+                    if not str(error).startswith("OUT_OF_RANGE"):
+                        raise
+                    answers.append(None)  # shorter than the part that was asked for
+        except _ERRORS as error:
+            self.breaker.failed()
+            for future in futures:
+                future.cancel()
+            said = f"no answer in {self.timeout} s" if isinstance(error, TimeoutError) else error
+            raise TierError(f"cannot {what} at {self.url}: {said}") from error
+        self.breaker.succeeded()
+        return answers
+
+    def _beginnings(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
+        """The first bytes of several objects, without those that are gone or shorter."""
+        answers = self._ask_all(
+            "read headers",
+            *(
+                lambda name=name, size=size: self._kvstore.read(name, byte_range=slice(0, size))
+                for name, size in sizes.items()
+            ),
+        )
+        return {
+            name: answer.value
+            for name, answer in zip(sizes, answers, strict=True)
+            if answer is not None and answer.state == "value"
+        }
+
+    def _put_aside(self, name: str, result: Any) -> str:
+        """A copy into quarantine, and the object deleted unless it was written anew meanwhile.
+
+        Returns what to add to a message: nothing, or that it could not be done.
+        """
+        stamp = result.stamp.generation
+        try:
+            self._ask("copy", lambda: self._kvstore.write(QUARANTINE + name, result.value))
+            self._ask("delete", lambda: self._kvstore.write(name, None, if_equal=stamp))
+        except TierError as error:
+            return f"; it is still there: {error}"
+        return ""
+
+
+def _given(**options: str | None) -> dict[str, str]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,91 @@
+"""Zstandard, from where it is installed: Python 3.14's library, or the `zstandard` package."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jkv.errors import CorruptError, UnsupportedError
+
+# A block of 128 KiB takes 4 bytes at least: more than that much larger is a lie.
+_LARGEST_RATIO = 1 << 15
+
+
+class _Zstd(NamedTuple):
+    compress: Callable[[bytes], bytes]
+    decompress: Callable[[Any], bytes]
+    size: Callable[[Any], int | None]
+    error: type[Exception]
+
+
+@functools.cache
+def _zstd() -> _Zstd:
+    try:
+        from compression import zstd  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        pass
+    else:
+        return _Zstd(
+            zstd.compress,
+            zstd.decompress,
+            lambda data: zstd.get_frame_info(data).decompressed_size,
+            zstd.ZstdError,
+        )
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UnsupportedError(
+            "zstd needs Python 3.14 or the package zstandard: pip install 'jkv-jax[zstd]'"
+        ) from error
+    # One object each time: theirs must not be shared by threads.
+    return _Zstd(
+        lambda data: zstandard.ZstdCompressor().compress(data),
+        lambda data: zstandard.ZstdDecompressor().decompress(data),
+        zstandard.frame_content_size,
+        zstandard.ZstdError,
+    )
+
+
+def compress(data: bytes, method: str) -> bytes:
+    """One frame, with its size in it.
+
+    Raises:
+        UnsupportedError: another method than "zstd", or zstd is not installed.
+    """
+    check(method)
+    return _zstd().compress(data)
+
+
+def decompress(data: memoryview, nbytes: int, method: str) -> bytes:
+    """What was compressed, which must have been so many bytes.
+
+    Raises:
+        CorruptError: it is no such frame.
+        UnsupportedError: another method than "zstd", or zstd is not installed.
+    """
+    check(method)
+    library = _zstd()
+    try:
+        size = library.size(data)
+        if size != nbytes or nbytes > _LARGEST_RATIO * len(data):
+            raise CorruptError(f"a frame of {size} bytes where {nbytes} were compressed")
+        out = library.decompress(data)
+    except (library.error, MemoryError) as error:
+        raise CorruptError(f"not to be decompressed: {error}") from error
+    if len(out) != nbytes:
+        raise CorruptError(f"{nbytes} bytes were compressed and {len(out)} came out")
+    return out
+
+
+def check(method: str | None) -> None:
+    """Raises at once what `compress` would raise later.
+
+    Raises:
+        UnsupportedError: another method than "zstd", or zstd is not installed.
+    """
+    if method is None:
+        return
+    if method != "zstd":
+        raise UnsupportedError(f"compression is None or 'zstd', not {method!r}")
+    _zstd()
