@@ -19,11 +19,13 @@ from jkv.cli.errors import complain, is_ours
 from jkv.cli.generate import generate
 from jkv.cli.info import info
 from jkv.cli.plan import plan
+from jkv.cli.store import store
 from jkv.errors import JkvError
 
 app = typer.Typer(name="jkv", add_completion=False, pretty_exceptions_enable=False)
 for command in (generate, chat, engine, info, plan, caches):
     app.command()(command)
+app.add_typer(store)
 
 # Some versions of typer bring a copy of click; this is the base of usage errors in either.
 _UsageError: type[Exception] = next(
