@@ -300,10 +300,17 @@ def devices(target: str, textproto: Path) -> dict[str, Any]:
     }
 
 
-def kinds_of(target: str, slots: int) -> dict[str, Any]:
-    """Kinds of cache by name."""
+def kinds_of(target: str, slots: int, kept: int) -> dict[str, Any]:
+    """Kinds of cache by name; `kept` tokens are the budget of those that evict."""
     import jkv
 
+    scores = {"h2o": jkv.scores.h2o}
+    if target != "cpu":
+        scores |= {
+            "key_norm": jkv.scores.key_norm,
+            "tova": jkv.scores.tova,
+            "snapkv": jkv.scores.snapkv(),
+        }
     kinds = {
         "dense": jkv.dense(),
         "window": jkv.window(slots),
@@ -314,13 +321,10 @@ def kinds_of(target: str, slots: int) -> dict[str, Any]:
         "fp8": jkv.fp8(),
         "near_far": jkv.near_far(recent=64, far=jkv.quantized(bits=8)),
     }
+    kinds |= {f"evicting {name}": jkv.evicting(kept, score) for name, score in scores.items()}
     if target != "tpu":
         # These are read by XLA alone, which on a TPU copies their narrow arrays.
-        kinds |= {
-            "evicting": jkv.evicting(slots),
-            "sparse": jkv.sparse(0.25),
-            "mixed": jkv.sparse(0.25, bits=8),
-        }
+        kinds |= {"sparse": jkv.sparse(0.25), "mixed": jkv.sparse(0.25, bits=8)}
     return kinds
 
 
@@ -354,7 +358,7 @@ def cases(target: str, shape: str | None = None) -> dict[str, Case]:
     """
     if shape is not None:
         sizes: dict[str, Any] = SHAPES[shape] | {"slots": 8192, "dtype": "bfloat16"}
-        kinds = kinds_of(target, 8192)
+        kinds = kinds_of(target, 8192, 8192)
         return {f"{shape} {name}": Case(kind, 8, **sizes) for name, kind in kinds.items()}
     # On an accelerator the buffers must be too long for the chip's own memory: a TPU carries a
     # whole small cache into it and out again, which is no second cache. A kind that rounds decodes
@@ -363,6 +367,8 @@ def cases(target: str, shape: str | None = None) -> dict[str, Case]:
     long = 32768
     short = 4096 if target == "cpu" else long
     exact = ("dense", "window", "sinks", "evicting")
+    # A score that looks at keys is XLA's affair, and moves whatever the chip's memory holds.
+    kept = 4 * long if target == "tpu" else short
     forms = {
         "cpu": [("float32", 64)],
         "tpu": [("bfloat16", 128), ("bfloat16", 64), ("float32", 64)],
@@ -383,11 +389,11 @@ def cases(target: str, shape: str | None = None) -> dict[str, Case]:
             kind,
             batch,
             groups,
-            slots=short if name in exact else long * 128 // form[1],
+            slots=short if name.split()[0] in exact else long * 128 // form[1],
             dtype=form[0],
             head_dim=form[1],
         )
-        for name, kind in kinds_of(target, short).items()
+        for name, kind in kinds_of(target, short, kept).items()
         for form in forms
         for batch in (1, 8)
         for groups in (1, 4)

@@ -16,9 +16,11 @@ from jkv._pytree import replace
 from jkv.errors import UnsupportedError
 from jkv.ops import choice
 from jkv.ops.attention import mosaic_tpu
+from jkv.ops.attention.weights import attention_weights
 from jkv.ops.encoded import Affine, Cast, Float8, Sparse
 from jkv.ops.masks import Mask
 from jkv.ops.mosaic_tpu import flash, operands
+from jkv.ops.mosaic_tpu import weights as tpu_weights
 from jkv.ops.mosaic_tpu import write as mosaic_write
 from jkv.ops.paged_attention import mosaic_tpu as paged_tpu
 from jkv.ops.write import write, write_last, write_runs
@@ -416,6 +418,44 @@ def test_what_is_for_the_kernel():
 
 
 @pytest.mark.parametrize(
+    ("rows", "dim", "slots", "dtype", "bound"),
+    [(1, 64, 300, "float32", 1e-5), (4, 128, 700, "bfloat16", 1e-2), (9, 80, 128, "float32", 1e-5)],
+)
+def test_the_two_products_of_weights(monkeypatch, rows, dim, slots, dtype, bound):
+    """Blocks that the slots do not fill, poison where there is no weight."""
+    monkeypatch.setattr(tpu_weights, "BYTES", 2**15)  # more than one block
+    make = np.random.default_rng(0)
+    q, k, v = (make.standard_normal((3, n, dim)) for n in (rows, slots, slots))
+    w = make.random((3, rows, slots)) * (np.arange(slots) % 3 > 0)
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    got = jax.jit(tpu_weights.products, static_argnames="interpret")(q, k, interpret=True)
+    want = np.einsum("zrh,zsh->zrs", *(np.asarray(x, np.float64) for x in (q, k)))
+    np.testing.assert_allclose(got, want, atol=bound * np.abs(want).max())
+    held = jnp.where((jnp.arange(slots) % 3 > 0)[None, :, None], v, jnp.asarray(np.nan, dtype))
+    summed = jax.jit(tpu_weights.sums, static_argnames="interpret")
+    got = summed(jnp.asarray(w, jnp.float32), held, interpret=True)
+    want = np.einsum("zrs,zsh->zrh", w, np.asarray(v, np.float64))
+    np.testing.assert_allclose(got, want, atol=bound * np.abs(want).max())
+
+
+def test_weights_are_by_kernels_where_there_are_some():
+    def names(new, dim, slots):
+        q, held = shape(1, new, 4, dim), shape(1, 2, slots, dim)
+        at = shape(1, new, dtype="int32"), shape(1, 2, slots, dtype="int32")
+
+        def call(q, held, positions, places):
+            part = (held, held, places)
+            return attention_weights(q, [part], positions=positions, scale=1.0)
+
+        with choice.target("tpu"), choice.record() as found:
+            jax.eval_shape(call, q, held, *at)
+        return found
+
+    assert names(1, 64, 256) == ["mosaic_tpu"]
+    assert names(1, 64, 96) == names(1, 32, 256) == ["xla"]
+
+
+@pytest.mark.parametrize(
     ("codecs", "least"), [((Affine(8), Affine(8)), 128), ((Float8(), Float8()), 128), (INT4, 128)]
 )
 def test_pages_of_codes(codecs, least):
@@ -424,7 +464,7 @@ def test_pages_of_codes(codecs, least):
     def chosen(page):
         pages = [form(codec, page) for codec in codecs]
         call: Any = {"positions": shape(1, 1), "lengths": shape(1), "platform": "tpu"}
-        return ops.explain_paged(shape(1, 1, 2, 64), *pages, shape(1, 8), **call)
+        return ops.explain_paged(shape(1, 1, 2, 64), pages[0], pages[1], shape(1, 8), **call)
 
     assert f"in pages of multiples of {least}" in chosen(least // 2).refused["mosaic_tpu"]
     assert chosen(least).name == "mosaic_tpu"

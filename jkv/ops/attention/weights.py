@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -43,7 +45,6 @@ def attention_weights(
     Returns:
         The output and the weights, both float32; a query's weights sum to 1 if it sees anything.
     """
-    choice.note("xla")  # the only one that gives weights
     batch, new, heads, dim = q.shape
     kv_heads = parts[0][0].shape[1]
     groups = heads // kv_heads
@@ -52,16 +53,21 @@ def attention_weights(
     at = jnp.repeat(positions, kv_heads, axis=0)
     lines = [[x.reshape(batch * kv_heads, *x.shape[2:]) for x in part] for part in parts]
 
-    def plain(q, lines):
-        scores = [xla._scores(mask, q, k, at, held) for k, _, held in lines]
+    def attend(q, lines, products, sums):
+        scores = [xla._masked(mask, products(q, k), at, held) for k, _, held in lines]
         weights, total, _ = xla._softmax(jnp.concatenate(scores, axis=-1))
         weights = weights / total
         out, start = jnp.zeros(q.shape, jnp.float32), 0
         for _, v, held in lines:
             own = lax.slice_in_dim(weights, start, start + v.shape[1], axis=-1)
-            out += xla._weighted_in_place(own, v, at, held)
+            out += sums(own, v, held)
             start += v.shape[1]
         return out, weights
+
+    def plain(q, lines):
+        return attend(
+            q, lines, _products, lambda w, v, held: xla._weighted_in_place(w, v, at, held)
+        )
 
     def in_pairs(q, lines):
         # As in `xla`: one query row alone makes accelerators copy the whole cache.
@@ -70,9 +76,41 @@ def attention_weights(
 
     rows = q.reshape(batch, new, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch * kv_heads, groups * new, dim)
-    if groups * new > 1:
-        out, weights = plain(rows, lines)
-    else:
-        out, weights = lax.platform_dependent(rows, lines, cpu=plain, default=in_pairs)
+    forms = {"cpu": plain, "default": plain if groups * new > 1 else in_pairs}
+    kernels = _kernels(rows, *lines[0][:2]) if len(parts) == 1 else None
+    if kernels is not None:
+        forms["tpu"] = functools.partial(attend, products=kernels[0], sums=kernels[1])
+    choice.note("xla" if kernels is None else "mosaic_tpu")
+    out, weights = lax.platform_dependent(rows, lines, **forms)
     out = out.reshape(batch, kv_heads, groups, new, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q.shape), weights.reshape(batch, kv_heads, groups, new, -1)
+
+
+def _products(q: Float[Array, "Z R H"], k: Float[Array, "Z S H"]) -> Float[Array, "Z R S"]:
+    return jnp.einsum("zrh,zsh->zrs", q, k, **xla._PRODUCT)
+
+
+def _sums(w: Float[Array, "Z R S"], v: Float[Array, "Z S H"]) -> Float[Array, "Z R H"]:
+    """With zeros for values without weight, as the kernel has them."""
+    used = jnp.any(w > 0, axis=1)[..., None]
+    return xla._weighted(w, jnp.where(used, v, jnp.zeros((), v.dtype)))
+
+
+def _kernels(q: Array, k: Array, v: Array) -> tuple[Any, Any] | None:
+    """Products and sums by kernels for TPUs, if those are compiled for and take such operands."""
+    if "tpu" not in choice.platforms():
+        return None
+    from jkv.ops.mosaic_tpu import weights as tpu  # its language takes a while to import
+
+    if tpu.unsupported(q, k, v) is not None:
+        return None
+
+    # Under `vmap` of more lines, or by what stands beside each kernel.
+    def products(q: Array, k: Array) -> Array:
+        return choice.kernel(tpu.products, _products, q=q, k=k)
+
+    def sums(w: Array, v: Array, held: Array) -> Array:
+        del held
+        return choice.kernel(tpu.sums, _sums, w=w, v=v)
+
+    return products, sums
