@@ -54,6 +54,12 @@ class Call:
         page = self.layout.page
         return 1 if page is None else max(self.layout.block // page, 1)
 
+    @property
+    def shares(self) -> bool:
+        """Whether values are converted where keys were: their product is known by then."""
+        one, other = self.keys.work(self.layout, True), self.values.work(self.layout, False)
+        return bool(one and other) and one[0] == other[0]
+
     def scratch(self) -> dict[str, Any]:
         """Shared memory, and barriers of what is copied into it."""
         at, keys, values = self.layout, self.keys, self.values
@@ -65,7 +71,7 @@ class Call:
             "keys": keys.stage(at),
             "values": values.stage(at),
             "keys_work": keys.work(at, True),
-            "values_work": values.work(at, False),
+            "values_work": [] if self.shares else values.work(at, False),
             "weights": weights,
             "slots": [plgpu.SMEM((at.stages, at.block), jnp.int32)] if self.told else [],
             "q_here": bar(num_arrivals=2),
@@ -250,6 +256,7 @@ class _Program:
         """`count` blocks of a line, of which the program has done `i`, from the one given."""
         at, on, refs = self.at, self.on, self.refs
         shape, tall = (at.block, at.columns), (at.height, at.columns)
+        work = on["keys_work"] if self.call.shares else on["values_work"]
         row, mine = self.row(line), self.slot(i)
         plgpu.barrier_wait(on["q_here"].at[mine])
         about = on["about"].at[mine]
@@ -270,7 +277,7 @@ class _Program:
             total = total * across(faded, shape) + weights
             plgpu.barrier_wait(on["values_here"].at[slot])
             weights, multiply = self.call.values.weighted(
-                at, on["values"], slot, on["values_work"], weights, seen, clean
+                at, on["values"], slot, work, weights, seen, clean
             )
             on["weights"].transpose((1, 0))[...] = weights
             plgpu.commit_smem()
