@@ -1,13 +1,14 @@
 """A checksum of large payloads, as fast as memory: sums of columns, and SHA-256 over the sums.
 
 Reading an entry back from a disk of 1 to 2 GB/s must not take longer for looking at it: here
-zlib's CRC-32 does 4.5 GB/s, SHA-256 1.4, BLAKE2b 0.7, and this 12.
+zlib's CRC-32 does 4.5 GB/s, SHA-256 1.4, BLAKE2b 0.7, and this 9.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -23,13 +24,12 @@ _WEIGHTS = np.frombuffer(hashlib.shake_256(b"jkv blob 1").digest(8 * _ROWS), "<u
 def checksum(pieces: Iterable[memoryview]) -> bytes:
     """Sixteen bytes that change with the bytes of the pieces, read as one text.
 
-    A block of 64 rows of 512 words is folded into one row, each word times its row's odd number
-    modulo 2⁶⁴, and SHA-256 goes over the folded rows and what is left over. Changes within one
-    row, of any length, always show, since odd numbers have inverses; so do, but for one pattern in
-    2⁶⁴, changes at random, and blocks of 4 KiB that changed places. Not seen is a pair of flips of
-    the highest bit of two words that are 4 KiB apart or a multiple, in one block: two random flips
-    among gigabytes meet so less often than CRC-32 takes a wrong text for a right one (2⁻³²).
-    Against errors, not against people: who can write a blob can write its checksum.
+    Of a block of 64 rows of 512 words, SHA-256 takes the sum of each row and the sum of each
+    column, where each word counts times its row's odd number, all modulo 2⁶⁴; and what is left
+    over as it is. A change shows in its column unless that column has two, and in its row unless
+    that has two: whatever happens to three words of a block is seen for certain, as are changes
+    within one row of 4 KiB; rows that changed places, zeros, and other changes at random, but for
+    one in 2⁶⁴. Against errors, not against people: who can write a blob can write its checksum.
     """
     digest = hashlib.sha256()
     carry = bytearray()
@@ -39,21 +39,22 @@ def checksum(pieces: Iterable[memoryview]) -> bytes:
             carry += piece[:taken]
             piece = piece[taken:]
             if len(carry) == _BLOCK:
-                digest.update(_fold(memoryview(carry)))
+                _fold(digest, memoryview(carry))
                 carry = bytearray()
         whole = len(piece) - len(piece) % _BLOCK
         for at in range(0, whole, _BLOCK):
-            digest.update(_fold(piece[at : at + _BLOCK]))
+            _fold(digest, piece[at : at + _BLOCK])
         carry += piece[whole:]
     rest = memoryview(carry)
     rows = len(rest) - len(rest) % _ROW
     if rows:
-        digest.update(_fold(rest[:rows]))
+        _fold(digest, rest[:rows])
     digest.update(rest[rows:])
     return digest.digest()[:SIZE]
 
 
-def _fold(block: memoryview) -> memoryview:
-    """Rows of 4 KiB, 64 at most, summed up to one."""
+def _fold(digest: Any, block: memoryview) -> None:
+    """Adds the sums of up to 64 rows of 4 KiB."""
     rows = np.frombuffer(block, "<u8").reshape(-1, _WORDS)
-    return np.einsum("rw,r->w", rows, _WEIGHTS[: len(rows)]).data
+    digest.update(np.einsum("rw,r->w", rows, _WEIGHTS[: len(rows)]).data)
+    digest.update(rows.sum(axis=1).data)

@@ -170,6 +170,8 @@ def read_header(data: bytes | memoryview) -> Header:
         raise CorruptError("the key is no text, or meta no object")
     if type(nbytes) is not int or nbytes != end:
         raise CorruptError(f"the arrays take {end} bytes and the payload is said to have {nbytes}")
+    if packed not in (None, "zstd"):
+        raise CorruptError(f"a payload compressed by {packed!r}, which there is not")
     if packed is None and stored != nbytes:
         raise CorruptError(f"a payload of {nbytes} bytes is stored in {stored}")
     return Header(key, tuple(arrays), meta, packed, nbytes, start, stored, payload)

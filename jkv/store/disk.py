@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -200,6 +201,23 @@ class Disk:
         except (MemoryError, UnsupportedError) as error:  # no room, or no zstd, in this process
             raise TierError(f"{key[:80]!r} not read in {self.path}: {error}") from error
 
+    def describe(self, key: str) -> Mapping[str, Any] | None:
+        """The meta of an entry, from its header alone; None if there is none.
+
+        Raises:
+            CorruptError: the header is damaged; `read` puts it aside.
+            TierError: it cannot be read now.
+        """
+        try:
+            with _opened(self.path / name_of(key)) as file:
+                if file is None:
+                    return None
+                start, _ = codec.measure(os.pread(file, codec.PREFIX, 0))
+                header = codec.read_header(os.pread(file, start, 0))
+        except OSError as error:
+            raise self._failed("read", key, error) from error
+        return header.meta if header.key == key else None
+
     def read_many(self, keys: Iterable[str]) -> dict[str, Entry | CorruptError | TierError | None]:
         """What `read` gives or raises for each of them."""
         results: dict[str, Entry | CorruptError | TierError | None] = {}
@@ -226,7 +244,7 @@ class Disk:
             raise self._failed("deleted", key, error) from error
 
     def verify(self) -> dict[str, str]:
-        """Reads everything there is; what was wrong, by file name, and is in quarantine now.
+        """Reads everything there is; what is wrong, by file name; what is damaged goes aside.
 
         Raises:
             TierError: the directory cannot be read.
@@ -250,7 +268,7 @@ class Disk:
                     except CorruptError as error:
                         self._put_aside(name, file)
                         problems[name] = str(error)
-            except OSError as error:
+            except (OSError, MemoryError, UnsupportedError) as error:  # left where it is
                 problems[name] = f"cannot be read: {error}"
         return problems
 

@@ -149,7 +149,7 @@ class Remote:
         self._ask(f"delete {key[:80]!r}", lambda: self._kvstore.write(name_of(key), None))
 
     def verify(self) -> dict[str, str]:
-        """Reads everything there is; what was wrong, by name, and was moved to ``quarantine/``.
+        """Reads everything there is; what is wrong, by name; what is damaged goes aside.
 
         Raises:
             TierError: it does not answer, or not in time.
@@ -166,6 +166,8 @@ class Remote:
                 codec.decode(result.value)
             except CorruptError as error:
                 problems[name] = f"{error}{self._put_aside(name, result)}"
+            except UnsupportedError as error:  # left where it is
+                problems[name] = f"cannot be read: {error}"
         return problems
 
     def close(self) -> None:
