@@ -1,0 +1,376 @@
+"""How entries get onto shelves, and down and up: what is written, read for a move, and deleted.
+
+All of it outside the lock, with the entry's name claimed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jkv.errors import CorruptError, TierError, UnsupportedError
+from jkv.store.entry import Entry
+from jkv.store.ledger import Ledger
+from jkv.store.mover import Mover
+from jkv.store.shelf import Record, Shelf
+
+META = "store"  # where a stored entry's meta has what the store wrote
+KEPT, REFUSED, FAILED = "kept", "refused", "failed"
+
+
+class Moves(Ledger):
+    """Shelves with a thread each, for what is to arrive there."""
+
+    def __init__(
+        self,
+        *args: Any,
+        convert: Callable[[Entry, str], Entry] | None,
+        queue_entries: int,
+        queue_bytes: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._convert = convert
+        self.movers = [
+            Mover(f"jkv-store-{shelf.name}", run, queue_entries, queue_bytes)
+            for shelf, run in zip(
+                self.shelves, [self._promote, *[self._arrive] * len(self.shelves)], strict=False
+            )
+        ]
+
+    # Onto a shelf.
+
+    def place(self, at: int, items: Sequence[tuple[Record, Entry]]) -> list[str]:
+        """Write entries to a shelf: KEPT, REFUSED for want of room, or FAILED, each.
+
+        A new record becomes that of its name as soon as it has a home, and the old one goes.
+        """
+        shelf = self.shelves[at]
+        formed = [self._formed(entry, record, shelf) for record, entry in items]
+        rooms = [
+            self._make_room(at, record, max(entry.nbytes, 1))
+            for (record, _), entry in zip(items, formed, strict=True)
+        ]
+        said = [REFUSED if room is None else KEPT for room in rooms]
+        chosen = [i for i, room in enumerate(rooms) if room is not None]
+        sizes = self._write(shelf, [(items[i][0].name, formed[i]) for i in chosen])
+        with self.changed:
+            for i, size in zip(chosen, sizes, strict=True):
+                said[i] = self._settle(at, items[i][0], rooms[i] or (0, 0), size)
+        for i, size in zip(chosen, sizes, strict=True):
+            # With headers it may be more than was thought.
+            if said[i] == KEPT and (size or 0) > formed[i].nbytes and not self.trim(at):
+                record = items[i][0]
+                with self.changed:
+                    left = record.homes[at]
+                    self.drop_home(record, at)
+                    self.add_rubbish(at, record.name, left)
+                    shelf.counts["refused"] += 1
+                self.clean(at, record.name)
+                said[i] = REFUSED
+        return said
+
+    def _formed(self, entry: Entry, record: Record, shelf: Shelf) -> Entry:
+        """The entry in the shelf's form, with what the store knows of it."""
+        exact = entry.meta.get("form", "exact") == "exact"
+        if exact and shelf.form != "exact" and self._convert is not None:
+            try:
+                entry = self._convert(entry, shelf.form)
+            except UnsupportedError:  # this kind cannot: it stays exact, and its meta says so
+                with self.changed:
+                    shelf.counts["unconverted"] += 1
+        return Entry(entry.arrays, {**entry.meta, META: record.meta()})
+
+    def _write(self, shelf: Shelf, items: list[tuple[str, Entry]]) -> list[int | None]:
+        """The bytes that each takes; None where it failed."""
+        many = getattr(shelf.tier, "write_many", None)
+        if many is not None and len(items) > 1:
+            try:
+                said = many(dict(items))
+                return [said[name] if isinstance(said[name], int) else None for name, _ in items]
+            except (TierError, UnsupportedError):
+                pass  # one after the other, to see which
+        sizes: list[int | None] = []
+        for name, entry in items:
+            try:
+                sizes.append(shelf.tier.write(name, entry))
+            except (TierError, UnsupportedError):
+                sizes.append(None)
+        return sizes
+
+    def _settle(self, at: int, record: Record, room: tuple[int, int], size: int | None) -> str:
+        """What follows from a write for which there was room. Under the lock."""
+        shelf = self.shelves[at]
+        shelf.bytes -= room[0]
+        shelf.entries -= room[1]
+        if size is None:
+            shelf.counts["errors"] += 1
+            return FAILED
+        old = self.index.get(record.name)
+        if old is not record:
+            if old is not None:
+                record.created = old.created
+                self.forget(old, "replaced", heir_at=at)
+            self.install(record, "puts")
+        elif at in record.homes:  # one of which it was only known that it is there
+            self.drop_home(record, at)
+        self.drop_rubbish(at, record.name)
+        shelf.counts["writes"] += 1
+        shelf.counts["bytes_written"] += size
+        self.add_home(record, at, size)
+        return KEPT
+
+    # Room.
+
+    def _make_room(self, at: int, record: Record, size: int) -> tuple[int, int] | None:
+        """Reserve bytes and a place on a shelf; what has to go for it goes. None: it cannot."""
+        shelf = self.shelves[at]
+        with self.changed:
+            if not shelf.takes(size):
+                shelf.counts["rejected"] += 1
+                return None
+            if record.name not in shelf.evictor:
+                shelf.evictor.expect(record.name)
+        while True:
+            with self.changed:
+                # What this write will replace needs no room beside it.
+                old = self.index.get(record.name)
+                before = shelf.rubbish.get(record.name, None if old is None else old.homes.get(at))
+                room = (size, 1) if before is None else (size - before, 0)
+                if shelf.fits(*room):
+                    shelf.bytes += room[0]
+                    shelf.entries += room[1]
+                    return room
+            if not self._free_one(at):
+                with self.changed:
+                    shelf.counts["refused"] += 1
+                return None
+
+    def trim(self, at: int) -> bool:
+        """Entries go until a shelf is within its limits; False: something has to that cannot."""
+        while True:
+            with self.changed:
+                if self.shelves[at].fits(0, 0):
+                    return True
+            if not self._free_one(at):
+                return False
+
+    def _free_one(self, at: int) -> bool:
+        """Rubbish or an entry goes from a shelf; False: nothing can."""
+        shelf = self.shelves[at]
+        with self.changed:
+            name = next((name for name in shelf.rubbish if not self.claimed(name)), None)
+            victim = None
+            if name is None:
+                try:
+                    name = str(shelf.evictor.victim())
+                except LookupError:
+                    return False
+                victim = self.index[name]
+                shelf.evictor.evicted(name)
+                victim.leaving = at
+            # Nobody has claimed it: what is claimed is held.
+            self.claim([name])
+        try:
+            return self.clean(at, name) if victim is None else self._evict(at, victim)
+        finally:
+            self.unclaim([name])
+
+    def make_quota(self, record: Record) -> int | None:
+        """Reserve bytes of its tenant, whose entries go for it; None: there cannot be room."""
+        while True:
+            with self.changed:
+                tenant = self.tenant(record.tenant)
+                if tenant.max_bytes is None or tenant.evictor is None:
+                    return 0
+                old = self.index.get(record.name)
+                more = record.nbytes - (0 if old is None else old.nbytes)
+                if tenant.bytes + tenant.reserved + more <= tenant.max_bytes:
+                    tenant.reserved += more
+                    return more
+                if record.nbytes > tenant.max_bytes:
+                    return None
+            if not self.free_one_of(record.tenant):
+                return None
+
+    def free_one_of(self, tenant: str) -> bool:
+        """An entry of a tenant goes, from everywhere; False: none can."""
+        with self.changed:
+            evictor = self.tenant(tenant).evictor
+            if evictor is None:
+                return False
+            try:
+                name = str(evictor.victim())
+            except LookupError:
+                return False
+            evictor.evicted(name)
+            self.claim([name])
+            self.forget(self.index[name], "evicted")
+        self.clean_all(name)
+        self.unclaim([name])
+        return True
+
+    # Down.
+
+    def _evict(self, at: int, record: Record) -> bool:
+        """A victim goes, to a shelf below if one takes it. False: it could not be deleted."""
+        shelf = self.shelves[at]
+        entry, answer = None, KEPT
+        with self.changed:
+            expired = self.expired(record)
+            below = at + 1 in record.homes and at + 1 not in record.doubtful
+        if at + 1 < len(self.shelves) and not below and not expired:
+            entry = self.fetch(at, record)
+            if at not in record.homes:
+                return True  # it was corrupt, and is gone
+            if entry is None:
+                answer = FAILED
+            elif shelf.persistent:  # what is safe here stays until it is safe below
+                answer, entry = self.sink(record, entry, at + 1), None
+        if not self._delete(at, record.name):
+            with self.changed:
+                record.leaving = None
+                shelf.place(record, record.homes[at])
+            return False
+        with self.changed:
+            self.drop_home(record, at, evicted=True)
+            if entry is not None:
+                record.moving, record.moving_from = entry, at
+                shelf.counts["demotions"] += 1
+                if self.movers[at + 1].offer(record, entry.nbytes):
+                    return True
+                # The queue is full: who needs the room waits for the shelf below.
+                shelf.counts["demotions_by_caller"] += 1
+            elif record.homes:
+                shelf.counts["demotions"] += not below
+            else:
+                reason = "expired" if expired else "lost" if answer == FAILED else "evicted"
+                self.forget(record, reason)
+        if entry is not None:
+            self._land(record)
+        return True
+
+    def sink(self, record: Record, entry: Entry, start: int) -> str:
+        """Write it to the first shelf from `start` on that takes it."""
+        failed = False
+        for at in range(start, len(self.shelves)):
+            if at in record.homes and at not in record.doubtful:
+                return KEPT
+            answer = self.place(at, [(record, entry)])[0]
+            if answer == KEPT:
+                return KEPT
+            failed |= answer == FAILED
+        return FAILED if failed else REFUSED
+
+    def _arrive(self, record: Record) -> None:
+        """A queue's job: what left the shelf above."""
+        self.claim([record.name])
+        try:
+            self._land(record)
+        finally:
+            self.unclaim([record.name])
+
+    def _land(self, record: Record) -> None:
+        entry = record.moving
+        if entry is None:
+            return  # it was replaced or removed meanwhile
+        answer = self.sink(record, entry, record.moving_from + 1)
+        with self.changed:
+            record.moving = None
+            if not record.homes:
+                self.forget(record, "lost" if answer == FAILED else "evicted")
+
+    # Up.
+
+    def promote(self, record: Record, entry: Entry | None) -> bool:
+        """Queue it for the first shelf; False: there is no room in the queue. Under the lock."""
+        if record.promoting or 0 in record.homes:
+            return True
+        nbytes = record.nbytes if entry is None else entry.nbytes
+        record.promoting = self.movers[0].offer((record, entry), nbytes)
+        if not record.promoting:
+            self.shelves[0].counts["promotions_dropped"] += 1
+        return record.promoting
+
+    def _promote(self, job: tuple[Record, Entry | None]) -> None:
+        """The first queue's job."""
+        record, entry = job
+        self.claim([record.name])
+        try:
+            if not self.current(record) or not record.homes or self.expired(record):
+                return
+            top = min(record.homes)
+            if entry is None and top > 0:
+                entry = self.fetch(top, record)
+            if entry is None:
+                return
+            for at in range(top):
+                if self.place(at, [(record, entry)])[0] == KEPT:
+                    with self.changed:
+                        self.shelves[at].counts["promotions"] += 1
+                    return
+        finally:
+            record.promoting = False
+            self.unclaim([record.name])
+
+    # Out.
+
+    def fetch(self, at: int, record: Record) -> Entry | None:
+        """Read what a shelf has, for a move. None: it cannot now, or is not there any more."""
+        shelf = self.shelves[at]
+        try:
+            entry = shelf.tier.read(record.name)
+        except TierError:
+            with self.changed:
+                shelf.counts["errors"] += 1
+            return None
+        except CorruptError:
+            entry = None
+            with self.changed:
+                shelf.counts["corrupt"] += 1
+        with self.changed:
+            if entry is None or not self.verify(record, at, entry):
+                self.lose(record, at)
+                return None
+            shelf.counts["bytes_read"] += record.homes.get(at, 0)
+        return entry
+
+    def verify(self, record: Record, at: int, entry: Entry) -> bool:
+        """Whether what was read is of this record; of one that was only listed, what it is."""
+        meta = store_meta(entry)
+        if record.version is None and meta is not None:
+            self.learn(record, meta)
+        same = record.version == (None if meta is None else meta["version"])
+        if same:
+            record.doubtful.discard(at)
+        return same
+
+    def clean(self, at: int, name: str) -> bool:
+        """Delete what a shelf has of a name and nobody wants; False: it could not be."""
+        if name not in self.shelves[at].rubbish:
+            return True
+        if not self._delete(at, name):
+            return False
+        with self.changed:
+            self.drop_rubbish(at, name)
+        return True
+
+    def clean_all(self, name: str) -> None:
+        """The same for all shelves; what cannot be deleted now stays rubbish."""
+        for at in range(len(self.shelves)):
+            self.clean(at, name)
+
+    def _delete(self, at: int, name: str) -> bool:
+        try:
+            self.shelves[at].tier.delete(name)
+        except TierError:
+            with self.changed:
+                self.shelves[at].counts["errors"] += 1
+            return False
+        return True
+
+
+def store_meta(entry: Entry) -> Any:
+    """What the store wrote into an entry; None where it did not."""
+    meta = entry.meta.get(META)
+    return meta if isinstance(meta, dict) and meta.get("format") == 1 else None

@@ -1,0 +1,149 @@
+"""One tier as the store sees it: what is on it, how much, what goes first, and how fast it is."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jkv.store.entry import Entry
+from jkv.store.policy import Policy
+
+_BOUNDLESS = 1 << 62
+_SPOILS_AFTER = 60.0  # seconds, then a measured bandwidth says nothing any more
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Record:
+    """What the store knows of an entry. Changed under the store's lock only."""
+
+    name: str  # the key in the tiers
+    tenant: str
+    key: str
+    nbytes: int  # of the arrays as they were put; as they are stored, where that is not known
+    version: str | None = None  # of this put; None until a blob from before was read
+    created: int | float = 0.0
+    updated: int | float = 0.0
+    accessed: int | float = 0.0
+    expires: int | float | None = None
+    seconds: int | float | None = None  # to make it again
+    fingerprint: bytes = b""
+    tokens: np.ndarray | None = None
+    whole: bool = False
+    packed: bool = False
+    hits: int = 0
+    pinned: bool = False
+    holds: int = 0
+    homes: dict[int, int] = dataclasses.field(default_factory=dict)  # bytes by shelf
+    doubtful: set[int] = dataclasses.field(default_factory=set)  # homes that were only listed
+    leaving: int | None = None  # the shelf whose evictor does not count it any more
+    moving: Entry | None = None  # between two shelves
+    moving_from: int = 0
+    promoting: bool = False
+
+    @property
+    def cost(self) -> int | float:
+        """Of making it again, in seconds; where nobody said, of moving its bytes at 1 GB/s."""
+        return 1e-9 * self.nbytes if self.seconds is None else self.seconds
+
+    def meta(self) -> dict[str, Any]:
+        """What is stored with the entry, for the next process."""
+        return {
+            "format": 1,
+            "version": self.version,
+            "created": self.created,
+            "updated": self.updated,
+            "expires": self.expires,
+            "seconds": self.seconds,
+            "fingerprint": self.fingerprint.hex(),
+            "tokens": None if self.tokens is None else _text(self.tokens),
+            "whole": self.whole,
+            "packed": self.packed,
+            "pinned": self.pinned,
+        }
+
+    def learn(self, meta: Any) -> None:
+        """What `meta` said."""
+        self.version = meta["version"]
+        self.created, self.updated = meta["created"], meta["updated"]
+        if self.hits == 0:  # when it was last used before is not known
+            self.accessed = self.updated
+        self.expires, self.seconds = meta["expires"], meta["seconds"]
+        self.fingerprint = bytes.fromhex(meta["fingerprint"])
+        if meta["tokens"] is not None:
+            self.tokens = np.frombuffer(base64.b64decode(meta["tokens"]), "<i4").astype(np.int32)
+        self.whole, self.packed = meta["whole"], meta["packed"]
+        self.pinned = meta["pinned"]
+
+
+def _text(tokens: np.ndarray) -> str:
+    return base64.b64encode(tokens.astype("<i4").tobytes()).decode()
+
+
+class Shelf:
+    """A tier, its limits and what it holds. Changed under the store's lock only."""
+
+    def __init__(self, tier: Any, name: str, policy: Policy, form: str):
+        self.tier = tier
+        self.name = name
+        self.form = form
+        self.max_bytes: int | None = tier.max_bytes
+        self.max_entries: int | None = tier.max_entries
+        self.persistent: bool = getattr(tier, "persistent", tier.name in ("disk", "remote"))
+        self._by_bytes = self.max_bytes is not None
+        self.evictor = policy.start(self._capacity())
+        self.bytes = 0  # with what is being written, and what could not be deleted
+        self.entries = 0
+        self.rubbish: dict[str, int] = {}  # blobs that count and are not served
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._rate: tuple[float, float] | None = None  # bytes per second, and when
+
+    def _capacity(self) -> int:
+        if self._by_bytes:
+            return max(self.max_bytes or 1, 1)
+        return max(self.max_entries or 1, 1) if self.max_entries is not None else _BOUNDLESS
+
+    def resize(self, max_bytes: int | None, max_entries: int | None) -> None:
+        """Other limits."""
+        self.max_bytes = self.tier.max_bytes = max_bytes
+        self.max_entries = self.tier.max_entries = max_entries
+        if self._by_bytes == (max_bytes is not None):
+            self.evictor.resize(self._capacity())
+        # Else the unit of the sizes would change; the evictor goes on with its old capacity.
+
+    def takes(self, size: int) -> bool:
+        """Whether an empty shelf would hold it."""
+        return (self.max_bytes is None or size <= self.max_bytes) and self.max_entries != 0
+
+    def fits(self, size: int, count: int) -> bool:
+        """Whether there is room for so many bytes and entries more."""
+        return (self.max_bytes is None or self.bytes + size <= self.max_bytes) and (
+            self.max_entries is None or self.entries + count <= self.max_entries
+        )
+
+    def place(self, record: Record, size: int) -> None:
+        """The evictor learns of an entry that takes `size` bytes here."""
+        size = max(size, 1) if self._by_bytes else 1
+        if record.name in self.evictor:  # the same sequence, longer by now perhaps
+            self.evictor.update(record.name, size, record.cost)
+            self.evictor.touch(record.name)
+            return
+        self.evictor.add(record.name, size, record.cost)
+        if record.holds:
+            self.evictor.hold(record.name)
+
+    def measured(self, nbytes: int, seconds: int | float, now: int | float) -> None:
+        """So many bytes were read in so long."""
+        rate = nbytes / max(seconds, 1e-9)
+        if self._rate is not None:
+            rate = 0.7 * self._rate[0] + 0.3 * rate
+        self._rate = rate, now
+
+    def rate(self, now: int | float) -> float | None:
+        """Bytes per second; None if nothing is known, or nothing recent."""
+        if self._rate is None or now - self._rate[1] > _SPOILS_AFTER:
+            return None
+        return self._rate[0]

@@ -1,0 +1,409 @@
+"""The store: entries by key and by content, over tiers, with what it keeps count of."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from jkv.errors import CorruptError
+from jkv.store.entry import Entry
+from jkv.store.keys import as_tokens, content_key, name_of, split
+from jkv.store.ledger import operation
+from jkv.store.policy import LRU, Policy
+from jkv.store.prefetch import Predictor, Prefetcher
+from jkv.store.reads import Ask, Handle, Match, value_of
+from jkv.store.shelf import Record, Shelf
+from jkv.store.upkeep import Upkeep
+
+_INDEX_WAIT = 1.0  # seconds that a search waits for entries from before to be looked at
+_CANDIDATES = 8  # entries that a search tries to read, the longest prefix first
+
+
+class Store(Upkeep):
+    """Sequences' caches that outlive a request, over tiers from the fastest to the slowest.
+
+    An entry is put into the first tier that takes it. What a tier has no room for moves to the one
+    below, and out of the last one it is evicted; what is read further down is copied to the first.
+    Threads do both, from queues that are bounded: where the one down is full, the caller moves the
+    entry itself; where the one up is full, the entry stays where it is, counted. `close` finishes
+    what was begun and writes what only a tier in this process has to one that lasts.
+
+    An entry is whole and immutable: a put under the same key replaces it for later readers, whether
+    there was room for the new one or not. `get` by key answers with the latest put;
+    `longest_prefix` finds, among entries put with their tokens, one that begins like those given.
+
+    Counters balance at any time: accesses = hits + misses, and puts + found = entries + replaced +
+    removed + expired + evicted + rejected + lost, where `found` are entries of another process, or
+    from before. Of a tier: writes + found = entries + evictions + gone.
+
+    Args:
+        tiers: from the fastest to the slowest, each with its own limits.
+        policy: which entry goes first, in every tier and for every tenant.
+        fingerprint: of what made the entries: weights, configuration, rope, dtype, kind and layout
+            of the cache. An entry of another one is a miss. Empty: it is not looked at.
+        ttl: seconds until an entry is of no use; None: never.
+        tenant_bytes: what each tenant may have, or by tenant; entries count once, as they were put.
+        write_through: a put is written to all tiers before it returns.
+        forms: "int8" or "int4" by name of tier: what it holds is converted, its meta says so.
+        convert: does it: an entry and a form to an entry.
+        chunk: tokens between two marks; a shorter prefix is not found. A mark takes about 250 bytes
+            of this process, a token 4 more.
+        queue_entries, queue_bytes: what may wait for each tier.
+        sweep_every: seconds between two sweeps by a thread.
+        predictor: what to copy up before it is asked for, while nobody reads.
+        clock: seconds since the epoch; timer: seconds, for durations.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Any],
+        policy: Policy | None = None,
+        *,
+        fingerprint: bytes = b"",
+        ttl: int | float | None = None,
+        tenant_bytes: int | Mapping[str, int] | None = None,
+        write_through: bool = False,
+        forms: Mapping[str, str] | None = None,
+        convert: Callable[[Entry, str], Entry] | None = None,
+        chunk: int = 16,
+        queue_entries: int = 64,
+        queue_bytes: int = 256 << 20,
+        sweep_every: int | float | None = None,
+        predictor: Predictor | None = None,
+        clock: Callable[[], float] = time.time,
+        timer: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if not tiers:
+            raise ValueError("tiers got none; expected at least one, such as Memory(2**30)")
+        if chunk < 1:
+            raise ValueError(f"chunk got {chunk}; expected a number of tokens from 1")
+        policy = LRU() if policy is None else policy
+        names = [tier.name for tier in tiers]
+        names = [n if names.count(n) == 1 else f"{n}{i}" for i, n in enumerate(names)]
+        forms = dict(forms or {})
+        if unknown := set(forms) - set(names):
+            raise ValueError(f"forms got {sorted(unknown)}; expected names of tiers: {names}")
+        if any(form != "exact" for form in forms.values()) and convert is None:
+            raise ValueError("forms need convert=, a function of an entry and a form")
+        super().__init__(
+            [
+                Shelf(tier, name, policy, forms.get(name, "exact"))
+                for tier, name in zip(tiers, names, strict=True)
+            ],
+            policy,
+            chunk=chunk,
+            tenant_bytes=tenant_bytes,
+            convert=convert,
+            queue_entries=queue_entries,
+            queue_bytes=queue_bytes,
+            clock=clock,
+            timer=timer,
+            fingerprint=fingerprint,
+            ttl=ttl,
+        )
+        self._write_through = write_through
+        self.find_all()
+        if predictor is not None:
+            self.prefetcher = Prefetcher(self, predictor, self.stopped)
+            self.start("predict", self.prefetcher.run)
+        if sweep_every is not None:
+            self.start("sweep", lambda: self.sweeper(sweep_every))
+
+    # In.
+
+    @operation
+    def put(
+        self,
+        key: str | None,
+        value: Any,
+        *,
+        tokens: Any = None,
+        tenant: str = "",
+        seconds: int | float | None = None,
+        fingerprint: bytes | None = None,
+        ttl: int | float | None = None,
+        pin: bool = False,
+        whole: bool = False,
+    ) -> str | None:
+        """Keep a value; its key, or None where no tier had room for it (counted as rejected).
+
+        Args:
+            key: of a sequence, any text; None: one that follows from the content.
+            value: a cache, which is packed, or an `Entry`.
+            tokens: whose keys and values it holds [T]: it is found by `longest_prefix` from now on.
+            seconds: that it took to make; by default what the entry's meta says.
+            ttl: seconds until it is of no use; by default the store's.
+            pin: it never goes to make room, until `unpin` or another put.
+            whole: no shorter prefix can be cut from it: it is found with all of its tokens only.
+
+        Raises:
+            ValueError: no key and no tokens, tokens that are none, or a closed store.
+        """
+        record, entry = self.record(
+            key, value, tokens, tenant, seconds, fingerprint, ttl, pin, whole
+        )
+        kept = self.keep([(record, entry)], through=self._write_through)[0]
+        return record.key if kept else None
+
+    @operation
+    def put_many(
+        self,
+        keys: Sequence[str | None],
+        values: Sequence[Any],
+        *,
+        tokens: Sequence[Any] | None = None,
+        seconds: Sequence[int | float | None] | None = None,
+        tenant: str = "",
+        fingerprint: bytes | None = None,
+        ttl: int | float | None = None,
+    ) -> list[str | None]:
+        """`put` for several, each tier written to once; of a key that comes twice the last stays.
+
+        Raises:
+            ValueError: as `put`, or lists of different lengths.
+        """
+        records: dict[str, tuple[Record, Entry]] = {}
+        order = []
+        none = [None] * len(keys)
+        lists = keys, values, tokens or none, seconds or none
+        for key, value, ids, cost in zip(*lists, strict=True):
+            record, entry = self.record(
+                key, value, ids, tenant, cost, fingerprint, ttl, False, False
+            )
+            if record.name in records:
+                with self.changed:
+                    self.count(tenant, "puts")
+                    self.count(tenant, "replaced")
+            records[record.name] = record, entry
+            order.append(record.name)
+        kept = self.keep(list(records.values()), through=self._write_through)
+        said = dict(zip(records, kept, strict=True))
+        return [split(name)[1] if said[name] else None for name in order]
+
+    # Out.
+
+    def _asked(self, keys: Iterable[str], tenant: str, fingerprint: bytes | None) -> list[Ask]:
+        fingerprint = (self.fingerprint or None) if fingerprint is None else fingerprint
+        return [Ask(name_of(tenant, key), tenant, fingerprint) for key in keys]
+
+    def _scored(self, asked: Sequence[Ask], *, release: bool = True) -> None:
+        with self.changed:
+            for ask in asked:
+                self.score(ask, release=release)
+        if self.prefetcher is not None:
+            for ask in asked:
+                self.prefetcher.noted(ask.name)
+
+    def _values(self, asked: Sequence[Ask]) -> list[Any]:
+        """What was put, for each; None where there is none."""
+        self.take(asked)
+        values = []
+        for ask in asked:
+            value = None
+            if ask.entry is not None and ask.record is not None:
+                try:
+                    value = value_of(ask.entry, ask.record.packed)
+                except CorruptError:  # whole, but of another version of this library
+                    self.unfit(ask)
+            values.append(value)
+        self._scored(asked)
+        return values
+
+    @operation
+    def get(
+        self,
+        key: str,
+        default: Any = None,
+        *,
+        tenant: str = "",
+        fingerprint: bytes | None = None,
+        recompute_seconds: int | float | None = None,
+    ) -> Any:
+        """What was put under a key: a cache for a cache, an entry for an entry; else `default`.
+
+        It is a miss too where reading would take longer than `recompute_seconds`, by default those
+        of the put, as far as the tier's bandwidth was measured within a minute.
+        """
+        asked = self._asked([key], tenant, fingerprint)
+        asked[0].seconds = recompute_seconds
+        value = self._values(asked)[0]
+        return default if value is None else value
+
+    @operation
+    def get_entry(
+        self, key: str, *, tenant: str = "", fingerprint: bytes | None = None
+    ) -> Entry | None:
+        """The entry under a key, whatever was put."""
+        asked = self._asked([key], tenant, fingerprint)
+        self.take(asked)
+        self._scored(asked)
+        return asked[0].entry
+
+    @operation
+    def get_many(
+        self, keys: Sequence[str], *, tenant: str = "", fingerprint: bytes | None = None
+    ) -> list[Any]:
+        """`get` for several, each tier read once; None where there is none."""
+        return self._values(self._asked(_texts(keys), tenant, fingerprint))
+
+    @operation
+    def open(self, key: str, *, tenant: str = "", fingerprint: bytes | None = None) -> Handle:
+        """The entry under a key, held: it is not evicted before the handle is released.
+
+        Raises:
+            KeyError: a miss.
+        """
+        ask = self._asked([key], tenant, fingerprint)[0]
+        self.take([ask])
+        self._scored([ask], release=False)
+        if ask.entry is None or ask.record is None:
+            raise KeyError(f"no entry {key!r} ({ask.why})")
+        return Handle(ask.record, ask.entry, self.released)
+
+    @operation
+    def longest_prefix(
+        self,
+        tokens: Any,
+        *,
+        tenant: str = "",
+        fingerprint: bytes | None = None,
+        limit: int | None = None,
+        recompute_seconds: int | float | None = None,
+    ) -> Match | None:
+        """The entry that shares the most first tokens with these, at least `chunk` of them; held.
+
+        Args:
+            tokens: [T].
+            limit: tokens that may be shared at most: T - 1 where the last one must be computed.
+            recompute_seconds: of all T tokens; by default by the entry's own seconds.
+
+        Raises:
+            ValueError: tokens that are none.
+        """
+        ids = as_tokens(tokens)
+        fingerprint = self.fingerprint if fingerprint is None else fingerprint
+        self.indexed.wait(_INDEX_WAIT)
+        with self.changed:
+            found = self.prefixes.find(fingerprint, tenant, ids[:limit], _nearness)
+            candidates = list(itertools.islice(found, _CANDIDATES))
+        answer = Ask("", tenant, why="absent")
+        for record, length in candidates:
+            answer = Ask(record.name, tenant, fingerprint, only=record)
+            answer.share = length / len(record.tokens)
+            if recompute_seconds is not None:
+                answer.seconds = recompute_seconds * length / len(ids)
+            self.take([answer])
+            if answer.entry is not None:
+                self._scored([answer], release=False)
+                with self.changed:
+                    self.count(tenant, "tokens_asked", len(ids))
+                    self.count(tenant, "tokens_found", length)
+                return Match(Handle(record, answer.entry, self.released), length)
+        with self.changed:
+            self.score(answer)
+            self.count(tenant, "tokens_asked", len(ids))
+        return None
+
+    @operation
+    def contains(self, key: str, *, tenant: str = "", fingerprint: bytes | None = None) -> bool:
+        """Whether a `get` would find it; that is no access, and no promise."""
+        ask = self._asked([key], tenant, fingerprint)[0]
+        with self.changed:
+            record = self.index.get(ask.name)
+            if record is not None and record.version is not None:
+                same = ask.fingerprint is None or ask.fingerprint == record.fingerprint
+                return same and not self.expired(record)
+        self.take([ask])
+        with self.changed:
+            if ask.entry is not None and ask.record is not None:
+                self.release(ask.record)
+        return ask.entry is not None
+
+    @operation
+    def remove(self, key: str, *, tenant: str = "") -> bool:
+        """An entry goes, from all tiers; whether there was one that the store knew of."""
+        name = name_of(tenant, key)
+        known = self.drop([name], "removed", lambda _: True)
+        if not known:  # another process may have put it
+            self.delete_unknown(name)
+        return known > 0
+
+    # Ahead of time.
+
+    @operation
+    def prefetch(self, keys: Iterable[str], *, tenant: str = "") -> int:
+        """Queue entries for the first tier; how many are there or on their way."""
+        with self.changed:
+            records = [self.index.get(name_of(tenant, key)) for key in _texts(keys)]
+            return sum(r is not None and self.promote(r, None) for r in records)
+
+    def warm(
+        self, items: Iterable[Any], make: Callable[[Any], Any], *, tenant: str = "", **put: Any
+    ) -> int:
+        """Put what is not there yet; how much was made.
+
+        Args:
+            items: keys, or prompts as token ids [T].
+            make: the cache or entry of one of them; how long it takes is kept as its cost.
+            put: for `put`, such as fingerprint, ttl or whole.
+        """
+        made = 0
+        for item in items:
+            key, tokens = (item, None) if isinstance(item, str) else (None, as_tokens(item))
+            fingerprint = put.get("fingerprint")
+            if tokens is not None:
+                key = content_key(fingerprint or self.fingerprint, tokens)
+            if self.contains(str(key), tenant=tenant, fingerprint=fingerprint):
+                continue
+            begun = self.timer()
+            value = make(item)
+            seconds = self.timer() - begun
+            done = self.put(key, value, tokens=tokens, tenant=tenant, **{"seconds": seconds, **put})
+            made += done is not None
+        return made
+
+    def warm_from(
+        self, history: Iterable[Any], make: Callable[[Any], Any], *, most: int = 100, **put: Any
+    ) -> int:
+        """`warm` with the `most` frequent keys or prompts of a history."""
+        seen = Counter(x if isinstance(x, str) else tuple(as_tokens(x).tolist()) for x in history)
+        return self.warm([item for item, _ in seen.most_common(most)], make, **put)
+
+    # The end.
+
+    def close(self) -> None:
+        """Finish what moves, write what only this process has to a tier that lasts; twice is once.
+
+        Figures can be asked for afterwards; anything else raises ValueError.
+        """
+        with self.changed:
+            if self.closed:
+                return
+            self.closed = True
+            self.stopped.set()
+            self.changed.wait_for(lambda: self.active == 0)
+        self.finish()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Entries."""
+        return len(self.index)
+
+
+def _nearness(record: Record) -> tuple[int, int]:
+    """Of entries with as long a prefix, the one in the fastest tier, then the smallest."""
+    return (0 if record.moving is not None else min(record.homes, default=99)), record.nbytes
+
+
+def _texts(keys: Iterable[str]) -> list[str]:
+    if isinstance(keys, str):
+        raise TypeError(f"keys got the text {keys!r}; expected several, such as [{keys!r}]")
+    return list(keys)

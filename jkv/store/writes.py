@@ -1,0 +1,125 @@
+"""How values become entries, and get into the first tier that takes them."""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from jkv.store import keys
+from jkv.store.entry import Entry
+from jkv.store.moves import KEPT
+from jkv.store.reads import Reads
+from jkv.store.shelf import Record
+
+
+class Writes(Reads):
+    """Puts, in batches."""
+
+    def __init__(self, *args: Any, fingerprint: bytes, ttl: int | float | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fingerprint = fingerprint
+        self._ttl = ttl
+
+    def record(
+        self,
+        key: str | None,
+        value: Any,
+        tokens: Any,
+        tenant: str,
+        seconds: int | float | None,
+        fingerprint: bytes | None,
+        ttl: int | float | None,
+        pin: bool,
+        whole: bool,
+    ) -> tuple[Record, Entry]:
+        """What is to be known of a put, and what is to be stored."""
+        packed = not isinstance(value, Entry)
+        fingerprint = self.fingerprint if fingerprint is None else fingerprint
+        ids = None if tokens is None else keys.as_tokens(tokens)
+        if key is None:
+            if ids is None:
+                raise ValueError("put got no key and no tokens; expected one of them")
+            key = keys.content_key(fingerprint, ids)
+        entry = importlib.import_module("jkv.store.pack").pack(value) if packed else value
+        now = self.clock()
+        ttl = self._ttl if ttl is None else ttl
+        record = Record(
+            keys.name_of(tenant, key),
+            tenant,
+            key,
+            entry.nbytes,
+            version=secrets.token_hex(8),
+            created=now,
+            updated=now,
+            accessed=now,
+            expires=None if ttl is None else now + ttl,
+            seconds=entry.meta.get("seconds") if seconds is None else seconds,
+            fingerprint=fingerprint,
+            tokens=ids,
+            whole=whole,
+            packed=packed,
+            pinned=pin,
+        )
+        return record, entry
+
+    def keep(self, items: Sequence[tuple[Record, Entry]], *, through: bool) -> list[bool]:
+        """Put records of different names, in one go for each tier; whether each was kept."""
+        names = [record.name for record, _ in items]
+        self.claim(names)
+        reserved: list[tuple[str, int]] = []
+        try:
+            todo = []
+            for record, entry in items:
+                more = self.make_quota(record)
+                if more is not None:
+                    reserved.append((record.tenant, more))
+                    todo.append((record, entry))
+            for at in range(len(self.shelves)):
+                left: list[tuple[Record, Entry]] = []
+                for group in self._groups(at, todo):
+                    said = self.place(at, group)
+                    left += [x for x, answer in zip(group, said, strict=True) if answer != KEPT]
+                todo = left
+            kept = [self.current(record) for record, _ in items]
+            if through:
+                for at in range(1, len(self.shelves)):
+                    here = [x for x in items if self.current(x[0]) and at not in x[0].homes]
+                    # Above its first home it was refused before.
+                    here = [x for x in here if at > min(x[0].homes, default=at)]
+                    for group in self._groups(at, here):
+                        self.place(at, group)
+            with self.changed:
+                for (record, _), good in zip(items, kept, strict=True):
+                    old = self.index.get(record.name)
+                    if not good and old is not None:
+                        self.forget(old, "replaced")  # what it is now is not what it was
+                    if not good:
+                        self.count(record.tenant, "puts")
+                        self.count(record.tenant, "rejected")
+            for name in names:
+                self.clean_all(name)
+            return kept
+        finally:
+            with self.changed:
+                for tenant, more in reserved:
+                    self.tenant(tenant).reserved -= more
+            self.unclaim(names)
+
+    def _groups(
+        self, at: int, items: Sequence[tuple[Record, Entry]]
+    ) -> list[list[tuple[Record, Entry]]]:
+        """In batches that an empty shelf could hold: a batch's own entries cannot make room."""
+        shelf = self.shelves[at]
+        groups: list[list[tuple[Record, Entry]]] = []
+        size = 0
+        for record, entry in items:
+            size += entry.nbytes
+            full = shelf.max_bytes is not None and size > shelf.max_bytes
+            full |= bool(groups) and len(groups[-1]) == shelf.max_entries
+            if not groups or full:
+                groups.append([])
+                size = entry.nbytes
+            groups[-1].append((record, entry))
+        return groups
