@@ -79,7 +79,9 @@ class Remote:
         except (*_ERRORS, TypeError) as error:
             raise TierError(f"no remote tier at {url!r}: {error}") from error
         self.persistent = spec["driver"] != "memory"
-        self.url = self._kvstore.url
+        # For messages; a spec may hold credentials, which are nobody's to read there.
+        place = "/".join(spec[part] for part in ("bucket", "path") if part in spec)
+        self.url = f"{spec['driver']}://{place}"
 
     def scan(self) -> dict[str, int]:
         """Keys that are there and the bytes of their objects, in the order of their names.

@@ -1,0 +1,329 @@
+"""Calls that fail, at every call of every operation: told, nothing is lost, and life goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jkv.errors import CorruptError, TierError
+from jkv.store import Disk, Remote, disk
+from jkv.store.names import name_of
+from tests.store.victim import number_of, value
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATIONS = {
+    "write a new one": lambda tier: tier.write("new", value(7)),
+    "write over": lambda tier: tier.write("old", value(2)),
+    "write two": lambda tier: tier.write_many({"new": value(7), "old": value(2)}),
+    "read": lambda tier: tier.read("old"),
+    "read a damaged one": lambda tier: tier.read("damaged"),
+    "delete": lambda tier: tier.delete("old"),
+    "scan": lambda tier: tier.scan(),
+    "verify": lambda tier: tier.verify(),
+}
+ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
+
+
+class Faulty:
+    """A module, or an object, of which the n-th call fails."""
+
+    def __init__(self, real: Any, names: str, counter: list[int], error: Exception) -> None:
+        self._real, self._names, self._counter, self._error = real, names.split(), counter, error
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self._real, name)
+        if name not in self._names:
+            return real
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._counter[0] -= 1
+            if self._counter[0] == 0:
+                raise self._error
+            return real(*args, **kwargs)
+
+        return call
+
+
+def prepared(path: Path) -> Disk:
+    tier = Disk(path)
+    tier.write("old", value(1))
+    tier.write("long " * 100, value(5))
+    tier.write("damaged", value(3))
+    with (path / name_of("damaged")).open("r+b") as file:
+        file.write(b"?")
+    (path / ".tmp-left").write_bytes(b"by somebody")
+    return tier
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_disk_fails_at_every_call(tmp_path, monkeypatch, operation, error):
+    calls = "open close fstat lstat writev fsync rename unlink pread preadv scandir"
+    for n in range(1, 100):
+        path = tmp_path / str(n)
+        tier = prepared(path)
+        counter = [n]
+        failure = OSError(ERRORS[error], os.strerror(ERRORS[error]))
+        with monkeypatch.context() as patch:
+            patch.setattr(disk, "os", Faulty(os, calls, counter, failure))
+            patch.setattr(disk, "fcntl", Faulty(disk.fcntl, "flock fcntl", counter, failure))
+            try:
+                result = OPERATIONS[operation](tier)
+            except (TierError, CorruptError) as raised:
+                result = raised
+        if counter[0] > 0:
+            assert n > 1
+            break  # fewer calls than that: every one has had its turn
+        assert not isinstance(result, TierError) or result.errno == ERRORS[error]
+
+        # What was there is, or what was written, or nothing where the tier says so: nothing else.
+        wrote = operation.startswith("write")
+        allowed = {1, 2, None} if operation in ("write over", "write two") else {1}
+        allowed |= {None} if operation == "delete" else set()
+        old, new = (number_of(tier.read(key)) for key in ("old", "new"))
+        assert old in allowed
+        assert new in ({7, None} if wrote else {None})
+        results = result if isinstance(result, dict) and operation == "write two" else {}
+        results = results or {
+            "write over": {"old": result},
+            "write a new one": {"new": result},
+        }.get(operation, {})
+        for key, told in results.items():
+            assert (number_of(tier.read(key)) in (2, 7)) == (not isinstance(told, TierError))
+        if operation == "delete" and not isinstance(result, TierError):
+            assert old is None
+
+        # The next operation works, and the next start finds no leftovers.
+        tier.write("old", value(4))
+        assert number_of(tier.read("old")) == 4
+        assert number_of(tier.read("long " * 100)) == 5
+        scanned = Disk(path).scan()
+        assert {"old", "long " * 100} <= set(scanned) <= {"old", "long " * 100, "new", "damaged"}
+        assert [name for name in os.listdir(path) if name.startswith(".tmp-")] == []
+        with pytest.raises(CorruptError) if "damaged" in scanned else pytest.MonkeyPatch.context():
+            assert tier.read("damaged") is None
+    else:
+        pytest.fail("it never ended")
+
+
+def test_failures_in_a_batch_are_its_own(tmp_path, monkeypatch):
+    tier = Disk(tmp_path)
+    counter = [3]
+    failure = OSError(errno.ENOSPC, "full")
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "os", Faulty(os, "writev", counter, failure))
+        results = tier.write_many({str(i): value(i) for i in range(5)})
+    assert [key for key, told in results.items() if isinstance(told, TierError)] == ["2"]
+    assert [number_of(tier.read(str(i))) for i in range(5)] == [0, 1, None, 3, 4]
+
+
+def test_little_is_taken_at_a_time(tmp_path, monkeypatch):
+    """Systems may write and read less than asked, and do, beyond 2 GiB."""
+
+    class Slow(Faulty):
+        def writev(self, file: int, pieces: list[memoryview]) -> int:
+            return os.write(file, pieces[0][:100])
+
+        def preadv(self, file: int, views: list[memoryview], at: int) -> int:
+            return os.preadv(file, [views[0][:99]], at)
+
+    tier = Disk(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "os", Slow(os, "", [0], OSError()))
+        tier.write("k", value(3))
+        assert number_of(tier.read("k")) == 3
+    assert number_of(tier.read("k")) == 3
+
+
+def test_a_file_cut_short_while_it_is_read(tmp_path, monkeypatch):
+    tier = Disk(tmp_path)
+    tier.write("k", value(3))
+
+    class Cut(Faulty):
+        def preadv(self, file: int, views: list[memoryview], at: int) -> int:
+            os.truncate(tmp_path / name_of("k"), 1000)
+            return os.preadv(file, views, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "os", Cut(os, "", [0], OSError()))
+        with pytest.raises(CorruptError, match="while it was read"):
+            tier.read("k")
+    assert tier.read("k") is None
+
+
+def test_no_memory_is_no_crash(tmp_path, monkeypatch):
+    tier = Disk(tmp_path)
+    tier.write("k", value(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "np", Faulty(np, "empty", [1], MemoryError()))
+        with pytest.raises(TierError):
+            tier.read("k")
+    assert number_of(tier.read("k")) == 3
+
+
+def test_a_writer_at_work_is_left_alone(tmp_path, monkeypatch):
+    """A scan, of this process or another, while a write has its temporary file half full."""
+    tier, other = Disk(tmp_path), Disk(tmp_path)
+    scanned = []
+
+    class Pausing(Faulty):
+        def fsync(self, file: int) -> None:
+            scanned.append(other.scan())
+            os.fsync(file)
+
+    (tmp_path / ".tmp-dead").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "os", Pausing(os, "", [0], OSError()))
+        tier.write("k", value(1))
+    assert scanned[0] == {}
+    assert set(scanned[1]) == {"k"}
+    assert number_of(other.read("k")) == 1
+    assert os.listdir(tmp_path) == [name_of("k")]
+
+
+def test_a_file_damaged_and_replaced_at_once(tmp_path, monkeypatch):
+    """Between reading it and putting it aside another process wrote it anew: that one stays."""
+    tier = Disk(tmp_path)
+    tier.write("k", value(1))
+    with (tmp_path / name_of("k")).open("r+b") as file:
+        file.write(b"?")
+
+    class Replaced(Faulty):
+        def lstat(self, path: Path) -> os.stat_result:
+            Disk(tmp_path)._rename(disk._Temporary(tmp_path, [memoryview(good)]), name_of("k"))
+            return os.lstat(path)
+
+    Disk(tmp_path / "other").write("k", value(2))
+    good = (tmp_path / "other" / name_of("k")).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "os", Replaced(os, "", [0], OSError()))
+        with pytest.raises(CorruptError):
+            tier.read("k")
+    assert number_of(tier.read("k")) == 2
+
+
+def test_remote_fails_at_every_call():
+    for operation in ("write a new one", "write over", "read", "delete", "scan", "verify"):
+        for n in range(1, 20):
+            tier = Remote("memory://")
+            tier.write("old", value(1))
+            counter = [n]
+            real, error = tier._kvstore, ValueError("UNAVAILABLE: no")
+            tier._kvstore = Faulty(real, "read write list", counter, error)
+            told = None
+            try:
+                OPERATIONS[operation](tier)
+            except TierError as raised:
+                told = str(raised)
+            tier._kvstore = real
+            if counter[0] > 0:
+                assert told is None
+                break
+            assert "UNAVAILABLE" in str(told)
+            assert number_of(tier.read("old")) == 1
+            assert tier.read("new") is None
+            tier.write("old", value(4))
+            assert number_of(tier.read("old")) == 4
+            assert tier.stats()["failures"] == 1
+        else:
+            pytest.fail("it never ended")
+
+
+OTHER = """
+import sys
+from jkv.store import Disk
+from tests.store.victim import number_of, value
+disk = Disk(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+seen = set()
+for i in range(60):
+    disk.write(f"theirs {i}", value(i))
+    disk.write("both", value(i))
+    number_of(disk.read("both"))
+    if number_of(disk.read(f"ours {i}")) is not None:
+        seen.add(i)
+    if i % 10 == 0:
+        disk.scan()
+sys.stdin.readline()
+print(all(number_of(disk.read(f"ours {i}")) == i for i in range(60)), len(seen))
+"""
+
+
+def test_two_processes_on_one_directory(tmp_path):
+    tier = Disk(tmp_path)
+    other = subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert other.stdout.readline() == "ready\n"
+    other.stdin.write("\n")
+    other.stdin.flush()
+    for i in range(60):
+        tier.write(f"ours {i}", value(i))
+        tier.write("both", value(i))
+        assert number_of(tier.read("both")) in range(60)
+        if i % 10 == 0:
+            tier.scan()
+    other.stdin.write("\n")
+    other.stdin.flush()
+    said = other.stdout.readline().split()
+    assert other.wait(30) == 0
+    other.stdin.close()
+    other.stdout.close()
+    assert said[0] == "True"
+    # What the other wrote is there without a scan, and a scan finds it, and nothing was broken.
+    assert [number_of(tier.read(f"theirs {i}")) for i in range(60)] == list(range(60))
+    assert len(tier.scan()) == 121
+    assert tier.verify() == {}
+    assert sorted(os.listdir(tmp_path)) == sorted(map(name_of, tier.scan()))
+
+
+def test_threads_share_one_directory_with_scans(tmp_path):
+    """Scans clean up while eight threads write: no temporary file of theirs is taken away."""
+    tier = Disk(tmp_path)
+    stop = threading.Event()
+    problems: list[BaseException] = []
+
+    def scan() -> None:
+        other = Disk(tmp_path)
+        while not stop.is_set():
+            try:
+                other.scan()
+            except TierError as error:
+                problems.append(error)
+            time.sleep(0.0005)
+
+    def write(thread: int) -> None:
+        try:
+            for i in range(20):
+                tier.write(f"{thread} {i}", value(i))
+        except TierError as error:
+            problems.append(error)
+
+    scanner = threading.Thread(target=scan)
+    scanner.start()
+    writers = [threading.Thread(target=write, args=(i,)) for i in range(8)]
+    for thread in writers:
+        thread.start()
+    for thread in writers:
+        thread.join(60)
+    stop.set()
+    scanner.join(60)
+    assert problems == []
+    assert len(tier.scan()) == 160
+    assert tier.verify() == {}
