@@ -131,12 +131,13 @@ def by_batches(run: Callable[[list[Asked]], None], asked: list[Asked], size: int
     return Served(sum(a.new for a in asked), time.perf_counter() - start, first)
 
 
-def by_generate(model: Any) -> Callable[[list[Asked]], None]:
-    """Batches of `jkv.generate`."""
+def by_generate(model: Any, size: int, slots: int) -> Callable[[list[Asked]], None]:
+    """Batches of `jkv.generate`, all of one size, so that nothing is compiled on the way."""
 
     def run(batch: list[Asked]) -> None:
         most = max(one.new for one in batch)
-        jkv.generate(model, [one.prompt for one in batch], max_new_tokens=most, stop=())
+        rows = [one.prompt for one in batch] + [[0]] * (size - len(batch))
+        jkv.generate(model, rows, max_new_tokens=most, stop=(), slots=slots)
 
     return run
 
@@ -233,7 +234,9 @@ def measure_trace(name: str, options: Any, console: Console) -> dict[str, Any]:
     engine.warm()
     contestants: dict[str, Callable[[list[Asked]], Served]] = {
         "engine": lambda a: by_engine(engine, a),
-        "jkv.generate, batches": lambda a: by_batches(by_generate(model), a, options.lanes),
+        "jkv.generate, batches": lambda a: by_batches(
+            by_generate(model, options.lanes, longest + 2 * SYSTEM), a, options.lanes
+        ),
     }
     reasons = {}
     if isinstance(theirs, str):

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jkv.cache.base import Cache
 from jkv.cache.dense import dense
-from jkv.decoding import loop, request, room
+from jkv.decoding import loop, request, room, stored
 from jkv.decoding.options import checked_kind
 from jkv.decoding.result import Result
 from jkv.decoding.stream import Stream, stream
@@ -55,6 +56,9 @@ class Chat:
         stop: Any = None,
         context: Any = None,
         on_full: Any = "raise",
+        store: Any = None,
+        sequence_id: Any = None,
+        tenant: Any = "",
     ):
         """Begin a conversation.
 
@@ -103,6 +107,26 @@ class Chat:
         # What the template thinks of it is known before the first turn.
         self._ids((*self._system, _message("user", "Hello")))
         self._past = _Past(self._system)
+        self._config, self._id = config, sequence_id
+        self._shelf = None
+        if store is not None:
+            kind = dense() if cache is None else checked_kind(cache)
+            self._shelf = stored.Shelf(store, decoder, kind, tenant)
+        if sequence_id is not None:
+            if self._shelf is None or not isinstance(sequence_id, str):
+                raise TypeError(
+                    f"sequence_id got {sequence_id!r:.60}; expected a text, and a store= to look in"
+                )
+            self._past = self._known(self._shelf, sequence_id)
+
+    def _known(self, shelf: stored.Shelf, key: str) -> _Past:
+        """The conversation that the store has under a key, or a new one."""
+        found = shelf.known(key)
+        messages = () if found is None else tuple(found[2].get("messages", ()))
+        if found is None or messages[: len(self._system)] != self._system:
+            return _Past(self._system)
+        cache, tokens, meta = found
+        return _Past(messages, _past_result(cache, tokens, self._config), int(meta["turns"]))
 
     @property
     def messages(self) -> list[Message]:
@@ -141,7 +165,7 @@ class Chat:
         """
         past = self._past
         messages, ids = self._fit((*past.messages, _message("user", text)))
-        start, new = _common(past.result, ids)
+        start, new = _common(past.result or self._found(ids), ids)
         reused = 0 if start is None else len(start.history[0]) - 1
         key = None if self._key is None else jax.random.fold_in(self._key, past.turns)
         options = self._options | ({} if start is None else {"cache": None})
@@ -150,6 +174,15 @@ class Chat:
         )
         after = _Past(messages, None, past.turns + 1, reused, len(ids) - reused)
         return self._reply(past, after, blocks)
+
+    def _found(self, ids: list[int]) -> Result | None:
+        """The beginning of a conversation that another one in the store has too."""
+        if self._shelf is None:
+            return None
+        cache, size = self._shelf.find(None, np.asarray(ids, np.int32))
+        if cache is None:
+            return None
+        return _past_result(cache, np.asarray(ids[:size], np.int32), self._config)
 
     def _reply(self, past: _Past, after: _Past, blocks: Stream) -> Iterator[str]:
         """Pieces of text; at their end the conversation goes from `past` to `after`."""
@@ -162,10 +195,13 @@ class Chat:
                 given = settled
         if self._past is not past:
             raise JkvError("another turn was taken while this reply was being read; send it again")
-        reply = _message("assistant", said[:given])
-        self._past = dataclasses.replace(
-            after, messages=(*after.messages, reply), result=blocks.result
-        )
+        reply, result = _message("assistant", said[:given]), blocks.result
+        self._past = dataclasses.replace(after, messages=(*after.messages, reply), result=result)
+        if self._shelf is not None:
+            seconds = result.prefill_seconds + result.decode_seconds
+            words = {"messages": list(self._past.messages), "turns": self._past.turns}
+            held = result.history[0][: int(result.cache.lengths[0])]
+            self._shelf.keep(self._id, held, result.cache, seconds, **words)
 
     def _ids(self, messages: tuple[Message, ...]) -> list[int]:
         return self._tokenizer.chat_ids(list(messages), add_generation_prompt=True)
@@ -195,6 +231,21 @@ def _message(role: str, content: Any) -> Message:
     if not isinstance(content, str):
         raise TypeError(f"the {role}'s message is {content!r:.60}; expected a text")
     return {"role": role, "content": content}
+
+
+def _past_result(cache: Cache, tokens: np.ndarray, config: Any) -> Result:
+    """A turn that ended with these tokens, all of them in the cache."""
+    return Result(
+        tokens=np.zeros((1, 0), np.int32),
+        lengths=np.zeros(1, np.int64),
+        finish_reasons=("length",),
+        logprobs=None,
+        cache=cache,
+        history=(tokens,),
+        prefill_seconds=0.0,
+        decode_seconds=0.0,
+        config=config,
+    )
 
 
 def _common(past: Result | None, ids: list[int]) -> tuple[Result | None, list[int]]:

@@ -30,6 +30,9 @@ class Options:
     progress: Any = None  # Progress
     samples: Any = 1
     draft: Any = None  # Draft
+    store: Any = None  # Store
+    sequence_ids: Any = None
+    tenant: Any = ""
 
 
 def check_plain(options: Options) -> None:

@@ -26,6 +26,7 @@ class Result:
         decode_seconds: from there to the last.
         passes: ``[B]``, passes of the model after the prefill in which each row took part: as many
             as its new tokens but one, fewer where a draft was right.
+        reused: ``[B]``, tokens of each prompt that a store had.
     """
 
     tokens: np.ndarray
@@ -38,6 +39,7 @@ class Result:
     decode_seconds: float
     config: Any = None  # of the model, so that another one does not resume with its keys
     passes: np.ndarray | None = None
+    reused: np.ndarray | None = None
 
     @property
     def tokens_per_pass(self) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
-from jkv.decoding import draft, loop, room
+from jkv.decoding import draft, loop, room, stored
 from jkv.decoding.options import Options, check_plain, checked_kind
 from jkv.decoding.request import (
     PAD,
@@ -69,6 +69,8 @@ class Run:
         kind = dense() if options.cache is None else checked_kind(options.cache)
         room.check_limit(config, kind if resume is None else resume.cache, longest, self.max_new)
         self.needed = longest + self.max_new - 1
+        self.reused = np.zeros(len(self.new), np.int64)
+        self._stored(kind)
         self.cache = self._first_cache(kind, longest)
         self.draft = None
         if options.draft is not None:
@@ -105,6 +107,27 @@ class Run:
         self.new = [np.concatenate([a[-1:], b]) for a, b in zip(old, self.new, strict=True)]
         return history
 
+    def _stored(self, kind: Any) -> None:
+        """What the store has of each row; it is left out of what is to be read."""
+        options = self.options
+        self.found: list[Cache | None] = []
+        self.shelf = None
+        self.ids = stored.check_ids(options.sequence_ids, len(self.new))
+        if options.store is None:
+            if options.sequence_ids is not None:
+                raise ValueError("sequence_ids name what is in a store; expected store= too")
+            return
+        if options.resume is not None or self.samples > 1:
+            raise ValueError(
+                "store= finds where to go on by itself and keeps one row per prompt; leave resume= "
+                "and samples= out"
+            )
+        self.shelf = stored.Shelf(options.store, self.model, kind, options.tenant)
+        for i, (key, row) in enumerate(zip(self.ids, self.new, strict=True)):
+            cache, self.reused[i] = self.shelf.find(key, row)
+            self.found.append(cache)
+            self.new[i] = row[self.reused[i] :]
+
     def _first_cache(self, kind: Any, longest: int) -> Cache:
         """The cache to begin with: a new one, or the resumed one with room for what comes."""
         options, config = self.options, self.model.config
@@ -121,6 +144,8 @@ class Run:
             if old.capacity is None or old.capacity >= slots:
                 return loop.copied(old)
             return loop.resized(old, slots)
+        if any(row is not None for row in self.found):
+            return stored.joined(self.found, config, kind, slots)
         return loop.new_cache(config, kind, len(self.new), slots, config.dtype)
 
     def blocks(self) -> Iterator[np.ndarray]:
@@ -251,6 +276,8 @@ class Run:
         if any(row.strings for row in self.rows):
             # A row is found to have stopped after the device went on with it.
             cache = self._cropped(cache, [h[:-1] for h in history])
+        if self.shelf is not None:
+            self._keep(self.shelf, cache, history)
         logprobs = None
         if self.options.return_logprobs:
             logprobs = np.zeros((len(said), int(lengths.max())), np.float32)
@@ -267,7 +294,14 @@ class Run:
             decode_seconds=self.last_read - self.first_read,
             config=self.model.config,
             passes=lengths - 1 if self.draft is None else np.asarray(self.state.passes),
+            reused=self.reused,
         )
+
+    def _keep(self, shelf: stored.Shelf, cache: Cache, history: list[np.ndarray]) -> None:
+        """Each row into the store, but for its last token, which has no keys and values yet."""
+        seconds = (self.last_read - self.started) / len(history)
+        for i, (key, row) in enumerate(zip(self.ids, history, strict=True)):
+            shelf.keep(key, row[:-1], stored.row_of(cache, i), seconds)
 
 
 def generate(
@@ -286,6 +320,9 @@ def generate(
     progress: Any = None,
     samples: Any = 1,
     draft: Any = None,
+    store: Any = None,
+    sequence_ids: Any = None,
+    tenant: Any = "",
 ) -> Result:
     """Continue prompts of any lengths, in one batch.
 
@@ -312,6 +349,11 @@ def generate(
         draft: proposes tokens, of which one pass then says as many as are right:
             `jkv.prompt_lookup()`, or a function of (history [B, S], lengths [B]) that returns
             [B, k] tokens. The result is the same, sooner where texts repeat themselves.
+        store: a `jkv.store.Store`: of each row what is known of its beginning is taken from there,
+            and in the end the row is put there. The tokens are the same.
+        sequence_ids: a key in the store for each row, looked at first; None finds rows by their
+            tokens alone.
+        tenant: whose entries.
 
     Raises:
         TypeError: prompts, stops, sampler, key or draft of a wrong type.
@@ -334,6 +376,9 @@ def generate(
         progress=progress,
         samples=samples,
         draft=draft,
+        store=store,
+        sequence_ids=sequence_ids,
+        tenant=tenant,
     )
     run = Run(model, prompts, options)
     for _ in run.blocks():

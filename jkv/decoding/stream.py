@@ -152,6 +152,9 @@ def stream(
     progress: Any = None,
     samples: Any = 1,
     draft: Any = None,
+    store: Any = None,
+    sequence_ids: Any = None,
+    tenant: Any = "",
 ) -> Stream:
     """The tokens of `jkv.generate` in blocks, the first alone: an iterator of `Block`.
 
@@ -174,6 +177,9 @@ def stream(
         samples: rows per prompt.
         draft: proposes tokens. Rows then say different numbers of them: in a block each has -1
             after its own.
+        store: where rows are looked for; they are kept there once the `result` is asked for.
+        sequence_ids: their keys there.
+        tenant: whose entries.
 
     Raises:
         TypeError: see `jkv.generate`; all but a full cache is raised at the call.
@@ -195,5 +201,8 @@ def stream(
         progress=progress,
         samples=samples,
         draft=draft,
+        store=store,
+        sequence_ids=sequence_ids,
+        tenant=tenant,
     )
     return Stream(Run(model, prompts, options))

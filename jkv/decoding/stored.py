@@ -1,0 +1,179 @@
+"""Generation in front of a store: what is known of each row is taken, and what is new is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jkv.cache.base import Cache, concat
+from jkv.decoding import loop
+from jkv.errors import CorruptError, UnsupportedError
+from jkv.models.fingerprint import fingerprint
+from jkv.store.entry import Entry
+
+TOKENS = "tokens"  # the array of an entry that says what it is the cache of
+
+
+class Shelf:
+    """One model's and kind's entries of a store.
+
+    Args:
+        store: a `jkv.store.Store`.
+        model: a decoder.
+        kind: of cache.
+        tenant: whose.
+
+    Raises:
+        TypeError: no store.
+    """
+
+    def __init__(self, store: Any, model: Any, kind: Any, tenant: Any = ""):
+        if not hasattr(store, "longest_prefix") or not hasattr(store, "put"):
+            raise TypeError(f"store got {store!r:.60}; expected a jkv.store.Store")
+        if not isinstance(tenant, str):
+            raise TypeError(f"tenant got {tenant!r:.60}; expected a text")
+        self.store, self.tenant = store, tenant
+        self.fingerprint = fingerprint(model, kind)
+
+    def find(self, key: str | None, tokens: np.ndarray) -> tuple[Cache | None, int]:
+        """The cache of the longest known beginning of `tokens`, and how long that is.
+
+        Less than all of them: the last one is left to be computed, whose logits are wanted.
+
+        Args:
+            key: of a sequence, which is looked for first; None for any that begins so.
+            tokens: ``[T]``.
+        """
+        who: dict[str, Any] = {"tenant": self.tenant, "fingerprint": self.fingerprint}
+        if key is not None:
+            try:
+                with self.store.open(key, **who) as handle:
+                    return self._cropped(key, handle.entry, tokens)
+            except KeyError:
+                pass
+        match = self.store.longest_prefix(tokens, limit=len(tokens) - 1, **who)
+        if match is None:
+            return None, 0
+        with match:
+            return self._cropped(match.key, match.entry, tokens)
+
+    def _cropped(self, key: str, entry: Entry, tokens: np.ndarray) -> tuple[Cache | None, int]:
+        """What an entry and a prompt have in common, as far as its kind can give it."""
+        held = np.asarray(entry.arrays.get(TOKENS, ()))
+        size = min(len(held), len(tokens) - 1)
+        differ = np.flatnonzero(held[:size] != tokens[:size])
+        common = int(differ[0]) if len(differ) else size
+        cache = self._unpacked(key, entry) if common else None
+        if cache is None:
+            return None, 0
+        try:
+            return (cache if common == len(held) else cache.crop(common)), common
+        except UnsupportedError:  # a kind that has let go of what comes before
+            return None, 0
+
+    def _unpacked(self, key: str, entry: Entry) -> Cache | None:
+        """The cache of an entry; one that is none, or of another version, is dropped."""
+        from jkv.store.pack import unpack
+
+        try:
+            return unpack(entry)
+        except CorruptError:
+            self.store.remove(key, tenant=self.tenant)
+            return None
+
+    def known(self, key: str) -> tuple[Cache, np.ndarray, dict[str, Any]] | None:
+        """All of a sequence: its cache, its tokens and what was kept with them."""
+        try:
+            with self.store.open(key, tenant=self.tenant, fingerprint=self.fingerprint) as handle:
+                entry = handle.entry
+        except KeyError:
+            return None
+        cache = self._unpacked(key, entry)
+        if cache is None or TOKENS not in entry.arrays:
+            return None
+        return cache, np.asarray(entry.arrays[TOKENS]), dict(entry.meta)
+
+    def keep(
+        self, key: str | None, tokens: np.ndarray, cache: Cache, seconds: float, **meta: Any
+    ) -> None:
+        """Store a row.
+
+        Args:
+            key: of a sequence; None for one that follows from the tokens.
+            tokens: ``[T]``, those that the cache holds.
+            cache: of one row.
+            seconds: that it took to make.
+            meta: what else to keep, as JSON has it.
+        """
+        if not len(tokens):
+            return
+        from jkv.store.pack import pack
+
+        entry = pack(cache, seconds=seconds, **meta)
+        entry = Entry({**entry.arrays, TOKENS: np.asarray(tokens, np.int32)}, entry.meta)
+        self.store.put(
+            key,
+            entry,
+            tokens=tokens,
+            tenant=self.tenant,
+            seconds=seconds,
+            fingerprint=self.fingerprint,
+            whole=cache.unbounded,
+        )
+
+
+def check_ids(ids: Any, batch: int) -> list[str | None]:
+    """A key per row.
+
+    Raises:
+        TypeError: something that is no text.
+        ValueError: another number of rows, or one key twice.
+    """
+    if ids is None:
+        return [None] * batch
+    if isinstance(ids, str) or not isinstance(ids, Sequence):
+        raise TypeError(f"sequence_ids got {ids!r:.60}; expected a list of texts, one per row")
+    if not all(isinstance(i, str) for i in ids):
+        raise TypeError(f"sequence_ids got {list(ids)!r:.60}; expected texts")
+    if len(ids) != batch or len(set(ids)) != batch:
+        raise ValueError(
+            f"sequence_ids got {len(ids)} ids, {len(set(ids))} of them different, for {batch} "
+            "rows; expected another one for each"
+        )
+    return list(ids)
+
+
+def joined(rows: list[Cache | None], config: Any, kind: Any, slots: int) -> Cache:
+    """One cache of rows that were found and others that are empty, with so many slots."""
+
+    def sized(cache: Cache | None) -> Cache:
+        if cache is None:
+            return loop.new_cache(config, kind, 1, slots, config.dtype)
+        if cache.capacity is None or cache.capacity == slots:
+            return cache
+        return cache.resize(slots) if cache.tables else loop.resized(cache, slots)
+
+    caches = tuple(sized(row) for row in rows)
+    if len(caches) == 1:
+        return caches[0]
+    return concat(caches) if caches[0].tables else _concat(caches)
+
+
+@jax.jit
+def _concat(caches: tuple[Cache, ...]) -> Cache:
+    return concat(caches)
+
+
+@jax.jit
+def _row(cache: Cache, row: Any) -> Cache:
+    return cache.take(row[None])
+
+
+def row_of(cache: Cache, row: int) -> Cache:
+    """One row by itself."""
+    if cache.batch == 1:
+        return cache
+    return cache.take([row]) if cache.tables else _row(cache, np.int32(row))

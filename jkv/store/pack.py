@@ -1,0 +1,196 @@
+"""Caches as entries, and back: arrays by name, and what they are in words that JSON has.
+
+Imported on first use: it needs JAX. No code is ever read from an entry: a name in it can only be
+that of a frozen dataclass or of a score of this library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from jkv._pytree import replace
+from jkv.cache.base import Cache
+from jkv.cache.paged import Paged
+from jkv.errors import CorruptError, UnsupportedError
+from jkv.store.entry import Entry
+
+VERSION = 1
+# Buffers are stored in sizes that are multiples of this: few programs, little that is empty.
+SLOTS = 64
+
+
+def pack(cache: Any, **meta: Any) -> Entry:
+    """One row's cache as an entry, without the slots that it does not use.
+
+    Args:
+        cache: of one row, of any kind of this library; it stays as it is.
+        meta: what else to keep, as JSON has it.
+
+    Raises:
+        TypeError: no cache.
+        ValueError: several rows.
+        UnsupportedError: pages that somebody else manages, or a kind or score of another module.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"the store got {type(cache).__name__}; expected a cache, or an Entry")
+    if cache.batch != 1:
+        raise ValueError(
+            f"the store got a cache of {cache.batch} rows; expected one: cache.take([row])"
+        )
+    if any(isinstance(layer, Paged) and layer.managed for layer in cache.layers):
+        raise UnsupportedError("the pages of an engine are its own; expected a cache of tokens")
+    length = int(cache.lengths[0])
+    cache = _fitted(cache, length)
+    arrays: dict[str, Any] = {}
+    words = _words(cache, "", arrays)
+    return Entry(
+        arrays=jax.device_get(arrays),
+        meta={**meta, "jkv": VERSION, "cache": words, "length": length, "form": "exact"},
+    )
+
+
+def unpack(entry: Entry) -> Cache:
+    """The cache that was packed, to the bit.
+
+    Raises:
+        CorruptError: it is none, or one of another version.
+    """
+    if entry.meta.get("jkv") != VERSION:
+        raise CorruptError(
+            f"an entry of version {entry.meta.get('jkv')!r}; expected a cache of {VERSION}"
+        )
+    try:
+        # Buffers of its own: programs write into the cache that they are given.
+        cache = _value(entry.meta["cache"], _owned(dict(entry.arrays)))
+    except (KeyError, TypeError, ValueError, AttributeError, ImportError) as error:
+        raise CorruptError(f"an entry that is no cache: {error!r}") from error
+    if not isinstance(cache, Cache):
+        raise CorruptError(f"an entry of {type(cache).__name__}; expected a cache")
+    return cache
+
+
+def converted(entry: Entry, form: str) -> Entry:
+    """An entry's exact cache in fewer bits; one that is rounded already stays as it is.
+
+    Args:
+        entry: of a cache.
+        form: "int8" or "int4"; "exact" for one that was rounded gives its numbers back, rounded.
+
+    Raises:
+        UnsupportedError: another form.
+    """
+    from jkv.cache import dense, quantized
+    from jkv.cache.dense import Dense
+
+    kinds = {"int8": quantized(bits=8), "int4": quantized(bits=4), "exact": dense()}
+    if form not in kinds:
+        raise UnsupportedError(f"converted got {form!r}; expected one of {sorted(kinds)}")
+    held = entry.meta.get("form")
+    if held == form or "cache" not in entry.meta:
+        return entry
+    cache = unpack(entry)
+    plain = all(isinstance(layer, Dense) for layer in cache.layers)
+    if held == "exact" and not plain:
+        return entry  # kinds that round or let go by themselves say what is to be kept
+    rest = {k: v for k, v in entry.meta.items() if k not in ("jkv", "cache", "length", "form")}
+    slots = max(SLOTS, -(-int(cache.lengths[0]) // SLOTS) * SLOTS)
+    packed = pack(_converted(kinds[form], slots, cache), **rest)
+    return Entry(packed.arrays, {**packed.meta, "form": form})
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _converted(kind: Any, slots: int, cache: Cache) -> Cache:
+    return cache.convert(kind, slots=slots)
+
+
+def _fitted(cache: Cache, length: int) -> Cache:
+    """The cache in buffers that are just long enough."""
+    if cache.capacity is None:
+        return cache
+    slots = max(SLOTS, -(-length // SLOTS) * SLOTS)
+    if slots >= cache.capacity:
+        return cache
+    # The pages of a pool are sorted out on the host.
+    return cache.resize(slots) if cache.tables else _resized(cache, slots)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _resized(cache: Cache, slots: int) -> Cache:
+    # Under jit a cache does not know its lengths, and would rather not be made shorter.
+    layers = tuple(layer.resize(slots) for layer in cache.layers)
+    return replace(cache, layers=layers)
+
+
+@jax.jit
+def _owned(arrays: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(jax.numpy.copy, arrays)
+
+
+def _words(value: Any, path: str, arrays: dict[str, Any]) -> Any:
+    """What JSON can say of a value; arrays go to `arrays` under their paths."""
+    if isinstance(value, jax.Array | np.ndarray):
+        arrays[path] = value
+        return {"array": path}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return {"tuple": [_words(v, _under(path, i), arrays) for i, v in enumerate(value)]}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            f.name: _words(getattr(value, f.name), _under(path, f.name), arrays)
+            for f in dataclasses.fields(value)
+        }
+        return {"class": _name(type(value)), "fields": fields}
+    if callable(value):
+        return {"function": _name(value)}
+    raise UnsupportedError(f"the store cannot keep {value!r:.60} of a cache")
+
+
+def _under(path: str, name: Any) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+def _name(what: Any) -> str:
+    """Where something of this library is."""
+    module, name = getattr(what, "__module__", ""), getattr(what, "__qualname__", "")
+    if not module.startswith("jkv.") or "." in name or "<" in name:
+        raise UnsupportedError(
+            f"the store cannot keep a cache with {what!r:.80}: expected kinds and scores of jkv, "
+            "which another process has too"
+        )
+    return f"{module}:{name}"
+
+
+def _value(words: Any, arrays: Any) -> Any:
+    """What `_words` had."""
+    if not isinstance(words, dict):
+        return words
+    if "array" in words:
+        return arrays[words["array"]]
+    if "tuple" in words:
+        return tuple(_value(part, arrays) for part in words["tuple"])
+    if "function" in words:
+        found = _found(words["function"])
+        if not callable(found) or not words["function"].startswith("jkv.cache.scores:"):
+            raise ValueError(f"{words['function']!r} is no score")
+        return found
+    cls = _found(words["class"])
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
+        raise ValueError(f"{words['class']!r} is no dataclass")
+    fields = {name: _value(part, arrays) for name, part in words["fields"].items()}
+    if set(fields) != {f.name for f in dataclasses.fields(cls)}:
+        raise ValueError(f"{words['class']} has other fields than {sorted(fields)}")
+    return cls(**fields)
+
+
+def _found(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if not module.startswith("jkv.") or attribute.startswith("_"):
+        raise ValueError(f"{name!r} is nothing of this library")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,179 @@
+"""Generation in front of a store: the same tokens, cold, warm and after a restart, with hits."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import jkv
+from jkv.cache.spec import parse
+from jkv.store import Device, Disk, Memory, Store
+from tests.decoding import oracle, texts
+from tests.decoding.test_chat import NEW
+
+RNG = np.random.default_rng(11)
+LONG = RNG.integers(0, 11, 50).tolist()
+OTHER = RNG.integers(0, 11, 37).tolist()
+HOW = {"max_new_tokens": 6, "stop": (), "slots": 128}
+
+
+@pytest.fixture
+def store():
+    with Store(tiers=[Memory(1 << 26)]) as it:
+        yield it
+
+
+def test_cold_warm_and_a_batch_of_both(tiny_model, store):
+    want = jkv.generate(tiny_model, [LONG, OTHER], **HOW).tokens.tolist()
+    cold = jkv.generate(tiny_model, [LONG], store=store, **HOW)
+    assert cold.reused.tolist() == [0]
+    assert cold.tokens.tolist() == want[:1]
+    warm = jkv.generate(tiny_model, [LONG, OTHER], store=store, **HOW)
+    assert warm.reused.tolist() == [49, 0]  # all but the token whose logits are wanted
+    assert warm.tokens.tolist() == want
+    oracle.check_cache(tiny_model, warm)
+    figures = store.stats()
+    assert figures["hits"] == 1
+    assert figures["accesses"] == figures["hits"] + figures["misses"] == 3
+
+
+def test_an_answer_is_found_by_the_next_turn(tiny_model, store):
+    first = jkv.generate(tiny_model, [LONG], store=store, **HOW)
+    said = first.tokens[0].tolist()
+    turn = LONG + said + [4, 4]
+    second = jkv.generate(tiny_model, [turn], store=store, **HOW)
+    # The last token said has no keys and values.
+    assert second.reused.tolist() == [len(LONG) + len(said) - 1]
+    assert second.tokens.tolist() == jkv.generate(tiny_model, [turn], **HOW).tokens.tolist()
+
+
+def test_any_common_beginning_is_found_and_cut(tiny_model, store):
+    jkv.generate(tiny_model, [LONG], store=store, **HOW)
+    branch = [*LONG[:29], (LONG[29] + 1) % 11, 3, 3]
+    out = jkv.generate(tiny_model, [branch], store=store, **HOW)
+    assert out.reused.tolist() == [29]
+    assert out.tokens.tolist() == jkv.generate(tiny_model, [branch], **HOW).tokens.tolist()
+
+
+def test_by_sequence_id_however_short(tiny_model, store):
+    jkv.generate(tiny_model, [[1, 2, 3], [4, 5]], store=store, sequence_ids=["a", "b"], **HOW)
+    prompts = [[1, 2, 3, 9], [4, 5, 9], [4, 5, 9]]
+    out = jkv.generate(tiny_model, prompts, store=store, sequence_ids=["a", "b", "c"], **HOW)
+    assert out.reused.tolist() == [3, 2, 0]
+    assert out.tokens.tolist() == jkv.generate(tiny_model, prompts, **HOW).tokens.tolist()
+
+
+def test_another_process_finds_it_on_disk_to_the_bit(tiny_model, tmp_path):
+    with Store(tiers=[Memory(1 << 26), Disk(tmp_path, 1 << 28)]) as store:
+        first = jkv.generate(tiny_model, [LONG], store=store, sequence_ids=["a"], **HOW)
+    with Store(tiers=[Memory(1 << 26), Disk(tmp_path, 1 << 28)]) as store:
+        again = jkv.generate(tiny_model, [LONG], store=store, **HOW)
+        assert again.reused.tolist() == [49]
+        assert again.tokens.tolist() == first.tokens.tolist()
+        with store.open("a", fingerprint=store_print(tiny_model)) as handle:
+            held = jkv.store.unpack(handle.entry)
+        length = int(held.lengths[0])
+        pairs = zip(held.to_legacy(), first.cache.to_legacy(), strict=True)
+        for got, want in pairs:
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(
+                    np.asarray(a)[:, :, :length], np.asarray(b)[:, :, :length]
+                )
+
+
+def store_print(model, kind=None):
+    from jkv.models.fingerprint import fingerprint
+
+    return fingerprint(model, jkv.dense() if kind is None else kind)
+
+
+def test_what_is_taken_stays_as_it_is(tiny_model, store):
+    # A restored cache is given to programs that write into it.
+    jkv.generate(tiny_model, [LONG], store=store, sequence_ids=["a"], **HOW)
+    with store.open("a") as handle:
+        before = {k: np.array(v) for k, v in handle.entry.arrays.items()}
+        for tail in (1, 2):
+            jkv.generate(tiny_model, [[*LONG, tail]], store=store, **HOW)
+        for name, array in handle.entry.arrays.items():
+            np.testing.assert_array_equal(np.asarray(array), before[name])
+
+
+@pytest.mark.parametrize("change", ["weights", "kind", "tenant", "nothing"])
+def test_what_another_made_is_never_found(tiny_model, store, change):
+    jkv.generate(tiny_model, [LONG], store=store, **HOW)
+    model, how = tiny_model, {}
+    if change == "weights":
+        leaves, tree = jax.tree.flatten(tiny_model)
+        leaves[0] = leaves[0] * np.float32(1 + 1e-6)
+        model = jax.tree.unflatten(tree, leaves)
+    if change == "kind":
+        how["cache"] = jkv.window(200)
+    if change == "tenant":
+        how["tenant"] = "somebody else"
+    out = jkv.generate(model, [LONG], store=store, **HOW, **how)
+    assert out.reused.tolist() == [49 if change == "nothing" else 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "found"), [("window:16", 55), ("paged:4", 55), ("evict:16,score=key_norm", 55)]
+)
+def test_other_kinds(tiny_model, store, spec, found):
+    kind = parse(spec)
+    first = jkv.generate(tiny_model, [LONG], store=store, cache=kind, **HOW)
+    turn = LONG + first.tokens[0].tolist() + [4, 4]
+    out = jkv.generate(tiny_model, [turn, OTHER], store=store, cache=kind, **HOW)
+    assert out.reused.tolist() == [found, 0]
+    resumed = jkv.generate(tiny_model, [[4, 4]], resume=first, max_new_tokens=6, stop=())
+    assert out.tokens[0].tolist() == resumed.tokens[0].tolist()
+
+
+def test_a_tier_on_the_device(tiny_model):
+    with Store(tiers=[Device(1 << 18), Memory(1 << 26)]) as store:
+        for i in range(12):  # more than the device's share
+            jkv.generate(tiny_model, [[i % 11] * 20], store=store, **HOW)
+        for i in (11, 0):
+            out = jkv.generate(tiny_model, [[i % 11] * 20], store=store, **HOW)
+            assert out.reused.tolist() == [19]
+            want = jkv.generate(tiny_model, [[i % 11] * 20], **HOW)
+            assert out.tokens.tolist() == want.tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "match"),
+    [
+        ({"store": "dir"}, TypeError, r"expected a jkv\.store\.Store"),
+        ({"store": None, "sequence_ids": ["a"]}, ValueError, "expected store="),
+        ({"sequence_ids": "a"}, TypeError, "a list of texts"),
+        ({"sequence_ids": [3]}, TypeError, "expected texts"),
+        ({"sequence_ids": ["a", "b"]}, ValueError, "for 1 rows"),
+        ({"tenant": 3}, TypeError, "a text"),
+    ],
+)
+def test_bad_arguments(tiny_model, store, bad, error, match):
+    with pytest.raises(error, match=match):
+        jkv.generate(tiny_model, [LONG], **(HOW | {"store": store} | bad))
+
+
+def test_a_conversation_goes_on_after_a_restart(tiny_config, tmp_path):
+    lm = texts.noise(tiny_config, layers=1)
+    whole = jkv.Chat(lm, system="Hear.", max_new_tokens=NEW)
+    asked = ["hello", "why", "he who"]
+    want = [whole.send(text) for text in asked]
+    said = []
+    for text in asked:  # a process for each turn
+        with Store(tiers=[Memory(1 << 26), Disk(tmp_path, 1 << 28)]) as store:
+            chat = jkv.Chat(lm, system="Hear.", max_new_tokens=NEW, store=store, sequence_id="us")
+            assert len(chat.messages) == 1 + 2 * len(said)
+            said.append(chat.send(text))
+            assert (chat.reused > 0) == (len(said) > 1)
+    assert said == want
+    with Store(tiers=[Disk(tmp_path, 1 << 28)]) as store:
+        again = jkv.Chat(lm, system="Hear.", max_new_tokens=NEW, store=store, sequence_id="us")
+        assert again.messages == whole.messages
+        # Who was told something else begins anew.
+        other = jkv.Chat(lm, system="Speak.", max_new_tokens=NEW, store=store, sequence_id="us")
+        assert len(other.messages) == 1
+        with pytest.raises(TypeError, match="a store= to look in"):
+            jkv.Chat(lm, sequence_id="us")
