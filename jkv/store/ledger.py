@@ -32,12 +32,12 @@ def operation(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
             if self.closed:
                 raise ValueError(f"the store is closed: {method.__name__} came after close")
             self.active += 1
+            self.settle_released()
         try:
             return method(self, *args, **kwargs)
         finally:
             with self.changed:
                 self.active -= 1
-                self.settle_released()
                 if self.closed:
                     self.changed.notify_all()
 
@@ -175,6 +175,7 @@ class Ledger:
         self.index[record.name] = record
         self.prefixes.add(record)
         tenant = self.tenant(record.tenant)
+        self.unreserve(record)
         tenant.bytes += record.nbytes
         tenant.entries += 1
         if tenant.evictor is not None:
@@ -185,6 +186,11 @@ class Ledger:
         if record.pinned:
             self.hold(record)
         self.count(record.tenant, reason)
+
+    def unreserve(self, record: Record) -> None:
+        """Its tenant's bytes were taken, or are not needed."""
+        self.tenant(record.tenant).reserved -= record.reserved
+        record.reserved = 0
 
     def forget(self, record: Record, reason: str, *, heir_at: int | None = None) -> None:
         """It is out of the index; what shelves still have of it is rubbish there.

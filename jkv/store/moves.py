@@ -176,22 +176,23 @@ class Moves(Ledger):
         finally:
             self.unclaim([name])
 
-    def make_quota(self, record: Record) -> int | None:
-        """Reserve bytes of its tenant, whose entries go for it; None: there cannot be room."""
+    def make_quota(self, record: Record) -> bool:
+        """Reserve bytes of its tenant, whose entries go for it; False: there cannot be room."""
         while True:
             with self.changed:
                 tenant = self.tenant(record.tenant)
-                if tenant.max_bytes is None or tenant.evictor is None:
-                    return 0
+                if tenant.max_bytes is None:
+                    return True
                 old = self.index.get(record.name)
                 more = record.nbytes - (0 if old is None else old.nbytes)
                 if tenant.bytes + tenant.reserved + more <= tenant.max_bytes:
+                    record.reserved = more
                     tenant.reserved += more
-                    return more
+                    return True
                 if record.nbytes > tenant.max_bytes:
-                    return None
+                    return False
             if not self.free_one_of(record.tenant):
-                return None
+                return False
 
     def free_one_of(self, tenant: str) -> bool:
         """An entry of a tenant goes, from everywhere; False: none can."""

@@ -122,7 +122,6 @@ class Reads(Moves):
         What is found is held until `score` or `release`.
         """
         with self.changed:
-            self.settle_released()
             self.reading += 1
         try:
             todo = list(asked)

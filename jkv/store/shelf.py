@@ -43,6 +43,7 @@ class Record:
     moving: Entry | None = None  # between two shelves
     moving_from: int = 0
     promoting: bool = False
+    reserved: int = 0  # of its tenant's bytes, until it is in the index
 
     @property
     def cost(self) -> int | float:

@@ -179,8 +179,10 @@ class Store(Upkeep):
                     self.count(tenant, "replaced")
             records[record.name] = record, entry
             order.append(record.name)
-        kept = self.keep(list(records.values()), through=self._write_through)
-        said = dict(zip(records, kept, strict=True))
+        said = {}
+        for group in self.groups(0, list(records.values())):
+            kept = self.keep(group, through=self._write_through)
+            said |= {record.name: good for (record, _), good in zip(group, kept, strict=True)}
         return [split(name)[1] if said[name] else None for name in order]
 
     # Out.

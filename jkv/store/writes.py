@@ -17,7 +17,9 @@ from jkv.store.shelf import Record
 class Writes(Reads):
     """Puts, in batches."""
 
-    def __init__(self, *args: Any, fingerprint: bytes, ttl: int | float | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, fingerprint: bytes, ttl: int | float | None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.fingerprint = fingerprint
         self._ttl = ttl
@@ -68,55 +70,58 @@ class Writes(Reads):
         """Put records of different names, in one go for each tier; whether each was kept."""
         names = [record.name for record, _ in items]
         self.claim(names)
-        reserved: list[tuple[str, int]] = []
         try:
-            todo = []
-            for record, entry in items:
-                more = self.make_quota(record)
-                if more is not None:
-                    reserved.append((record.tenant, more))
-                    todo.append((record, entry))
+            todo = [item for item in items if self.make_quota(item[0])]
             for at in range(len(self.shelves)):
                 left: list[tuple[Record, Entry]] = []
-                for group in self._groups(at, todo):
+                for group in self.groups(at, todo):
                     said = self.place(at, group)
                     left += [x for x, answer in zip(group, said, strict=True) if answer != KEPT]
                 todo = left
-            kept = [self.current(record) for record, _ in items]
+            kept = [bool(record.homes) for record, _ in items]
             if through:
                 for at in range(1, len(self.shelves)):
-                    here = [x for x in items if self.current(x[0]) and at not in x[0].homes]
-                    # Above its first home it was refused before.
-                    here = [x for x in here if at > min(x[0].homes, default=at)]
-                    for group in self._groups(at, here):
+                    here = [x for x in items if x[0].homes and at > min(x[0].homes)]
+                    for group in self.groups(at, [x for x in here if at not in x[0].homes]):
                         self.place(at, group)
             with self.changed:
                 for (record, _), good in zip(items, kept, strict=True):
+                    if good:
+                        continue
                     old = self.index.get(record.name)
-                    if not good and old is not None:
+                    if old is record:  # it was there until its size with headers was known
+                        self.forget(record, "rejected")
+                        continue
+                    if old is not None:
                         self.forget(old, "replaced")  # what it is now is not what it was
-                    if not good:
-                        self.count(record.tenant, "puts")
-                        self.count(record.tenant, "rejected")
+                    self.count(record.tenant, "puts")
+                    self.count(record.tenant, "rejected")
             for name in names:
                 self.clean_all(name)
             return kept
         finally:
             with self.changed:
-                for tenant, more in reserved:
-                    self.tenant(tenant).reserved -= more
+                for record, _ in items:
+                    self.unreserve(record)
             self.unclaim(names)
 
-    def _groups(
+    def groups(
         self, at: int, items: Sequence[tuple[Record, Entry]]
     ) -> list[list[tuple[Record, Entry]]]:
-        """In batches that an empty shelf could hold: a batch's own entries cannot make room."""
+        """In batches that an empty shelf, and what a tenant may have, could hold.
+
+        A batch's own entries cannot make room for each other.
+        """
         shelf = self.shelves[at]
+        with self.changed:
+            tenants = {self.tenant(record.tenant) for record, _ in items}
+            limits = [x.max_bytes for x in (shelf, *tenants) if x.max_bytes is not None]
+        most = min(limits, default=None)
         groups: list[list[tuple[Record, Entry]]] = []
         size = 0
         for record, entry in items:
             size += entry.nbytes
-            full = shelf.max_bytes is not None and size > shelf.max_bytes
+            full = most is not None and size > most
             full |= bool(groups) and len(groups[-1]) == shelf.max_entries
             if not groups or full:
                 groups.append([])

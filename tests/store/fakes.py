@@ -175,7 +175,8 @@ def check(store, accesses=None, exact=True):
             assert tenant.entries == len(mine)
             assert tenant.bytes == sum(r.nbytes for r in mine)
             if exact and tenant.max_bytes is not None:
-                assert tenant.bytes <= tenant.max_bytes and tenant.reserved == 0
+                assert tenant.bytes <= tenant.max_bytes
+                assert tenant.reserved == 0
         for record in store.index.values():
-            assert record.homes or record.moving is not None, record
+            assert record.homes or record.moving is not None or store.claimed(record.name), record
         return figures

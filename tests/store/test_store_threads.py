@@ -1,0 +1,203 @@
+"""Many threads on tiny tiers: no wrong value, no deadlock, memory flat."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import threading
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from jkv.errors import TierError
+from jkv.store import ARC, LRU, Disk, Entry, Memory, Predictor, Store
+from tests.store.fakes import Fake, check, number
+
+SOAK = os.environ.get("JKV_SOAK") == "1"
+THREADS = 8
+
+
+class Flaky(Fake):
+    """One call in fifty fails, and each takes a little."""
+
+    def _maybe_fail(self, what):
+        self.calls.clear()
+        time.sleep(random.random() * 2e-4)
+        return what != "scan" and random.random() < 0.02
+
+    def write(self, key, entry):
+        if self._maybe_fail("write"):
+            raise TierError("write")
+        with self.lock:
+            self.entries[key] = entry
+        return entry.nbytes
+
+
+def entry_of(key, turn):
+    """Says whose it is and when it was put."""
+    data = np.random.default_rng([key, turn]).integers(0, 256, 60 + 7 * (turn % 20), np.uint8)
+    data.flags.writeable = False
+    return Entry({"x": data}, {"key": key, "turn": turn})
+
+
+def live(store, seconds, keys=40):
+    """Each key is written by one thread and read by all, who never see what is over."""
+    acknowledged = [0] * keys
+    begun = [0] * keys
+    gone = [0] * keys  # turns up to here were removed
+    problems: list[str] = []
+    end = time.monotonic() + seconds
+    counts = [0] * THREADS
+
+    def verify(key, got, least):
+        if got is None:
+            return
+        turn = got.meta["turn"]
+        if got.meta["key"] != key or not least <= turn <= begun[key]:
+            problems.append(f"{key}: turn {turn}, expected {least} to {begun[key]}")
+        expected = entry_of(key, turn)
+        if not np.array_equal(got.arrays["x"], expected.arrays["x"]):
+            problems.append(f"{key}: wrong bytes")
+
+    def floor(key):
+        return max(acknowledged[key], gone[key] + 1)
+
+    def work(me):
+        draw = random.Random(me)
+        try:
+            while time.monotonic() < end and not problems:
+                key = min(int(draw.expovariate(0.1)), keys - 1)
+                mine = key - key % THREADS + me
+                if mine >= keys:
+                    mine = me
+                what = draw.random()
+                tokens = [mine] * 8 + [7] * 8
+                if what < 0.25:
+                    begun[mine] += 1
+                    turn = begun[mine]
+                    tenant = ""
+                    store.put(str(mine), entry_of(mine, turn), tokens=tokens, tenant=tenant)
+                    acknowledged[mine] = turn
+                elif what < 0.3:
+                    begun[mine] += 1
+                    store.put_many([str(mine)], [entry_of(mine, begun[mine])], tokens=[tokens])
+                    acknowledged[mine] = begun[mine]
+                elif what < 0.33:
+                    store.remove(str(mine))
+                    gone[mine] = begun[mine]
+                elif what < 0.45:
+                    some = [draw.randrange(keys) for _ in range(4)]
+                    least = [floor(k) for k in some]
+                    for k, got, low in zip(
+                        some, store.get_many([str(k) for k in some]), least, strict=True
+                    ):
+                        verify(k, got, low)
+                elif what < 0.55:
+                    low = floor(key)
+                    match = store.longest_prefix([key] * 8 + [7] * 20)
+                    if match is not None:
+                        with match:
+                            if match.length >= 8:
+                                verify(key, match.entry, low)
+                elif what < 0.62:
+                    low = floor(key)
+                    try:
+                        with store.open(str(key)) as handle:
+                            time.sleep(1e-4)
+                            verify(key, handle.entry, low)
+                    except KeyError:
+                        pass
+                elif what < 0.65:
+                    store.prefetch([str(draw.randrange(keys))])
+                elif what < 0.66:
+                    store.sweep()
+                    store.resize(0, max_bytes=draw.choice([500, 800, 1000]))
+                else:
+                    low = floor(key)
+                    verify(key, store.get(str(key)), low)
+                counts[me] += 1
+        except BaseException as error:  # a thread's own failure is the test's
+            problems.append(repr(error))
+            raise
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        check(store, exact=False)
+        time.sleep(0.05)
+        assert time.monotonic() < end + 60, "a deadlock"
+    assert problems == []
+    store.drain()
+    return sum(counts)
+
+
+def stores(tmp_path):
+    """On a directory, and on tiers that fail."""
+    yield Store(
+        [Memory(1000), Disk(tmp_path / "d", 40_000)],
+        LRU(),
+        queue_entries=4,
+        predictor=Predictor(),
+        sweep_every=0.01,
+        chunk=8,
+    )
+    tiers = [Fake(1000), Flaky(1500, name="disk"), Flaky(2500, name="remote")]
+    yield Store(tiers, ARC(), queue_entries=2, tenant_bytes=4000, chunk=8)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["a directory", "tiers that fail"])
+def test_many_threads(tmp_path, which):
+    for i, store in enumerate(stores(tmp_path)):
+        with store:
+            if i == which:
+                assert live(store, 1.2) > 50
+                figures = check(store, exact=which == 0)
+                assert figures["hits"] > 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("which", [0, 1], ids=["a directory", "tiers that fail"])
+def test_soak(tmp_path, which):
+    seconds = float(os.environ.get("JKV_SOAK_SECONDS", 600))
+    store = list(stores(tmp_path))[which]
+    with store:
+        live(store, seconds / 10)
+        gc.collect()
+        tracemalloc.start()
+        live(store, seconds / 10)
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        done = live(store, seconds * 8 / 10)
+        gc.collect()
+        after = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        print(f"{done} operations, {before} to {after} bytes")
+        assert after < before + 200_000
+        check(store, exact=which == 0)
+
+
+def test_the_checks_find_a_wrong_value(monkeypatch):
+    """The positive twin: a tier that returns another put's entry is found out."""
+    tier = Memory(2000)
+    read = tier.read
+    with Store([tier], chunk=8) as store:
+        monkeypatch.setattr(tier, "read", lambda key: _other(read(key)))
+        with pytest.raises(AssertionError, match=r"expected|wrong"):
+            live(store, 5)
+
+
+def _other(entry):
+    return entry and Entry(entry.arrays, {**entry.meta, "turn": entry.meta["turn"] + 1})
+
+
+def test_number_is_whole():
+    """What the other tests compare by."""
+    from tests.store.fakes import entry
+
+    assert number(entry(3)) == 3
+    with pytest.raises(AssertionError):
+        number(Entry({"x": np.array([3, 4], np.uint8)}, {"number": 3}))
