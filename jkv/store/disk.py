@@ -29,6 +29,8 @@ _KEPT_ASIDE = 32  # files in quarantine; the oldest go
 _TEMPORARY = ".tmp-"
 _FOREIGN_LOCK = SUFFIX + ".__lock"  # what tensorstore's file driver writes to before it renames
 _PIECES = 512  # buffers in one writev; POSIX promises 16, Linux and macOS take 1024
+_HEADER = 1 << 14  # bytes that most headers fit into
+_BELIEVED = 1 << 26  # bytes of memory that a file may take before it is looked at
 _BATCH = 64  # files open at once in a batch
 _FORGOTTEN = 24 * 3600.0  # seconds, where a file system has no locks to ask
 
@@ -99,14 +101,9 @@ class Disk:
                 try:
                     if item.name.startswith(_TEMPORARY) or item.name.endswith(_FOREIGN_LOCK):
                         _remove_if_abandoned(item.path)
-                    elif is_name(item.name):
-                        is_file = item.is_file(follow_symlinks=False)
-                        size = item.stat(follow_symlinks=False).st_size if is_file else 0
-                        if size < codec.PREFIX:
-                            self._put_aside(item.name)
-                        elif (key := key_of(item.name) or self._key_inside(item.name)) is not None:
-                            time_ns = item.stat(follow_symlinks=False).st_mtime_ns
-                            found.append((time_ns, key, size))
+                    elif is_name(item.name) and (key := self._listed_key(item)) is not None:
+                        status = item.stat(follow_symlinks=False)
+                        found.append((status.st_mtime_ns, key, status.st_size))
                 except OSError:  # gone meanwhile, or not ours to open: `read` says so, if asked
                     continue
         except OSError as error:
@@ -279,20 +276,31 @@ class Disk:
         with os.scandir(self.path) as items:
             yield from items
 
-    def _key_inside(self, name: str) -> str | None:
-        """The key of a blob whose name is a hash, from its header; None once it is put aside."""
-        with _opened(self.path / name) as file:
+    def _listed_key(self, item: os.DirEntry[str]) -> str | None:
+        """The key of a blob, looked for in its header if it is too long for a name.
+
+        None if it cannot be a blob, which is put aside.
+        """
+        is_file = item.is_file(follow_symlinks=False)
+        if not is_file or item.stat(follow_symlinks=False).st_size < codec.PREFIX:
+            self._put_aside(item.name)
+            return None
+        if (key := key_of(item.name)) is not None:
+            return key
+        with _opened(self.path / item.name) as file:
             if file is None:
                 return None
             try:
-                head = os.pread(file, codec.PREFIX, 0)
+                head = os.pread(file, _HEADER, 0)
                 start, _ = codec.measure(head)
-                key = codec.read_header(os.pread(file, start, 0)).key
-                if name_of(key) == name:
+                key = codec.read_header(
+                    head if len(head) >= start else os.pread(file, start, 0)
+                ).key
+                if name_of(key) == item.name:
                     return key
             except CorruptError:
                 pass
-            self._put_aside(name, file)
+            self._put_aside(item.name, file)
         return None
 
     def _put_aside(self, name: str, file: int | None = None) -> None:
@@ -380,15 +388,17 @@ def _contents(file: int) -> memoryview:
     Read, and not mapped: a mapped file that somebody cuts short ends the process.
 
     Raises:
-        CorruptError: it is no file, or not as long as it says; nothing of it was read.
+        CorruptError: it is no file, or large and not as long as it says.
         OSError: as the system said.
     """
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
         raise CorruptError("it is not a file")
-    _, nbytes = codec.measure(os.pread(file, codec.PREFIX, 0))
-    if nbytes != status.st_size:
-        raise CorruptError(f"{status.st_size} bytes where {nbytes} were written")
+    nbytes = status.st_size
+    if nbytes > _BELIEVED:  # else it is as cheap to read it at once: one wait for the disk
+        _, written = codec.measure(os.pread(file, codec.PREFIX, 0))
+        if nbytes != written:
+            raise CorruptError(f"{nbytes} bytes where {written} were written")
     room = np.empty(nbytes + 64, np.uint8)
     skipped = -room.ctypes.data % 64
     data = room[skipped : skipped + nbytes]

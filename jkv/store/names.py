@@ -7,9 +7,11 @@ import re
 
 SUFFIX = ".jkv"
 # Lower case only: some file systems take "A" for "a". Names keep room for what others append.
-_PLAIN = re.compile(rb"[a-z0-9-]")
-_ESCAPED = re.compile(r"(?:[a-z0-9-]|_[0-9a-f]{2})*")
+_SPECIAL = re.compile(r"[^a-z0-9-]")
 _LONGEST = 180
+# What must not be escaped is not: a key has one name.
+_SPELLED = re.compile(r"k((?:[a-z0-9-]|_(?!2d|3\d|6[1-9a-f]|7[0-9a])[0-9a-f]{2})*)\.jkv")
+_HASHED = re.compile(r"h[0-9a-f]{64}\.jkv")
 
 
 def name_of(key: str) -> str:
@@ -19,32 +21,25 @@ def name_of(key: str) -> str:
     was stands in the blob. Two keys never share a name.
     """
     data = key.encode("utf-8", "surrogatepass")
-    escaped = "".join(
-        chr(byte) if _PLAIN.match(bytes([byte])) else f"_{byte:02x}" for byte in data[:_LONGEST]
-    )
-    if len(data) > _LONGEST or len(escaped) > _LONGEST:
+    shown = data[: _LONGEST + 1].decode("latin-1")
+    escaped = _SPECIAL.sub(lambda hit: f"_{ord(hit[0]):02x}", shown)
+    if len(escaped) > _LONGEST:
         return f"h{hashlib.sha256(data).hexdigest()}{SUFFIX}"
     return f"k{escaped}{SUFFIX}"
 
 
 def is_name(name: str) -> bool:
     """Whether `name_of` may have made it: anything else in a directory is somebody else's."""
-    if not name.endswith(SUFFIX):
-        return False
-    body = name[1 : -len(SUFFIX)]
-    if name.startswith("h"):
-        return re.fullmatch(r"[0-9a-f]{64}", body) is not None
-    return name.startswith("k") and key_of(name) is not None
+    return key_of(name) is not None or _HASHED.fullmatch(name) is not None
 
 
 def key_of(name: str) -> str | None:
     """The key that a name spells; None if it spells none, as the names of long keys don't."""
-    body = name[1 : -len(SUFFIX)]
-    if not name.startswith("k") or not name.endswith(SUFFIX) or not _ESCAPED.fullmatch(body):
+    spelled = _SPELLED.fullmatch(name)
+    if spelled is None or len(spelled[1]) > _LONGEST:
         return None
-    data = re.sub(rb"_(..)", lambda hit: bytes([int(hit[1], 16)]), body.encode())
+    escaped = re.sub(r"_(..)", lambda hit: chr(int(hit[1], 16)), spelled[1])
     try:
-        key = data.decode("utf-8", "surrogatepass")
+        return escaped.encode("latin-1").decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         return None
-    return key if name_of(key) == name else None
