@@ -80,12 +80,13 @@ class Paged:
         """
         options = {"scale": scale, "window": window, "softcap": softcap}
         plan, one = self._plan(step), q.shape[1] == 1
-        if one or (self.window is None and not self.rounds):
+        if one or self.window is None:
             # Written first, nothing is ever copied. One token sees no page that leaves its window.
             stored = self.put(k, v, step)
-            if not self.rounds:
+            if one and not self.rounds:
                 part = stored._read(q, step, plan.table, step.stop, options)
             else:
+                # A chunk among itself is one product, and not one for each block of pages.
                 old = stored._read(q, step, plan.table, step.start, options)
                 part = ops.merge(old, chunk(q, k, v, step, **options))
             return part.out.astype(q.dtype), stored

@@ -177,12 +177,19 @@ def test_a_pool_that_is_too_small_refuses_rows_and_hurts_none():
 def test_a_shared_page_is_not_lost_to_a_row_that_is_refused():
     """A refused row keeps its page as it is: nobody writes to it because all but that one did."""
     cache, (row, _, _) = written(new(pages=3), [[], [], []], numbered([6, 0, 0]))
-    cache, rows = cache.take([0, 0, 0]), [row] * 3
+    cache, rows = cache.take([0, 0, 0]).crop([5, 6, 6]), [row[:5], row, row]
     cache, _ = written(cache, rows, [[50], [51, 52, 53, 54], [55, 56, 57, 58]])
-    lengths = np.asarray(cache.lengths).tolist()
-    assert lengths == [7, 6, 6]
     assert np.asarray(cache.overflowed).tolist() == [False, True, True]
-    holds(cache, [[*row, 50], row, row])
+    holds(cache, [[*row[:5], 50], row, row])
+
+
+def test_the_first_of_those_that_write_keeps_the_page():
+    """With a copy for each of them there would have to be four pages for three rows."""
+    cache, rows = written(new(slots=PAGE), [[], [], []], numbered([2, 2, 2]))
+    cache, rows = cache.take([1, 1, 1]), [rows[1]] * 3
+    cache, rows = written(cache, rows, [[50], [51], [52]])
+    assert used(cache.check()) == cache.layers[0].k_pages.shape[0] == 3
+    holds(cache, rows)
 
 
 def test_as_many_pages_as_rows_and_columns_always_suffice():

@@ -19,9 +19,9 @@ COUNT = 2
 REPEATED = [prompt for prompt in PROMPTS for _ in range(COUNT)]
 
 
-@pytest.fixture(params=["dense", "none"])
+@pytest.fixture(params=["dense", "none", "paged"])
 def kind(request):
-    return {"dense": jkv.dense(), "none": jkv.none()}[request.param]
+    return {"dense": jkv.dense(), "none": jkv.none(), "paged": jkv.paged(4)}[request.param]
 
 
 @pytest.fixture(scope="module")
