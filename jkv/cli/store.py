@@ -1,4 +1,4 @@
-"""`jkv store`: what a store would do with a trace."""
+"""`jkv store`: what a store would do with a trace, and what is in a directory of one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from jkv._bytes import parse_bytes
-from jkv.cli import options, process
+from jkv.cli import directory, options, process
 from jkv.cli.tables import columns
 from jkv.errors import UnsupportedError
 
@@ -20,6 +20,10 @@ store = typer.Typer(name="store", help="Sequences' caches that are kept between 
 @store.callback()
 def _store() -> None:
     """Sequences' caches that are kept between requests."""
+
+
+for _command in (directory.stats, directory.ls, directory.verify, directory.gc):
+    store.command()(_command)
 
 
 @store.command()

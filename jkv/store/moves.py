@@ -136,7 +136,7 @@ class Moves(Ledger):
                 # What this write will replace needs no room beside it.
                 old = self.index.get(record.name)
                 before = shelf.rubbish.get(record.name, None if old is None else old.homes.get(at))
-                room = (size, 1) if before is None else (size - before, 0)
+                room = (size, 1) if before is None else (max(size - before, 0), 0)
                 if shelf.fits(*room):
                     shelf.bytes += room[0]
                     shelf.entries += room[1]
@@ -184,7 +184,7 @@ class Moves(Ledger):
                 if tenant.max_bytes is None:
                     return True
                 old = self.index.get(record.name)
-                more = record.nbytes - (0 if old is None else old.nbytes)
+                more = max(record.nbytes - (0 if old is None else old.nbytes), 0)
                 if tenant.bytes + tenant.reserved + more <= tenant.max_bytes:
                     record.reserved = more
                     tenant.reserved += more

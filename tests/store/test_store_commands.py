@@ -1,0 +1,94 @@
+"""`jkv store stats`, `ls`, `verify` and `gc` on a directory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jkv.cli import main
+from jkv.store import Disk, Store
+from tests.store.fakes import Clock, entry
+
+
+@pytest.fixture
+def path(tmp_path):
+    clock = Clock(1_700_000_000)
+    with Store([Disk(tmp_path)], clock=clock) as store:
+        store.put("a", entry(1, 1000), tokens=range(41), seconds=2.5)
+        store.put("b\nc", entry(2, 1000), tenant="x", ttl=60)
+        store.put("c", entry(3, 5000), pin=True)
+    return tmp_path
+
+
+def run(capsys, *arguments, status=0):
+    with pytest.raises(SystemExit) as end:
+        main(["store", *map(str, arguments)])
+    said = capsys.readouterr()
+    assert end.value.code == status, said.err
+    return said.out
+
+
+def test_stats(path, capsys):
+    said = json.loads(run(capsys, "stats", path, "--json"))
+    assert (said["entries"], said["tokens"], said["expired"], said["damaged"]) == (3, 41, 1, 0)
+    assert said["tenants"]["x"]["entries"] == 1
+    assert said["bytes"] == sum(f.stat().st_size for f in path.glob("*.jkv"))
+    text = run(capsys, "stats", path)
+    assert "tenant 'x'" in text
+    assert "1 expired" in text
+    assert len(Disk(path).scan()) == 3  # looking changes nothing
+
+
+def test_ls(path, capsys):
+    found = json.loads(run(capsys, "ls", path, "--json"))["entries"]
+    assert [(e["key"], e["tenant"], e["tokens"]) for e in found] == [
+        ("a", "", 41),
+        ("b\nc", "x", None),
+        ("c", "", None),
+    ]
+    assert found[0]["seconds"] == 2.5
+    assert found[0]["form"] == "exact"
+    text = run(capsys, "ls", path, "--tenant", "x")
+    assert len(text.splitlines()) == 2
+    assert "'b\\nc'" in text
+
+
+def test_verify(path, capsys):
+    assert "3 good, 0 put" in run(capsys, "verify", path)
+    file = max(path.glob("*.jkv"), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    said = json.loads(run(capsys, "verify", path, "--json", status=1))
+    assert said["good"] == 2
+    assert list(said["problems"]) == [file.name]
+    assert "2 good" in run(capsys, "verify", path)
+
+
+def test_a_damaged_header_is_listed(path, capsys):
+    file = min(path.glob("*.jkv"))
+    data = bytearray(file.read_bytes())
+    data[70] ^= 1
+    file.write_bytes(data)
+    assert json.loads(run(capsys, "stats", path, "--json"))["damaged"] == 1
+    assert "damaged" in run(capsys, "ls", path)
+
+
+def test_gc(path, capsys):
+    assert json.loads(run(capsys, "gc", path, "--json"))["removed"] == 1  # expired
+    assert "0 removed" in run(capsys, "gc", path, "--older-than", "100000")
+    # The pinned entry stays, though it does not fit.
+    assert "1 removed" in run(capsys, "gc", path, "--max-bytes", "1KiB")
+    assert [e["key"] for e in json.loads(run(capsys, "ls", path, "--json"))["entries"]] == ["c"]
+    assert "0 removed" in run(capsys, "gc", path, "--older-than", "1")
+
+
+def test_gc_of_what_is_old(path, capsys):
+    assert "2 removed" in run(capsys, "gc", path, "--older-than", "1")
+
+
+def test_mistakes(tmp_path, capsys):
+    run(capsys, "stats", tmp_path / "nothing", status=2)
+    run(capsys, "gc", tmp_path, "--max-bytes", "much", status=2)
+    assert not (tmp_path / "nothing").exists()
