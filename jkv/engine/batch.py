@@ -19,9 +19,11 @@ from jkv.cache.pages import pools
 from jkv.decoding import loop, sampling
 from jkv.decoding.request import PAD, bucket
 from jkv.engine import lanes as device
+from jkv.engine.kept import Kept
 from jkv.engine.pool import PagePool
 from jkv.engine.scheduler import Seat
 from jkv.errors import PoolFullError
+from jkv.models.fingerprint import fingerprint
 from jkv.ops.pages import copy
 
 ENDS = 16  # stop ids of a request, at most
@@ -43,8 +45,9 @@ class Saved:
     """A request's pages on the host."""
 
     length: int  # tokens
-    pages: Any  # per layer (keys, values) of its pages, in order
     nbytes: int
+    pages: Any = None  # per layer (keys, values) of its pages, in order
+    key: str | None = None  # where a store has them instead
 
 
 class Batch:
@@ -62,6 +65,7 @@ class Batch:
         chunk: int,
         rows: int,
         policy: Any,
+        store: Any,
     ):
         self.kind = _managed(kind, page, pages)
         self.model, self.config = model, model.config
@@ -71,9 +75,17 @@ class Batch:
         self.layers = cache.layers
         self.columns = tuple(table.shape[1] for table in cache.tables)
         self.windows = tuple(pool.window for pool in pools(cache.layers))
-        fingerprint = repr((self.config, self.kind)).encode()
+        self._leaving: list[tuple[bytes, int]] = []
+        self.kept: Kept | None = None
+        mark, hook = b"", None
+        if store is not None:
+            # How many pages there are, and who manages them, says nothing of what is in one.
+            mark = fingerprint(self.model, dataclasses.replace(self.kind, pages=None))
+            self.kept = Kept(store, mark)
+            # Where layers see differently far, a prefix needs pages of all of them at once.
+            hook = self._left if len(self.columns) == 1 else None
         self.pools = [
-            PagePool(pages=pages, page=self.page, policy=policy, fingerprint=fingerprint)
+            PagePool(pages=pages, page=self.page, policy=policy, fingerprint=mark, on_evict=hook)
             for _ in self.columns
         ]
         self.state = device.empty(lanes, self.columns, ENDS)
@@ -129,7 +141,43 @@ class Batch:
         for seq, n in zip(held, found, strict=True):
             if n > min(found):
                 seq.crop(min(found))
+        if self.kept is not None and len(held) == 1:
+            return self._found(held[0], ids[:most])
         return min(found)
+
+    def _found(self, seq: Any, ids: list[int]) -> int:
+        """With the pages that come next and are in the store, as far as there is room for them."""
+        names = seq.names(ids)[len(seq.table) :]
+        pages = self.kept.pages(names, self.free_pages()) if self.kept and names else []
+        if pages:
+            first = len(seq.table)
+            seq.reserve((first + len(pages)) * self.page)
+            self._save_leaving()
+            size = bucket(len(pages), 4)
+            rows = [np.stack(leaf) for leaf in zip(*pages, strict=True)]
+            rows = [
+                np.concatenate([r, np.zeros((size - len(r), *r.shape[1:]), r.dtype)]) for r in rows
+            ]
+            table = _filled(seq.table[first:], size)
+            self.layers = _scattered(self.layers, (table,), self._pages(rows))
+            seq.publish(ids[: seq.length])
+        return seq.length
+
+    def _left(self, name: bytes, page: int) -> None:
+        self._leaving.append((name, page))
+
+    def _save_leaving(self) -> None:
+        """Read the pages that have just been given away, before anybody writes to them."""
+        if self._leaving and self.kept is not None:
+            names = [name for name, _ in self._leaving]
+            at = _filled([page for _, page in self._leaving], bucket(len(names), 4))
+            self._leaving = []
+            self.kept.leave(names, _gathered(self.layers, (at,)))
+
+    def _pages(self, leaves: list[Any]) -> Any:
+        """Leaves as `_gathered` has them."""
+        tree = jax.tree.structure([(layer.k_pages, layer.v_pages) for layer in self.layers])
+        return jax.tree.unflatten(tree, leaves)
 
     def publish(self, seat: Seat, upto: int) -> None:
         """Let others find the full pages of its first `upto` tokens, which have been dispatched."""
@@ -146,6 +194,7 @@ class Batch:
         """
         for group, seq in enumerate(seat.held):
             copies = seq.reserve(upto)
+            self._save_leaving()
             if copies:
                 self._copy(group, copies)
                 first = min(seq.table.index(target) for _, target in copies)
@@ -337,20 +386,34 @@ class Batch:
         """Of the pages of its tokens."""
         return int(self.pages_for(seat.written()) * self.page_bytes * len(self.columns))
 
-    def save(self, seat: Seat) -> Saved:
-        """Its pages on the host."""
+    def save(self, seat: Seat) -> Saved | None:
+        """Its pages on the host, or in the store; None where that has no room."""
         length = seat.written()
         began = time.perf_counter()
-        tables = self._tables(seat, length)
-        pages = jax.device_get(_gathered(self.layers, tables))
+        pages = jax.device_get(_gathered(self.layers, self._tables(seat, length)))
         size = nbytes(pages)
         self.rate = size / max(time.perf_counter() - began, 1e-6)
-        return Saved(length, pages, size)
+        if self.kept is None:
+            return Saved(length, size, pages=pages)
+        key = self.kept.put_aside(seat.request.number, pages, length)
+        return None if key is None else Saved(length, size, key=key)
 
-    def restore(self, seat: Seat, saved: Saved) -> None:
-        """The pages of a request that was saved, in pages of its own."""
-        self.reserve(seat, saved.length)
-        self.layers = _scattered(self.layers, self._tables(seat, saved.length), saved.pages)
+    def fetch(self, saved: Saved) -> Any:
+        """What was saved; None if it was lost."""
+        if saved.key is None or self.kept is None:
+            return saved.pages
+        leaves = self.kept.take_back(saved.key)
+        return None if leaves is None else self._pages(leaves)
+
+    def forget(self, saved: Saved) -> None:
+        """Nobody will want it."""
+        if saved.key is not None and self.kept is not None:
+            self.kept.forget(saved.key)
+
+    def restore(self, seat: Seat, length: int, pages: Any) -> None:
+        """What was saved, in pages of its own."""
+        self.reserve(seat, length)
+        self.layers = _scattered(self.layers, self._tables(seat, length), pages)
 
     def _tables(self, seat: Seat, length: int) -> tuple[np.ndarray, ...]:
         count = self.pages_for(length)

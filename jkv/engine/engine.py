@@ -55,6 +55,8 @@ class Engine:
         preemption: what becomes of the pages of a request that has to wait: "recompute", "swap"
             (they are copied to the host), or "auto", whichever is sooner as measured so far.
         swap_bytes: on the host, at most; requests beyond that are recomputed.
+        store: a `jkv.store.Store`: pages that the pool gives away go there, and are found again by
+            prompts that begin with them, in another process too; and so do requests that wait.
 
     Raises:
         TypeError: a kind that is not paged.
@@ -77,6 +79,7 @@ class Engine:
         share: Any = True,
         preemption: Any = "auto",
         swap_bytes: Any = 1 << 30,
+        store: Any = None,
     ):
         self.model, self.tokenizer = split_model(lm)
         if preemption not in ("auto", "recompute", "swap"):
@@ -93,6 +96,7 @@ class Engine:
             chunk=integer("prefill_chunk", prefill_chunk, 1),
             rows=integer("prefill_rows", prefill_rows, 1),
             policy=policy,
+            store=store,
         )
         self.share = share
         self.preemption, self.swap_bytes = preemption, swap_bytes
@@ -260,6 +264,8 @@ class Engine:
         sent = self._dispatch()
         before, self._sent = self._sent, sent
         self._accept(before)
+        if self.batch.kept is not None:
+            self.batch.kept.flush(self.batch.page / self.figures.prefill_rate())
         if not before and not sent:
             return any(self.seats) or len(self.waiting) > 0
         self.figures.stepped(
@@ -318,9 +324,13 @@ class Engine:
             batch.close(held)
             return None
         if saved is not None:
-            batch.restore(seat, saved)
-            seat.cached = saved.length
+            pages = batch.fetch(saved)
             self._forget_swapped(request)
+            if pages is None:  # the store has lost them: as if they had not been saved
+                seat.ahead, seat.target = 1, len(request.history)
+            else:
+                batch.restore(seat, saved.length, pages)
+                seat.cached = saved.length
         if not request.preemptions:
             request.cached_tokens = seat.cached
             self.figures.counts["hit_tokens"] += seat.cached
@@ -393,7 +403,10 @@ class Engine:
         how = self._how(seat)
         if how == "swap":
             request.swapped = self.batch.save(seat)
-            self.figures.swapped_bytes += request.swapped.nbytes
+            if request.swapped is None:
+                how = "recompute"
+            else:
+                self.figures.swapped_bytes += request.swapped.nbytes
         request.preemptions += 1
         self.figures.counts[how] += 1
         self._vacate(seat)
@@ -477,6 +490,7 @@ class Engine:
 
     def _close(self, request: Request, reason: str) -> None:
         if request.swapped is not None:
+            self.batch.forget(request.swapped)
             self._forget_swapped(request)
         request.state, request.finish_reason = FINISHED, reason
         request.finished = time.perf_counter()

@@ -17,7 +17,8 @@ Language Model Serving with PagedAttention" (SOSP 2023).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 from jkv.errors import PoolFullError
 from jkv.store import digest
@@ -33,19 +34,28 @@ class PagePool:
         policy: which cached page is given away first.
         fingerprint: of all that keys and values depend on beside tokens and tenant: weights,
             configuration, dtype, the kind of cache. Pools with equal ones name contents alike.
+        on_evict: called with the name and number of a cached page that is given away, before
+            anybody may write to it.
 
     Raises:
         ValueError: sizes below 1.
     """
 
     def __init__(
-        self, *, pages: int, page: int, policy: Policy | None = None, fingerprint: bytes = b""
+        self,
+        *,
+        pages: int,
+        page: int,
+        policy: Policy | None = None,
+        fingerprint: bytes = b"",
+        on_evict: Callable[[Any, int], None] | None = None,
     ) -> None:
         if pages < 1 or page < 1:
             raise ValueError(f"pages={pages}, page={page}; expected at least 1 of each")
         self.pages, self.page = pages, page
         self.policy = LRU() if policy is None else policy
         self.fingerprint = fingerprint
+        self._on_evict = on_evict
         self._owners = [0] * pages
         self._names: list[bytes | None] = [None] * pages  # of those that the index has
         self._index: dict[Hashable, int] = {}
@@ -151,6 +161,8 @@ class PagePool:
             self._names[page] = None
             self._cached -= 1
             self._evicted += 1
+            if self._on_evict is not None:
+                self._on_evict(name, page)
         self._owners[page] = 1
         self._used += 1
         return page
@@ -244,6 +256,17 @@ class PageSequence:
         pool._asked += len(tokens)
         pool._hits += self.length
         return self.length
+
+    def names(self, tokens: Sequence[int]) -> list[bytes]:
+        """What the full pages of a sequence of these tokens are called, 32 bytes each.
+
+        Raises:
+            TypeError: tokens that are not whole numbers.
+        """
+        names, page = [self._root], self._pool.page
+        for end in range(page, len(tokens) + 1, page):
+            names.append(digest.chain(names[-1], tokens[end - page : end]))
+        return names[1:]
 
     def reserve(self, length: int) -> list[tuple[int, int]]:
         """Pages for `length` tokens in all; nothing to do where it has them.

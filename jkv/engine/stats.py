@@ -47,7 +47,7 @@ class Stats:
 
     def prefill_rate(self) -> float:
         """Prompt tokens per second, those of steps that did other things too among them."""
-        return self.counts["prefill_tokens"] / max(self.prefill_seconds, 1e-9)
+        return max(self.counts["prefill_tokens"], 1) / max(self.prefill_seconds, 1e-9)
 
     def as_dict(self, *, running: int, waiting: int, pool: dict[str, Any]) -> dict[str, Any]:
         """All figures.

@@ -1,0 +1,90 @@
+"""What leaves the pool's pages and may be wanted again: in a store, by what is in it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jkv.store.entry import Entry
+
+_engines = itertools.count()
+
+
+class Kept:
+    """An engine's entries of a store: single pages by their contents, and requests that wait.
+
+    Args:
+        store: a `jkv.store.Store`.
+        fingerprint: of the model and the pages.
+
+    Raises:
+        TypeError: no store.
+    """
+
+    def __init__(self, store: Any, fingerprint: bytes):
+        if not hasattr(store, "put_many") or not hasattr(store, "get_many"):
+            raise TypeError(f"store got {store!r:.60}; expected a jkv.store.Store")
+        self.store, self.fingerprint = store, fingerprint
+        self._leaving: list[tuple[list[bytes], Any]] = []  # names, and their pages on the device
+        self._own = f"{os.getpid()}.{next(_engines)}"  # requests have numbers in their engine only
+
+    def leave(self, names: list[bytes], pages: Any) -> None:
+        """Pages that others are about to write to: leaves ``[n, ...]``, still on the device."""
+        self._leaving.append((names, pages))
+
+    def flush(self, seconds: float) -> None:
+        """Put what has left into the store, for which the device is waited for.
+
+        Args:
+            seconds: to compute a page.
+        """
+        leaving, self._leaving = self._leaving, []
+        for names, pages in leaving:
+            leaves = jax.device_get(jax.tree.leaves(pages))
+            entries = [
+                _entry([leaf[i] for leaf in leaves], seconds=seconds) for i in range(len(names))
+            ]
+            self.store.put_many(
+                [f"page/{name.hex()}" for name in names],
+                entries,
+                seconds=[seconds] * len(names),
+                fingerprint=self.fingerprint,
+            )
+
+    def pages(self, names: Sequence[bytes], most: int) -> list[list[np.ndarray]]:
+        """The leaves of pages of these names, up to the first that is not there."""
+        keys = [f"page/{name.hex()}" for name in names[:most]]
+        there = itertools.takewhile(
+            lambda key: self.store.contains(key, fingerprint=self.fingerprint), keys
+        )
+        found = self.store.get_many(list(there), fingerprint=self.fingerprint)
+        return [_leaves(entry) for entry in itertools.takewhile(lambda e: e is not None, found)]
+
+    def put_aside(self, number: int, pages: Any, length: int) -> str | None:
+        """The pages of a request that waits; None if the store has no room for them."""
+        key = f"waiting/{self._own}.{number}"
+        entry = _entry(jax.tree.leaves(pages), length=length)
+        return self.store.put(key, entry, fingerprint=self.fingerprint, pin=True)
+
+    def take_back(self, key: str) -> list[np.ndarray] | None:
+        """The leaves of what was put aside, None if it was lost."""
+        entry = self.store.get(key, fingerprint=self.fingerprint, recompute_seconds=float("inf"))
+        self.store.remove(key)
+        return None if entry is None else _leaves(entry)
+
+    def forget(self, key: str) -> None:
+        """Drop what was put aside."""
+        self.store.remove(key)
+
+
+def _entry(leaves: list[Any], **meta: Any) -> Entry:
+    return Entry({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}, meta)
+
+
+def _leaves(entry: Entry) -> list[Any]:
+    return [entry.arrays[str(i)] for i in range(len(entry.arrays))]

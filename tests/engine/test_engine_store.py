@@ -1,0 +1,94 @@
+"""The engine in front of a store: pages that were given away, and requests that wait, come back."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import jkv
+from jkv.store import Disk, Memory, Store
+from tests.decoding import oracle
+from tests.engine.test_engine import HOT, PROMPTS, SHAPE, alone, empty, lm
+
+__all__ = ["alone", "lm"]  # fixtures
+
+RNG = np.random.default_rng(5)
+TEXTS = [RNG.integers(0, 11, 18).tolist() for _ in range(6)]
+
+
+def asked(engine, prompts):
+    found = []
+    for prompt in prompts:
+        request = engine.submit(prompt, max_new_tokens=3, stop=())
+        engine.run()
+        found.append((request.cached_tokens, request.tokens))
+    return found
+
+
+def test_pages_that_were_given_away_are_found_again(lm, alone):
+    want = [alone(p, 3) for p in TEXTS]
+    with Store(tiers=[Memory(1 << 24)]) as store:
+        engine = jkv.Engine(lm, pages=12, store=store, **SHAPE)
+        cold = asked(engine, TEXTS)
+        assert [n for n, _ in cold] == [0] * 6
+        # Each leaves five pages behind: those of the first are in the store by now.
+        assert store.stats()["entries"] >= 12
+        warm = asked(engine, TEXTS)
+        assert [n for n, _ in warm] == [16] * 6
+        assert [t for _, t in cold] == [t for _, t in warm] == want
+        empty(engine)
+    without = jkv.Engine(lm, pages=12, **SHAPE)
+    asked(without, TEXTS)
+    assert [n for n, _ in asked(without, TEXTS)] == [0] * 6
+
+
+def test_another_process_finds_them_and_another_model_does_not(lm, alone, tmp_path, tiny_model):
+    def engine(which, store):
+        return jkv.Engine(which, pages=12, store=store, **SHAPE)
+
+    with Store(tiers=[Memory(1 << 24), Disk(tmp_path, 1 << 26)]) as store:
+        asked(engine(lm, store), TEXTS)
+    leaves, tree = jax.tree.flatten(tiny_model)
+    other = oracle.lm(jax.tree.unflatten(tree, [leaves[0] * np.float32(1.1), *leaves[1:]]))
+    for which, found in ((other, 0), (lm, 16)):
+        with Store(tiers=[Memory(1 << 24), Disk(tmp_path, 1 << 26)]) as store:
+            assert asked(engine(which, store), TEXTS[:1])[0][0] == found
+
+
+@pytest.mark.parametrize("room", [1 << 24, 1])
+def test_requests_wait_in_the_store_where_it_has_room(lm, alone, room):
+    with Store(tiers=[Memory(room)]) as store:
+        engine = jkv.Engine(lm, pages=14, store=store, share=False, preemption="swap", **SHAPE)
+        ways = [{}, {"sampler": HOT, "key": jax.random.key(1)}]
+        plan = [(PROMPTS[7 + i % 5], 18 + 2 * i, ways[i % 2]) for i in range(6)]
+        requests = [engine.submit(p, max_new_tokens=n, stop=(), **how) for p, n, how in plan]
+        engine.run()
+        for request, (prompt, new, how) in zip(requests, plan, strict=True):
+            assert request.tokens == alone(prompt, new, **how)
+        counts = engine.stats()["preemptions"]
+        assert (counts["swap"] > 0) == (room > 1)
+        assert counts["swap"] + counts["recompute"] > 0
+        assert store.stats()["entries"] == 0
+        empty(engine)
+
+
+def test_what_the_store_has_lost_is_computed_again(lm, alone):
+    with Store(tiers=[Memory(1 << 24)]) as store:
+        engine = jkv.Engine(lm, pages=14, store=store, share=False, preemption="swap", **SHAPE)
+        plan = [(PROMPTS[7 + i % 5], 18 + 2 * i) for i in range(6)]
+        requests = [engine.submit(p, max_new_tokens=n, stop=()) for p, n in plan]
+        lost = 0
+        while engine.step():
+            for request in requests:
+                if request.swapped is not None and request.swapped.key is not None:
+                    lost += store.remove(request.swapped.key)
+        assert lost > 0
+        for request, (prompt, new) in zip(requests, plan, strict=True):
+            assert request.tokens == alone(prompt, new)
+        empty(engine)
+
+
+def test_no_store(lm):
+    with pytest.raises(TypeError, match=r"expected a jkv\.store\.Store"):
+        jkv.Engine(lm, pages=8, store="dir")
