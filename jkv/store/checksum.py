@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
 SIZE = 16  # bytes of a checksum
 
-_ROWS, _WORDS = 64, 512  # of a block: 256 KiB, which stay in a core's cache
+_ROWS, _WORDS = 64, 512  # of a block, which stays in a core's cache
 _ROW = 8 * _WORDS
-_BLOCK = _ROWS * _ROW
+PIECE = _ROWS * _ROW  # 256 KiB; pieces of so many bytes, or a multiple, are not copied
 # One odd number for each row of a block, the same for all time: they are part of the format.
 _WEIGHTS = np.frombuffer(hashlib.shake_256(b"jkv blob 1").digest(8 * _ROWS), "<u8") | np.uint64(1)
 
 
-def checksum(pieces: Iterable[memoryview]) -> bytes:
+class Checksum:
     """Sixteen bytes that change with the bytes of the pieces, read as one text.
 
     Of a block of 64 rows of 512 words, SHA-256 takes the sum of each row and the sum of each
@@ -31,30 +30,44 @@ def checksum(pieces: Iterable[memoryview]) -> bytes:
     within one row of 4 KiB; rows that changed places, zeros, and other changes at random, but for
     one in 2⁶⁴. Against errors, not against people: who can write a blob can write its checksum.
     """
-    digest = hashlib.sha256()
-    carry = bytearray()
-    for piece in pieces:
-        if carry:  # pieces meet inside a block: filled up there, and then on without copies
-            taken = min(_BLOCK - len(carry), len(piece))
-            carry += piece[:taken]
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._carry = bytearray()
+
+    def update(self, piece: memoryview) -> None:
+        """Goes on with these bytes."""
+        if self._carry:  # pieces meet inside a block: filled up, and then on without copies
+            taken = min(PIECE - len(self._carry), len(piece))
+            self._carry += piece[:taken]
             piece = piece[taken:]
-            if len(carry) == _BLOCK:
-                _fold(digest, memoryview(carry))
-                carry = bytearray()
-        whole = len(piece) - len(piece) % _BLOCK
-        for at in range(0, whole, _BLOCK):
-            _fold(digest, piece[at : at + _BLOCK])
-        carry += piece[whole:]
-    rest = memoryview(carry)
-    rows = len(rest) - len(rest) % _ROW
-    if rows:
-        _fold(digest, rest[:rows])
-    digest.update(rest[rows:])
-    return digest.digest()[:SIZE]
+            if len(self._carry) == PIECE:
+                self._fold(memoryview(self._carry))
+                self._carry = bytearray()
+        whole = len(piece) - len(piece) % PIECE
+        for at in range(0, whole, PIECE):
+            self._fold(piece[at : at + PIECE])
+        self._carry += piece[whole:]
+
+    def finish(self) -> bytes:
+        """The sixteen bytes, after the last piece."""
+        rest = memoryview(self._carry)
+        rows = len(rest) - len(rest) % _ROW
+        if rows:
+            self._fold(rest[:rows])
+        self._digest.update(rest[rows:])
+        return self._digest.digest()[:SIZE]
+
+    def _fold(self, block: memoryview) -> None:
+        """Adds the sums of up to 64 rows of 4 KiB."""
+        rows = np.frombuffer(block, "<u8").reshape(-1, _WORDS)
+        self._digest.update(np.einsum("rw,r->w", rows, _WEIGHTS[: len(rows)]).data)
+        self._digest.update(rows.sum(axis=1).data)
 
 
-def _fold(digest: Any, block: memoryview) -> None:
-    """Adds the sums of up to 64 rows of 4 KiB."""
-    rows = np.frombuffer(block, "<u8").reshape(-1, _WORDS)
-    digest.update(np.einsum("rw,r->w", rows, _WEIGHTS[: len(rows)]).data)
-    digest.update(rows.sum(axis=1).data)
+def checksum(pieces: Iterable[memoryview]) -> bytes:
+    """`Checksum` of these pieces."""
+    sums = Checksum()
+    for piece in pieces:
+        sums.update(piece)
+    return sums.finish()

@@ -177,11 +177,14 @@ def read_header(data: bytes | memoryview) -> Header:
     return Header(key, tuple(arrays), meta, packed, nbytes, start, stored, payload)
 
 
-def decode(data: bytes | memoryview, key: str | None = None) -> Entry:
+def decode(
+    data: bytes | memoryview, key: str | None = None, *, found: bytes | None = None
+) -> Entry:
     """The entry in a blob; its arrays are read-only views of ``data``, unless it is compressed.
 
     Args:
         key: what it must have been written for; None for any.
+        found: the payload's checksum, by who computed it while reading.
 
     Raises:
         CorruptError: what is wrong with it: damaged, cut off, of another key, of a newer version.
@@ -195,7 +198,7 @@ def decode(data: bytes | memoryview, key: str | None = None) -> Entry:
     if key is not None and header.key != key:
         raise CorruptError(f"it holds the key {header.key[:80]!r} and not {key[:80]!r}")
     payload = view[start:]
-    if checksum([payload]) != header.checksum:
+    if (checksum([payload]) if found is None else found) != header.checksum:
         raise CorruptError("the payload is damaged: its checksum is another")
     if header.compression is not None:
         payload = memoryview(zstd.decompress(payload, header.nbytes, header.compression))

@@ -18,6 +18,7 @@ import numpy as np
 
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store import codec, zstd
+from jkv.store.checksum import PIECE, Checksum
 from jkv.store.entry import Entry
 from jkv.store.names import SUFFIX, is_name, key_of, name_of
 
@@ -189,7 +190,8 @@ class Disk:
                 if file is None:
                     return None
                 try:
-                    return codec.decode(_contents(file), key)
+                    data, found = _contents(file)
+                    return codec.decode(data, key, found=found)
                 except CorruptError as error:
                     self._put_aside(name, file)
                     raise CorruptError(f"{self.path / name}: {error}") from None
@@ -257,11 +259,11 @@ class Disk:
                     if file is None:
                         continue
                     try:
-                        data = _contents(file)
+                        data, found = _contents(file)
                         key = codec.read_header(data).key
                         if name_of(key) != name:
                             raise CorruptError(f"it holds the key {key[:80]!r} of another file")
-                        codec.decode(data)
+                        codec.decode(data, found=found)
                     except CorruptError as error:
                         self._put_aside(name, file)
                         problems[name] = str(error)
@@ -382,13 +384,14 @@ def _opened(path: Path) -> Iterator[int | None]:
             os.close(file)
 
 
-def _contents(file: int) -> memoryview:
-    """All bytes of a blob, on a boundary of 64 as XLA likes it, read-only.
+def _contents(file: int) -> tuple[memoryview, bytes]:
+    """All bytes of a blob, on a boundary of 64 as XLA likes it, and its payload's checksum.
 
-    Read, and not mapped: a mapped file that somebody cuts short ends the process.
+    Read, and not mapped: a mapped file that somebody cuts short ends the process. Each piece is
+    summed up while it is in the processor's cache, and the system reads on meanwhile.
 
     Raises:
-        CorruptError: it is no file, or large and not as long as it says.
+        CorruptError: it is no blob by its first bytes, or not as long as they say.
         OSError: as the system said.
     """
     status = os.fstat(file)
@@ -396,18 +399,30 @@ def _contents(file: int) -> memoryview:
         raise CorruptError("it is not a file")
     nbytes = status.st_size
     if nbytes > _BELIEVED:  # else it is as cheap to read it at once: one wait for the disk
-        _, written = codec.measure(os.pread(file, codec.PREFIX, 0))
-        if nbytes != written:
-            raise CorruptError(f"{nbytes} bytes where {written} were written")
+        _check_length(os.pread(file, codec.PREFIX, 0), nbytes)
     room = np.empty(nbytes + 64, np.uint8)
     skipped = -room.ctypes.data % 64
-    data = room[skipped : skipped + nbytes]
-    view, done = data.data, 0
+    view = room[skipped : skipped + nbytes].data
+    sums, summed, done = Checksum(), 0, 0
     while done < nbytes:
-        if not (count := os.preadv(file, [view[done:]], done)):
+        if not (count := os.preadv(file, [view[done : done + PIECE]], done)):
             raise CorruptError(f"cut off at {done} bytes of {nbytes} while it was read")
         done += count
-    return view.toreadonly()
+        if not summed and done >= min(codec.PREFIX, nbytes):
+            summed = _check_length(view[:done], nbytes)
+        whole = done if done == nbytes else summed + (done - summed) // PIECE * PIECE
+        if whole > summed > 0:
+            sums.update(view[summed:whole])
+            summed = whole
+    return view.toreadonly(), sums.finish()
+
+
+def _check_length(head: bytes | memoryview, nbytes: int) -> int:
+    """Where the payload starts; CorruptError where a blob has not the length of its file."""
+    start, written = codec.measure(head)
+    if nbytes != written:
+        raise CorruptError(f"{nbytes} bytes where {written} were written")
+    return start
 
 
 def _lock(file: int) -> None:
