@@ -14,7 +14,7 @@ import numpy as np
 
 from jkv.store import digest
 
-PEERS = 1024  # entries with the same mark that are looked at, the latest
+PEERS = 256  # entries with the same mark that are looked at, the latest
 
 
 def name_of(tenant: str, key: str) -> str:
@@ -108,7 +108,7 @@ class Prefixes:
     ) -> Iterator[tuple[Any, int]]:
         """Entries and how many first tokens they share, the most first, then the least `rank`.
 
-        Of more than 1024 entries with the same last mark only the latest are compared: up to
+        Of more than 256 entries with the same last mark only the latest are compared: up to
         `chunk` - 1 tokens may be missed there.
         """
         levels: list[dict[Any, None]] = []

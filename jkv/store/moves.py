@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store.entry import Entry
 from jkv.store.ledger import Ledger
@@ -79,7 +81,9 @@ class Moves(Ledger):
             except UnsupportedError:  # this kind cannot: it stays exact, and its meta says so
                 with self.changed:
                     shelf.counts["unconverted"] += 1
-        return Entry(entry.arrays, {**entry.meta, META: record.meta()})
+        # What a device tier had is JAX's.
+        arrays = {name: np.asarray(array) for name, array in entry.arrays.items()}
+        return Entry(arrays, {**entry.meta, META: record.meta()})
 
     def _write(self, shelf: Shelf, items: list[tuple[str, Entry]]) -> list[int | None]:
         """The bytes that each takes; None where it failed."""

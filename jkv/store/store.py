@@ -18,7 +18,7 @@ from jkv.store.reads import Ask, Handle, Match, value_of
 from jkv.store.shelf import Record, Shelf
 from jkv.store.upkeep import Upkeep
 
-_INDEX_WAIT = 1.0  # seconds that a search waits for entries from before to be looked at
+_INDEX_WAIT = 1.0  # seconds from the start that searches wait for entries from before
 _CANDIDATES = 8  # entries that a search tries to read, the longest prefix first
 
 
@@ -49,7 +49,7 @@ class Store(Upkeep):
         write_through: a put is written to all tiers before it returns.
         forms: "int8" or "int4" by name of tier: what it holds is converted, its meta says so.
         convert: does it: an entry and a form to an entry.
-        chunk: tokens between two marks; a shorter prefix is not found. A mark takes about 250 bytes
+        chunk: tokens between two marks; a shorter prefix is not found. A mark takes about 450 bytes
             of this process, a token 4 more.
         queue_entries, queue_bytes: what may wait for each tier.
         sweep_every: seconds between two sweeps by a thread.
@@ -106,6 +106,7 @@ class Store(Upkeep):
         )
         self._write_through = write_through
         self.find_all()
+        self._index_until = time.monotonic() + _INDEX_WAIT
         if predictor is not None:
             self.prefetcher = Prefetcher(self, predictor, self.stopped)
             self.start("predict", self.prefetcher.run)
@@ -287,7 +288,7 @@ class Store(Upkeep):
         """
         ids = as_tokens(tokens)
         fingerprint = self.fingerprint if fingerprint is None else fingerprint
-        self.indexed.wait(_INDEX_WAIT)
+        self.indexed.wait(max(self._index_until - time.monotonic(), 0))
         with self.changed:
             found = self.prefixes.find(fingerprint, tenant, ids[:limit], _nearness)
             candidates = list(itertools.islice(found, _CANDIDATES))

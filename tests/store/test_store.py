@@ -10,10 +10,11 @@ import threading
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jkv.errors import UnsupportedError
-from jkv.store import LRU, Disk, Entry, Memory, Store
+from jkv.store import LRU, Device, Disk, Entry, Memory, Store
 from tests.store.fakes import Batched, Clock, Fake, check, entry, number
 
 ROOT = Path(__file__).parents[2]
@@ -636,3 +637,38 @@ def test_what_fits_but_for_its_header_is_rejected():
         assert store.get("b") is None
         assert check(store)["rejected"] == 1
         assert not tier.entries
+
+
+def test_from_the_device_to_the_disk_and_back(tmp_path):
+    with Store([Device(250), Memory(250), Disk(tmp_path)]) as store:
+        for i in range(6):
+            store.put(f"k{i}", entry(i))
+        store.drain()
+        check(store)
+        assert [t["entries"] for t in store.stats()["tiers"].values()] == [2, 2, 2]
+        for i in range(6):
+            got = store.get(f"k{i}")
+            assert number(Entry({"x": np.asarray(got.arrays["x"])}, got.meta)) == i
+        store.drain()
+        assert check(store)["tiers"]["device"]["promotions"] > 0
+
+
+def test_what_lasts_stays_until_it_lasts_below():
+    disk, remote = Fake(100, name="disk"), Fake(name="remote")
+    with Store([disk, remote]) as store:
+        store.put("a", entry(1))
+        remote.gate = threading.Event()
+        thread = threading.Thread(target=store.put, args=("b", entry(2)))
+        thread.start()
+        for _ in range(100):
+            if len(store) == 2 or "write" in remote.calls:
+                break
+            threading.Event().wait(0.002)
+        assert names(disk) == ["a"]  # a crash now would lose nothing
+        remote.gate.set()
+        thread.join()
+        assert (names(disk), names(remote)) == (["b"], ["a"])
+        remote.fail["write"] = 1
+        store.put("c", entry(3))
+        assert check(store)["lost"] == 1  # there was no other place, and c is there
+        assert number(store.get("c")) == 3

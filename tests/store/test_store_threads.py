@@ -45,6 +45,7 @@ def entry_of(key, turn):
 
 def live(store, seconds, keys=40):
     """Each key is written by one thread and read by all, who never see what is over."""
+    store.clear()
     acknowledged = [0] * keys
     begun = [0] * keys
     gone = [0] * keys  # turns up to here were removed
