@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CYCLES, BANDWIDTH = 1.755e9, 4.3e12  # a second, of one multiprocessor and of the memory
-WIDTH = (24, 5, 6, 6, 8, 7, 8, 11, 12, 8)
+WIDTH = (24, 5, 6, 6, 8, 8, 8, 13, 13, 8)
 TITLES = (
     "form",
     "H",
