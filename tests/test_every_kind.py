@@ -33,6 +33,7 @@ ALIKE = [
     "window:10,sinks=2,positions=text",
     "window:10,sinks=2,positions=clamped",
     "per_layer:window:12,first=1",
+    "paged:4",
     "int8:residual=64",
     "evict:64",
 ]
@@ -43,6 +44,7 @@ GO_ON = [
     "int2:residual=0,group=8",
     "kv:k8v4,residual=4",
     "fp8:residual=3",
+    "paged:4,int8",
     "near_far:recent=6,far=int8",
     "sparse:0.5",
     "sparse:0.5,int8",
