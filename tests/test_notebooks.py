@@ -24,6 +24,8 @@ def test_there_are_notebooks():
         "02_cache_zoo.ipynb",
         "03_long_context.ipynb",
         "04_kernels.ipynb",
+        "05_pages_and_prefixes.ipynb",
+        "06_store.ipynb",
     ]
 
 
