@@ -142,6 +142,21 @@ class Remote:
         except UnsupportedError as error:  # no zstd in this process
             raise TierError(f"{key[:80]!r} not read: {error}") from error
 
+    def describe(self, key: str) -> Mapping[str, Any] | None:
+        """The meta of an entry, from its header alone, in two requests; None if there is none.
+
+        Raises:
+            CorruptError: the header is damaged; `read` puts it aside.
+            TierError: it does not answer, or not in time.
+        """
+        name = name_of(key)
+        prefix = self._beginnings({name: codec.PREFIX})
+        head = self._beginnings({name: codec.measure(b)[0] for name, b in prefix.items()})
+        if name not in head:
+            return None
+        header = codec.read_header(head[name])
+        return header.meta if header.key == key else None
+
     def delete(self, key: str) -> None:
         """Drop it; nothing happens if it is not there.
 

@@ -672,3 +672,14 @@ def test_what_lasts_stays_until_it_lasts_below():
         store.put("c", entry(3))
         assert check(store)["lost"] == 1  # there was no other place, and c is there
         assert number(store.get("c")) == 3
+
+
+def test_what_is_replaced_makes_room_for_what_replaces_it():
+    tier = Fake(200, 2)
+    with Store([tier]) as store:
+        for i, key in enumerate("abba"):
+            assert store.put(key, entry(i))
+        assert [number(store.get(key)) for key in "ab"] == [3, 2]
+        assert check(store)["evicted"] == 0
+        store.put("b", entry(9, 101))  # a little longer, and something has to go
+        assert names(tier) == ["b"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jkv.store import Disk, Memory, Store, keys
+from jkv.store import Disk, Memory, Remote, Store, keys
 from tests.store.fakes import Clock, Fake, check, entry, number
 
 TEXT = list(range(100, 150))
@@ -169,13 +169,14 @@ def test_entries_of_which_nothing_can_be_cut():
         assert length(store, TEXT[:29]) == 10  # a shorter one, where the longer one is of no use
 
 
-def test_it_is_found_after_a_restart(tmp_path):
+@pytest.mark.parametrize("lasting", [Disk, lambda path: Remote(f"file://{path}/")])
+def test_it_is_found_after_a_restart(tmp_path, lasting):
     clock = Clock()
-    with Store([Memory(), Disk(tmp_path)], chunk=4, clock=clock) as store:
+    with Store([Memory(), lasting(tmp_path)], chunk=4, clock=clock) as store:
         store.put("a", entry(1), tokens=TEXT[:30], seconds=3, tenant="x")
         store.put("b", entry(2), tokens=TEXT[:40], whole=True, ttl=10, tenant="x")
     clock.now += 1
-    with Store([Memory(), Disk(tmp_path)], chunk=8, clock=clock) as store:  # any chunk
+    with Store([Memory(), lasting(tmp_path)], chunk=8, clock=clock) as store:  # any chunk
         assert length(store, TEXT, tenant="x") == 40
         assert length(store, TEXT[:39], tenant="x") == 30
         assert length(store, TEXT) == 0
