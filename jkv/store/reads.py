@@ -21,14 +21,25 @@ class Handle:
     Attributes:
         key: that of the put.
         entry: arrays and meta as they were put, in the form that the tier holds.
+        tokens: that the put came with, int32 [T]; None if it had none.
     """
 
     def __init__(self, record: Record, entry: Entry, released: deque[Record]) -> None:
         self.key = record.key
         self.entry = entry
-        self.packed = record.packed
+        self.tokens = record.tokens
+        self._packed = record.packed
         self._held = [record]
         self._released = released
+
+    @property
+    def value(self) -> Any:
+        """What was put: a cache for a cache.
+
+        Raises:
+            CorruptError: a cache of another version of this library.
+        """
+        return value_of(self.entry, self._packed)
 
     def release(self) -> None:
         """Let go of it; once is enough, and more does nothing."""
@@ -64,8 +75,12 @@ class Match:
 
     @property
     def value(self) -> Any:
-        """What was put."""
-        return value_of(self.entry, self.handle.packed)
+        """What was put: a cache for a cache.
+
+        Raises:
+            CorruptError: a cache of another version of this library.
+        """
+        return self.handle.value
 
     def release(self) -> None:
         """Let go of it."""

@@ -252,19 +252,31 @@ class Store(Upkeep):
         """`get` for several, each tier read once; None where there is none."""
         return self._values(self._asked(_texts(keys), tenant, fingerprint))
 
-    @operation
     def open(self, key: str, *, tenant: str = "", fingerprint: bytes | None = None) -> Handle:
         """The entry under a key, held: it is not evicted before the handle is released.
 
         Raises:
             KeyError: a miss.
         """
-        ask = self._asked([key], tenant, fingerprint)[0]
-        self.take([ask])
-        self._scored([ask], release=False)
-        if ask.entry is None or ask.record is None:
-            raise KeyError(f"no entry {key!r} ({ask.why})")
-        return Handle(ask.record, ask.entry, self.released)
+        handle = self.open_many([key], tenant=tenant, fingerprint=fingerprint)[0]
+        if handle is None:
+            raise KeyError(f"no entry {key!r}, or none that can be read now")
+        return handle
+
+    @operation
+    def open_many(
+        self, keys: Sequence[str], *, tenant: str = "", fingerprint: bytes | None = None
+    ) -> list[Handle | None]:
+        """`open` for several, each tier read once; None where there is none."""
+        asked = self._asked(_texts(keys), tenant, fingerprint)
+        self.take(asked)
+        self._scored(asked, release=False)
+        return [
+            None
+            if ask.record is None or ask.entry is None
+            else Handle(ask.record, ask.entry, self.released)
+            for ask in asked
+        ]
 
     @operation
     def longest_prefix(

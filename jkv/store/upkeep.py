@@ -36,7 +36,11 @@ class Upkeep(Writes):
         thread.start()
 
     def find_all(self) -> None:
-        """What tiers have from before; more than they may have now goes."""
+        """What tiers have from before; more than they may have now goes.
+
+        A listing each, no more; headers are read by a thread, and before anything goes, since they
+        say what is pinned.
+        """
         with self.changed:
             for at in range(len(self.shelves)):
                 for name, size in self._scanned(at).items():
@@ -46,16 +50,18 @@ class Upkeep(Writes):
                     self.shelves[at].counts["found"] += 1
                     self.add_home(record, at, size)
                     record.doubtful.add(at)
-        for tenant, has in list(self.tenants.items()):
-            while has.max_bytes is not None and has.bytes > has.max_bytes:
-                if not self.free_one_of(tenant):
-                    break
-        for at in range(len(self.shelves)):
-            self.trim(at)
-        if any(record.version is None for record in self.index.values()):
+        tenants = {name: has for name, has in self.tenants.items() if has.max_bytes is not None}
+        if tenants or not all(shelf.fits(0, 0) for shelf in self.shelves):
+            self._index()
+        elif self.index:
             self.start("index", self._index)
         else:
             self.indexed.set()
+        for name, has in tenants.items():
+            while has.bytes > (has.max_bytes or 0) and self.free_one_of(name):
+                pass
+        for at in range(len(self.shelves)):
+            self.trim(at)
 
     def _scanned(self, at: int) -> dict[str, int]:
         try:
@@ -74,11 +80,13 @@ class Upkeep(Writes):
         """Read the headers of entries from before, so that they are found by content too."""
         with self.changed:
             records = [record for record in self.index.values() if record.version is None]
-        for record in records:
-            if self.stopped.is_set():
-                break
-            self._describe(record)
-        self.indexed.set()
+        try:
+            for record in records:
+                if self.stopped.is_set():
+                    break
+                self._describe(record)
+        finally:
+            self.indexed.set()
 
     def _describe(self, record: Record) -> None:
         for at in sorted(record.homes):

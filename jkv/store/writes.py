@@ -112,6 +112,8 @@ class Writes(Reads):
 
         A batch's own entries cannot make room for each other.
         """
+        if len(items) < 2:
+            return [list(items)] if items else []
         shelf = self.shelves[at]
         with self.changed:
             tenants = {self.tenant(record.tenant) for record, _ in items}

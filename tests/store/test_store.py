@@ -248,8 +248,12 @@ def test_what_is_pinned_or_read_does_not_go():
         assert len(tier.entries) == 2
         assert store.put("three", entry(9, 300)) == "three"
         check(store)
-        with pytest.raises(KeyError, match="absent"):
+        with pytest.raises(KeyError, match="no entry 'nothing'"):
             store.open("nothing")
+        store.put("two", entry(8), tokens=range(5))
+        handles = store.open_many(["two", "nothing", "two"])
+        assert [h and number(h.value) for h in handles] == [8, None, 8]
+        assert handles[0].tokens.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_handle_that_nobody_released():
@@ -477,11 +481,18 @@ def test_a_full_directory_and_a_smaller_limit(tmp_path):
         for i in range(10):
             store.put(f"k{i}", entry(i, 1000))
         size = store.stats()["bytes"]
+        store.put("pinned", entry(77, 10), pin=True)
+        store.put("k9", entry(9, 1000))
+    with Store([Disk(tmp_path)]) as store:  # the oldest file, now
+        assert store.get("pinned") is not None
+        for i in range(10):
+            store.put(f"k{i}", entry(i, 1000))
     with Store([Memory(10_000), Disk(tmp_path, size // 2)]) as store:
         figures = check(store)
         assert figures["tiers"]["disk"]["bytes"] <= size // 2
-        assert (figures["found"], figures["evicted"]) == (10, 5)
-        assert [number(store.get(f"k{i}")) for i in range(10)] == [None] * 5 + [5, 6, 7, 8, 9]
+        assert (figures["found"], figures["evicted"]) == (11, 6)
+        assert [number(store.get(f"k{i}")) for i in range(10)] == [None] * 6 + [6, 7, 8, 9]
+        assert number(store.get("pinned")) == 77
         assert sum(f.stat().st_size for f in tmp_path.iterdir() if f.is_file()) <= size // 2
 
 
@@ -537,17 +548,18 @@ def test_sweeping():
     with Store([Fake()], clock=clock) as store:
         for key in "abc":
             store.put(key, entry(1), pin=key == "c")
+        handle = store.open("a")
         clock.now += 60
         store.get("b")
         clock.now += 1
-        handle = store.open("a")
         assert store.sweep(older_than=61) == 0  # it is being read
         handle.release()
-        clock.now += 60
+        assert store.sweep(older_than=62) == 0
         assert store.sweep(older_than=61) == 1
-        assert store.sweep(older_than=60) == 1
+        assert [store.contains(key) for key in "abc"] == [False, True, True]
+        assert store.sweep(older_than=1) == 1
         assert [store.contains(key) for key in "abc"] == [False, False, True]
-        check(store)
+        assert check(store)["removed"] == 2
 
 
 def test_a_sweeper_stops_with_the_store():
@@ -683,3 +695,32 @@ def test_what_is_replaced_makes_room_for_what_replaces_it():
         assert check(store)["evicted"] == 0
         store.put("b", entry(9, 101))  # a little longer, and something has to go
         assert names(tier) == ["b"]
+
+
+def test_closing_waits_for_who_is_reading(monkeypatch):
+    tier = Fake(name="disk")
+    store = Store([tier])
+    store.put("a", entry(1))
+    begun, go, got = threading.Event(), threading.Event(), []
+    read = tier.read
+
+    def slow(key):
+        begun.set()
+        assert go.wait(30)
+        assert not tier.closed
+        return read(key)
+
+    monkeypatch.setattr(tier, "read", slow)
+    reader = threading.Thread(target=lambda: got.append(number(store.get("a"))))
+    closer = threading.Thread(target=store.close)
+    reader.start()
+    assert begun.wait(30)
+    closer.start()
+    closer.join(0.1)
+    assert closer.is_alive()
+    assert not tier.closed
+    go.set()
+    reader.join()
+    closer.join()
+    assert got == [1]
+    assert tier.closed

@@ -177,6 +177,7 @@ def test_it_is_found_after_a_restart(tmp_path, lasting):
         store.put("b", entry(2), tokens=TEXT[:40], whole=True, ttl=10, tenant="x")
     clock.now += 1
     with Store([Memory(), lasting(tmp_path)], chunk=8, clock=clock) as store:  # any chunk
+        store.drain()
         assert length(store, TEXT, tenant="x") == 40
         assert length(store, TEXT[:39], tenant="x") == 30
         assert length(store, TEXT) == 0
@@ -233,3 +234,18 @@ def test_names():
     assert keys.split("somebody else's") == ("", "somebody else's")
     assert keys.content_key(b"", np.arange(3)) != keys.content_key(b"", np.arange(4))
     assert keys.content_key(b"a", np.arange(3)) != keys.content_key(b"", np.arange(3))
+
+
+def test_marks_say_whose_they_are():
+    ids = np.arange(8)
+    mine = list(keys.marks(b"weights", "x", ids, 4))
+    assert len(set(mine)) == 2
+    assert mine == list(keys.marks(b"weights", "x", np.arange(11), 4))
+    for other in (
+        keys.marks(b"other", "x", ids, 4),
+        keys.marks(b"weights", "y", ids, 4),
+        keys.marks(b"weightsx", "", ids, 4),
+        keys.marks(b"weights", "x", ids, 8),
+        keys.marks(b"weights", "x", ids + 1, 4),
+    ):
+        assert not set(mine) & set(other)
