@@ -25,7 +25,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -159,12 +158,19 @@ def read_header(data: bytes | memoryview) -> Header:
         raise CorruptError(f"the header says nothing that makes sense: {error!r}") from error
     arrays, end = [], 0
     for name, dtype, shape in listed:
-        if not all(type(size) is int and 0 <= size < 1 << 48 for size in shape) or len(shape) > 32:
+        numbers = room = 1
+        for size in shape:
+            if type(size) is not int or size < 0:
+                raise CorruptError(f"array {name!r} has the shape {shape}")
+            numbers *= size
+            room *= size or 1  # numpy takes no huge axes beside an empty one either
+        if room > 1 << 48 or len(shape) > 32:
             raise CorruptError(f"array {name!r} has the shape {shape}")
-        arrays.append((name, dtype, shape, _aligned(end)))
-        end = _aligned(end) + math.prod(shape) * dtype.itemsize
-    names = {name for name, *_ in arrays if isinstance(name, str)}
-    if len(names) != len(arrays):
+        offset = _aligned(end)
+        end = offset + numbers * dtype.itemsize
+        arrays.append((name, dtype, shape, offset))
+    names = [name for name, *_ in arrays]
+    if len(set(map(str, names))) != len(names) or any(type(name) is not str for name in names):
         raise CorruptError("two arrays have one name, or names that are no texts")
     if not isinstance(key, str) or not isinstance(meta, dict):
         raise CorruptError("the key is no text, or meta no object")
@@ -202,8 +208,10 @@ def decode(
         raise CorruptError("the payload is damaged: its checksum is another")
     if header.compression is not None:
         payload = memoryview(zstd.decompress(payload, header.nbytes, header.compression))
+    size = header.nbytes
     arrays = {
-        name: np.ndarray(shape, dtype, buffer=payload, offset=offset if math.prod(shape) else 0)
+        # Empty ones may begin where the payload ends, which numpy does not take.
+        name: np.ndarray(shape, dtype, buffer=payload, offset=offset if offset < size else 0)
         for name, dtype, shape, offset in header.arrays
     }
     return Entry(arrays, header.meta)

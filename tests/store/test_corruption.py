@@ -194,6 +194,7 @@ LIES = {
     "a negative size": put(arrays=[["k", "uint8", [-1]]], nbytes=-1),
     "a size that is true": put(arrays=[["k", "uint8", [True]]], nbytes=1),
     "a size that is a float": put(arrays=[["k", "uint8", [1.0]]], nbytes=1),
+    "huge and empty": put(arrays=[["k", "uint8", [0, 1 << 47, 1 << 47]]], nbytes=0),
     "too many axes": put(arrays=[["k", "uint8", [1] * 99]], nbytes=1),
     "less than is there": put(arrays=[["k", "uint8", [1]]], nbytes=1),
     "no arrays": put(arrays=[]),
