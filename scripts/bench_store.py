@@ -41,7 +41,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory(dir=options.path, prefix="bench_store-") as name:
         for size in options.size or disk.SIZES:
-            rounds = max(5, min(options.rounds, options.rounds * 8 * disk.MiB // size))
+            rounds = max(5, min(options.rounds, options.rounds * 16 * disk.MiB // size))
             below = Path(name) / str(size)
             below.mkdir()
             results += disk.measured(below, size, rounds)

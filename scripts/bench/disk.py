@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -116,10 +117,13 @@ def measured(path: Path, nbytes: int, rounds: int) -> list[dict[str, Any]]:
         call()
         times.setdefault((way, what), []).append(time.perf_counter() - start)
 
-    for number in range(rounds):
-        order = list(ways)[number % len(ways) :] + list(ways)[: number % len(ways)]
+    shuffled = random.Random(nbytes)
+    order = list(ways)
+    for _ in range(rounds):
+        shuffled.shuffle(order)  # in turn, each would always come after the same other
         for way in order:
             _, tier, what = ways[way]
+            os.sync()  # nobody pays for what another left unsynced
             timed(way, "write", lambda tier=tier, what=what: tier.write("k0", what))
         for way in order:
             place, tier, _ = ways[way]
