@@ -26,7 +26,7 @@ class Moves(Ledger):
     def __init__(
         self,
         *args: Any,
-        convert: Callable[[Entry, str], Entry] | None,
+        convert: Callable[[Entry, str], Entry],
         queue_entries: int,
         queue_bytes: int,
         **kwargs: Any,
@@ -75,10 +75,10 @@ class Moves(Ledger):
     def _formed(self, entry: Entry, record: Record, shelf: Shelf) -> Entry:
         """The entry in the shelf's form, with what the store knows of it."""
         exact = entry.meta.get("form", "exact") == "exact"
-        if exact and shelf.form != "exact" and self._convert is not None:
+        if exact and shelf.form != "exact":
             try:
                 entry = self._convert(entry, shelf.form)
-            except UnsupportedError:  # this kind cannot: it stays exact, and its meta says so
+            except (UnsupportedError, CorruptError):  # it stays as it is, and its meta says so
                 with self.changed:
                     shelf.counts["unconverted"] += 1
         # What a device tier had is JAX's.

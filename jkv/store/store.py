@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import time
 from collections import Counter
@@ -29,11 +30,15 @@ class Store(Upkeep):
     below, and out of the last one it is evicted; what is read further down is copied to the first.
     Threads do both, from queues that are bounded: where the one down is full, the caller moves the
     entry itself; where the one up is full, the entry stays where it is, counted. `close` finishes
-    what was begun and writes what only a tier in this process has to one that lasts.
+    what was begun and writes what only a tier in this process has to one that lasts; without it,
+    and without `write_through`, such entries end with the process.
 
     An entry is whole and immutable: a put under the same key replaces it for later readers, whether
     there was room for the new one or not. `get` by key answers with the latest put;
     `longest_prefix` finds, among entries put with their tokens, one that begins like those given.
+
+    Several processes may share a tier that lasts: a key that one does not know is looked for there,
+    the latest put of a name is the one that stands, and each keeps to the limits for what it knows.
 
     Counters balance at any time: accesses = hits + misses, and puts + found = entries + replaced +
     removed + expired + evicted + rejected + lost, where `found` are entries of another process, or
@@ -48,7 +53,7 @@ class Store(Upkeep):
         tenant_bytes: what each tenant may have, or by tenant; entries count once, as they were put.
         write_through: a put is written to all tiers before it returns.
         forms: "int8" or "int4" by name of tier: what it holds is converted, its meta says so.
-        convert: does it: an entry and a form to an entry.
+        convert: does it, of an entry and a form; by default for caches, other entries stay.
         chunk: tokens between two marks; a shorter prefix is not found. A mark takes about 450 bytes
             of this process, a token 4 more.
         queue_entries, queue_bytes: what may wait for each tier.
@@ -86,8 +91,8 @@ class Store(Upkeep):
         forms = dict(forms or {})
         if unknown := set(forms) - set(names):
             raise ValueError(f"forms got {sorted(unknown)}; expected names of tiers: {names}")
-        if any(form != "exact" for form in forms.values()) and convert is None:
-            raise ValueError("forms need convert=, a function of an entry and a form")
+        if convert is None and (unknown := set(forms.values()) - {"exact", "int8", "int4"}):
+            raise ValueError(f"forms got {sorted(unknown)}; expected int8 or int4, or convert=")
         super().__init__(
             [
                 Shelf(tier, name, policy, forms.get(name, "exact"))
@@ -96,7 +101,7 @@ class Store(Upkeep):
             policy,
             chunk=chunk,
             tenant_bytes=tenant_bytes,
-            convert=convert,
+            convert=_converted if convert is None else convert,
             queue_entries=queue_entries,
             queue_bytes=queue_bytes,
             clock=clock,
@@ -411,6 +416,10 @@ class Store(Upkeep):
     def __len__(self) -> int:
         """Entries."""
         return len(self.index)
+
+
+def _converted(entry: Entry, form: str) -> Entry:
+    return importlib.import_module("jkv.store.pack").converted(entry, form)
 
 
 def _nearness(record: Record) -> tuple[int, int]:

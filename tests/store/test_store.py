@@ -441,7 +441,7 @@ def test_forms_are_of_a_tier_and_said():
     assert disk.entries["0::a"].nbytes == 10
     assert disk.entries["0::d"].nbytes == 100  # it stays exact where it cannot be converted
     with pytest.raises(ValueError, match="convert="):
-        Store([memory], forms={"memory": "int8"})
+        Store([memory], forms={"memory": "int7"})
     with pytest.raises(ValueError, match="names of tiers"):
         Store([memory], forms={"tape": "int8"})
 
