@@ -33,16 +33,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="One object on standard out
 
 
 def drawing(
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    penalty: float | None,
-    seed: int,
+    temperature: Any, top_k: Any, top_p: Any, min_p: Any, penalty: Any, seed: int
 ) -> dict[str, Any]:
-    """The keywords `sampler` and `key` that the options describe.
+    """The keywords `sampler` and `key` that the options describe, whoever has read them.
 
     Raises:
+        TypeError: no number.
         ValueError: a value out of range, used or not.
     """
     import jax
@@ -66,6 +62,6 @@ def drawing(
     return {"sampler": sampling.chain(*chosen, heat, *cuts), "key": jax.random.key(seed)}
 
 
-def stops(texts: list[str] | None, config: Any) -> list[Any] | None:
-    """What `stop=` gets: the texts beside the checkpoint's end-of-text ids."""
+def stops(texts: list[Any] | None, config: Any) -> list[Any] | None:
+    """What `stop=` gets: texts and ids beside the checkpoint's end-of-text ids."""
     return [*config.end_ids, *texts] if texts else None
