@@ -293,7 +293,9 @@ def paged(
     if bits is not None and codec is not None:
         raise ValueError(f"paged got bits={bits!r} and codec={codec!r:.60}; expected one of them")
     if bits is not None:
-        codec = Affine(bits=bits, axis="token", group=None if bits == 8 else 64)
+        # One step per token where that is fine enough: with several, TPUs copy the whole pool, and
+        # the kernel for GPUs cannot.
+        codec = Affine(bits=bits, axis="token", group=None if bits >= 4 else 64)
     keys, values = _codecs(codec)
     return PagedKind(int(page), None if pages is None else int(pages), keys, values, managed)
 

@@ -458,7 +458,9 @@ def test_requantise_keeps_the_pages():
 def test_what_is_no_kind():
     assert jkv.paged(8, codec=jkv.quantized(8)) == jkv.paged(8, 8)
     token = jkv.quantized(bits=4, key_axis="token", residual=0)
-    assert jkv.paged(codec=token) == jkv.paged(16, 4) == jkv.paged(codec=Affine(4, "token", 64))
+    assert jkv.paged(codec=token) == jkv.paged(codec=Affine(4, "token", 64))
+    # One step per token: two make TPUs copy the pool, and no kernel for GPUs takes them.
+    assert jkv.paged(16, 4) == jkv.paged(codec=Affine(4, "token", None))
     assert jkv.paged(codec=Sparse(0.5)).keys == Sparse(0.5)
     for options, error, message in (
         ({"page": 0}, ValueError, "page=0"),
