@@ -275,6 +275,9 @@ class Reads(Moves):
                 shelf.measured(nbytes, seconds, self.timer())
                 shelf.counts["bytes_read"] += nbytes
                 self.counts["seconds_reading"] += seconds  # pyright: ignore[reportArgumentType]
+            full = not shelf.fits(0, 0)
+        if full:  # another process's put was longer than what was known
+            self.trim(at)
 
     def _took(self, ask: Ask, at: int, found: Any) -> None:
         """What a shelf said when asked for an entry that is held. Under the lock."""

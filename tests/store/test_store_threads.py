@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import random
 import sys
@@ -191,6 +192,57 @@ def test_the_checks_find_a_wrong_value(monkeypatch):
 
 def _other(entry):
     return entry and Entry(entry.arrays, {**entry.meta, "turn": entry.meta["turn"] + 1})
+
+
+def other_process(me, path, seconds, results):
+    """Puts, removes and reads what another process does too."""
+    draw, wrong, found = random.Random(me), 0, 0
+    end = time.monotonic() + seconds
+    tiers = [Memory(1000), Disk(path, 8000)]
+    with Store(tiers, write_through=me == 0, chunk=8) as store:
+        while time.monotonic() < end:
+            key = draw.randrange(20)
+            what = draw.random()
+            if what < 0.3:
+                store.put(str(key), entry_of(key, draw.randrange(99)), tokens=[key] * 20)
+            elif what < 0.35:
+                store.remove(str(key))
+            elif what < 0.37:
+                store.refresh()
+            else:
+                match = store.longest_prefix([key] * 20) if what < 0.5 else None
+                got = store.get(str(key)) if match is None else match.entry
+                if got is not None:
+                    found += 1
+                    expected = entry_of(got.meta["key"], got.meta["turn"])
+                    same = np.array_equal(got.arrays["x"], expected.arrays["x"])
+                    wrong += got.meta["key"] != key or not same
+                if match is not None:
+                    match.release()
+        store.drain()
+        figures = check(store)
+        results.put((wrong, found, figures["found"]))
+
+
+def test_two_processes_on_one_directory(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+    seconds = 60 if SOAK else 1
+    processes = [
+        spawn.Process(target=other_process, args=(me, tmp_path, seconds, results))
+        for me in range(2)
+    ]
+    for process in processes:
+        process.start()
+    said = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    results.close()
+    for wrong, found, foreign in said:
+        assert wrong == 0
+        assert found > 20
+        assert foreign > 0
 
 
 def test_number_is_whole():
