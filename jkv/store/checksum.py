@@ -1,7 +1,8 @@
-"""A checksum of large payloads, as fast as memory: sums of columns, and SHA-256 over the sums.
+"""A checksum of large payloads, as fast as memory: sums of rows and columns, and their SHA-256.
 
 Reading an entry back from a disk of 1 to 2 GB/s must not take longer for looking at it: here
-zlib's CRC-32 does 4.5 GB/s, SHA-256 1.4, BLAKE2b 0.7, and this 9.
+zlib's CRC-32 does 4.5 GB/s, SHA-256 1.4, BLAKE2b 0.7, and this 13, or 6 where what is summed up
+comes from memory and not from the processor's cache.
 """
 
 from __future__ import annotations
@@ -16,19 +17,17 @@ SIZE = 16  # bytes of a checksum
 _ROWS, _WORDS = 64, 512  # of a block, which stays in a core's cache
 _ROW = 8 * _WORDS
 PIECE = _ROWS * _ROW  # 256 KiB; pieces of so many bytes, or a multiple, are not copied
-# One odd number for each row of a block, the same for all time: they are part of the format.
-_WEIGHTS = np.frombuffer(hashlib.shake_256(b"jkv blob 1").digest(8 * _ROWS), "<u8") | np.uint64(1)
 
 
 class Checksum:
     """Sixteen bytes that change with the bytes of the pieces, read as one text.
 
     Of a block of 64 rows of 512 words, SHA-256 takes the sum of each row and the sum of each
-    column, where each word counts times its row's odd number, all modulo 2⁶⁴; and what is left
-    over as it is. A change shows in its column unless that column has two, and in its row unless
-    that has two: whatever happens to three words of a block is seen for certain, as are changes
-    within one row of 4 KiB; rows that changed places, zeros, and other changes at random, but for
-    one in 2⁶⁴. Against errors, not against people: who can write a blob can write its checksum.
+    column, modulo 2⁶⁴, and what is left over as it is. A change shows in its column unless that
+    column has two, and in its row unless that has two: whatever happens to three words of a block
+    is seen for certain, as are changes of one row of 4 KiB, rows that changed places with others
+    of another sum, and all others that do not cancel in rows and in columns at once. Against
+    errors, not against people: who can write a blob can write its checksum.
     """
 
     def __init__(self) -> None:
@@ -61,8 +60,8 @@ class Checksum:
     def _fold(self, block: memoryview) -> None:
         """Adds the sums of up to 64 rows of 4 KiB."""
         rows = np.frombuffer(block, "<u8").reshape(-1, _WORDS)
-        self._digest.update(np.einsum("rw,r->w", rows, _WEIGHTS[: len(rows)]).data)
-        self._digest.update(rows.sum(axis=1).data)
+        self._digest.update(np.add.reduce(rows, axis=0).data)
+        self._digest.update(np.add.reduce(rows, axis=1).data)
 
 
 def checksum(pieces: Iterable[memoryview]) -> bytes:

@@ -127,7 +127,7 @@ def test_the_checksum_sees_what_it_says():
         changed[at : at + 4096], changed[:4096] = data[:4096], data[at : at + 4096]
         seen.add(checksum([memoryview(changed)]))
     assert len(seen) == 3 * len(pages)  # the first page in its own place is no change
-    # The highest bits of a column, which count alike in its sum, two and two.
+    # The highest bits of a column, two and two, which its sum does not see.
     for first, second in itertools.combinations(range(7, 64 * 4096, 4096 * 13), 2):
         changed = bytearray(data)
         changed[first] ^= 128
