@@ -23,13 +23,15 @@ def test_readme_has_an_example_of_a_screen():
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_readme_example_runs_as_written(example, monkeypatch, capsys):
+def test_readme_example_runs_as_written(example, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)  # it keeps caches in a directory
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["out"].tokens.shape == (2, 32)
     assert names["more"].tokens.shape == (2, 16)
     assert names["tokens"].shape == (1, 8)
+    assert [len(request.tokens) for request in names["requests"]] == [32, 32]
     assert len(capsys.readouterr().out) > 100
 
 
