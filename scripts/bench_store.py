@@ -6,7 +6,8 @@ All ways take turns; shown are median speeds, and the median share of raw files'
 turn, which is the better figure where a machine does other things as well. "read" is from the disk:
 what the system had in memory of the files is dropped before (as far as the host of a virtual
 machine lets it); "read again" is from the system's memory. Raw files are synced, renamed and their
-directory synced, as the tier does it; diskcache syncs nothing.
+directory synced, as the tier does it; diskcache syncs nothing. The processor's time, of a write and
+of a read, does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main() -> None:
         scan = disk.scans(Path(name), options.entries) if options.entries else None
 
     table = Table(title="disk tier: GB/s, and of raw files' speed")
-    for column in ("bytes", "way", "write", "read", "read again"):
+    for column in ("bytes", "way", "write", "read", "read again", "ms of CPU"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for size in dict.fromkeys(row["bytes"] for row in results):
         for way in dict.fromkeys(row["way"] for row in results):
@@ -59,7 +60,13 @@ def main() -> None:
                 for row in results
                 if (row["bytes"], row["way"], row["what"]) == (size, way, what)
             ]
-            table.add_row(f"{size:,}", way, *cells)
+            processor = [
+                f"{1e3 * row['processor seconds']:.2f}"
+                for what in ("write", "read")
+                for row in results
+                if (row["bytes"], row["way"], row["what"]) == (size, way, what)
+            ]
+            table.add_row(f"{size:,}", way, *cells, ", ".join(processor))
         table.add_section()
     console.print(table)
     console.print(

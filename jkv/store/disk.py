@@ -47,8 +47,8 @@ class Disk:
     newest 32 are kept. Files of other names are left alone.
 
     The layout is that of tensorstore's file driver, so ``Remote("file:///...")`` reads and writes
-    the same directory. It is not used here since it reaches 40 % of the disk's speed reading and
-    20 to 40 % writing: from Python, values are copied into pieces of 4 KiB and out of them again.
+    the same directory. It is not used here since it reads 64 MB at a third of a file's speed and
+    writes at half: from Python, values are copied into pieces of 4 KiB, and out of a buffer again.
 
     Args:
         path: created if it is not there.

@@ -111,11 +111,13 @@ def measured(path: Path, nbytes: int, rounds: int) -> list[dict[str, Any]]:
     if importlib.util.find_spec("diskcache"):
         ways["diskcache"] = (path / "dc", DiskCache(path / "dc"), blob)
     times: dict[tuple[str, str], list[float]] = {}
+    processor: dict[tuple[str, str], list[float]] = {}
 
     def timed(way: str, what: str, call: Callable[[], Any]) -> None:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         call()
         times.setdefault((way, what), []).append(time.perf_counter() - start)
+        processor.setdefault((way, what), []).append(time.process_time() - used)
 
     shuffled = random.Random(nbytes)
     order = list(ways)
@@ -142,6 +144,7 @@ def measured(path: Path, nbytes: int, rounds: int) -> list[dict[str, Any]]:
                 "way": way,
                 "what": what,
                 "seconds": median,
+                "processor seconds": statistics.median(processor[way, what]),
                 "GB/s": nbytes / median / 1e9,
                 "of raw": raw / median,
                 "of raw, pair by pair": share,
