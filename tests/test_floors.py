@@ -24,6 +24,7 @@ ROOTS = ("jkv", "jkv.__main__")
 # floor below it and itself; the root names things for others and imports on first use only.
 FLOORS = {
     "jkv._axes": 0,
+    "jkv._bytes": 0,
     "jkv._pytree": 0,
     "jkv._version": 0,
     "jkv.errors": 0,

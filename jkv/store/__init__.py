@@ -9,6 +9,7 @@ from typing import Any
 _HOME = {
     "ARC": "jkv.store.policy",
     "CostAware": "jkv.store.policy",
+    "Device": "jkv.store.device",
     "Disk": "jkv.store.disk",
     "Entry": "jkv.store.entry",
     "Evictor": "jkv.store.policy",
@@ -23,6 +24,8 @@ _HOME = {
     "Policy": "jkv.store.policy",
     "Remote": "jkv.store.remote",
     "SLRU": "jkv.store.policy",
+    "pack": "jkv.store.pack",
+    "unpack": "jkv.store.pack",
 }
 
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
