@@ -33,19 +33,8 @@ from rich.table import Table
 
 import jkv
 from bench import machine
-from jkv.models import Config, Rope
+from bench.kept import LLAMA_42M
 
-LLAMA_42M = Config(
-    vocab=32000,
-    layers=8,
-    width=512,
-    heads=8,
-    kv_heads=8,
-    head_dim=64,
-    feed_forward=1376,
-    context=2048,
-    rope=Rope(dims=64),
-)
 PROMPT, ANSWER = (3.6, 1.0), (4.1, 0.9)  # of the logarithms: mean and standard deviation
 SYSTEM = 48  # tokens of a system prompt
 SECTIONS = ("trace", "prefix", "host")

@@ -43,6 +43,7 @@ class Run:
     """A generation under way: `blocks` yields what is new, `result` closes it."""
 
     def __init__(self, model: Any, prompts: Any, options: Options):
+        self.started = self.first_read = self.last_read = time.perf_counter()
         self.options = options
         self.model, self.tokenizer = split_model(model)
         config, resume = self.model.config, options.resume
@@ -79,8 +80,6 @@ class Run:
         self.rows = [_Row(strings) for strings in self.stops.strings]
         self.state: Any = None  # a loop.State from the prefill on
         self.exhausted = False  # all blocks have been read, rather than interrupted
-        self.started = time.perf_counter()
-        self.first_read = self.last_read = self.started
 
     def _history(self, resume: Any) -> list[np.ndarray]:
         """All tokens of each row so far; a resumed row's waiting token joins its new ones."""
