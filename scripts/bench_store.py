@@ -3,11 +3,12 @@
     python scripts/bench_store.py --path /where/the/disk/is --json store.json
 
 Sections: memory, disk, restart. On disk all ways take turns; shown are median speeds, and the
-median share of raw files' speed in the same turn, which is the better figure where a machine does other things as well. "read" is from the disk:
-what the system had in memory of the files is dropped before (as far as the host of a virtual
-machine lets it); "read again" is from the system's memory. Raw files are synced, renamed and their
-directory synced, as the tier does it; diskcache syncs nothing. The processor's time, of a write and
-of a read, does not depend on what else the machine does.
+median share of raw files' speed in the same turn, which is the better figure where a machine does
+other things as well. "read" is from the disk: what the system had in memory of the files is dropped
+before (as far as the host of a virtual machine lets it); "read again" is from the system's memory.
+Raw files are synced, renamed and their directory synced, as the tier does it; diskcache syncs
+nothing. The processor's time, of a write and of a read, does not depend on what else the machine
+does.
 """
 
 from __future__ import annotations
