@@ -29,6 +29,7 @@ class _Past:
     turns: int = 0
     reused: int = 0
     prefilled: int = 0
+    seconds: float = 0.0  # that the cache took to make
 
 
 class Chat:
@@ -123,10 +124,12 @@ class Chat:
         """The conversation that the store has under a key, or a new one."""
         found = shelf.known(key)
         messages = () if found is None else tuple(found[2].get("messages", ()))
-        if found is None or messages[: len(self._system)] != self._system:
+        if found is None or not messages or messages[: len(self._system)] != self._system:
             return _Past(self._system)
         cache, tokens, meta = found
-        return _Past(messages, _past_result(cache, tokens, self._config), int(meta["turns"]))
+        result = _past_result(cache, tokens, self._config)
+        seconds = float(meta.get("seconds") or 0)
+        return _Past(messages, result, int(meta.get("turns", 0)), seconds=seconds)
 
     @property
     def messages(self) -> list[Message]:
@@ -179,10 +182,11 @@ class Chat:
         """The beginning of a conversation that another one in the store has too."""
         if self._shelf is None:
             return None
-        cache, size = self._shelf.find(None, np.asarray(ids, np.int32))
-        if cache is None:
+        found = self._shelf.find(None, np.asarray(ids, np.int32))
+        if found.cache is None:
             return None
-        return _past_result(cache, np.asarray(ids[:size], np.int32), self._config)
+        held = np.asarray(ids[: found.length], np.int32)
+        return _past_result(found.cache, held, self._config)
 
     def _reply(self, past: _Past, after: _Past, blocks: Stream) -> Iterator[str]:
         """Pieces of text; at their end the conversation goes from `past` to `after`."""
@@ -196,12 +200,15 @@ class Chat:
         if self._past is not past:
             raise JkvError("another turn was taken while this reply was being read; send it again")
         reply, result = _message("assistant", said[:given]), blocks.result
-        self._past = dataclasses.replace(after, messages=(*after.messages, reply), result=result)
+        seconds = past.seconds + result.prefill_seconds + result.decode_seconds
+        now = dataclasses.replace(
+            after, messages=(*after.messages, reply), result=result, seconds=seconds
+        )
         if self._shelf is not None:
-            seconds = result.prefill_seconds + result.decode_seconds
-            words = {"messages": list(self._past.messages), "turns": self._past.turns}
+            words = {"messages": list(now.messages), "turns": now.turns}
             held = result.history[0][: int(result.cache.lengths[0])]
             self._shelf.keep(self._id, held, result.cache, seconds, **words)
+        self._past = now
 
     def _ids(self, messages: tuple[Message, ...]) -> list[int]:
         return self._tokenizer.chat_ids(list(messages), add_generation_prompt=True)

@@ -110,6 +110,7 @@ class Run:
         """What the store has of each row; it is left out of what is to be read."""
         options = self.options
         self.found: list[Cache | None] = []
+        self.spared: list[float] = []  # seconds
         self.shelf = None
         self.ids = stored.check_ids(options.sequence_ids, len(self.new))
         if options.store is None:
@@ -123,9 +124,11 @@ class Run:
             )
         self.shelf = stored.Shelf(options.store, self.model, kind, options.tenant)
         for i, (key, row) in enumerate(zip(self.ids, self.new, strict=True)):
-            cache, self.reused[i] = self.shelf.find(key, row)
-            self.found.append(cache)
-            self.new[i] = row[self.reused[i] :]
+            found = self.shelf.find(key, row)
+            self.found.append(found.cache)
+            self.spared.append(found.seconds)
+            self.reused[i] = found.length
+            self.new[i] = row[found.length :]
 
     def _first_cache(self, kind: Any, longest: int) -> Cache:
         """The cache to begin with: a new one, or the resumed one with room for what comes."""
@@ -300,7 +303,8 @@ class Run:
         """Each row into the store, but for its last token, which has no keys and values yet."""
         seconds = (self.last_read - self.started) / len(history)
         for i, (key, row) in enumerate(zip(self.ids, history, strict=True)):
-            shelf.keep(key, row[:-1], stored.row_of(cache, i), seconds)
+            # The whole cache's, with what an earlier one took to make.
+            shelf.keep(key, row[:-1], stored.row_of(cache, i), seconds + self.spared[i])
 
 
 def generate(

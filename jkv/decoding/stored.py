@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,24 @@ from jkv.models.fingerprint import fingerprint
 from jkv.store.entry import Entry
 
 TOKENS = "tokens"  # the array of an entry that says what it is the cache of
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a store has of a row.
+
+    Attributes:
+        cache: of one row, None for nothing.
+        length: its tokens.
+        seconds: that it took to make.
+    """
+
+    cache: Cache | None = None
+    length: int = 0
+    seconds: float = 0.0
+
+
+NOTHING = Found()
 
 
 class Shelf:
@@ -35,11 +54,14 @@ class Shelf:
             raise TypeError(f"store got {store!r:.60}; expected a jkv.store.Store")
         if not isinstance(tenant, str):
             raise TypeError(f"tenant got {tenant!r:.60}; expected a text")
+        from jkv.store.pack import check_kind
+
+        check_kind(kind)
         self.store, self.tenant = store, tenant
         self.fingerprint = fingerprint(model, kind)
 
-    def find(self, key: str | None, tokens: np.ndarray) -> tuple[Cache | None, int]:
-        """The cache of the longest known beginning of `tokens`, and how long that is.
+    def find(self, key: str | None, tokens: np.ndarray) -> Found:
+        """The longest known beginning of `tokens`.
 
         Less than all of them: the last one is left to be computed, whose logits are wanted.
 
@@ -51,16 +73,22 @@ class Shelf:
         if key is not None:
             try:
                 with self.store.open(key, **who) as handle:
-                    return self._cropped(key, handle.entry, tokens)
+                    found = self._cropped(key, handle.entry, tokens)
             except KeyError:
-                pass
+                found = NOTHING
+            if found.length == len(tokens) - 1:
+                return found
+        else:
+            found = NOTHING
         match = self.store.longest_prefix(tokens, limit=len(tokens) - 1, **who)
         if match is None:
-            return None, 0
+            return found
         with match:
+            if match.length <= found.length:
+                return found
             return self._cropped(match.key, match.entry, tokens)
 
-    def _cropped(self, key: str, entry: Entry, tokens: np.ndarray) -> tuple[Cache | None, int]:
+    def _cropped(self, key: str, entry: Entry, tokens: np.ndarray) -> Found:
         """What an entry and a prompt have in common, as far as its kind can give it."""
         held = np.asarray(entry.arrays.get(TOKENS, ()))
         size = min(len(held), len(tokens) - 1)
@@ -68,19 +96,25 @@ class Shelf:
         common = int(differ[0]) if len(differ) else size
         cache = self._unpacked(key, entry) if common else None
         if cache is None:
-            return None, 0
+            return NOTHING
+        seconds = float(entry.meta.get("seconds") or 0) * common / len(held)
         try:
-            return (cache if common == len(held) else cache.crop(common)), common
+            return Found(cache if common == len(held) else cache.crop(common), common, seconds)
         except UnsupportedError:  # a kind that has let go of what comes before
-            return None, 0
+            return NOTHING
 
     def _unpacked(self, key: str, entry: Entry) -> Cache | None:
         """The cache of an entry; one that is none, or of another version, is dropped."""
-        from jkv.store.pack import unpack
+        from jkv.store.pack import converted, unpack
 
         try:
-            return unpack(entry)
-        except CorruptError:
+            if entry.meta.get("form", "exact") != "exact":
+                entry = converted(entry, "exact")  # of a tier that rounds: the kind does not
+            cache = unpack(entry)
+            if cache.lengths.tolist() != [len(entry.arrays[TOKENS])]:
+                raise CorruptError("an entry of other tokens than its cache's")
+            return cache
+        except (CorruptError, KeyError):
             self.store.remove(key, tenant=self.tenant)
             return None
 

@@ -38,6 +38,7 @@ class Part:
     said: Array  # [R, n]
     active: Array  # [R]
     refused: Array  # [R]
+    broken: Array  # [R]
 
 
 @dataclasses.dataclass
@@ -71,10 +72,11 @@ class Batch:
         self.model, self.config = model, model.config
         self.pages, self.page, self.lanes = pages, self.kind.page, lanes
         self.block, self.chunk, self.rows = block, min(chunk, self.config.context), rows
-        cache = loop.new_cache(self.config, self.kind, 1, self.config.context, self.config.dtype)
+        cache = self._empty()
         self.layers = cache.layers
         self.columns = tuple(table.shape[1] for table in cache.tables)
         self.windows = tuple(pool.window for pool in pools(cache.layers))
+        self.rounds = self.kind.keys is not None
         self._leaving: list[tuple[bytes, int]] = []
         self.kept: Kept | None = None
         mark, hook = b"", None
@@ -84,15 +86,30 @@ class Batch:
             self.kept = Kept(store, mark)
             # Where layers see differently far, a prefix needs pages of all of them at once.
             hook = self._left if len(self.columns) == 1 else None
-        self.pools = [
-            PagePool(pages=pages, page=self.page, policy=policy, fingerprint=mark, on_evict=hook)
-            for _ in self.columns
-        ]
+        self._pool = functools.partial(
+            PagePool, pages=pages, page=self.page, policy=policy, fingerprint=mark, on_evict=hook
+        )
+        self.pools = [self._pool() for _ in self.columns]
         self.state = device.empty(lanes, self.columns, ENDS)
         self.groups: dict[Any, int] = {}
+        self._seen_sizes: set[int] = set()  # of what has been moved, and is compiled
         self.page_bytes = nbytes(self.layers) / pages / len(self.columns)
         self.rate = FIRST_RATE
         self.waited = 0.0  # seconds for the device, in all
+
+    def _empty(self) -> Any:
+        slots = self.config.context
+        return loop.new_cache(self.config, self.kind, 1, slots, self.config.dtype)
+
+    def reset(self) -> None:
+        """Empty pages and lanes; what pools and device had is forgotten."""
+        # What is left of the old ones goes first.
+        self.layers, self.groups, self._leaving = (), {}, []
+        self.layers = self._empty().layers
+        self.state = device.empty(self.lanes, self.columns, ENDS)
+        self.pools = [self._pool() for _ in self.columns]
+        if self.kept is not None:
+            self.kept.drop()
 
     # Pages.
 
@@ -221,9 +238,12 @@ class Batch:
 
     def let_go(self, seat: Seat) -> None:
         """Give back the pages that have left the windows of their layers."""
+        self._let_go(seat, seat.written())
+
+    def _let_go(self, seat: Seat, written: int) -> None:
         for seq, window in zip(seat.held, self.windows, strict=True):
-            if window is not None and seat.written() >= window:
-                seq.drop_before(seat.written() - window + 1)
+            if window is not None and written >= window:
+                seq.drop_before(min(written - window + 1, seq.length))
 
     def pool_stats(self) -> dict[str, int]:
         """Figures of the pools, summed."""
@@ -242,12 +262,29 @@ class Batch:
         """The sampler's place among the structures that the lanes know."""
         if sampler is None:
             return -1
-        leaves, tree = jax.tree.flatten(_plain(sampler))
-        signature = (tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        signature = _signature(_plain(sampler))
         if signature not in self.groups:
             self.state = device.with_sampler(self.state, _plain(sampler), self.config.vocab)
             self.groups[signature] = len(self.groups)
         return self.groups[signature]
+
+    def check_sampler(self, sampler: Any) -> None:
+        """Refuse one that cannot be run, before it is in a program that others share.
+
+        Raises:
+            Exception: whatever it raises.
+        """
+        if sampler is None:
+            return
+        plain = _plain(sampler)
+        if _signature(plain) not in self.groups:
+            vocab = self.config.vocab
+
+            def once(sampler: Any, said: Any) -> Any:
+                state = sampler.init(said[None], vocab)
+                return sampler.update(jnp.zeros((1, vocab)), state, said[:1])
+
+            jax.eval_shape(once, plain, np.full(bucket(self.config.context), PAD, np.int32))
 
     def install(self, seat: Seat) -> None:
         """The request's state in its lane."""
@@ -341,11 +378,11 @@ class Batch:
             grown.append(device.Grown(start=start, pages=pages))
         return tuple(grown)
 
-    def read(self, part: Part) -> Iterator[tuple[Seat, list[int], bool]]:
-        """What a pass said: per seat its new tokens, and whether it would say more."""
+    def read(self, part: Part) -> Iterator[tuple[Seat, list[int], bool, bool]]:
+        """What a pass said: per seat its new tokens, whether it would say more, and is broken."""
         began = time.perf_counter()
         said, active = np.asarray(part.said).tolist(), np.asarray(part.active).tolist()
-        refused = np.asarray(part.refused)
+        refused, broken = np.asarray(part.refused), np.asarray(part.broken).tolist()
         self.waited += time.perf_counter() - began
         for row, seat in part.seats:
             if refused[row]:
@@ -353,10 +390,35 @@ class Batch:
             tokens = said[row]
             while tokens and tokens[-1] == PAD:
                 tokens.pop()
-            yield seat, tokens, active[row]
+            yield seat, tokens, active[row], broken[row]
 
-    def warm(self) -> None:
-        """Compile every pass; no request takes part."""
+    def warm(self, swaps: bool) -> None:
+        """Compile every pass, and what moves pages where `swaps`; no request takes part."""
+        context = bucket(self.config.context)
+        for group in range(-1, len(self.state.samplers)):
+            what = {
+                "tables": tuple(_filled((), width) for width in self.columns),
+                "lengths": np.int32(0),
+                "token": np.int32(0),
+                "active": np.bool_(False),
+                "left": np.int32(0),
+                "ends": _filled((), ENDS, -2),
+                "keys": jax.random.key(0),
+            }
+            if group >= 0:
+                some = jax.tree.map(lambda leaf: np.asarray(leaf[0]), self.state.samplers[group])
+                what |= {"said": _filled((), context, PAD), "sampler": some}
+            # A lane past the last is nobody's.
+            self.state = device.installed(
+                self.state, group, self.config.vocab, np.int32(self.lanes), what
+            )
+        size = 4
+        while swaps and size <= bucket(self.pages_for(self.config.context), 4):
+            tables = tuple(_filled((), size) for _ in self.columns)
+            pages = jax.device_get(_gathered(self.layers, tables))
+            self.layers = _scattered(self.layers, tables, pages)
+            self._known_size(nbytes(pages))
+            size = bucket(size + 1, 4)
         for width in self.widths:
             grown = self._grown(width, [], self.block)
             self.layers, self.state, *_ = device.decoded(
@@ -392,11 +454,28 @@ class Batch:
         began = time.perf_counter()
         pages = jax.device_get(_gathered(self.layers, self._tables(seat, length)))
         size = nbytes(pages)
-        self.rate = size / max(time.perf_counter() - began, 1e-6)
+        if self._known_size(size):
+            rate = size / max(time.perf_counter() - began, 1e-6)
+            self.rate = (self.rate + rate) / 2
         if self.kept is None:
             return Saved(length, size, pages=pages)
         key = self.kept.put_aside(seat.request.number, pages, length)
         return None if key is None else Saved(length, size, key=key)
+
+    def _known_size(self, size: int) -> bool:
+        """Whether so much has been moved before, so that its time is not that of a compiler."""
+        known = size in self._seen_sizes
+        self._seen_sizes.add(size)
+        return known
+
+    def keep_all(self) -> None:
+        """All pages that may be found again to the store."""
+        if self.kept is not None and len(self.pools) == 1:
+            for name, page in self.pools[0].cached():
+                self._left(name, page)
+                if len(self._leaving) == 64:
+                    self._save_leaving()
+            self._save_leaving()
 
     def fetch(self, saved: Saved) -> Any:
         """What was saved; None if it was lost."""
@@ -414,6 +493,8 @@ class Batch:
         """What was saved, in pages of its own."""
         self.reserve(seat, length)
         self.layers = _scattered(self.layers, self._tables(seat, length), pages)
+        # Pages that had left a window when it was saved hold anything: nobody may find them.
+        self._let_go(seat, length)
 
     def _tables(self, seat: Seat, length: int) -> tuple[np.ndarray, ...]:
         count = self.pages_for(length)
@@ -467,6 +548,11 @@ def _plain(sampler: Any) -> Any:
         return np.asarray(leaf, np.float32) if isinstance(leaf, float) else np.asarray(leaf)
 
     return jax.tree.map(array, sampler)
+
+
+def _signature(sampler: Any) -> Any:
+    leaves, tree = jax.tree.flatten(sampler)
+    return (tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
 
 
 def _managed(kind: Any, page: int | None, pages: int) -> PagedKind:

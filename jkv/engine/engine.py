@@ -29,7 +29,7 @@ from jkv.engine.batch import Batch, Part
 from jkv.engine.request import FINISHED, RUNNING, WAITING, Request
 from jkv.engine.scheduler import Queue, Seat, shared_ahead
 from jkv.engine.stats import Stats
-from jkv.errors import PoolFullError, UnsupportedError
+from jkv.errors import NonFiniteError, PoolFullError, UnsupportedError
 
 # A request of priority p goes before those that came at most 64 p requests before it: it is
 # served sooner, and nobody waits for ever.
@@ -45,7 +45,9 @@ class Engine:
         pages: pages of the pool, each of `page` tokens in every layer.
         page: tokens per page, by default those of `cache`, which are 16.
         max_batch: requests that run at once.
-        cache: a `jkv.paged` kind, for pages in another form; by default in the model's dtype.
+        cache: a `jkv.paged` kind, for pages in another form; by default in the model's dtype. Pages
+            that round are read rounded where they are found, and exact by those who read a prompt
+            in one piece: a request may then say something else than it would alone.
         block: tokens that each request gets per step, at most: more of them make less work for
             the host, and up to twice as many slots are held that may never be used.
         prefill_chunk: tokens of a prompt per step.
@@ -107,6 +109,8 @@ class Engine:
         self._number = 0
         self._lock = threading.RLock()
         self._inside = False
+        self._torn = False  # a step has begun and has not ended
+        self._popped: list[Request] = []  # neither waiting nor in a seat, for a moment
 
     # What users do.
 
@@ -160,6 +164,7 @@ class Engine:
             raise TypeError(f"on_token got {on_token!r}; expected a function of (request, token)")
         count = 1 if samples is None else integer("samples", samples, 1)
         keys = self._keys(sampler, key, count)
+        self.batch.check_sampler(sampler)
         self.batch.check_fits(len(tokens), most, ending.ids[0])
         with self._lock:
             requests = []
@@ -233,13 +238,31 @@ class Engine:
                 running=running, waiting=len(self.waiting), pool=self.batch.pool_stats()
             )
 
+    def close(self) -> None:
+        """End all requests; pages that may be found again go to the store, if there is one."""
+        with self._stepping():
+            self._flush()
+            for seat in [seat for seat in self.seats if seat]:
+                self._leave(seat, "cancelled")
+            while len(self.waiting):
+                self._close(self.waiting.pop(), "cancelled")
+            self.batch.keep_all()
+            if self.batch.kept is not None:
+                self.batch.kept.flush(self.batch.page / self.figures.prefill_rate())
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def warm(self, samplers: Any = ()) -> None:
         """Compile all that is needed for requests with these samplers, and greedy ones."""
         with self._stepping():
             for sampler in samplers:
                 sampling.check(sampler)
                 self.batch.group_of(sampler)
-            self.batch.warm()
+            self.batch.warm(swaps=self.preemption != "recompute")
 
     # One step.
 
@@ -253,9 +276,34 @@ class Engine:
                 )
             self._inside = True
             try:
+                if self._torn:
+                    self._recover()
+                self._torn = True
                 yield
+                self._torn = False
             finally:
                 self._inside = False
+
+    def _recover(self) -> None:
+        """After a step that was interrupted: nobody knows what the device has, so begin anew.
+
+        What has been said stays said. Those who were running wait, and are read once more.
+        """
+        self._sent = []
+        self.batch.reset()
+        seated = [seat.request for seat in self.seats if seat]
+        self.seats = [None] * self.batch.lanes
+        for request in dict.fromkeys([*seated, *self._popped]):
+            if request.state == FINISHED or request in self.waiting:
+                continue
+            request.state, request.preemptions = WAITING, request.preemptions + 1
+            if request.tokens and request.tokens[-1] in request.stop_ids:
+                self._close(request, "stop")
+            elif len(request.tokens) >= request.max_new_tokens:
+                self._close(request, "length")
+            else:
+                self.waiting.push(request)
+        self._popped = []
 
     def _step(self) -> bool:
         began, waited = time.perf_counter(), self.batch.waited
@@ -267,6 +315,7 @@ class Engine:
         if self.batch.kept is not None:
             self.batch.kept.flush(self.batch.page / self.figures.prefill_rate())
         if not before and not sent:
+            self.figures.rested()
             return any(self.seats) or len(self.waiting) > 0
         self.figures.stepped(
             time.perf_counter() - began,
@@ -284,22 +333,29 @@ class Engine:
 
     def _admit(self) -> None:
         """Waiting requests into free lanes by their ranks, as long as there are pages."""
-        later: list[Request] = []
+        later = self._popped
         while len(self.waiting) and None in self.seats and len(later) < 2 * len(self.seats):
             request = self.waiting.pop()
+            later.append(request)
             if self.share and request.swapped is None:
-                ahead = shared_ahead(request.history, request.tenant, self.seats, self.batch.page)
-                if ahead:
-                    later.append(request)
+                page = self.batch.page
+                if shared_ahead(request.history, request.tenant, self.seats, page):
                     continue
-            seat = self._seated(request)
+            try:
+                seat = self._seated(request)
+            except Exception as error:
+                # Of a store, or of a sampler: what keeps this one out need not stop the others.
+                later.remove(request)
+                request.error = error
+                self._close(request, "error")
+                continue
             if seat is None:
-                later.append(request)
                 break
+            later.remove(request)
             self.seats[seat.lane] = seat
             request.state = RUNNING
-        for request in later:
-            self.waiting.push(request)
+        while later:
+            self.waiting.push(later.pop())
 
     def _seated(self, request: Request) -> Seat | None:
         """The request in the first free lane, None if there are too few pages to go on with."""
@@ -314,28 +370,33 @@ class Engine:
             cached=0,
             limit=request.max_new_tokens - len(request.tokens),
         )
-        if saved is not None:
-            seat.ahead, seat.target = 0, saved.length
-        elif self.share:
-            seat.cached = batch.match(held, request.history)
-        # Each of those that run will soon want a page more.
-        missing = batch.pages_for(seat.target + 1) - seat.cached // batch.page
-        if running and missing > batch.free_pages() - running:
-            batch.close(held)
-            return None
-        if saved is not None:
-            pages = batch.fetch(saved)
-            self._forget_swapped(request)
-            if pages is None:  # the store has lost them: as if they had not been saved
-                seat.ahead, seat.target = 1, len(request.history)
-            else:
-                batch.restore(seat, saved.length, pages)
-                seat.cached = saved.length
+        seated = False
+        try:
+            if saved is not None:
+                seat.ahead, seat.target = 0, saved.length
+            elif self.share:
+                seat.cached = batch.match(held, request.history)
+            # Each of those that run will soon want a page more.
+            missing = batch.pages_for(seat.target + 1) - seat.cached // batch.page
+            if running and missing > batch.free_pages() - running:
+                return None
+            if saved is not None:
+                pages = batch.fetch(saved)
+                self._forget_swapped(request)
+                if pages is None:  # the store has lost them: as if they had not been saved
+                    seat.ahead, seat.target = 1, len(request.history)
+                else:
+                    batch.restore(seat, saved.length, pages)
+                    seat.cached = seat.shown = saved.length
+            batch.install(seat)
+            seated = True
+        finally:
+            if not seated:
+                batch.close(held)
         if not request.preemptions:
             request.cached_tokens = seat.cached
             self.figures.counts["hit_tokens"] += seat.cached
             self.figures.counts["asked_tokens"] += seat.target
-        batch.install(seat)
         return seat
 
     def _dispatch(self) -> list[Part]:
@@ -347,15 +408,19 @@ class Engine:
         if prompts:
             self.figures.counts["prefill_tokens"] += sum(u - seat.cached for seat, u in prompts)
             parts.append(self.batch.absorb(prompts))
-            if self.share:
-                for seat, upto in prompts:
-                    self.batch.publish(seat, upto)
+            for seat, upto in prompts:
+                # Whether pages that round could hold it is known once it has been read.
+                if self.share and not self.batch.rounds:
+                    self._show(seat, upto)
         if saying:
             parts.append(self.batch.decode(saying))
-        for part in parts:
-            for _, seat in part.seats:
-                self.batch.let_go(seat)
+        for seat in [*saying, *(seat for seat, _ in prompts)]:
+            self.batch.let_go(seat)
         return parts
+
+    def _show(self, seat: Seat, upto: int) -> None:
+        self.batch.publish(seat, upto)
+        seat.shown = upto
 
     def _sits(self, seat: Seat) -> bool:
         return self.seats[seat.lane] is seat
@@ -428,12 +493,28 @@ class Engine:
         """Read what passes said into their requests."""
         said = lanes = 0
         for part in parts:
-            for seat, tokens, active in self.batch.read(part):
-                if self._sits(seat) and tokens:  # else it has ended, or was sent away, since
+            for seat, tokens, active, broken in self.batch.read(part):
+                if not self._sits(seat):
+                    continue  # it has ended, or was sent away, since
+                if broken:
+                    self._broke(seat)
+                elif tokens:
+                    if self.share and seat.shown < seat.target:
+                        self._show(seat, seat.target)
                     said, lanes = said + len(tokens), lanes + 1
                     self._heard(seat, tokens, active)
         if said:
             self.figures.said(said, lanes, time.perf_counter())
+
+    def _broke(self, seat: Seat) -> None:
+        """Its pages hold what no code can: nobody should find them."""
+        seat.request.error = NonFiniteError(
+            "the model made NaN or infinity of this request's tokens, which no code of these pages "
+            "can hold; jkv.paged() keeps them as they are"
+        )
+        self.batch.close(seat.held)
+        self.seats[seat.lane] = None
+        self._close(seat.request, "error")
 
     def _heard(self, seat: Seat, tokens: list[int], active: bool) -> None:
         request = seat.request
@@ -467,7 +548,9 @@ class Engine:
         if request.stop_strings:
             cut = first_stop(self.tokenizer, request.stop_strings, request.tokens, fresh)
         if cut is not None:
-            fresh -= len(request.tokens) - cut
+            gone = len(request.tokens) - cut
+            fresh -= gone
+            self.figures.counts["tokens"] -= gone
             del request.tokens[cut:]
         if request.on_token is not None:
             for token in request.tokens[len(request.tokens) - fresh :]:

@@ -13,6 +13,7 @@ import numpy as np
 from jkv.store.entry import Entry
 
 _engines = itertools.count()
+WAITS = 24 * 3600.0  # seconds after which a request that waits is one of a process that is gone
 
 
 class Kept:
@@ -45,31 +46,39 @@ class Kept:
         """
         leaving, self._leaving = self._leaving, []
         for names, pages in leaving:
+            keys = [f"page/{name.hex()}" for name in names]
+            # What is in a page never changes: one that is there is not written again.
+            new = [i for i, key in enumerate(keys) if not self._has(key)]
+            if not new:
+                continue
             leaves = jax.device_get(jax.tree.leaves(pages))
-            entries = [
-                _entry([leaf[i] for leaf in leaves], seconds=seconds) for i in range(len(names))
-            ]
             self.store.put_many(
-                [f"page/{name.hex()}" for name in names],
-                entries,
-                seconds=[seconds] * len(names),
+                [keys[i] for i in new],
+                [_entry([leaf[i] for leaf in leaves], seconds=seconds) for i in new],
+                seconds=[seconds] * len(new),
                 fingerprint=self.fingerprint,
             )
+
+    def drop(self) -> None:
+        """Forget what has left and is not in the store yet."""
+        self._leaving = []
+
+    def _has(self, key: str) -> bool:
+        return self.store.contains(key, fingerprint=self.fingerprint)
 
     def pages(self, names: Sequence[bytes], most: int) -> list[list[np.ndarray]]:
         """The leaves of pages of these names, up to the first that is not there."""
         keys = [f"page/{name.hex()}" for name in names[:most]]
-        there = itertools.takewhile(
-            lambda key: self.store.contains(key, fingerprint=self.fingerprint), keys
-        )
-        found = self.store.get_many(list(there), fingerprint=self.fingerprint)
+        there = list(itertools.takewhile(self._has, keys))
+        found = self.store.get_many(there, fingerprint=self.fingerprint) if there else []
         return [_leaves(entry) for entry in itertools.takewhile(lambda e: e is not None, found)]
 
     def put_aside(self, number: int, pages: Any, length: int) -> str | None:
         """The pages of a request that waits; None if the store has no room for them."""
         key = f"waiting/{self._own}.{number}"
         entry = _entry(jax.tree.leaves(pages), length=length)
-        return self.store.put(key, entry, fingerprint=self.fingerprint, pin=True)
+        who = {"fingerprint": self.fingerprint, "ttl": WAITS}
+        return self.store.put(key, entry, pin=True, **who)
 
     def take_back(self, key: str) -> list[np.ndarray] | None:
         """The leaves of what was put aside, None if it was lost."""

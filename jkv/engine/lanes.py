@@ -118,7 +118,7 @@ def decoded(
     alive: Array,
     grown: tuple[Grown, ...],
     steps: Array,
-) -> tuple[tuple[Any, ...], Lanes, Array, Array, Array]:
+) -> tuple[tuple[Any, ...], Lanes, Array, Array, Array, Array]:
     """Up to `steps` of at most `size` tokens of each active lane among the first R.
 
     Args:
@@ -131,8 +131,9 @@ def decoded(
         steps: int32.
 
     Returns:
-        Layers; lanes; tokens ``[R, size]``, -1 where none; the lanes still active ``[R]``; and
-        whether a lane had no page for its token ``[R]``, which its keeper should have seen to.
+        Layers; lanes; tokens ``[R, size]``, -1 where none; the lanes still active ``[R]``; whether
+        a lane had no page for its token ``[R]``, which its keeper should have seen to; and whether
+        its pages were given NaN or infinity that they cannot hold ``[R]``.
     """
     width = alive.shape[0]
     rows = jax.tree.map(lambda leaf: leaf[:width], lanes)
@@ -158,7 +159,7 @@ def decoded(
     # Others may be between their prompts and their first step.
     rows = replace(rows, active=active | (lanes.active[:width] & ~alive))
     lanes = jax.tree.map(lambda whole, part: whole.at[:width].set(part), lanes, rows)
-    return layers, lanes, said.T, active, refused
+    return layers, lanes, said.T, active, refused, _broken(layers, rows)
 
 
 @functools.partial(jax.jit, donate_argnums=(1, 2))
@@ -171,7 +172,7 @@ def absorbed(
     counts: Array,
     last: Array,
     grown: tuple[Grown, ...],
-) -> tuple[tuple[Any, ...], Lanes, Array, Array, Array]:
+) -> tuple[tuple[Any, ...], Lanes, Array, Array, Array, Array]:
     """One chunk of the prompts of R lanes, and the first token of those that are through.
 
     Args:
@@ -195,7 +196,8 @@ def absorbed(
     rows = replace(rows, lengths=cache.lengths)
     rows, token = _choose(logits, rows, last, jnp.full_like(rows.token, PAD))
     lanes = jax.tree.map(lambda whole, part: whole.at[at].set(part, mode="drop"), lanes, rows)
-    return cache.layers, lanes, token[:, None], rows.active, cache.overflowed
+    broken = _broken(cache.layers, rows)
+    return cache.layers, lanes, token[:, None], rows.active, cache.overflowed, broken
 
 
 def _cache(layers: tuple[Any, ...], rows: Lanes) -> Cache:
@@ -205,6 +207,19 @@ def _cache(layers: tuple[Any, ...], rows: Lanes) -> Cache:
         overflowed=jnp.zeros(rows.lengths.shape, bool),
         tables=rows.tables,
     )
+
+
+def _broken(layers: tuple[Any, ...], rows: Lanes) -> Array:
+    """Whether a row has a page that was given what no code can hold, ``[R]``."""
+    found = jnp.zeros(rows.lengths.shape, bool)
+    for layer in layers:
+        if layer.broken is not None:
+            table = rows.tables[layer.group]
+            page = layer.k_pages.shape[2]
+            first = jnp.arange(table.shape[1])[None] * page
+            here = (table >= 0) & (first < rows.lengths[:, None])
+            found |= jnp.any(here & layer.broken[jnp.maximum(table, 0)], axis=1)
+    return found
 
 
 def _extended(tables: tuple[Array, ...], grown: tuple[Grown, ...]) -> tuple[Array, ...]:

@@ -87,6 +87,10 @@ class PagePool:
             raise ValueError("needs got another pool's sequence; expected one of this pool's")
         return sequence._needs(length)
 
+    def cached(self) -> list[tuple[Any, int]]:
+        """Names and numbers of the pages without an owner that can be found."""
+        return [(name, page) for name, page in self._index.items() if not self._owners[page]]
+
     def clear(self) -> None:
         """Forget what is in every page: nothing is found until it is published anew.
 

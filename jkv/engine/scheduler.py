@@ -40,6 +40,9 @@ class Queue:
             self._heap = [entry for entry in self._heap if entry[2] in self._there]
             heapq.heapify(self._heap)
 
+    def __contains__(self, request: Request) -> bool:
+        return request in self._there
+
     def __len__(self) -> int:
         return len(self._there)
 
@@ -53,6 +56,7 @@ class Seat:
     held: Any  # its sequences in the page pools, one per group of layers
     target: int  # tokens that are to be in the cache before it says any
     cached: int  # how many of them have been dispatched
+    shown: int = 0  # and how many of them others can find
     ahead: int = 1  # 1 where its first token comes of the prefill, and is not in the cache yet
     limit: int = 0  # tokens that it may say from here
     asked: int = 0  # tokens that it has been asked for
@@ -84,12 +88,12 @@ def shared_ahead(history: np.ndarray, tenant: str, seats: Iterable[Seat | None],
     It is worth a few steps' wait: the pages are then found instead of computed twice.
     """
     for seat in seats:
-        if seat is None or not seat.reading or seat.request.tenant != tenant:
+        if seat is None or seat.shown == seat.target or seat.request.tenant != tenant:
             continue
-        other = seat.request.history
+        other = seat.request.history[: seat.target]
         most = min(len(history) - 1, len(other))
         same = history[:most] == other[:most]
         common = most if same.all() else int(np.argmin(same))
-        if seat.cached < common // page * page:
+        if seat.shown < common // page * page:
             return True
     return False

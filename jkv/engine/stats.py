@@ -40,6 +40,10 @@ class Stats:
             self.between.append(((now - self._last) * lanes / tokens, tokens))
         self._last = now
 
+    def rested(self) -> None:
+        """There was nothing to do: the time until the next token is nobody's."""
+        self._last = None
+
     def filled(self, held: int, filled: int) -> None:
         """Slots of the pages that requests hold, and those of them with tokens."""
         self.slots_held += held

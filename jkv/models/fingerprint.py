@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import weakref
 from typing import Any
@@ -30,10 +31,22 @@ def fingerprint(model: Any, kind: Any = None) -> bytes:
     """
     leaves = tuple(jax.tree.leaves(model))
     whole = hashlib.sha256(_weights(leaves))
-    for part in (repr(model.config), repr(kind)):
-        text = part.encode()
+    for part in (model.config, kind):
+        text = _said(part).encode()
         whole.update(len(text).to_bytes(8, "big") + text)
     return whole.digest()
+
+
+def _said(value: Any) -> str:
+    """A value in words that every process has for it: functions by name and not by address."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [f"{f.name}={_said(getattr(value, f.name))}" for f in dataclasses.fields(value)]
+        return f"{type(value).__qualname__}({', '.join(parts)})"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_said, value))}]"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    return repr(value)
 
 
 def _weights(leaves: tuple[Any, ...]) -> bytes:

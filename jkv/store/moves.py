@@ -279,11 +279,14 @@ class Moves(Ledger):
         entry = record.moving
         if entry is None:
             return  # it was replaced or removed meanwhile
-        answer = self.sink(record, entry, record.moving_from + 1)
-        with self.changed:
-            record.moving = None
-            if not record.homes:
-                self.forget(record, "lost" if answer == FAILED else "evicted")
+        answer = FAILED
+        try:
+            answer = self.sink(record, entry, record.moving_from + 1)
+        finally:
+            with self.changed:
+                record.moving = None
+                if not record.homes:
+                    self.forget(record, "lost" if answer == FAILED else "evicted")
 
     # Up.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -55,6 +56,15 @@ def pack(cache: Any, **meta: Any) -> Entry:
     )
 
 
+def check_kind(kind: Any) -> None:
+    """Refuse a kind of cache that another process would not know.
+
+    Raises:
+        UnsupportedError: it, or its score, is not of this library.
+    """
+    _words(kind, "", {})
+
+
 def unpack(entry: Entry) -> Cache:
     """The cache that was packed, to the bit.
 
@@ -68,7 +78,7 @@ def unpack(entry: Entry) -> Cache:
     try:
         # Buffers of its own: programs write into the cache that they are given.
         cache = _value(entry.meta["cache"], _owned(dict(entry.arrays)))
-    except (KeyError, TypeError, ValueError, AttributeError, ImportError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ImportError, RecursionError) as error:
         raise CorruptError(f"an entry that is no cache: {error!r}") from error
     if not isinstance(cache, Cache):
         raise CorruptError(f"an entry of {type(cache).__name__}; expected a cache")
@@ -101,7 +111,10 @@ def converted(entry: Entry, form: str) -> Entry:
     rest = {k: v for k, v in entry.meta.items() if k not in ("jkv", "cache", "length", "form")}
     slots = max(SLOTS, -(-int(cache.lengths[0]) // SLOTS) * SLOTS)
     packed = pack(_converted(kinds[form], slots, cache), **rest)
-    return Entry(packed.arrays, {**packed.meta, "form": form})
+    # What else there is, such as the tokens, goes with it.
+    others = set(entry.arrays) - set(_named(entry.meta["cache"]))
+    arrays = {**packed.arrays, **{name: entry.arrays[name] for name in others}}
+    return Entry(arrays, {**packed.meta, "form": form})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -187,6 +200,15 @@ def _value(words: Any, arrays: Any) -> Any:
     if set(fields) != {f.name for f in dataclasses.fields(cls)}:
         raise ValueError(f"{words['class']} has other fields than {sorted(fields)}")
     return cls(**fields)
+
+
+def _named(words: Any) -> Iterator[str]:
+    """The arrays that `_value` would take."""
+    if isinstance(words, dict):
+        if "array" in words:
+            yield words["array"]
+        for part in (*words.get("tuple", ()), *words.get("fields", {}).values()):
+            yield from _named(part)
 
 
 def _found(name: str) -> Any:

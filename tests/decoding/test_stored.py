@@ -140,6 +140,77 @@ def test_a_tier_on_the_device(tiny_model):
             assert out.tokens.tolist() == want.tokens.tolist()
 
 
+def test_a_key_is_no_blindfold(tiny_model, store):
+    jkv.generate(tiny_model, [LONG], store=store, **HOW)
+    jkv.generate(tiny_model, [[LONG[0], 5, 5]], store=store, sequence_ids=["a"], **HOW)
+    out = jkv.generate(tiny_model, [LONG], store=store, sequence_ids=["a"], **HOW)
+    assert out.reused.tolist() == [49]
+
+
+def test_what_it_took_adds_up(tiny_model, store):
+    first = jkv.generate(tiny_model, [LONG], store=store, sequence_ids=["a"], **HOW)
+    kept = store_seconds(store, "a")
+    assert kept == pytest.approx(first.prefill_seconds + first.decode_seconds)
+    turn = [*LONG, *first.tokens[0].tolist(), 4]
+    jkv.generate(tiny_model, [turn], store=store, sequence_ids=["a"], **HOW)
+    assert store_seconds(store, "a") > kept
+
+
+def store_seconds(store, key):
+    with store.open(key) as handle:
+        return handle.entry.meta["seconds"]
+
+
+@pytest.mark.slow
+def test_a_tier_may_round_what_it_holds(tiny_model):
+    with Store(tiers=[Memory(1 << 26)], forms={"memory": "int8"}) as store:
+        jkv.generate(tiny_model, [LONG], store=store, sequence_ids=["a"], **HOW)
+        with store.open("a") as handle:
+            assert handle.entry.meta["form"] == "int8"
+        out = jkv.generate(tiny_model, [LONG, OTHER], store=store, **HOW)
+        assert out.reused.tolist() == [49, 0]
+        want = jkv.generate(tiny_model, [OTHER], **HOW).tokens[0].tolist()
+        assert out.tokens[1].tolist() == want
+
+
+@pytest.mark.parametrize("lie", ["tokens", "lengths", "layers", "depth", "nothing"])
+def test_lies_are_misses(tiny_model, store, lie):
+    jkv.generate(tiny_model, [LONG], store=store, sequence_ids=["a"], **HOW)
+    with store.open("a") as handle:
+        arrays, meta = dict(handle.entry.arrays), dict(handle.entry.meta)
+        tokens = np.asarray(arrays["tokens"])
+    if lie == "tokens":
+        arrays["tokens"] = np.concatenate([tokens, tokens])
+    if lie == "lengths":
+        arrays["lengths"] = np.asarray([7], np.int32)
+    if lie == "layers":
+        meta["cache"] = {"class": "jkv.cache.base:Cache", "fields": {}}
+    if lie == "depth":
+        for _ in range(3000):
+            meta["cache"] = {"tuple": [meta["cache"]]}
+    kept = {"tokens": tokens, "fingerprint": store_print(tiny_model)}
+    store.put("a", jkv.store.Entry(arrays, meta), **kept)
+    out = jkv.generate(tiny_model, [LONG], store=store, **HOW)
+    assert out.reused.tolist() == [49 if lie == "nothing" else 0]
+    assert out.tokens.tolist() == jkv.generate(tiny_model, [LONG], **HOW).tokens.tolist()
+
+
+def mine(keys, weights, positions, step):
+    """A score of a user's own."""
+    return keys[..., 0]
+
+
+def test_what_other_processes_would_not_know_is_refused_at_once(tiny_model, store):
+    from jkv.models.fingerprint import _said
+
+    kind = jkv.evicting(16, score=jkv.scores.key_norm)
+    assert "key_norm" in _said(kind)
+    assert "0x" not in _said(kind)  # an address, another one in each process
+    own = jkv.evicting(16, score=mine)
+    with pytest.raises(jkv.UnsupportedError, match="expected kinds and scores of jkv"):
+        jkv.generate(tiny_model, [LONG], store=store, cache=own, **HOW)
+
+
 @pytest.mark.parametrize(
     ("bad", "error", "match"),
     [
@@ -175,5 +246,10 @@ def test_a_conversation_goes_on_after_a_restart(tiny_config, tmp_path):
         # Who was told something else begins anew.
         other = jkv.Chat(lm, system="Speak.", max_new_tokens=NEW, store=store, sequence_id="us")
         assert len(other.messages) == 1
+        # A key under which something else is: a new conversation.
+        jkv.generate(lm, ["hello"], max_new_tokens=2, store=store, sequence_ids=["text"])
+        assert jkv.Chat(lm, system="Hear.", store=store, sequence_id="text").messages == [
+            {"role": "system", "content": "Hear."}
+        ]
         with pytest.raises(TypeError, match="a store= to look in"):
             jkv.Chat(lm, sequence_id="us")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
+import time
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import jkv
 from jkv.engine.stats import prometheus
-from jkv.errors import PoolFullError
+from jkv.errors import NonFiniteError, PoolFullError
 from tests.decoding import oracle
 
 PAGE = 4
@@ -379,6 +382,82 @@ def test_rounded_pages_say_what_the_kind_says(lm, tiny_model):
         out = jkv.generate(tiny_model, [prompt], max_new_tokens=6, **how)
         assert request.tokens == out.tokens[0].tolist()
     empty(engine)
+    # A model that makes NaN of one token: whoever says it is told, and nobody finds its pages.
+    leaves, tree = jax.tree.flatten(tiny_model)
+    at = next(i for i, leaf in enumerate(leaves) if leaf.shape == tiny_model.embedding[...].shape)
+    leaves[at] = leaves[at].at[9].set(np.nan)
+    engine = made(oracle.lm(jax.tree.unflatten(tree, leaves)), cache=kind, prefill_chunk=16)
+    bad = engine.submit([1, 9, 1, 1, 1], max_new_tokens=6, stop=())
+    engine.run()
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        bad.result()
+    assert engine.stats()["pages"]["cached"] == 0
+    empty(engine)
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_layers_with_windows_give_back_what_nobody_sees(tiny_config, preemption):
+    config = dataclasses.replace(tiny_config, windows=(3, None))  # one smaller than a page
+    model = jax.jit(lambda: jkv.Decoder(config, rngs=nnx.Rngs(2)))()
+    model.embedding[...] = model.embedding[...] * 50
+    engine = made(model, pages=16, preemption=preemption)
+    plan = [(PROMPTS[7 + i % 5], 14 + 2 * i) for i in range(6)]
+    want = [
+        jkv.generate(model, [p], max_new_tokens=n, stop=(), slots=64).tokens[0].tolist()
+        for p, n in plan
+    ]
+    least = 16
+    for turn in range(2):  # the second may find what the first has left
+        requests = [engine.submit(p, max_new_tokens=n, stop=()) for p, n in plan]
+        while engine.step():
+            least = min(least, *(pool.free_pages for pool in engine.batch.pools))
+            for request in requests[turn :: 3 + turn]:
+                if request.preemptions and not request.tokens:
+                    request.cancel()
+        for request, tokens in zip(requests, want, strict=True):
+            assert request.tokens == tokens[: len(request.tokens)]
+            assert request.finish_reason == "cancelled" or request.tokens == tokens
+    assert sum(engine.stats()["preemptions"].values()) > 0
+    empty(engine)
+
+
+def test_a_step_that_is_interrupted_costs_time_and_no_tokens(engine, alone):
+    def interrupting(request, token):
+        if len(request.tokens) == 3:
+            raise KeyboardInterrupt
+
+    requests = [engine.submit(p, max_new_tokens=12, stop=()) for p in PROMPTS[3:6]]
+    requests.insert(1, engine.submit(PROMPTS[1], max_new_tokens=12, stop=(), on_token=interrupting))
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    engine.run()
+    for request, prompt in zip(requests, [PROMPTS[3], PROMPTS[1], *PROMPTS[4:6]], strict=True):
+        assert request.tokens == alone(prompt, 12)
+
+
+def test_a_sampler_that_cannot_run_is_refused_and_stops_nobody(engine, alone):
+    class Broken:
+        def init(self, tokens, vocab):
+            return ()
+
+        def update(self, logits, state, token):
+            raise ArithmeticError("a user's mistake")
+
+    jax.tree_util.register_pytree_node(Broken, lambda b: ((), None), lambda *_: Broken())
+    with pytest.raises(ArithmeticError, match="a user's mistake"):
+        engine.submit([1], max_new_tokens=3, sampler=Broken(), key=jax.random.key(0))
+    assert engine.submit([1], max_new_tokens=3, stop=()).result() == alone([1], 3)
+    engine.run()
+
+
+def test_time_in_which_there_was_nothing_to_do_is_no_latency(engine):
+    for _ in range(2):
+        engine.submit([1], max_new_tokens=9, stop=())
+        engine.run()
+        time.sleep(0.6)
+    engine.submit([1], max_new_tokens=9, stop=())
+    engine.run()
+    assert engine.stats()["time_between_tokens"]["p99"] < 0.5
 
 
 def soak(lm, alone, count, seed):

@@ -89,6 +89,36 @@ def test_what_the_store_has_lost_is_computed_again(lm, alone):
         empty(engine)
 
 
+def test_what_is_left_in_the_pool_goes_to_the_store_at_the_end(lm):
+    with Store(tiers=[Memory(1 << 24)]) as store:
+        with jkv.Engine(lm, pages=32, store=store, **SHAPE) as engine:
+            asked(engine, TEXTS[:1])
+            waiting = engine.submit(TEXTS[1], max_new_tokens=3)
+            assert store.stats()["entries"] == 0
+        assert waiting.finish_reason == "cancelled"
+        assert store.stats()["entries"] == 5  # 20 tokens
+        assert asked(jkv.Engine(lm, pages=32, store=store, **SHAPE), TEXTS[:1])[0][0] == 16
+        # What is there already is not written again.
+        assert store.stats()["replaced"] == 0
+
+
+def test_a_store_that_fails_ends_requests_and_nothing_else(lm, alone):
+    store = Store(tiers=[Memory(1 << 24)])
+    engine = jkv.Engine(lm, pages=32, store=store, **SHAPE)
+    store.close()
+    requests = [engine.submit(p, max_new_tokens=3) for p in TEXTS[:2]]
+    engine.run()
+    for request in requests:
+        assert request.finish_reason == "error"
+        with pytest.raises(ValueError, match="closed"):
+            request.result()
+    empty(engine)
+    short = engine.submit([1, 2], max_new_tokens=3, stop=())  # nothing to be looked for
+    assert short.result() == alone([1, 2], 3)
+    engine.run()
+    empty(engine)
+
+
 def test_no_store(lm):
     with pytest.raises(TypeError, match=r"expected a jkv\.store\.Store"):
         jkv.Engine(lm, pages=8, store="dir")
