@@ -115,7 +115,8 @@ def test_json_ends_with_the_figures_that_prometheus_gets(serve, tmp_path):
     found = samples(file.read_text())
     assert found["jkv_engine_finished_total"] == 4
     assert found["jkv_engine_tokens_total"] == stats["tokens"]
-    assert found['jkv_engine_pages{state="pages"}'] == 24
+    states = [found[f'jkv_engine_pages{{state="{s}"}}'] for s in ("used", "cached", "free")]
+    assert sum(states) == 24
     assert [f.name for f in tmp_path.iterdir() if "figures" in f.name] == ["figures.prom"]
 
 

@@ -191,7 +191,11 @@ def _want(pool: Pool, table: Array, start: Array, counts: Array, new: int, fits:
     )
     touch = (new + page - 2) // page + 1
     at = start[:, None] // page + jnp.arange(touch, dtype=jnp.int32)[None]
-    touched = (at * page < stop) & (counts > 0)[:, None] & (at < width) & _seen(pool, at, stop)
+    touched = (at * page < stop) & (counts > 0)[:, None] & (at < width)
+    if not pool.managed:
+        # Who manages pages may let others find them: those are written, though this row will not
+        # look at them again.
+        touched &= _seen(pool, at, stop)
     old = jnp.take_along_axis(held, jnp.minimum(at, width - 1), axis=1)
     return _Want(pool, table, held, at, touched, jnp.where(touched, old, -1))
 

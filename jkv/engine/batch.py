@@ -229,7 +229,8 @@ class Batch:
         A page that several hold is full, and counted once as what each has that is not.
         """
         held = self.pools[0].stats()["used"] * self.page
-        return held, held - sum(seat.reserved - seat.bound(0) for seat in seats)
+        for_use = sum(len(seat.held[0].table) * self.page - seat.filled() for seat in seats)
+        return held, held - for_use
 
     def close(self, held: list[Any]) -> None:
         """Give all pages back."""

@@ -77,6 +77,10 @@ class Seat:
         """Tokens in the cache, at most, once it has been asked for `more`."""
         return self.target + min(self.asked + more, self.limit) - self.ahead
 
+    def filled(self) -> int:
+        """Tokens in the cache, with those that it has been asked for."""
+        return self.cached if self.reading else self.bound(0)
+
     def written(self) -> int:
         """Tokens in the cache, by what has been read."""
         return self.cached if self.reading else self.target + self.said - self.ahead

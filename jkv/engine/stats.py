@@ -121,18 +121,21 @@ def prometheus(figures: dict[str, Any], prefix: str = "jkv_engine") -> str:
     def family(name: str, kind: str, text: str, samples: list[tuple[str, Any]]) -> None:
         full = f"{prefix}_{name}" + ("_total" if kind == "counter" else "")
         lines.extend([f"# HELP {full} {text}", f"# TYPE {full} {kind}"])
-        lines.extend(f"{full}{labels} {float(value):g}" for labels, value in samples)
+        lines.extend(f"{full}{labels} {value!r}" for labels, value in samples)
 
     for name, (kind, text) in _HELP.items():
         family(name, kind, text, [("", figures[name])])
     labelled = (
         ("requests", "counter", "Requests that have ended, by reason.", "reason", "reasons"),
         ("preemptions", "counter", "Requests sent back to wait.", "how", "preemptions"),
-        ("pages", "gauge", "Pages of the pool.", "state", "pages"),
     )
     for name, kind, text, label, key in labelled:
         samples = [(f'{{{label}="{k}"}}', v) for k, v in figures[key].items()]
         family(name, kind, text, samples)
+    pages = figures["pages"]
+    states = [(f'{{state="{k}"}}', pages[k]) for k in ("used", "cached", "free")]
+    family("pages", "gauge", "Pages of the pool.", states)
+    family("pages_shared", "gauge", "Pages with several owners.", [("", pages["shared"])])
     for name, text in (
         ("time_to_first_token", "Seconds from submission to the first token."),
         ("time_between_tokens", "Seconds from one token to the next."),

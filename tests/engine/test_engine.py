@@ -362,6 +362,8 @@ def test_figures(engine, alone):
     for name in ("time_to_first_token", "time_between_tokens"):
         assert 0 < figures[name]["p50"] <= figures[name]["p99"]
     assert 0 <= figures["waste"] < 0.5
+    lost = prometheus(figures | {"tokens": 1234567})
+    assert "jkv_engine_tokens_total 1234567" in lost.splitlines()
     lines = prometheus(figures).splitlines()
     assert f"jkv_engine_tokens_total {12 * len(PROMPTS)}" in lines
     assert 'jkv_engine_pages{state="used"} 0' in lines
