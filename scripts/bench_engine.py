@@ -238,6 +238,9 @@ def measure_trace(name: str, options: Any, console: Console) -> dict[str, Any]:
             reasons["transformers, continuous"] = "this version has none"
         else:
             contestants["transformers, continuous"] = lambda a: by_continuous(theirs, a)
+    for n in options.without:
+        if contestants.pop(n, None):
+            reasons[n] = "left out"
     served: dict[str, list[Served]] = {n: [] for n in contestants}
     for turn in range(options.rounds + 1):  # the first compiles
         # Each round has texts of its own: nothing but the system prompts is found again.
@@ -325,6 +328,7 @@ def main() -> None:
     add("--rate", type=float, help="requests per second")
     add("--rounds", type=int, default=3)
     add("--seed", type=int, default=0)
+    add("--without", nargs="+", default=[], metavar="NAME", help="contestants to leave out")
     add("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     console = Console()
