@@ -34,21 +34,27 @@ class Memory:
             return {key: entry.nbytes for key, entry in self._entries.items()}
 
     def write(self, key: str, entry: Entry) -> int:
-        """Keep it; bytes of its arrays."""
-        # A list of what is held, so that a blob that many arrays are views of counts once.
-        roots = {id(root): root for root in map(_root, entry.arrays.values())}
-        wasteful = sum(root.nbytes for root in roots.values()) > 2 * entry.nbytes + 4096
-        kept = Entry(
-            {
-                name: _copied(array) if wasteful or not _is_frozen(array) else array
-                for name, array in entry.arrays.items()
-            },
-            entry.meta,
-        )
+        """Keep it; bytes of its arrays.
+
+        Raises:
+            TierError: there is no room for it.
+        """
+        kept = self._kept(entry)
         with self._lock:
             self._entries.pop(key, None)  # to the end of the order, if it was there
             self._entries[key] = kept
         return kept.nbytes
+
+    def _kept(self, entry: Entry) -> Entry:
+        """The entry as nobody else can change it."""
+        # A list of what is held, so that a blob that many arrays are views of counts once.
+        roots = {id(root): root for root in map(_root, entry.arrays.values())}
+        wasteful = sum(root.nbytes for root in roots.values()) > 2 * entry.nbytes + 4096
+        arrays = {
+            name: _copied(array) if wasteful or not _is_frozen(array) else array
+            for name, array in entry.arrays.items()
+        }
+        return Entry(arrays, entry.meta)
 
     def read(self, key: str) -> Entry | None:
         """The entry, None if there is none."""
