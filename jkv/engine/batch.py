@@ -14,7 +14,7 @@ import numpy as np
 
 from jkv._axes import Array
 from jkv._pytree import nbytes, replace
-from jkv.cache.paged import Paged, PagedKind, paged
+from jkv.cache.paged import PagedKind, paged
 from jkv.cache.pages import pools
 from jkv.decoding import loop, sampling
 from jkv.decoding.request import PAD, bucket
@@ -24,7 +24,6 @@ from jkv.engine.pool import PagePool
 from jkv.engine.scheduler import Seat
 from jkv.errors import PoolFullError
 from jkv.models.fingerprint import fingerprint
-from jkv.ops.pages import copy
 
 ENDS = 16  # stop ids of a request, at most
 FIRST_RATE = 4e9  # bytes per second between device and host, until it has been measured
@@ -209,13 +208,13 @@ class Batch:
         Raises:
             PoolFullError: there are too few; nothing was taken that `reserve` would not take again.
         """
-        for group, seq in enumerate(seat.held):
-            copies = seq.reserve(upto)
+        for seq in seat.held:
+            # Only full pages are shared here, and nobody writes to those: there is nothing to copy.
+            if seq.reserve(upto):
+                raise RuntimeError(
+                    f"{seat.request} shares a page that is not full: an error in jkv"
+                )
             self._save_leaving()
-            if copies:
-                self._copy(group, copies)
-                first = min(seq.table.index(target) for _, target in copies)
-                seat.columns[group] = min(seat.columns[group], first)
         seat.reserved = len(seat.held[0].table) * self.page
 
     def could(self, seat: Seat, upto: int) -> bool:
@@ -250,12 +249,6 @@ class Batch:
         """Figures of the pools, summed."""
         figures = [pool.stats() for pool in self.pools]
         return {k: sum(f[k] for f in figures) for k in figures[0]}
-
-    def _copy(self, group: int, copies: list[tuple[int, int]]) -> None:
-        size = bucket(len(copies), 4)
-        source = _filled([s for s, _ in copies], size)
-        target = _filled([t for _, t in copies], size)
-        self.layers = _copied(self.layers, source, target, group)
 
     # Lanes.
 
@@ -525,12 +518,6 @@ def _scattered(layers: tuple[Any, ...], tables: tuple[Array, ...], pages: Any) -
         keys, values = jax.tree.map(put, (layer.k_pages, layer.v_pages), tuple(new))
         after.append(replace(layer, k_pages=keys, v_pages=values))
     return tuple(after)
-
-
-@functools.partial(jax.jit, static_argnames="group", donate_argnums=0)
-def _copied(layers: tuple[Paged, ...], source: Array, into: Array, group: int) -> tuple[Paged, ...]:
-    """The layers of a group with pages ``into[n]`` as copies of ``source[n]``."""
-    return tuple(copy(layer, source, into) if layer.group == group else layer for layer in layers)
 
 
 def _filled(values: Any, width: int, rest: int = -1) -> np.ndarray:
