@@ -165,7 +165,8 @@ class Engine:
         count = 1 if samples is None else integer("samples", samples, 1)
         keys = self._keys(sampler, key, count)
         self.batch.check_sampler(sampler)
-        self.batch.check_fits(len(tokens), most, ending.ids[0])
+        self.batch.check_ends(ending.ids[0])
+        self.batch.check_fits(len(tokens), most)
         with self._lock:
             requests = []
             for i in range(count):
