@@ -42,7 +42,7 @@ FLOORS = {
 # Where the bare class is caught, because a library raises nothing narrower.
 BROAD = {
     "jkv.models.tokenizer": "tokenizers raises Exception itself",
-    "jkv.engine.engine": "a callback may raise anything, and ends its own request only",
+    "jkv.engine.steps": "a callback may raise anything, and ends its own request only",
 }
 
 
