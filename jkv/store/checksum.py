@@ -14,6 +14,7 @@ import numpy as np
 
 SIZE = 16  # bytes of a checksum
 
+_WORD = np.dtype("<u8")
 _ROWS, _WORDS = 64, 512  # of a block, which stays in a core's cache
 _ROW = 8 * _WORDS
 PIECE = _ROWS * _ROW  # 256 KiB; pieces of so many bytes, or a multiple, are not copied
@@ -32,36 +33,41 @@ class Checksum:
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
-        self._carry = bytearray()
+        self._block: memoryview = memoryview(b"")  # where pieces meet inside a block
+        self._held = 0  # bytes in it
 
     def update(self, piece: memoryview) -> None:
         """Goes on with these bytes."""
-        if self._carry:  # pieces meet inside a block: filled up, and then on without copies
-            taken = min(PIECE - len(self._carry), len(piece))
-            self._carry += piece[:taken]
+        while size := len(piece):
+            if not self._held and size >= PIECE:
+                taken = size - size % PIECE
+                self._fold(piece[:taken])
+            else:
+                if not self._block:
+                    self._block = np.empty(PIECE, np.uint8).data
+                taken = min(PIECE - self._held, size)
+                self._block[self._held : self._held + taken] = piece[:taken]
+                self._held += taken
+                if self._held == PIECE:
+                    self._fold(self._block)
+                    self._held = 0
             piece = piece[taken:]
-            if len(self._carry) == PIECE:
-                self._fold(memoryview(self._carry))
-                self._carry = bytearray()
-        whole = len(piece) - len(piece) % PIECE
-        for at in range(0, whole, PIECE):
-            self._fold(piece[at : at + PIECE])
-        self._carry += piece[whole:]
 
     def finish(self) -> bytes:
         """The sixteen bytes, after the last piece."""
-        rest = memoryview(self._carry)
+        rest = self._block[: self._held]
         rows = len(rest) - len(rest) % _ROW
         if rows:
             self._fold(rest[:rows])
         self._digest.update(rest[rows:])
         return self._digest.digest()[:SIZE]
 
-    def _fold(self, block: memoryview) -> None:
-        """Adds the sums of up to 64 rows of 4 KiB."""
-        rows = np.frombuffer(block, "<u8").reshape(-1, _WORDS)
-        self._digest.update(np.add.reduce(rows, axis=0).data)
-        self._digest.update(np.add.reduce(rows, axis=1).data)
+    def _fold(self, blocks: memoryview) -> None:
+        """Adds the sums of blocks of 64 rows of 4 KiB, or of one of fewer."""
+        rows = np.frombuffer(blocks, _WORD).reshape(-1, _WORDS)
+        for at in range(0, len(rows), _ROWS):
+            self._digest.update(np.add.reduce(rows[at : at + _ROWS], axis=0).data)
+            self._digest.update(np.add.reduce(rows[at : at + _ROWS], axis=1).data)
 
 
 def checksum(pieces: Iterable[memoryview]) -> bytes:

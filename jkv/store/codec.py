@@ -42,6 +42,7 @@ PREFIX = 64  # bytes before the JSON
 _MAGIC = b"jkvblob\n"
 _FIXED = struct.Struct("<8sIIQ16s")
 _MAX_JSON = 1 << 28
+_as_json = json.JSONEncoder(separators=(",", ":")).encode
 
 _PLAIN = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
 _DTYPES = {name: np.dtype(name) for name in [*_PLAIN.split(), "complex64", "complex128"]} | {
@@ -65,12 +66,21 @@ class Header:
     stored: int  # bytes of the payload, as it lies there
     checksum: bytes
 
+    def check(self, key: str) -> None:
+        """It was written for this key.
+
+        Raises:
+            CorruptError: it was not.
+        """
+        if self.key != key:
+            raise CorruptError(f"it holds the key {self.key[:80]!r} and not {key[:80]!r}")
+
 
 def _aligned(offset: int) -> int:
     return -(-offset // 64) * 64
 
 
-def encode(entry: Entry, key: str = "", *, compression: str | None = None) -> list[memoryview]:
+def encode(value: Entry, key: str = "", *, compression: str | None = None) -> list[memoryview]:
     """The blob of an entry, in pieces to be written one after the other; arrays are not copied.
 
     Args:
@@ -80,7 +90,7 @@ def encode(entry: Entry, key: str = "", *, compression: str | None = None) -> li
         UnsupportedError: a dtype or a meta that a blob cannot say, or no zstd is installed.
     """
     pieces, arrays, end = [], [], 0
-    for name, array in entry.arrays.items():
+    for name, array in value.arrays.items():
         if (dtype := _NAMES.get(array.dtype)) is None:
             raise UnsupportedError(
                 f"array {name!r} is of dtype {array.dtype.str!r}, which blobs do not hold; "
@@ -101,12 +111,12 @@ def encode(entry: Entry, key: str = "", *, compression: str | None = None) -> li
     said = {
         "key": key,
         "arrays": arrays,
-        "meta": dict(entry.meta),
+        "meta": dict(value.meta),
         "compression": packed,
         "nbytes": nbytes,
     }
     try:
-        text = json.dumps(said, separators=(",", ":")).encode()
+        text = _as_json(said).encode()
     except (TypeError, ValueError) as error:
         raise UnsupportedError(f"an entry's meta must be what JSON can say: {error}") from error
     fixed = _FIXED.pack(_MAGIC, VERSION, len(text), stored, checksum(pieces))
@@ -183,14 +193,11 @@ def read_header(data: bytes | memoryview) -> Header:
     return Header(key, tuple(arrays), meta, packed, nbytes, start, stored, payload)
 
 
-def decode(
-    data: bytes | memoryview, key: str | None = None, *, found: bytes | None = None
-) -> Entry:
+def decode(data: bytes | memoryview, key: str | None = None) -> Entry:
     """The entry in a blob; its arrays are read-only views of ``data``, unless it is compressed.
 
     Args:
         key: what it must have been written for; None for any.
-        found: the payload's checksum, by who computed it while reading.
 
     Raises:
         CorruptError: what is wrong with it: damaged, cut off, of another key, of a newer version.
@@ -201,10 +208,19 @@ def decode(
     if len(view) != total:
         raise CorruptError(f"{len(view)} bytes where {total} were written")
     header = read_header(view)
-    if key is not None and header.key != key:
-        raise CorruptError(f"it holds the key {header.key[:80]!r} and not {key[:80]!r}")
-    payload = view[start:]
-    if (checksum([payload]) if found is None else found) != header.checksum:
+    if key is not None:
+        header.check(key)
+    return entry(header, view[start:], checksum([view[start:]]))
+
+
+def entry(header: Header, payload: memoryview, found: bytes) -> Entry:
+    """The entry of a payload, whose checksum was computed by who read it.
+
+    Raises:
+        CorruptError: the checksum is another, or it cannot be decompressed.
+        UnsupportedError: it is compressed by what is not installed.
+    """
+    if found != header.checksum:
         raise CorruptError("the payload is damaged: its checksum is another")
     if header.compression is not None:
         payload = memoryview(zstd.decompress(payload, header.nbytes, header.compression))

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import secrets
-import stat
-import struct
-import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jkv.errors import CorruptError, TierError, UnsupportedError
-from jkv.store import codec, zstd
-from jkv.store.checksum import PIECE, Checksum
+from jkv.store import codec, files, zstd
 from jkv.store.entry import Entry
 from jkv.store.names import SUFFIX, is_name, key_of, name_of
 
-if sys.platform != "win32":
-    import fcntl
-
 QUARANTINE = "quarantine"
 _KEPT_ASIDE = 32  # files in quarantine; the oldest go
-_TEMPORARY = ".tmp-"
 _FOREIGN_LOCK = SUFFIX + ".__lock"  # what tensorstore's file driver writes to before it renames
-_PIECES = 512  # buffers in one writev; POSIX promises 16, Linux and macOS take 1024
 _HEADER = 1 << 14  # bytes that most headers fit into
-_BELIEVED = 1 << 26  # bytes of memory that a file may take before it is looked at
 _BATCH = 64  # files open at once in a batch
-_FORGOTTEN = 24 * 3600.0  # seconds, where a file system has no locks to ask
 
 
 class Disk:
@@ -41,10 +27,10 @@ class Disk:
 
     A write goes to a temporary name, is synced (fsync), renamed, and the directory is synced: when
     it returns, the entry survives the end of the process, and a power cut as far as the disk keeps
-    what it says. A reader sees an entry whole or not. Deleting does not wait for the disk: after a
-    power cut a deleted entry may be back. Names are those of `jkv.store.names`; blobs carry their
-    key and a checksum, and what is not as it was written is moved to ``quarantine/``, where the
-    newest 32 are kept. Files of other names are left alone.
+    what it says. A reader sees an entry whole or not. `delete` does not wait for the disk: until
+    `purge` a power cut may bring back what it deleted. Names are those of `jkv.store.names`; blobs
+    carry their key and a checksum, and what is not as it was written is moved to ``quarantine/``,
+    where the newest 32 are kept. Files of other names are left alone.
 
     The layout is that of tensorstore's file driver, so ``Remote("file:///...")`` reads and writes
     the same directory. It is not used here since it reads 64 MB at a third of a file's speed and
@@ -77,13 +63,16 @@ class Disk:
             )
         zstd.check(compression)
         self.path = Path(path).absolute()
+        self._directory = str(self.path)  # joining paths as texts takes a fifth of the time
+        self._lifeline: files.Temporary | None = None
+        self._lock = threading.Lock()
         self.max_bytes = max_bytes
         self.max_entries = max_entries
         self.compression = compression
         try:
             if not self.path.is_dir():
                 self.path.mkdir(parents=True, exist_ok=True)
-                _sync_directory(self.path.parent)
+                files.sync_directory(str(self.path.parent))
         except OSError as error:
             raise TierError(error.errno, f"no directory for the disk tier: {error}") from error
 
@@ -100,8 +89,8 @@ class Disk:
         try:
             for item in self._listed():
                 try:
-                    if item.name.startswith(_TEMPORARY) or item.name.endswith(_FOREIGN_LOCK):
-                        _remove_if_abandoned(item.path)
+                    if item.name.startswith(files.TEMPORARY) or item.name.endswith(_FOREIGN_LOCK):
+                        files.remove_if_abandoned(item.path)
                     elif is_name(item.name) and (key := self._listed_key(item)) is not None:
                         status = item.stat(follow_symlinks=False)
                         found.append((status.st_mtime_ns, key, status.st_size))
@@ -138,13 +127,13 @@ class Disk:
 
     def _write_batch(self, items: list[tuple[str, Entry]]) -> dict[str, int | TierError]:
         results: dict[str, int | TierError] = {}
-        written: list[tuple[str, _Temporary]] = []
+        written: list[tuple[str, files.Temporary]] = []
         renamed: list[str] = []
         try:
             for key, entry in items:
                 pieces = codec.encode(entry, key, compression=self.compression)
                 try:
-                    written.append((key, _Temporary(self.path, pieces)))
+                    written.append((key, files.Temporary(self._directory, pieces)))
                 except OSError as error:
                     results[key] = self._failed("written", key, error)
             for key, file in written:  # all were begun, so that the disk has enough to do
@@ -158,23 +147,24 @@ class Disk:
                     results[key] = file.nbytes
             try:
                 if renamed:
-                    _sync_directory(self.path)
+                    files.sync_directory(self._directory)
             except OSError as error:
                 for key in renamed:
                     with contextlib.suppress(OSError):
-                        os.unlink(self.path / name_of(key))
+                        os.unlink(self._file(key))
                     results[key] = self._failed("written", key, error)
         finally:
             for _, file in written:
                 file.close()
         return results
 
-    def _rename(self, file: _Temporary, name: str) -> None:
+    def _rename(self, file: files.Temporary, name: str) -> None:
+        path = os.path.join(self._directory, name)
         try:
-            os.rename(file.path, self.path / name)
+            os.rename(file.path, path)
         except IsADirectoryError:
             self._put_aside(name)
-            os.rename(file.path, self.path / name)
+            os.rename(file.path, path)
         file.renamed = True
 
     def read(self, key: str) -> Entry | None:
@@ -184,17 +174,18 @@ class Disk:
             CorruptError: what is there is not what was written; it is in quarantine now.
             TierError: it cannot be read now.
         """
-        name = name_of(key)
+        path = self._file(key)
         try:
-            with _opened(self.path / name) as file:
+            with files.opened(path) as file:
                 if file is None:
                     return None
                 try:
-                    data, found = _contents(file)
-                    return codec.decode(data, key, found=found)
+                    header, entry = files.contents(file)
+                    header.check(key)
+                    return entry
                 except CorruptError as error:
-                    self._put_aside(name, file)
-                    raise CorruptError(f"{self.path / name}: {error}") from None
+                    self._put_aside(name_of(key), file)
+                    raise CorruptError(f"{path}: {error}") from None
         except OSError as error:
             raise self._failed("read", key, error) from error
         except (MemoryError, UnsupportedError) as error:  # no room, or no zstd, in this process
@@ -208,7 +199,7 @@ class Disk:
             TierError: it cannot be read now.
         """
         try:
-            with _opened(self.path / name_of(key)) as file:
+            with files.opened(self._file(key)) as file:
                 if file is None:
                     return None
                 start, _ = codec.measure(os.pread(file, codec.PREFIX, 0))
@@ -234,13 +225,64 @@ class Disk:
             TierError: it could not be dropped, and may still be there.
         """
         try:
-            os.unlink(self.path / name_of(key))
+            os.unlink(self._file(key))
         except FileNotFoundError:
             pass
         except IsADirectoryError:
             self._put_aside(name_of(key))
         except OSError as error:
             raise self._failed("deleted", key, error) from error
+
+    def purge(self, keys: Sequence[str]) -> None:
+        """What was deleted of these keys stays so after a power cut, and leaves quarantine too.
+
+        Raises:
+            TierError: something of them may still be there, or come back.
+        """
+        aside = os.path.join(self._directory, QUARANTINE)
+        names = {name_of(key) for key in keys}
+        try:
+            if os.path.isdir(aside):
+                with os.scandir(aside) as items:
+                    # After the time, which has as many digits in every name.
+                    found = [i.path for i in items if i.name.partition("-")[2] in names]
+                for path in found:
+                    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                        os.unlink(path)
+                if found:
+                    files.sync_directory(aside)
+            files.sync_directory(self._directory)
+        except OSError as error:
+            raise TierError(
+                error.errno, f"not sure to be gone from {self.path}: {error.strerror}"
+            ) from error
+
+    def lifeline(self) -> str:
+        """The name of a file that is there as long as this process lives, and this tier is open.
+
+        Raises:
+            TierError: it cannot be made.
+        """
+        with self._lock:
+            try:
+                if self._lifeline is None:
+                    self._lifeline = files.Temporary(self._directory)
+            except OSError as error:
+                raise TierError(error.errno, f"no file in {self.path}: {error.strerror}") from error
+            return os.path.basename(self._lifeline.path)
+
+    def lives(self, lifeline: str) -> bool:
+        """Whether a process that has named this `lifeline`, here, still lives.
+
+        Where a file system has no locks it is believed to, for a day.
+
+        Raises:
+            TierError: it cannot be found out.
+        """
+        try:
+            return files.lives(self._directory, lifeline)
+        except OSError as error:
+            raise TierError(error.errno, f"{self.path}: {error.strerror}") from error
 
     def verify(self) -> dict[str, str]:
         """Reads everything there is; what is wrong, by file name; what is damaged goes aside.
@@ -255,15 +297,13 @@ class Disk:
             raise TierError(error.errno, f"{self.path} cannot be read: {error}") from error
         for name in names:
             try:
-                with _opened(self.path / name) as file:
+                with files.opened(os.path.join(self._directory, name)) as file:
                     if file is None:
                         continue
                     try:
-                        data, found = _contents(file)
-                        key = codec.read_header(data).key
+                        key = files.contents(file)[0].key
                         if name_of(key) != name:
                             raise CorruptError(f"it holds the key {key[:80]!r} of another file")
-                        codec.decode(data, found=found)
                     except CorruptError as error:
                         self._put_aside(name, file)
                         problems[name] = str(error)
@@ -272,7 +312,14 @@ class Disk:
         return problems
 
     def close(self) -> None:
-        """Nothing is held open between calls."""
+        """Nothing is held open between calls, but for the lifeline."""
+        with self._lock:
+            if self._lifeline is not None:
+                self._lifeline.close()
+                self._lifeline = None
+
+    def _file(self, key: str) -> str:
+        return os.path.join(self._directory, name_of(key))
 
     def _listed(self) -> Iterator[os.DirEntry[str]]:
         with os.scandir(self.path) as items:
@@ -289,7 +336,7 @@ class Disk:
             return None
         if (key := key_of(item.name)) is not None:
             return key
-        with _opened(self.path / item.name) as file:
+        with files.opened(item.path) as file:
             if file is None:
                 return None
             try:
@@ -320,144 +367,3 @@ class Disk:
 
     def _failed(self, what: str, key: str, error: OSError) -> TierError:
         return TierError(error.errno, f"{key[:80]!r} not {what} in {self.path}: {error.strerror}")
-
-
-class _Temporary:
-    """A file under a name that nobody looks for, locked while its writer lives.
-
-    Raises:
-        OSError: as the system said; nothing is left.
-    """
-
-    def __init__(self, directory: Path, pieces: list[memoryview]) -> None:
-        self.nbytes = sum(map(len, pieces))
-        self.renamed = False
-        complete = False
-        while not complete:
-            self.path = directory / f"{_TEMPORARY}{secrets.token_hex(12)}"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self.file = os.open(self.path, flags, 0o666)
-            try:
-                _lock(self.file)
-                if os.fstat(self.file).st_nlink:  # else a `scan` came between, and removed it
-                    _write_all(self.file, pieces)
-                    complete = True
-            finally:
-                if not complete:
-                    self.close()
-
-    def close(self) -> None:
-        if not self.renamed:
-            with contextlib.suppress(OSError):  # the next `scan` removes it
-                os.unlink(self.path)
-        with contextlib.suppress(OSError):  # synced before: closing has nothing to add
-            os.close(self.file)
-
-
-def _write_all(file: int, pieces: list[memoryview]) -> None:
-    """All of them, however little the system takes at a time (2 GiB at most, on Linux)."""
-    rest = [piece for piece in pieces if len(piece)]
-    while rest:
-        count = os.writev(file, rest[:_PIECES])
-        done = 0
-        while done < len(rest) and count >= len(rest[done]):
-            count -= len(rest[done])
-            done += 1
-        rest = rest[done:]
-        if count:
-            rest[0] = rest[0][count:]
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int | None]:
-    """The file to be read, None if there is none; a directory opens too, a pipe does not hang."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        file = os.open(path, flags)
-    except FileNotFoundError:
-        yield None
-        return
-    try:
-        yield file
-    finally:
-        with contextlib.suppress(OSError):  # it was only read
-            os.close(file)
-
-
-def _contents(file: int) -> tuple[memoryview, bytes]:
-    """All bytes of a blob, on a boundary of 64 as XLA likes it, and its payload's checksum.
-
-    Read, and not mapped: a mapped file that somebody cuts short ends the process. Each piece is
-    summed up while it is in the processor's cache, and the system reads on meanwhile.
-
-    Raises:
-        CorruptError: it is no blob by its first bytes, or not as long as they say.
-        OSError: as the system said.
-    """
-    status = os.fstat(file)
-    if not stat.S_ISREG(status.st_mode):
-        raise CorruptError("it is not a file")
-    nbytes = status.st_size
-    if nbytes > _BELIEVED:  # else it is as cheap to read it at once: one wait for the disk
-        _check_length(os.pread(file, codec.PREFIX, 0), nbytes)
-    room = np.empty(nbytes + 64, np.uint8)
-    skipped = -room.ctypes.data % 64
-    view = room[skipped : skipped + nbytes].data
-    sums, summed, done = Checksum(), 0, 0
-    while done < nbytes:
-        if not (count := os.preadv(file, [view[done : done + PIECE]], done)):
-            raise CorruptError(f"cut off at {done} bytes of {nbytes} while it was read")
-        done += count
-        if not summed and done >= min(codec.PREFIX, nbytes):
-            summed = _check_length(view[:done], nbytes)
-        whole = done if done == nbytes else summed + (done - summed) // PIECE * PIECE
-        if whole > summed > 0:
-            sums.update(view[summed:whole])
-            summed = whole
-    return view.toreadonly(), sums.finish()
-
-
-def _check_length(head: bytes | memoryview, nbytes: int) -> int:
-    """Where the payload starts; CorruptError where a blob has not the length of its file."""
-    start, written = codec.measure(head)
-    if nbytes != written:
-        raise CorruptError(f"{nbytes} bytes where {written} were written")
-    return start
-
-
-def _lock(file: int) -> None:
-    # Some network file systems have no locks; there, leftovers are told by their age.
-    with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _remove_if_abandoned(path: str) -> None:
-    """Removes a temporary file that nobody holds a lock on: the lock goes with its process.
-
-    Raises:
-        OSError: it cannot be opened or removed.
-    """
-    file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if sys.platform == "linux":  # tensorstore's kind of lock, which flock does not see
-                lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0)
-                fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
-            abandoned = True
-        except OSError as error:
-            held = error.errno in (errno.EAGAIN, errno.EACCES)
-            abandoned = not held and time.time() - os.fstat(file).st_mtime > _FORGOTTEN
-        if abandoned:
-            os.unlink(path)
-    finally:
-        os.close(file)
-
-
-def _sync_directory(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        with contextlib.suppress(OSError):
-            os.close(file)

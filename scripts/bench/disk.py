@@ -25,7 +25,7 @@ ARRAYS = 24  # keys and values of twelve layers
 def entry(nbytes: int, seed: int) -> Entry:
     """Random bytes as keys and values of twelve layers."""
     rng = np.random.default_rng(seed)
-    part = nbytes // ARRAYS
+    part = -(-nbytes // ARRAYS // 64) * 64  # as those of keys and values are
     return Entry({str(i): np.frombuffer(rng.bytes(part), np.uint8) for i in range(ARRAYS)}, {})
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jkv.errors import CorruptError, TierError
-from jkv.store import Disk, Remote, disk
+from jkv.store import Disk, Remote, disk, files
 from jkv.store.names import name_of
 from tests.store.victim import number_of, value
 
@@ -27,6 +27,9 @@ OPERATIONS = {
     "read": lambda tier: tier.read("old"),
     "read a damaged one": lambda tier: tier.read("damaged"),
     "delete": lambda tier: tier.delete("old"),
+    "purge": lambda tier: tier.purge(["old", "put aside"]),
+    "begin to live": lambda tier: tier.lifeline(),
+    "look who lives": lambda tier: tier.lives(f".tmp-{0:024}"),
     "scan": lambda tier: tier.scan(),
     "verify": lambda tier: tier.verify(),
 }
@@ -53,6 +56,12 @@ class Faulty:
         return call
 
 
+def faulty(patch: pytest.MonkeyPatch, system: Faulty) -> None:
+    """What the tier calls the system by."""
+    for module in (disk, files):
+        patch.setattr(module, "os", system)
+
+
 def prepared(path: Path) -> Disk:
     tier = Disk(path)
     tier.write("old", value(1))
@@ -61,21 +70,26 @@ def prepared(path: Path) -> Disk:
     with (path / name_of("damaged")).open("r+b") as file:
         file.write(b"?")
     (path / ".tmp-left").write_bytes(b"by somebody")
+    (path / f".tmp-{0:024}").touch()  # a process that ended
+    tier.write("put aside", value(6))
+    os.truncate(path / name_of("put aside"), 100)
+    with pytest.raises(CorruptError):
+        tier.read("put aside")
     return tier
 
 
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_disk_fails_at_every_call(tmp_path, monkeypatch, operation, error):
-    calls = "open close fstat lstat writev fsync rename unlink pread preadv scandir"
+    calls = "open close fstat lstat stat writev fsync rename unlink pread preadv scandir"
     for n in range(1, 100):
         path = tmp_path / str(n)
         tier = prepared(path)
         counter = [n]
         failure = OSError(ERRORS[error], os.strerror(ERRORS[error]))
         with monkeypatch.context() as patch:
-            patch.setattr(disk, "os", Faulty(os, calls, counter, failure))
-            patch.setattr(disk, "fcntl", Faulty(disk.fcntl, "flock fcntl", counter, failure))
+            faulty(patch, Faulty(os, calls, counter, failure))
+            patch.setattr(files, "fcntl", Faulty(files.fcntl, "flock fcntl", counter, failure))
             try:
                 result = OPERATIONS[operation](tier)
             except (TierError, CorruptError) as raised:
@@ -101,6 +115,11 @@ def test_disk_fails_at_every_call(tmp_path, monkeypatch, operation, error):
             assert (number_of(tier.read(key)) in (2, 7)) == (not isinstance(told, TierError))
         if operation == "delete" and not isinstance(result, TierError):
             assert old is None
+        if operation == "purge":
+            aside = [name.partition("-")[2] for name in os.listdir(path / "quarantine")]
+            assert isinstance(result, TierError) or name_of("put aside") not in aside
+        if operation == "look who lives":
+            assert isinstance(result, bool | TierError)  # True where there are no locks to ask
 
         # The next operation works, and the next start finds no leftovers.
         tier.write("old", value(4))
@@ -120,7 +139,7 @@ def test_failures_in_a_batch_are_its_own(tmp_path, monkeypatch):
     counter = [3]
     failure = OSError(errno.ENOSPC, "full")
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "os", Faulty(os, "writev", counter, failure))
+        faulty(patch, Faulty(os, "writev", counter, failure))
         results = tier.write_many({str(i): value(i) for i in range(5)})
     assert [key for key, told in results.items() if isinstance(told, TierError)] == ["2"]
     assert [number_of(tier.read(str(i))) for i in range(5)] == [0, 1, None, 3, 4]
@@ -138,7 +157,7 @@ def test_little_is_taken_at_a_time(tmp_path, monkeypatch):
 
     tier = Disk(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "os", Slow(os, "", [0], OSError()))
+        faulty(patch, Slow(os, "", [0], OSError()))
         tier.write("k", value(3))
         assert number_of(tier.read("k")) == 3
     assert number_of(tier.read("k")) == 3
@@ -154,7 +173,7 @@ def test_a_file_cut_short_while_it_is_read(tmp_path, monkeypatch):
             return os.preadv(file, views, at)
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "os", Cut(os, "", [0], OSError()))
+        faulty(patch, Cut(os, "", [0], OSError()))
         with pytest.raises(CorruptError, match="while it was read"):
             tier.read("k")
     assert tier.read("k") is None
@@ -164,7 +183,7 @@ def test_no_memory_is_no_crash(tmp_path, monkeypatch):
     tier = Disk(tmp_path)
     tier.write("k", value(3))
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "np", Faulty(np, "empty", [1], MemoryError()))
+        patch.setattr(files, "np", Faulty(np, "empty", [1], MemoryError()))
         with pytest.raises(TierError):
             tier.read("k")
     assert number_of(tier.read("k")) == 3
@@ -182,7 +201,7 @@ def test_a_writer_at_work_is_left_alone(tmp_path, monkeypatch):
 
     (tmp_path / ".tmp-dead").write_bytes(b"half")
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "os", Pausing(os, "", [0], OSError()))
+        faulty(patch, Pausing(os, "", [0], OSError()))
         tier.write("k", value(1))
     assert scanned[0] == {}
     assert set(scanned[1]) == {"k"}
@@ -199,13 +218,13 @@ def test_a_file_damaged_and_replaced_at_once(tmp_path, monkeypatch):
 
     class Replaced(Faulty):
         def lstat(self, path: Path) -> os.stat_result:
-            Disk(tmp_path)._rename(disk._Temporary(tmp_path, [memoryview(good)]), name_of("k"))
+            Disk(tmp_path)._rename(files.Temporary(str(tmp_path), [memoryview(good)]), name_of("k"))
             return os.lstat(path)
 
     Disk(tmp_path / "other").write("k", value(2))
     good = (tmp_path / "other" / name_of("k")).read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "os", Replaced(os, "", [0], OSError()))
+        faulty(patch, Replaced(os, "", [0], OSError()))
         with pytest.raises(CorruptError):
             tier.read("k")
     assert number_of(tier.read("k")) == 2

@@ -1,0 +1,201 @@
+"""Files that are written whole or not at all, read without being mapped, and removed for good."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import stat
+import struct
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jkv.errors import CorruptError
+from jkv.store import codec
+from jkv.store.checksum import PIECE, Checksum
+from jkv.store.entry import Entry
+
+if sys.platform != "win32":
+    import fcntl
+
+TEMPORARY = ".tmp-"
+_PIECES = 512  # buffers in one writev; POSIX promises 16, Linux and macOS take 1024
+_STEP = 1 << 16  # bytes of one read: while they are looked at, the system fetches what follows
+_FORGOTTEN = 24 * 3600.0  # seconds, where a file system has no locks to ask
+_LIFELINE = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{24}")
+
+
+class Temporary:
+    """A file under a name that nobody looks for, locked while its writer lives.
+
+    Attributes:
+        path: of the file; `file`: its descriptor.
+        nbytes: that were written.
+        renamed: whether it has become something that stays.
+
+    Raises:
+        OSError: as the system said; nothing is left.
+    """
+
+    def __init__(self, directory: str, pieces: Sequence[memoryview] = ()) -> None:
+        self.nbytes = sum(map(len, pieces))
+        self.renamed = False
+        complete = False
+        while not complete:
+            self.path = os.path.join(directory, TEMPORARY + secrets.token_hex(12))
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self.file = os.open(self.path, flags, 0o666)
+            try:
+                _lock(self.file)
+                if os.fstat(self.file).st_nlink:  # else a `scan` came between, and removed it
+                    _write_all(self.file, pieces)
+                    complete = True
+            finally:
+                if not complete:
+                    self.close()
+
+    def close(self) -> None:
+        """Let go of it; unless it was renamed it is removed."""
+        if not self.renamed:
+            with contextlib.suppress(OSError):  # the next `scan` removes it
+                os.unlink(self.path)
+        with contextlib.suppress(OSError):  # synced before: closing has nothing to add
+            os.close(self.file)
+
+
+def _write_all(file: int, pieces: Sequence[memoryview]) -> None:
+    """All of them, however little the system takes at a time (2 GiB at most, on Linux)."""
+    rest = [piece for piece in pieces if len(piece)]
+    while rest:
+        count = os.writev(file, rest[:_PIECES])
+        done = 0
+        while done < len(rest) and count >= len(rest[done]):
+            count -= len(rest[done])
+            done += 1
+        rest = rest[done:]
+        if count:
+            rest[0] = rest[0][count:]
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[int | None]:
+    """The file to be read, None if there is none; a directory opens too, a pipe does not hang."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        file = os.open(path, flags)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):  # it was only read
+            os.close(file)
+
+
+def contents(file: int) -> tuple[codec.Header, Entry]:
+    """What a blob says of itself, and its entry, on a boundary of 64 as XLA likes it.
+
+    Read, and not mapped: a mapped file that somebody cuts short ends the process. The header is
+    read into while the system fetches the rest, and each piece is summed up while it is in the
+    processor's cache.
+
+    Raises:
+        CorruptError: it is no blob, or not as it was written.
+        UnsupportedError: it is compressed by what is not installed.
+        OSError: as the system said.
+    """
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptError("it is not a file")
+    nbytes = status.st_size
+    head = memoryview(bytearray(min(nbytes, _STEP)))
+    _fill(file, head, 0, len(head))
+    start, written = codec.measure(head)
+    if nbytes != written:  # before any memory is taken for it
+        raise CorruptError(f"{nbytes} bytes where {written} were written")
+    room = np.empty(nbytes + 64, np.uint8)
+    skipped = -room.__array_interface__["data"][0] % 64
+    view = room[skipped : skipped + nbytes].data
+    view[: len(head)] = head
+    done = _fill(file, view, len(head), start)
+    header = codec.read_header(view[:start])
+    sums = Checksum()
+    for at in range(start, nbytes, PIECE):
+        done = _fill(file, view, done, min(at + PIECE, nbytes))
+        sums.update(view[at : min(at + PIECE, nbytes)])
+    return header, codec.entry(header, view[start:].toreadonly(), sums.finish())
+
+
+def _fill(file: int, view: memoryview, done: int, until: int) -> int:
+    """Read from `done` to `until` at least, which may be behind; where that ended."""
+    while done < until:
+        if not (count := os.preadv(file, [view[done : min(done + _STEP, until)]], done)):
+            raise CorruptError(f"cut off at {done} bytes of {len(view)} while it was read")
+        done += count
+    return done
+
+
+def _lock(file: int) -> None:
+    # Some network file systems have no locks; there, leftovers are told by their age.
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def lives(directory: str, name: object) -> bool:
+    """Whether the process lives whose `Temporary` without contents has this name.
+
+    Raises:
+        OSError: it cannot be found out.
+    """
+    if not isinstance(name, str) or not _LIFELINE.fullmatch(name):
+        return False  # the name comes from a file that anybody may have written
+    path = os.path.join(directory, name)
+    try:
+        remove_if_abandoned(path)
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def remove_if_abandoned(path: str) -> None:
+    """Removes a temporary file that nobody holds a lock on: the lock goes with its process.
+
+    Raises:
+        OSError: it cannot be opened or removed.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if sys.platform == "linux":  # tensorstore's kind of lock, which flock does not see
+                lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0)
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+            abandoned = True
+        except OSError as error:
+            held = error.errno in (errno.EAGAIN, errno.EACCES)
+            abandoned = not held and time.time() - os.fstat(file).st_mtime > _FORGOTTEN
+        if abandoned:
+            os.unlink(path)
+    finally:
+        os.close(file)
+
+
+def sync_directory(path: str) -> None:
+    """What was renamed and removed in it stays so after a power cut.
+
+    Raises:
+        OSError: as the system said.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(file)
