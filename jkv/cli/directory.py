@@ -103,19 +103,22 @@ def gc(
     max_entries: Annotated[int | None, typer.Option(help="Entries to keep.", min=0)] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Remove what is expired, what is too old and what is too much; pinned entries stay."""
+    """Remove what is expired, too old or too much, and what was of a process that has ended.
+
+    Pinned entries stay.
+    """
     from jkv.store import Disk, Store
 
     limit = None if max_bytes is None else parse_bytes(max_bytes, "--max-bytes")
+    before = Disk(path).scan()
     with Store([Disk(path)]) as store:
         store.drain()
-        before = store.stats()
         store.sweep(None if older_than is None else older_than * 86400)
         store.resize(0, max_bytes=limit, max_entries=max_entries)
         after = store.stats()
     said = {
-        "removed": before["entries"] - after["entries"],
-        "freed": before["bytes"] - after["bytes"],
+        "removed": len(before) - after["entries"],
+        "freed": sum(before.values()) - after["bytes"],
         "entries": after["entries"],
         "bytes": after["bytes"],
     }

@@ -13,7 +13,7 @@ import numpy as np
 from jkv.store.entry import Entry
 
 _engines = itertools.count()
-WAITS = 24 * 3600.0  # seconds after which a request that waits is one of a process that is gone
+WAITS = 24 * 3600.0  # seconds that a request may wait, where nobody sees that its process ended
 
 
 class Kept:
@@ -78,17 +78,17 @@ class Kept:
         key = f"waiting/{self._own}.{number}"
         entry = _entry(jax.tree.leaves(pages), length=length)
         who = {"fingerprint": self.fingerprint, "ttl": WAITS}
-        return self.store.put(key, entry, pin=True, **who)
+        return self.store.put(key, entry, pin=True, ephemeral=True, **who)
 
     def take_back(self, key: str) -> list[np.ndarray] | None:
         """The leaves of what was put aside, None if it was lost."""
         entry = self.store.get(key, fingerprint=self.fingerprint, recompute_seconds=float("inf"))
-        self.store.remove(key)
+        self.store.remove(key, sync=False)
         return None if entry is None else _leaves(entry)
 
     def forget(self, key: str) -> None:
         """Drop what was put aside."""
-        self.store.remove(key)
+        self.store.remove(key, sync=False)
 
 
 def _entry(leaves: list[Any], **meta: Any) -> Entry:

@@ -271,7 +271,7 @@ class Disk:
                 raise TierError(error.errno, f"no file in {self.path}: {error.strerror}") from error
             return os.path.basename(self._lifeline.path)
 
-    def lives(self, lifeline: str) -> bool:
+    def lives(self, lifeline: Any) -> bool:
         """Whether a process that has named this `lifeline`, here, still lives.
 
         Where a file system has no locks it is believed to, for a day.

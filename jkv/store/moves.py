@@ -17,6 +17,7 @@ from jkv.store.mover import Mover
 from jkv.store.shelf import Record, Shelf
 
 META = "store"  # where a stored entry's meta has what the store wrote
+LIFELINE = "lifeline"  # and in that, of an ephemeral one, what ends with its process
 KEPT, REFUSED, FAILED = "kept", "refused", "failed"
 
 
@@ -83,7 +84,14 @@ class Moves(Ledger):
                     shelf.counts["unconverted"] += 1
         # What a device tier had is JAX's.
         arrays = {name: np.asarray(array) for name, array in entry.arrays.items()}
-        return Entry(arrays, {**entry.meta, META: record.meta()})
+        said = record.meta()
+        if record.ephemeral and hasattr(shelf.tier, "lifeline"):
+            try:
+                said[LIFELINE] = shelf.tier.lifeline()
+            except TierError:  # only its time to live will end it
+                with self.changed:
+                    shelf.counts["errors"] += 1
+        return Entry(arrays, {**entry.meta, META: said})
 
     def _write(self, shelf: Shelf, items: list[tuple[str, Entry]]) -> list[int | None]:
         """The bytes that each takes; None where it failed."""

@@ -382,9 +382,36 @@ class Reads(Moves):
         """Delete what tiers may have of a name that the store does not know."""
         self.claim([name])
         try:
-            if name not in self.index:
-                for at, shelf in enumerate(self.shelves):
-                    if shelf.persistent and name not in shelf.rubbish:
-                        self._delete(at, name)
+            if name in self.index:
+                return
+            for at, shelf in enumerate(self.shelves):
+                if name in shelf.rubbish:
+                    self.clean(at, name)
+                elif shelf.persistent and not self._delete(at, name):
+                    with self.changed:
+                        self.add_rubbish(at, name, 0)  # how much is not known
         finally:
             self.unclaim([name])
+
+    def purge(self, names: Sequence[str]) -> None:
+        """Wait until what was dropped is gone for good.
+
+        Raises:
+            TierError: something is left, or may come back.
+        """
+        problems = []
+        for shelf in self.shelves:
+            if left := sum(name in shelf.rubbish for name in names):
+                problems.append(f"{left} could not be deleted from {shelf.name}")
+            if names and hasattr(shelf.tier, "purge"):
+                try:
+                    shelf.tier.purge(names)
+                except TierError as error:
+                    with self.changed:
+                        shelf.counts["errors"] += 1
+                    problems.append(str(error))
+        if problems:
+            raise TierError(
+                f"removed, and not served any more; but {', '.join(problems)}; it is tried "
+                "again now and then, and by another remove or clear"
+            )

@@ -36,6 +36,7 @@ class Record:
     packed: bool = False
     hits: int = 0
     pinned: bool = False
+    ephemeral: bool = False  # of this process, and of no use after it
     holds: int = 0
     homes: dict[int, int] = dataclasses.field(default_factory=dict)  # bytes by shelf
     doubtful: set[int] = dataclasses.field(default_factory=set)  # homes that were only listed

@@ -133,6 +133,7 @@ class Store(Upkeep):
         ttl: int | float | None = None,
         pin: bool = False,
         whole: bool = False,
+        ephemeral: bool = False,
     ) -> str | None:
         """Keep a value; its key, or None where no tier had room for it (counted as rejected).
 
@@ -144,12 +145,23 @@ class Store(Upkeep):
             ttl: seconds until it is of no use; by default the store's.
             pin: it never goes to make room, until `unpin` or another put.
             whole: no shorter prefix can be cut from it: it is found with all of its tokens only.
+            ephemeral: it ends with this process, however that ends: the next store on a directory
+                drops it at its start. On a remote only its `ttl` ends it.
 
         Raises:
             ValueError: no key and no tokens, tokens that are none, or a closed store.
         """
         record, entry = self.record(
-            key, value, tokens, tenant, seconds, fingerprint, ttl, pin, whole
+            key,
+            value,
+            tokens=tokens,
+            tenant=tenant,
+            seconds=seconds,
+            fingerprint=fingerprint,
+            ttl=ttl,
+            pin=pin,
+            whole=whole,
+            ephemeral=ephemeral,
         )
         kept = self.keep([(record, entry)], through=self._write_through)[0]
         return record.key if kept else None
@@ -177,7 +189,13 @@ class Store(Upkeep):
         lists = keys, values, tokens or none, seconds or none
         for key, value, ids, cost in zip(*lists, strict=True):
             record, entry = self.record(
-                key, value, ids, tenant, cost, fingerprint, ttl, False, False
+                key,
+                value,
+                tokens=ids,
+                tenant=tenant,
+                seconds=cost,
+                fingerprint=fingerprint,
+                ttl=ttl,
             )
             if record.name in records:
                 with self.changed:
@@ -343,12 +361,21 @@ class Store(Upkeep):
         return ask.entry is not None
 
     @operation
-    def remove(self, key: str, *, tenant: str = "") -> bool:
-        """An entry goes, from all tiers; whether there was one that the store knew of."""
+    def remove(self, key: str, *, tenant: str = "", sync: bool = True) -> bool:
+        """An entry goes, from all tiers; whether there was one that the store knew of.
+
+        When it returns nothing of it is left, nor comes back after a power cut. With `sync=False`
+        nobody waits for that: what could not be deleted is tried again later.
+
+        Raises:
+            TierError: it is not served any more, but something may be left, or come back.
+        """
         name = name_of(tenant, key)
         known = self.drop([name], "removed", lambda _: True)
         if not known:  # another process may have put it
             self.delete_unknown(name)
+        if sync:
+            self.purge([name])
         return known > 0
 
     # Ahead of time.

@@ -11,7 +11,7 @@ from jkv.store import figures
 from jkv.store.entry import Entry
 from jkv.store.keys import name_of, split
 from jkv.store.ledger import operation
-from jkv.store.moves import store_meta
+from jkv.store.moves import LIFELINE, store_meta
 from jkv.store.prefetch import Prefetcher
 from jkv.store.shelf import Record
 from jkv.store.writes import Writes
@@ -85,6 +85,7 @@ class Upkeep(Writes):
                 if self.stopped.is_set():
                     break
                 self._describe(record)
+                self._drop_expired(record)
         finally:
             self.indexed.set()
 
@@ -97,12 +98,28 @@ class Upkeep(Writes):
                 meta = describe(record.name)
             except (TierError, CorruptError):
                 continue  # who reads it will know, and count it
+            said = store_meta(Entry({}, meta or {}))
+            outlived = said is not None and self._outlived(at, said.get(LIFELINE))
             with self.changed:
-                said = store_meta(Entry({}, meta or {}))
                 if said is not None and record.version is None and self.current(record):
                     self.learn(record, said)
+                    if outlived:
+                        record.expires = self.clock()
                     record.doubtful.discard(at)
                     return
+
+    def _outlived(self, at: int, lifeline: Any) -> bool:
+        """Whether the process is gone for which alone an entry was kept."""
+        if lifeline is None:
+            return False
+        try:
+            return not self.shelves[at].tier.lives(lifeline)
+        except TierError:  # until it is known, or its time to live ends it
+            return False
+
+    def _drop_expired(self, record: Record) -> None:
+        if self.expired(record):
+            self.drop([record.name], "expired", self.expired, wait=False)
 
     # Meanwhile.
 
@@ -129,6 +146,7 @@ class Upkeep(Writes):
                     self._describe(record)
                 finally:
                     self.unclaim([name])
+                self._drop_expired(record)
             self.trim(at)
         return found
 
@@ -148,6 +166,11 @@ class Upkeep(Writes):
         if older_than is not None:
             names = [record.name for record in records if now - record.accessed >= older_than]
             swept += self.drop(names, "removed", unused, wait=False)
+        self._clean_rubbish()
+        return swept
+
+    def _clean_rubbish(self) -> None:
+        """Try again to delete what could not be deleted."""
         for at, shelf in enumerate(self.shelves):
             for name in list(shelf.rubbish):
                 if self.claim([name], wait=False):
@@ -155,7 +178,6 @@ class Upkeep(Writes):
                         self.clean(at, name)
                     finally:
                         self.unclaim([name])
-        return swept
 
     def sweeper(self, every: int | float) -> None:
         """A thread that cleans up now and then."""
@@ -194,6 +216,10 @@ class Upkeep(Writes):
             thread.join()
         for mover in self.movers:
             mover.close()
+        with self.changed:
+            for record in self.index.values():
+                if record.ephemeral:
+                    record.expires = self.clock()
         self.write_lasting()
         self.clean_up(None)
         for shelf in self.shelves:
@@ -203,11 +229,18 @@ class Upkeep(Writes):
 
     @operation
     def clear(self, *, tenant: str | None = None) -> int:
-        """All entries go, or all of one tenant; how many."""
+        """All entries go that the store knows of, or all of one tenant, as by `remove`; how many.
+
+        Raises:
+            TierError: of some of them something may be left, or come back.
+        """
         with self.changed:
-            found = self.index.values()
-            names = [r.name for r in found if tenant is None or r.tenant == tenant]
-        return self.drop(names, "removed", lambda _: True)
+            known = [*self.index, *(name for shelf in self.shelves for name in shelf.rubbish)]
+            names = [name for name in known if tenant is None or split(name)[0] == tenant]
+        gone = self.drop(names, "removed", lambda _: True)
+        self._clean_rubbish()
+        self.purge(names)
+        return gone
 
     @operation
     def unpin(self, key: str, *, tenant: str = "") -> None:

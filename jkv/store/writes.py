@@ -28,13 +28,15 @@ class Writes(Reads):
         self,
         key: str | None,
         value: Any,
+        *,
         tokens: Any,
         tenant: str,
         seconds: int | float | None,
         fingerprint: bytes | None,
         ttl: int | float | None,
-        pin: bool,
-        whole: bool,
+        pin: bool = False,
+        whole: bool = False,
+        ephemeral: bool = False,
     ) -> tuple[Record, Entry]:
         """What is to be known of a put, and what is to be stored."""
         packed = not isinstance(value, Entry)
@@ -63,6 +65,7 @@ class Writes(Reads):
             whole=whole,
             packed=packed,
             pinned=pin,
+            ephemeral=ephemeral,
         )
         return record, entry
 

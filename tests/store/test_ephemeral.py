@@ -1,0 +1,218 @@
+"""What ends with its process, however that ends; and what was removed stays so."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jkv.errors import TierError
+from jkv.store import Disk, Memory, Store, disk, files
+from jkv.store.names import name_of
+from tests.store.fakes import Clock, Fake, check, entry, number
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = """
+import sys
+import numpy as np
+from jkv.engine.kept import Kept
+from jkv.store import Disk, Memory, Store
+from tests.store.fakes import entry
+
+store = Store([Memory(10), Disk(sys.argv[1])])  # there is no room in memory
+kept = Kept(store, b"model")
+print(kept.put_aside(7, {"k": np.arange(50)}, 50), flush=True)
+store.put("lasts", entry(1), pin=True)
+print("ready", flush=True)
+sys.stdin.readline()
+store.close()
+"""
+
+
+@pytest.fixture
+def child(tmp_path):
+    """A process in which a request waits; it ends when its input does."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("waiting/")
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
+
+
+def there(path):
+    with Store([Disk(path)]) as store:
+        store.drain()
+        check(store)
+        return sorted(key.split("/")[0] for key, _ in store.hot())
+
+
+def test_requests_that_wait_go_with_their_process_only(tmp_path, child):
+    assert there(tmp_path) == ["lasts", "waiting"]  # a second start harms nobody
+    child.kill()  # SIGKILL: nothing is cleaned up
+    child.wait()
+    assert len(list(tmp_path.glob(".tmp-*"))) == 1
+    assert there(tmp_path) == ["lasts"]
+    assert [path.name for path in tmp_path.iterdir()] == [name_of("0::lasts")]
+
+
+def test_a_store_that_closes_leaves_nothing_of_its_own(tmp_path):
+    with Store([Memory(), Disk(tmp_path)], write_through=True) as store:
+        store.put("mine", entry(1), ephemeral=True, pin=True)
+        store.put("all", entry(2))
+        assert number(store.get("mine")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name_of("0::all")]
+    with Store([Memory(), Disk(tmp_path)]) as store:  # nor is it written at the end
+        store.put("mine", entry(1), ephemeral=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name_of("0::all")]
+
+
+def test_another_process_that_looks_while_it_lives(tmp_path):
+    """Of entries that come while it runs, those of the dead go and those of the living stay."""
+    with Store([Disk(tmp_path)]) as store, Store([Disk(tmp_path)]) as one:
+        two = Store([Disk(tmp_path)])
+        one.put("one", entry(1), ephemeral=True)
+        two.put("two", entry(2), ephemeral=True)
+        two.shelves[0].tier.close()  # as at its death
+        assert store.refresh() == 2
+        assert number(store.get("one")) == 1
+        assert store.get("two") is None
+        assert check(store)["expired"] == 1
+        two.close()
+
+
+@pytest.mark.parametrize("lie", ["../victim", ".tmp-../../victim", "victim", 7, ".tmp-" + "0" * 23])
+def test_a_lifeline_is_no_path(tmp_path, lie):
+    (tmp_path / "victim").touch()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "victim").touch()
+    tier = Disk(tmp_path / "d")
+    assert not tier.lives(lie)
+    assert (tmp_path / "victim").exists()
+    assert (tmp_path / "d" / "victim").exists()
+    assert tier.lives(tier.lifeline())
+    assert tier.lifeline() == tier.lifeline()
+
+
+def test_no_lifeline_is_an_error_and_nothing_more(tmp_path, monkeypatch):
+    tier = Disk(tmp_path)
+
+    def failing():
+        raise TierError("no")
+
+    monkeypatch.setattr(tier, "lifeline", failing)
+    with Store([tier]) as store:
+        assert store.put("a", entry(1), ephemeral=True) == "a"
+        assert check(store)["tiers"]["disk"]["errors"] == 1
+
+
+class Observed:
+    """The system's calls on files, in their order."""
+
+    def __init__(self, fail: str = "") -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.fail = fail
+
+    def __getattr__(self, name):
+        real = getattr(os, name)
+        if name not in ("unlink", "fsync", "rename"):
+            return real
+
+        def call(what, *rest):
+            place = os.readlink(f"/proc/self/fd/{what}") if name == "fsync" else str(what)
+            self.calls.append((name, os.path.basename(place)))
+            if name == self.fail:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(what, *rest)
+
+        return call
+
+
+@contextlib.contextmanager
+def observed(monkeypatch, fail=""):
+    calls = Observed(fail)
+    with monkeypatch.context() as patch:
+        for module in (disk, files):
+            patch.setattr(module, "os", calls)
+        yield calls.calls
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+def test_what_is_removed_is_synced_once_and_what_is_evicted_is_not(tmp_path, monkeypatch):
+    path = tmp_path / "d"
+    with Store([Disk(path, max_entries=5)]) as store:
+        for key in "abcde":
+            store.put(key, entry(1))
+        with observed(monkeypatch) as calls:
+            assert store.remove("a")
+        assert calls == [("unlink", name_of("0::a")), ("fsync", "d")]
+        with observed(monkeypatch) as calls:  # of another process, perhaps
+            assert not store.remove("a")
+        assert calls == [("unlink", name_of("0::a")), ("fsync", "d")]
+        with observed(monkeypatch) as calls:
+            assert store.remove("b", sync=False)
+            store.resize(0, max_entries=2)
+        assert [call for call, _ in calls] == ["unlink", "unlink"]
+        with observed(monkeypatch) as calls:
+            assert store.clear() == 2
+        assert [call for call, _ in calls] == ["unlink", "unlink", "fsync"]
+        with observed(monkeypatch) as calls:
+            assert store.clear() == 0
+        assert calls == []
+
+
+def test_what_was_put_aside_of_it_goes_too(tmp_path):
+    with Store([Disk(tmp_path)]) as store:
+        for key in ("a", "b"):
+            store.put(key, entry(1))
+            (tmp_path / name_of(f"0::{key}")).write_bytes(b"x" * 100)
+            assert store.get(key) is None
+        aside = tmp_path / "quarantine"
+        assert len(list(aside.iterdir())) == 2
+        store.remove("a")
+        (left,) = aside.iterdir()
+        assert left.name.endswith(name_of("0::b"))
+
+
+def test_what_may_come_back_is_not_said_to_be_gone(tmp_path, monkeypatch):
+    with Store([Disk(tmp_path)]) as store:
+        for key in "abc":
+            store.put(key, entry(1))
+        for fail in ("fsync", "unlink"):
+            with observed(monkeypatch, fail), pytest.raises(TierError, match="not served any more"):
+                store.remove("a")
+            assert store.get("a") is None
+        with observed(monkeypatch, "unlink"):
+            with pytest.raises(TierError, match="3 could not be deleted from disk"):
+                store.clear()
+            with pytest.raises(TierError, match="1 could not be"):  # of one that it does not know
+                store.remove("unknown")
+        assert number(store.get("b")) is None
+        assert not store.remove("b")  # tries again, and so does
+        assert store.clear() == 0
+        assert list(tmp_path.iterdir()) == []
+        check(store)
+
+
+def test_a_remote_that_does_not_answer_is_no_removal():
+    remote = Fake(name="remote")
+    with Store([Fake(), remote], write_through=True, clock=Clock()) as store:
+        store.put("a", entry(1))
+        remote.fail["delete"] = 1
+        with pytest.raises(TierError, match="1 could not be deleted from remote"):
+            store.remove("a")
+        assert not store.remove("a")
+        assert not remote.entries
+        check(store)
