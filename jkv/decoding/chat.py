@@ -182,7 +182,7 @@ class Chat:
         """The beginning of a conversation that another one in the store has too."""
         if self._shelf is None:
             return None
-        found = self._shelf.find(None, np.asarray(ids, np.int32))
+        found = self._shelf.find([None], [np.asarray(ids, np.int32)])[0]
         if found.cache is None:
             return None
         held = np.asarray(ids[: found.length], np.int32)
@@ -207,7 +207,7 @@ class Chat:
         if self._shelf is not None:
             words = {"messages": list(now.messages), "turns": now.turns}
             held = result.history[0][: int(result.cache.lengths[0])]
-            self._shelf.keep(self._id, held, result.cache, seconds, **words)
+            self._shelf.keep([self._id], [held], [result.cache], [seconds], **words)
         self._past = now
 
     def _ids(self, messages: tuple[Message, ...]) -> list[int]:

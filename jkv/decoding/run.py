@@ -123,8 +123,8 @@ class Run:
                 "and samples= out"
             )
         self.shelf = stored.Shelf(options.store, self.model, kind, options.tenant)
-        for i, (key, row) in enumerate(zip(self.ids, self.new, strict=True)):
-            found = self.shelf.find(key, row)
+        known = self.shelf.find(self.ids, self.new)
+        for i, (found, row) in enumerate(zip(known, self.new, strict=True)):
             self.found.append(found.cache)
             self.spared.append(found.seconds)
             self.reused[i] = found.length
@@ -301,10 +301,11 @@ class Run:
 
     def _keep(self, shelf: stored.Shelf, cache: Cache, history: list[np.ndarray]) -> None:
         """Each row into the store, but for its last token, which has no keys and values yet."""
-        seconds = (self.last_read - self.started) / len(history)
-        for i, (key, row) in enumerate(zip(self.ids, history, strict=True)):
-            # The whole cache's, with what an earlier one took to make.
-            shelf.keep(key, row[:-1], stored.row_of(cache, i), seconds + self.spared[i])
+        took = (self.last_read - self.started) / len(history)
+        # The whole cache's, with what an earlier one took to make.
+        seconds = [took + spared for spared in self.spared]
+        caches = [stored.row_of(cache, i) for i in range(len(history))]
+        shelf.keep(self.ids, [row[:-1] for row in history], caches, seconds)
 
 
 def generate(

@@ -60,33 +60,33 @@ class Shelf:
         self.store, self.tenant = store, tenant
         self.fingerprint = fingerprint(model, kind)
 
-    def find(self, key: str | None, tokens: np.ndarray) -> Found:
-        """The longest known beginning of `tokens`.
+    def find(self, keys: Sequence[str | None], rows: Sequence[np.ndarray]) -> list[Found]:
+        """The longest known beginning of each row, all looked for and read at once.
 
-        Less than all of them: the last one is left to be computed, whose logits are wanted.
+        Less than all of it: the last token is left to be computed, whose logits are wanted.
 
         Args:
-            key: of a sequence, which is looked for first; None for any that begins so.
-            tokens: ``[T]``.
+            keys: of sequences, which are looked for first; None for any that begins so.
+            rows: of tokens, each ``[T]``.
         """
         who: dict[str, Any] = {"tenant": self.tenant, "fingerprint": self.fingerprint}
-        if key is not None:
-            try:
-                with self.store.open(key, **who) as handle:
-                    found = self._cropped(key, handle.entry, tokens)
-            except KeyError:
-                found = NOTHING
-            if found.length == len(tokens) - 1:
-                return found
-        else:
-            found = NOTHING
-        match = self.store.longest_prefix(tokens, limit=len(tokens) - 1, **who)
-        if match is None:
-            return found
-        with match:
-            if match.length <= found.length:
-                return found
-            return self._cropped(match.key, match.entry, tokens)
+        found = [NOTHING] * len(rows)
+        keyed = [(i, key) for i, key in enumerate(keys) if key is not None]
+        handles = self.store.open_many([key for _, key in keyed], **who) if keyed else []
+        for (i, key), handle in zip(keyed, handles, strict=True):
+            if handle is not None:
+                with handle:
+                    found[i] = self._cropped(key, handle.entry, rows[i])
+        rest = [i for i, row in enumerate(rows) if found[i].length < len(row) - 1]
+        limits = [len(rows[i]) - 1 for i in rest]
+        asked = [rows[i] for i in rest]
+        matches = self.store.longest_prefix_many(asked, limits=limits, **who) if rest else []
+        for i, match in zip(rest, matches, strict=True):
+            if match is not None:
+                with match:
+                    if match.length > found[i].length:
+                        found[i] = self._cropped(match.key, match.entry, rows[i])
+        return found
 
     def _cropped(self, key: str, entry: Entry, tokens: np.ndarray) -> Found:
         """What an entry and a prompt have in common, as far as its kind can give it."""
@@ -115,7 +115,7 @@ class Shelf:
                 raise CorruptError("an entry of other tokens than its cache's")
             return cache
         except (CorruptError, KeyError):
-            self.store.remove(key, tenant=self.tenant)
+            self.store.remove(key, tenant=self.tenant, sync=False)
             return None
 
     def known(self, key: str) -> tuple[Cache, np.ndarray, dict[str, Any]] | None:
@@ -131,31 +131,38 @@ class Shelf:
         return cache, np.asarray(entry.arrays[TOKENS]), dict(entry.meta)
 
     def keep(
-        self, key: str | None, tokens: np.ndarray, cache: Cache, seconds: float, **meta: Any
+        self,
+        keys: Sequence[str | None],
+        rows: Sequence[np.ndarray],
+        caches: Sequence[Cache],
+        seconds: Sequence[float],
+        **meta: Any,
     ) -> None:
-        """Store a row.
+        """Store rows, all at once.
 
         Args:
-            key: of a sequence; None for one that follows from the tokens.
-            tokens: ``[T]``, those that the cache holds.
-            cache: of one row.
-            seconds: that it took to make.
-            meta: what else to keep, as JSON has it.
+            keys: of sequences; None for one that follows from the tokens.
+            rows: of tokens, each ``[T]``, those that the cache holds.
+            caches: of one row each.
+            seconds: that each took to make.
+            meta: what else to keep with them, as JSON has it.
         """
-        if not len(tokens):
-            return
         from jkv.store.pack import pack
 
-        entry = pack(cache, seconds=seconds, **meta)
-        entry = Entry({**entry.arrays, TOKENS: np.asarray(tokens, np.int32)}, entry.meta)
-        self.store.put(
-            key,
-            entry,
-            tokens=tokens,
+        entries = []
+        for tokens, cache, cost in zip(rows, caches, seconds, strict=True):
+            entry = pack(cache, seconds=cost, **meta)
+            held = np.asarray(tokens, np.int32)
+            entries.append(Entry({**entry.arrays, TOKENS: held}, entry.meta))
+        full = [i for i, tokens in enumerate(rows) if len(tokens)]
+        self.store.put_many(
+            [keys[i] for i in full],
+            [entries[i] for i in full],
+            tokens=[rows[i] for i in full],
+            seconds=[seconds[i] for i in full],
             tenant=self.tenant,
-            seconds=seconds,
             fingerprint=self.fingerprint,
-            whole=cache.unbounded,
+            whole=bool(caches) and caches[0].unbounded,
         )
 
 

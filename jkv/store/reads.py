@@ -254,7 +254,7 @@ class Reads(Moves):
         many = getattr(shelf.tier, "read_many", None)
         if many is not None and len(asks) > 1:
             try:
-                said = many([ask.name for ask in asks])
+                said = many(list(dict.fromkeys(ask.name for ask in asks)))
                 found = [said[ask.name] for ask in asks]
             except TierError as error:
                 found = [error] * len(asks)

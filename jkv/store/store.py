@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from jkv.errors import CorruptError
 from jkv.store.entry import Entry
@@ -177,6 +180,7 @@ class Store(Upkeep):
         tenant: str = "",
         fingerprint: bytes | None = None,
         ttl: int | float | None = None,
+        whole: bool = False,
     ) -> list[str | None]:
         """`put` for several, each tier written to once; of a key that comes twice the last stays.
 
@@ -196,6 +200,7 @@ class Store(Upkeep):
                 seconds=cost,
                 fingerprint=fingerprint,
                 ttl=ttl,
+                whole=whole,
             )
             if record.name in records:
                 with self.changed:
@@ -321,29 +326,70 @@ class Store(Upkeep):
         Raises:
             ValueError: tokens that are none.
         """
-        ids = as_tokens(tokens)
+        return self._matches([tokens], [limit], tenant, fingerprint, recompute_seconds)[0]
+
+    @operation
+    def longest_prefix_many(
+        self,
+        tokens: Sequence[Any],
+        *,
+        tenant: str = "",
+        fingerprint: bytes | None = None,
+        limits: Sequence[int | None] | None = None,
+    ) -> list[Match | None]:
+        """`longest_prefix` for several, each with a limit of its own, each tier read once.
+
+        Raises:
+            ValueError: tokens that are none, or lists of different lengths.
+        """
+        limits = [None] * len(tokens) if limits is None else limits
+        return self._matches(tokens, limits, tenant, fingerprint, None)
+
+    def _matches(
+        self,
+        tokens: Sequence[Any],
+        limits: Sequence[int | None],
+        tenant: str,
+        fingerprint: bytes | None,
+        recompute_seconds: int | float | None,
+    ) -> list[Match | None]:
+        searched = [
+            _Search(as_tokens(ids), limit, Ask("", tenant, why="absent"))
+            for ids, limit in zip(tokens, limits, strict=True)
+        ]
         fingerprint = self.fingerprint if fingerprint is None else fingerprint
         self.indexed.wait(max(self._index_until - time.monotonic(), 0))
         with self.changed:
-            found = self.prefixes.find(fingerprint, tenant, ids[:limit], _nearness)
-            candidates = list(itertools.islice(found, _CANDIDATES))
-        answer = Ask("", tenant, why="absent")
-        for record, length in candidates:
-            answer = Ask(record.name, tenant, fingerprint, only=record)
-            answer.share = length / len(record.tokens)
-            if recompute_seconds is not None:
-                answer.seconds = recompute_seconds * length / len(ids)
-            self.take([answer])
-            if answer.entry is not None:
-                self._scored([answer], release=False)
-                with self.changed:
-                    self.count(tenant, "tokens_asked", len(ids))
-                    self.count(tenant, "tokens_found", length)
-                return Match(Handle(record, answer.entry, self.released), length)
+            for one in searched:
+                wanted = one.tokens[: one.limit]
+                found = self.prefixes.find(fingerprint, tenant, wanted, _nearness)
+                one.candidates = list(itertools.islice(found, _CANDIDATES))
+        todo = [one for one in searched if one.candidates]
+        while todo:
+            for one in todo:
+                record, one.length = one.candidates.pop(0)
+                one.ask = Ask(record.name, tenant, fingerprint, only=record)
+                one.ask.share = one.length / len(record.tokens)
+                if recompute_seconds is not None:
+                    one.ask.seconds = recompute_seconds * one.length / len(one.tokens)
+            self.take([one.ask for one in todo])
+            todo = [one for one in todo if one.ask.entry is None and one.candidates]
+        matches: list[Match | None] = []
         with self.changed:
-            self.score(answer)
-            self.count(tenant, "tokens_asked", len(ids))
-        return None
+            for one in searched:
+                self.score(one.ask, release=False)
+                self.count(tenant, "tokens_asked", len(one.tokens))
+                record, entry = one.ask.record, one.ask.entry
+                if record is None or entry is None:
+                    matches.append(None)
+                    continue
+                self.count(tenant, "tokens_found", one.length)
+                matches.append(Match(Handle(record, entry, self.released), one.length))
+        if self.prefetcher is not None:
+            for one in searched:
+                if one.ask.entry is not None:
+                    self.prefetcher.noted(one.ask.name)
+        return matches
 
     @operation
     def contains(self, key: str, *, tenant: str = "", fingerprint: bytes | None = None) -> bool:
@@ -443,6 +489,17 @@ class Store(Upkeep):
     def __len__(self) -> int:
         """Entries."""
         return len(self.index)
+
+
+@dataclasses.dataclass(slots=True)
+class _Search:
+    """Tokens of which the longest known beginning is looked for."""
+
+    tokens: np.ndarray
+    limit: int | None
+    ask: Ask
+    candidates: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
+    length: int = 0
 
 
 def _converted(entry: Entry, form: str) -> Entry:

@@ -64,6 +64,50 @@ def test_by_sequence_id_however_short(tiny_model, store):
     assert out.tokens.tolist() == jkv.generate(tiny_model, prompts, **HOW).tokens.tolist()
 
 
+class Counting(Memory):
+    """A tier that says what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def read(self, key):
+        self.calls.append(("read", 1))
+        return super().read(key)
+
+    def read_many(self, keys):
+        self.calls.append(("read_many", len(keys)))
+        return {key: Memory.read(self, key) for key in keys}
+
+    def write_many(self, entries):
+        self.calls.append(("write_many", len(entries)))
+        return {key: self.write(key, entry) for key, entry in entries.items()}
+
+
+def test_a_batch_is_read_and_written_at_once(tiny_model):
+    tier = Counting()
+    rows = [LONG, OTHER, [1, 2, 3, *OTHER], OTHER[:30]]
+    with Store(tiers=[tier]) as store:
+        jkv.generate(tiny_model, rows[:3], store=store, **HOW)
+        assert tier.calls == [("write_many", 3)]
+        tier.calls.clear()
+        out = jkv.generate(tiny_model, rows, store=store, **HOW)
+        assert out.reused.tolist() == [49, 36, 39, 29]
+        assert tier.calls == [("read_many", 3), ("write_many", 4)]  # two rows have one beginning
+        figures = store.stats()
+        assert (figures["hits"], figures["misses"]) == (4, 3)
+        assert figures["tokens_found"] == 49 + 36 + 39 + 29
+        tier.calls.clear()
+        ids = ["a", "b", "c", "d"]
+        jkv.generate(tiny_model, rows, store=store, sequence_ids=ids, **HOW)
+        tier.calls.clear()
+        out = jkv.generate(tiny_model, rows, store=store, sequence_ids=ids, **HOW)
+        assert out.reused.tolist() == [49, 36, 39, 29]
+        assert tier.calls == [("read_many", 4), ("write_many", 4)]
+    want = jkv.generate(tiny_model, rows, **HOW)
+    assert out.tokens.tolist() == want.tokens.tolist()
+
+
 def test_another_process_finds_it_on_disk_to_the_bit(tiny_model, tmp_path):
     with Store(tiers=[Memory(1 << 26), Disk(tmp_path, 1 << 28)]) as store:
         first = jkv.generate(tiny_model, [LONG], store=store, sequence_ids=["a"], **HOW)
