@@ -15,7 +15,7 @@ from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.cache.dense import check_heads, write
 from jkv.cache.protocol import Step
-from jkv.cache.ring import Ring, chunk
+from jkv.cache.ring import Ring, chunk, with_past
 from jkv.ops.encoded import Affine, Encoded, Float8, Sparse, finite
 from jkv.ops.order import after
 
@@ -86,10 +86,14 @@ class NearFar:
                 parts = [stored._read(q, step, since, options), near]
             return ops.merge(*parts).out.astype(q.dtype), stored
         since = self.far(step.start)
-        parts = [self._read(q, step, since, options), chunk(q, k, v, step, **options)]
-        if self.near is not None:
-            parts.append(self.near.read(q, step, step.start, since, **options))
-        out = ops.merge(*parts).out
+
+        def past() -> ops.Partial:
+            far = self._read(q, step, since, options)
+            if self.near is None:
+                return far
+            return ops.merge(far, self.near.read(q, step, step.start, since, **options))
+
+        out = with_past(q, k, v, step, past, **options).out
         return out.astype(q.dtype), self._put(k, v, step, out)
 
     def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> NearFar:

@@ -15,6 +15,7 @@ from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.cache.base import Cache
 from jkv.cache.protocol import Step, check_heads
+from jkv.cache.ring import apart, with_past
 from jkv.ops.write import write
 
 
@@ -48,16 +49,17 @@ class Dense:
             ValueError: keys of other heads than the cache was made for.
         """
         cache = self.put(k, v, step)
-        part = ops.attention(
-            q,
-            cache.keys,
-            cache.values,
-            positions=step.positions,
-            lengths=step.stop,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
+        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+
+        def read(count: Array) -> ops.Partial:
+            held = (cache.keys, cache.values)
+            return ops.attention(q, *held, positions=step.positions, lengths=count, **options)
+
+        k, v = k.astype(self.keys.dtype), v.astype(self.values.dtype)
+        if apart(q, k, v, step, **options):
+            part = with_past(q, k, v, step, lambda: read(step.start), **options)
+        else:
+            part = read(step.stop)
         return part.out.astype(q.dtype), cache
 
     def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Dense:

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.cache.base import Cache
 from jkv.cache.protocol import Shape, Stack, Step
+from jkv.cache.ring import chunk
 from jkv.errors import UnsupportedError
 
 
@@ -38,16 +38,7 @@ class Chunk:
         softcap: float | None = None,
     ) -> tuple[Float[Array, "B T N H"], Chunk]:
         """Causal attention within the chunk."""
-        part = ops.attention(
-            q,
-            k.transpose(0, 2, 1, 3),
-            v.transpose(0, 2, 1, 3),
-            positions=step.positions,
-            slot_positions=step.positions,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
+        part = chunk(q, k, v, step, scale=scale, window=window, softcap=softcap)
         return part.out.astype(q.dtype), self
 
     def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Chunk:

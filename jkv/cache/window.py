@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
@@ -16,7 +17,7 @@ from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.cache.dense import Dense, dense
 from jkv.cache.protocol import Step
-from jkv.cache.ring import Ring, chunk
+from jkv.cache.ring import Ring, with_past
 from jkv.errors import UnsupportedError
 from jkv.ops.rope import angles, rotate
 
@@ -83,13 +84,10 @@ class Window:
             ring = self.ring.put(k, v, step)
             part = ops.merge(*parts, ring.read(q, step, step.stop, since, **options))
         else:
-            past = replace(step, positions=_where(step.positions >= self.first, step.positions))
-            part = ops.merge(
-                *parts,
-                self.ring.read(q, step, step.start, since, **options),
-                # Queries among the sinks see sinks alone.
-                chunk(q, k, v, past, **options),
-            )
+            past = functools.partial(self.ring.read, q, step, step.start, since, **options)
+            # Queries among the sinks see sinks alone.
+            own = with_past(q, k, v, step, past, self.first, **options)
+            part = ops.merge(*parts, own)
             ring = self.ring.put(k, v, step, part.out)
         return part.out.astype(q.dtype), replace(self, ring=ring, sinks=sinks)
 

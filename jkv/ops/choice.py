@@ -24,10 +24,12 @@ CANDIDATES = {
     "tpu": ("mosaic_tpu", "xla"),
     "cpu": ("xla",),
 }
-IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "xla", "reference")
+# What one operation has there besides, which is tried before.
+BEFORE = {("attention", "cuda"): ("cudnn",)}
+IMPLEMENTATIONS = ("cudnn", "mosaic_gpu", "mosaic_tpu", "xla", "reference")
 DIFFERENTIABLE = ("xla", "reference")  # the others have the derivatives of "xla"
-CACHES = ("k", "v", "buffer")  # operands that are not to be repeated for rows that share them
-POOLS = ("k_pages", "v_pages")  # operands that all rows share
+CACHES = ("k", "v", "buffer", "pages")  # operands not to be repeated for rows that share them
+POOLS = ("k_pages", "v_pages", "pages")  # operands that all rows share
 
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 _seen: ContextVar[list[str] | None] = ContextVar("seen", default=None)
@@ -88,6 +90,19 @@ def platforms() -> tuple[str, ...]:
     return ("cpu",) if wanted not in CANDIDATES or wanted == "cpu" else (wanted, "cpu")
 
 
+def candidates(operation: str, platform: str) -> tuple[str, ...]:
+    """What is tried for an operation on a platform, best first."""
+    return *BEFORE.get((operation, platform), ()), *CANDIDATES[platform]
+
+
+@functools.cache
+def capability() -> str | None:
+    """Of the GPU there is; None where there is none, which is where another is compiled for."""
+    if jax.default_backend() != "gpu":
+        return None
+    return str(jax.local_devices()[0].compute_capability)
+
+
 def choose(operation: str, platform: str | None, arguments: dict[str, Any]) -> Choice:
     """The first in the platform's list that does not say why it cannot.
 
@@ -100,7 +115,7 @@ def choose(operation: str, platform: str | None, arguments: dict[str, Any]) -> C
             f"{operation} got platform={platform!r}; expected one of {tuple(CANDIDATES)}"
         )
     refused = {}
-    for name in CANDIDATES[platform]:
+    for name in candidates(operation, platform):
         why = _why_not(operation, name, arguments)
         if why is None:
             return Choice(name, refused)
@@ -115,11 +130,13 @@ def run(operation: str, name: str | None, arguments: dict[str, Any]) -> Any:
         UnsupportedError: there is none of that name, or it cannot do this.
     """
     if name is not None:
-        if name not in IMPLEMENTATIONS:
+        own = [platform for platform in CANDIDATES if name in candidates(operation, platform)]
+        if not own and name not in DIFFERENTIABLE:
+            listed = {n for platform in CANDIDATES for n in candidates(operation, platform)}
+            known = tuple(n for n in IMPLEMENTATIONS if n in listed or n in DIFFERENTIABLE)
             raise UnsupportedError(
-                f"{operation} got implementation={name!r}; expected one of {IMPLEMENTATIONS}"
+                f"{operation} got implementation={name!r}; expected one of {known}"
             )
-        own = [platform for platform, names in CANDIDATES.items() if name in names]
         if own and not set(own) & set(platforms()):
             raise UnsupportedError(
                 f"{operation} got implementation={name!r}, which runs on {own} and not on "

@@ -252,7 +252,7 @@ def test_an_older_jax_is_refused():
 
 
 def test_another_gpu_is_refused(any_version, monkeypatch):
-    monkeypatch.setattr(any_version, "_capability", lambda: "8.0")
+    monkeypatch.setattr(choice, "capability", lambda: "8.0")
     assert "compute capability 8.0" in any_version.refusal(*operands(), page=None, slots=512)
 
 

@@ -25,6 +25,7 @@ def attention(
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
+    chunk: bool = False,
     implementation: str | None = None,
 ) -> Partial:
     """Attention of new tokens over cached ones, as a `Partial` that merges with others.
@@ -44,15 +45,19 @@ def attention(
         window: a query sees the last `window` positions, its own included.
         sinks: positions below this are seen whatever the window.
         softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2, arXiv:2408.00118).
+        chunk: the slots hold the queries' own tokens, each row's real ones first and in order:
+            `positions` are those of the slots too. A prefill among itself, which some
+            implementations can do and no more.
         implementation: one of `IMPLEMENTATIONS`; by default the best of those that can do this on
             the platform compiled for, see `explain`.
 
     Raises:
-        ValueError: shapes that do not fit together, or a window below 1.
+        ValueError: shapes that do not fit together, a window below 1, or slots that are described
+            twice.
         UnsupportedError: an implementation of that name does not exist, or cannot do this.
     """
     arguments = _arguments(
-        q, k, v, positions, slot_positions, lengths, scale, window, sinks, softcap
+        q, k, v, positions, slot_positions, lengths, scale, window, sinks, softcap, chunk
     )
     return choice.run("attention", implementation, arguments)
 
@@ -69,6 +74,7 @@ def explain(
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
+    chunk: bool = False,
     platform: str | None = None,
 ) -> choice.Choice:
     """Which implementation `attention` would choose, and why not those before it in the list.
@@ -82,7 +88,7 @@ def explain(
         UnsupportedError: another platform.
     """
     arguments = _arguments(
-        q, k, v, positions, slot_positions, lengths, scale, window, sinks, softcap
+        q, k, v, positions, slot_positions, lengths, scale, window, sinks, softcap, chunk
     )
     return choice.choose("attention", platform, arguments)
 
@@ -98,6 +104,7 @@ def _arguments(
     window: int | None,
     sinks: int,
     softcap: float | None,
+    chunk: bool,
 ) -> dict[str, Any]:
     """What every implementation is given, after what none could do."""
     if q.shape[2] % k.shape[1]:
@@ -107,15 +114,21 @@ def _arguments(
         )
     if window is not None and window < 1:
         raise ValueError(f"attention got window={window}; expected at least 1, or None for all")
+    if chunk and not (slot_positions is None and lengths is None and k.shape[2] == q.shape[1]):
+        raise ValueError(
+            f"attention got chunk=True with {k.shape[2]} slots for {q.shape[1]} queries, and slots "
+            "that are described otherwise; expected as many, without slot_positions and lengths"
+        )
     return {
         "q": q,
         "k": k,
         "v": v,
         "positions": positions,
-        "slot_positions": slot_positions,
+        "slot_positions": positions if chunk else slot_positions,
         "lengths": lengths,
         "scale": q.shape[-1] ** -0.5 if scale is None else scale,
         "window": window,
         "sinks": sinks,
         "softcap": softcap,
+        "chunk": chunk,
     }

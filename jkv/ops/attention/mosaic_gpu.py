@@ -24,9 +24,11 @@ def attention(
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
+    chunk: bool = False,
     interpret: Any = False,
 ) -> Partial:
     """See `jkv.ops.attention`; `interpret` is that of `plgpu.kernel`."""
+    del chunk
     return call.attend(
         q,
         k,

@@ -25,9 +25,10 @@ def unsupported(
     window: Any = None,
     sinks: Any = 0,
     softcap: Any = None,
+    chunk: bool = False,
 ) -> str | None:
     """Why this implementation cannot do this, in words, or None."""
-    del positions, slot_positions, lengths, sinks
+    del positions, slot_positions, lengths, sinks, chunk
     if k.shape[2] < LANES:
         return f"{k.shape[2]} slots, fewer than a tile has lanes ({LANES})"
     return flash.unsupported(q, k, v, scale, window, softcap)
@@ -45,9 +46,11 @@ def attention(
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
+    chunk: bool = False,
     interpret: Any = False,
 ) -> Partial:
     """See `jkv.ops.attention`; `interpret` is that of `pl.pallas_call`."""
+    del chunk
     batch, new, heads, _ = q.shape
     _, kv_heads, slots, _ = k.shape
     keys, values = operand(k, q.dtype), operand(v, q.dtype)

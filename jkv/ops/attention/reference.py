@@ -21,8 +21,10 @@ def attention(
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
+    chunk: bool = False,
 ) -> Partial:
     """Softmax attention of each query over the slots that it sees, in float32 or wider."""
+    del chunk
     k, v = (x.decode() if isinstance(x, Encoded) else x for x in (k, v))
     slots = jnp.arange(k.shape[2])[None]
     if slot_positions is None:

@@ -45,8 +45,10 @@ def attention(
     window: int | None = None,
     sinks: int = 0,
     softcap: float | None = None,
+    chunk: bool = False,
 ) -> Partial:
     """See `jkv.ops.attention`."""
+    del chunk
     rows = rows_of(q, k.shape[1])
     # Encoded tokens are decoded a block at a time, never all of them.
     encoded = isinstance(k, Encoded) or isinstance(v, Encoded)

@@ -13,6 +13,7 @@ from jax import lax
 
 from jkv._axes import Array
 from jkv.errors import UnsupportedError
+from jkv.ops import choice
 from jkv.ops.masks import Mask
 from jkv.ops.mosaic_gpu import kernel, plan
 from jkv.ops.mosaic_gpu.forms import ByUnit, Coded, Keys, Plain, Values, form, untwice
@@ -27,7 +28,7 @@ def refusal(q: Any, k: Any, v: Any, *, page: int | None, slots: int) -> str | No
     """Why these operands cannot be done, or None; `slots` are those of a row."""
     if jax.__version_info__[:2] < OLDEST:
         return f"JAX {jax.__version__} (the kernel is written for 0.11 and later)"
-    capability = _capability()
+    capability = choice.capability()
     if capability is not None and capability != "9.0":
         return f"a GPU of compute capability {capability} (the kernel is for 9.0, Hopper)"
     if q.shape[1] > MOST_NEW:
@@ -65,14 +66,6 @@ def _refused(q: Any, x: Any, what: str) -> str | None:
         if dim % (64 * stored.parts):
             return f"{dim} channels in codes of {stored.bits} bits that lie along the slots"
     return None
-
-
-@functools.cache
-def _capability() -> str | None:
-    """Of the GPU there is; None where there is none, which is where another is compiled for."""
-    if jax.default_backend() != "gpu":
-        return None
-    return str(jax.local_devices()[0].compute_capability)
 
 
 def _forms(k: Any, v: Any) -> tuple[Keys, Values]:

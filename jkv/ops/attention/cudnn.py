@@ -1,0 +1,105 @@
+"""A prefill's attention among its own tokens by cuDNN, which `jax.nn` calls; not ours to rewrite.
+
+Only that: its keys come as `[B, T, K, H]`, where a cache that is `[B, K, S, H]` would be turned
+around, and its "causal" counts queries and keys from the first. What is before the chunk is another
+part, and they are merged.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jkv._axes import Array
+from jkv.ops import choice
+from jkv.ops.partial import Partial
+
+FEW = 16  # new tokens for which it is not worth a call of its own
+DTYPES = ("bfloat16", "float16")
+IMPLEMENTATION: Any = "cudnn"  # of `jax.nn.dot_product_attention`; tests have another
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    positions: Array,
+    scale: float,
+    window: int | None = None,
+    **_: Any,
+) -> Partial:
+    """See `jkv.ops.attention`, with `chunk`."""
+    # Padding comes after all that is real: no real query looks so far, and what padding sees is
+    # not used. But a weight of zero leaves NaN what it is.
+    real = (positions >= 0)[..., None]
+    k, v = (jnp.where(real[..., None], jnp.swapaxes(x, 1, 2), 0) for x in (k, v))
+    within = None if window is None or window >= q.shape[1] else (window - 1, 0)
+    out, lse = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=True,
+        local_window_size=within,
+        implementation=IMPLEMENTATION,
+        return_residual=True,
+    )
+    # `jax.nn` gives the lse in the dtype of q, eight bits of it for bfloat16, and a merge would be
+    # off by as much. Widened at once, the compiler takes the two conversions for none: it may keep
+    # more than is asked for (xla_allow_excess_precision, which is so unless it is turned off).
+    lse = lse.astype(jnp.float32)
+    return Partial(
+        out=jnp.where(real[..., None], out.astype(jnp.float32), 0.0),
+        lse=jnp.where(real, lse, -jnp.inf),
+    )
+
+
+def unsupported(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    chunk: bool = False,
+    window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
+    **_: Any,
+) -> str | None:
+    """Why this implementation cannot do this, in words, or None."""
+    if not chunk:
+        return "tokens of a cache (it is for a chunk's attention among itself)"
+    if q.shape[1] <= FEW:
+        return f"{q.shape[1]} new tokens (it is for more than {FEW})"
+    names = [str(x.dtype) for x in (q, k, v)]
+    if names[0] not in DTYPES or len(set(names)) > 1:
+        return f"{', '.join(names)} (cuDNN takes {' or '.join(DTYPES)}, one for all)"
+    if softcap is not None:
+        return "a softcap (cuDNN has none)"
+    if sinks and window is not None and window < q.shape[1]:
+        return "sinks beside a window (cuDNN has none)"
+    return _refused(q.shape[-1])
+
+
+def _refused(dim: int) -> str | None:
+    """Why there is no cuDNN for heads of this size, here or where it is compiled for."""
+    if not installed():
+        return "no JAX for NVIDIA GPUs is installed, which brings cuDNN"
+    found = choice.capability()
+    major = 0 if found is None else int(found.split(".")[0])
+    if found is not None and major < 8:
+        return f"a GPU of compute capability {found} (cuDNN's is for 8.0 and later)"
+    most = 256 if major >= 9 else 128  # without a GPU, `jax.nn` allows what all can do
+    if dim % 8 or dim > most:
+        return f"{dim} channels (cuDNN takes multiples of 8 up to {most})"
+    return None
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether JAX can be asked for cuDNN: tracing alone needs it."""
+    return any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
