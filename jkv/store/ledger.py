@@ -28,7 +28,7 @@ def operation(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
 
     @functools.wraps(method)
     def wrapped(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.changed:
+        with self.lock:
             if self.closed:
                 raise ValueError(f"the store is closed: {method.__name__} came after close")
             self.active += 1
@@ -36,7 +36,7 @@ def operation(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
         try:
             return method(self, *args, **kwargs)
         finally:
-            with self.changed:
+            with self.lock:
                 self.active -= 1
                 if self.closed:
                     self.changed.notify_all()
@@ -57,7 +57,7 @@ class Tenant:
 
 
 class Ledger:
-    """Records by name, and what follows from them. All but claims under the lock `changed`."""
+    """Records by name, and what follows from them. All but claims under `lock`."""
 
     def __init__(
         self,
@@ -68,7 +68,8 @@ class Ledger:
         tenant_bytes: int | Mapping[str, int] | None,
         clock: Callable[[], float],
     ) -> None:
-        self.changed = threading.Condition(threading.RLock())
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)  # twice as slow to enter as the lock itself
         self.shelves = list(shelves)
         self.index: dict[str, Record] = {}
         self.prefixes = Prefixes(chunk)
@@ -103,7 +104,7 @@ class Ledger:
         Never called with a claim in hand, but for `wait=False`, which says False where it would
         have to wait.
         """
-        with self.changed:
+        with self.lock:
             if any(name in self._claims for name in names):
                 if not wait:
                     return False
@@ -116,7 +117,7 @@ class Ledger:
 
     def unclaim(self, names: Sequence[str]) -> None:
         """The end of a claim."""
-        with self.changed:
+        with self.lock:
             for name in names:
                 record = self._claims.pop(name)
                 if record is not None:
@@ -129,7 +130,7 @@ class Ledger:
 
     def wait_unclaimed(self, name: str) -> None:
         """Wait until nobody is."""
-        with self.changed:
+        with self.lock:
             self.changed.wait_for(lambda: name not in self._claims)
 
     def hold(self, record: Record) -> None:

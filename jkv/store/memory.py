@@ -21,6 +21,7 @@ class Memory:
 
     name = "memory"
     persistent = False
+    immediate = True  # a read waits for nothing: the store reads while it has its lock
 
     def __init__(self, max_bytes: int | None = None, max_entries: int | None = None) -> None:
         self.max_bytes = max_bytes

@@ -57,14 +57,14 @@ class Moves(Ledger):
         said = [REFUSED if room is None else KEPT for room in rooms]
         chosen = [i for i, room in enumerate(rooms) if room is not None]
         sizes = self._write(shelf, [(items[i][0].name, formed[i]) for i in chosen])
-        with self.changed:
+        with self.lock:
             for i, size in zip(chosen, sizes, strict=True):
                 said[i] = self._settle(at, items[i][0], rooms[i] or (0, 0), size)
         for i, size in zip(chosen, sizes, strict=True):
             # With headers it may be more than was thought.
             if said[i] == KEPT and (size or 0) > formed[i].nbytes and not self.trim(at):
                 record = items[i][0]
-                with self.changed:
+                with self.lock:
                     left = record.homes[at]
                     self.drop_home(record, at)
                     self.add_rubbish(at, record.name, left)
@@ -80,7 +80,7 @@ class Moves(Ledger):
             try:
                 entry = self._convert(entry, shelf.form)
             except (UnsupportedError, CorruptError):  # it stays as it is, and its meta says so
-                with self.changed:
+                with self.lock:
                     shelf.counts["unconverted"] += 1
         # What a device tier had is JAX's.
         arrays = {name: np.asarray(array) for name, array in entry.arrays.items()}
@@ -89,7 +89,7 @@ class Moves(Ledger):
             try:
                 said[LIFELINE] = shelf.tier.lifeline()
             except TierError:  # only its time to live will end it
-                with self.changed:
+                with self.lock:
                     shelf.counts["errors"] += 1
         return Entry(arrays, {**entry.meta, META: said})
 
@@ -137,14 +137,14 @@ class Moves(Ledger):
     def _make_room(self, at: int, record: Record, size: int) -> tuple[int, int] | None:
         """Reserve bytes and a place on a shelf; what has to go for it goes. None: it cannot."""
         shelf = self.shelves[at]
-        with self.changed:
+        with self.lock:
             if not shelf.takes(size):
                 shelf.counts["rejected"] += 1
                 return None
             if record.name not in shelf.evictor:
                 shelf.evictor.expect(record.name)
         while True:
-            with self.changed:
+            with self.lock:
                 # What this write will replace needs no room beside it.
                 old = self.index.get(record.name)
                 before = shelf.rubbish.get(record.name, None if old is None else old.homes.get(at))
@@ -154,14 +154,14 @@ class Moves(Ledger):
                     shelf.entries += room[1]
                     return room
             if not self._free_one(at):
-                with self.changed:
+                with self.lock:
                     shelf.counts["refused"] += 1
                 return None
 
     def trim(self, at: int) -> bool:
         """Entries go until a shelf is within its limits; False: something has to that cannot."""
         while True:
-            with self.changed:
+            with self.lock:
                 if self.shelves[at].fits(0, 0):
                     return True
             if not self._free_one(at):
@@ -170,7 +170,7 @@ class Moves(Ledger):
     def _free_one(self, at: int) -> bool:
         """Rubbish or an entry goes from a shelf; False: nothing can."""
         shelf = self.shelves[at]
-        with self.changed:
+        with self.lock:
             name = next((name for name in shelf.rubbish if not self.claimed(name)), None)
             victim = None
             if name is None:
@@ -191,7 +191,7 @@ class Moves(Ledger):
     def make_quota(self, record: Record) -> bool:
         """Reserve bytes of its tenant, whose entries go for it; False: there cannot be room."""
         while True:
-            with self.changed:
+            with self.lock:
                 tenant = self.tenant(record.tenant)
                 if tenant.max_bytes is None:
                     return True
@@ -208,7 +208,7 @@ class Moves(Ledger):
 
     def free_one_of(self, tenant: str) -> bool:
         """An entry of a tenant goes, from everywhere; False: none can."""
-        with self.changed:
+        with self.lock:
             evictor = self.tenant(tenant).evictor
             if evictor is None:
                 return False
@@ -229,7 +229,7 @@ class Moves(Ledger):
         """A victim goes, to a shelf below if one takes it. False: it could not be deleted."""
         shelf = self.shelves[at]
         entry, answer = None, KEPT
-        with self.changed:
+        with self.lock:
             expired = self.expired(record)
             below = at + 1 in record.homes and at + 1 not in record.doubtful
         if at + 1 < len(self.shelves) and not below and not expired:
@@ -241,11 +241,11 @@ class Moves(Ledger):
             elif shelf.persistent:  # what is safe here stays until it is safe below
                 answer, entry = self.sink(record, entry, at + 1), None
         if not self._delete(at, record.name):
-            with self.changed:
+            with self.lock:
                 record.leaving = None
                 shelf.place(record, record.homes[at])
             return False
-        with self.changed:
+        with self.lock:
             self.drop_home(record, at, evicted=True)
             if entry is not None:
                 record.moving, record.moving_from = entry, at
@@ -291,7 +291,7 @@ class Moves(Ledger):
         try:
             answer = self.sink(record, entry, record.moving_from + 1)
         finally:
-            with self.changed:
+            with self.lock:
                 record.moving = None
                 if not record.homes:
                     self.forget(record, "lost" if answer == FAILED else "evicted")
@@ -322,7 +322,7 @@ class Moves(Ledger):
                 return
             for at in range(top):
                 if self.place(at, [(record, entry)])[0] == KEPT:
-                    with self.changed:
+                    with self.lock:
                         self.shelves[at].counts["promotions"] += 1
                     return
         finally:
@@ -337,14 +337,14 @@ class Moves(Ledger):
         try:
             entry = shelf.tier.read(record.name)
         except TierError:
-            with self.changed:
+            with self.lock:
                 shelf.counts["errors"] += 1
             return None
         except CorruptError:
             entry = None
-            with self.changed:
+            with self.lock:
                 shelf.counts["corrupt"] += 1
-        with self.changed:
+        with self.lock:
             if entry is None or not self.verify(record, at, entry):
                 self.lose(record, at)
                 return None
@@ -367,7 +367,7 @@ class Moves(Ledger):
             return True
         if not self._delete(at, name):
             return False
-        with self.changed:
+        with self.lock:
             self.drop_rubbish(at, name)
         return True
 
@@ -380,7 +380,7 @@ class Moves(Ledger):
         try:
             self.shelves[at].tier.delete(name)
         except TierError:
-            with self.changed:
+            with self.lock:
                 self.shelves[at].counts["errors"] += 1
             return False
         return True

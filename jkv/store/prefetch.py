@@ -170,7 +170,7 @@ class Prefetcher:
     def _fetch(self, name: str, kind: str) -> bool:
         """Whether there was something to do, which is done when this returns."""
         store = self._store
-        with store.changed:
+        with store.lock:
             record = store.index.get(name)
             if record is None or 0 in record.homes or not record.homes:
                 return False

@@ -136,17 +136,19 @@ class Reads(Moves):
 
         What is found is held until `score` or `release`.
         """
-        with self.changed:
+        with self.lock:
             self.reading += 1
         try:
             todo = list(asked)
             while todo:
                 reads: dict[int, list[Ask]] = {}
                 unknown = []
-                with self.changed:
+                with self.lock:
                     for ask in todo:
                         at = self._look(ask)
-                        if at is not None:
+                        if at is not None and self.shelves[at].immediate:
+                            self._took(ask, at, self.shelves[at].tier.read(ask.name))
+                        elif at is not None:
                             reads.setdefault(at, []).append(ask)
                         elif ask.entry is None and not ask.why:
                             unknown.append(ask)
@@ -160,7 +162,7 @@ class Reads(Moves):
                         self.wait_unclaimed(ask.name)
                         ask.wait = False
         finally:
-            with self.changed:
+            with self.lock:
                 self.reading -= 1
                 self.last_read = self.timer()
         for ask in asked:
@@ -230,7 +232,7 @@ class Reads(Moves):
         """What was found cannot be used by anybody: it is lost, and this a miss."""
         record, ask.entry, ask.why = ask.record, None, "error"
         if record is not None:
-            with self.changed:
+            with self.lock:
                 self.shelves[ask.at].counts["corrupt"] += 1
                 self.release(record)
             self.drop([ask.name], "lost", lambda found: found is record)
@@ -265,30 +267,31 @@ class Reads(Moves):
                 except (TierError, CorruptError) as error:
                     found.append(error)
         seconds = self.timer() - begun
-        with self.changed:
+        with self.lock:
             nbytes = 0
             for ask, what in zip(asks, found, strict=True):
-                if isinstance(what, Entry) and ask.record is not None:
-                    nbytes += ask.record.homes.get(at, what.nbytes)
-                self._took(ask, at, what)
+                nbytes += self._took(ask, at, what)
             if nbytes:
                 shelf.measured(nbytes, seconds, self.timer())
-                shelf.counts["bytes_read"] += nbytes
                 self.counts["seconds_reading"] += seconds  # pyright: ignore[reportArgumentType]
             full = not shelf.fits(0, 0)
         if full:  # another process's put was longer than what was known
             self.trim(at)
 
-    def _took(self, ask: Ask, at: int, found: Any) -> None:
-        """What a shelf said when asked for an entry that is held. Under the lock."""
+    def _took(self, ask: Ask, at: int, found: Any) -> int:
+        """What a shelf said when asked for an entry that is held; bytes. Under the lock."""
         record = ask.record
         if record is None:
-            return
+            return 0
         ask.record = None
         shelf = self.shelves[at]
-        if isinstance(found, Entry) and self.current(record) and self.verify(record, at, found):
-            self._hit(ask, record, found, at)
-            return
+        nbytes = 0
+        if isinstance(found, Entry):
+            nbytes = record.homes.get(at) or found.nbytes
+            shelf.counts["bytes_read"] += nbytes
+            if self.current(record) and self.verify(record, at, found):
+                self._hit(ask, record, found, at)
+                return nbytes
         if isinstance(found, TierError):
             shelf.counts["errors"] += 1
             ask.tried.add(at)
@@ -303,6 +306,7 @@ class Reads(Moves):
             else:
                 self.lose(record, at)
         self.release(record)
+        return nbytes
 
     def _overtaken(self, record: Record, at: int, entry: Entry) -> None:
         """A shelf has another put of this name, of another process or from before."""
@@ -341,15 +345,15 @@ class Reads(Moves):
                 try:
                     entry = shelf.tier.read(ask.name)
                 except TierError:
-                    with self.changed:
+                    with self.lock:
                         shelf.counts["errors"] += 1
                         ask.tried.add(at)
                 except CorruptError:
-                    with self.changed:
+                    with self.lock:
                         shelf.counts["corrupt"] += 1
                         ask.tried.add(at)
                 if entry is not None:
-                    with self.changed:
+                    with self.lock:
                         record = self._adopt(ask.name, at, entry)
                         self.hold(record)
                         self._hit(ask, record, entry, at)
@@ -367,7 +371,7 @@ class Reads(Moves):
             if not self.claim([name], **claim):
                 continue
             try:
-                with self.changed:
+                with self.lock:
                     record = self.index.get(name)
                     if record is None or not condition(record):
                         continue
@@ -388,7 +392,7 @@ class Reads(Moves):
                 if name in shelf.rubbish:
                     self.clean(at, name)
                 elif shelf.persistent and not self._delete(at, name):
-                    with self.changed:
+                    with self.lock:
                         self.add_rubbish(at, name, 0)  # how much is not known
         finally:
             self.unclaim([name])
@@ -407,7 +411,7 @@ class Reads(Moves):
                 try:
                     shelf.tier.purge(names)
                 except TierError as error:
-                    with self.changed:
+                    with self.lock:
                         shelf.counts["errors"] += 1
                     problems.append(str(error))
         if problems:

@@ -95,6 +95,7 @@ class Shelf:
         self.max_bytes: int | None = tier.max_bytes
         self.max_entries: int | None = tier.max_entries
         self.persistent: bool = getattr(tier, "persistent", tier.name in ("disk", "remote"))
+        self.immediate: bool = getattr(tier, "immediate", False)
         self._by_bytes = self.max_bytes is not None
         self.evictor = policy.start(self._capacity())
         self.bytes = 0  # with what is being written, and what could not be deleted

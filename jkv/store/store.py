@@ -203,7 +203,7 @@ class Store(Upkeep):
                 whole=whole,
             )
             if record.name in records:
-                with self.changed:
+                with self.lock:
                     self.count(tenant, "puts")
                     self.count(tenant, "replaced")
             records[record.name] = record, entry
@@ -221,7 +221,7 @@ class Store(Upkeep):
         return [Ask(name_of(tenant, key), tenant, fingerprint) for key in keys]
 
     def _scored(self, asked: Sequence[Ask], *, release: bool = True) -> None:
-        with self.changed:
+        with self.lock:
             for ask in asked:
                 self.score(ask, release=release)
         if self.prefetcher is not None:
@@ -359,7 +359,7 @@ class Store(Upkeep):
         ]
         fingerprint = self.fingerprint if fingerprint is None else fingerprint
         self.indexed.wait(max(self._index_until - time.monotonic(), 0))
-        with self.changed:
+        with self.lock:
             for one in searched:
                 wanted = one.tokens[: one.limit]
                 found = self.prefixes.find(fingerprint, tenant, wanted, _nearness)
@@ -375,7 +375,7 @@ class Store(Upkeep):
             self.take([one.ask for one in todo])
             todo = [one for one in todo if one.ask.entry is None and one.candidates]
         matches: list[Match | None] = []
-        with self.changed:
+        with self.lock:
             for one in searched:
                 self.score(one.ask, release=False)
                 self.count(tenant, "tokens_asked", len(one.tokens))
@@ -395,13 +395,13 @@ class Store(Upkeep):
     def contains(self, key: str, *, tenant: str = "", fingerprint: bytes | None = None) -> bool:
         """Whether a `get` would find it; that is no access, and no promise."""
         ask = self._asked([key], tenant, fingerprint)[0]
-        with self.changed:
+        with self.lock:
             record = self.index.get(ask.name)
             if record is not None and record.version is not None:
                 same = ask.fingerprint is None or ask.fingerprint == record.fingerprint
                 return same and not self.expired(record)
         self.take([ask])
-        with self.changed:
+        with self.lock:
             if ask.entry is not None and ask.record is not None:
                 self.release(ask.record)
         return ask.entry is not None
@@ -429,7 +429,7 @@ class Store(Upkeep):
     @operation
     def prefetch(self, keys: Iterable[str], *, tenant: str = "") -> int:
         """Queue entries for the first tier; how many are there or on their way."""
-        with self.changed:
+        with self.lock:
             records = [self.index.get(name_of(tenant, key)) for key in _texts(keys)]
             return sum(r is not None and self.promote(r, None) for r in records)
 
@@ -472,7 +472,7 @@ class Store(Upkeep):
 
         Figures can be asked for afterwards; anything else raises ValueError.
         """
-        with self.changed:
+        with self.lock:
             if self.closed:
                 return
             self.closed = True

@@ -41,7 +41,7 @@ class Upkeep(Writes):
         A listing each, no more; headers are read by a thread, and before anything goes, since they
         say what is pinned.
         """
-        with self.changed:
+        with self.lock:
             for at in range(len(self.shelves)):
                 for name, size in self._scanned(at).items():
                     record = self.index.get(name)
@@ -78,7 +78,7 @@ class Upkeep(Writes):
 
     def _index(self) -> None:
         """Read the headers of entries from before, so that they are found by content too."""
-        with self.changed:
+        with self.lock:
             records = [record for record in self.index.values() if record.version is None]
         try:
             for record in records:
@@ -100,7 +100,7 @@ class Upkeep(Writes):
                 continue  # who reads it will know, and count it
             said = store_meta(Entry({}, meta or {}))
             outlived = said is not None and self._outlived(at, said.get(LIFELINE))
-            with self.changed:
+            with self.lock:
                 if said is not None and record.version is None and self.current(record):
                     self.learn(record, said)
                     if outlived:
@@ -135,7 +135,7 @@ class Upkeep(Writes):
                 if not self.claim([name], wait=False):
                     continue  # it is ours, and under way
                 try:
-                    with self.changed:
+                    with self.lock:
                         if name in self.index:
                             continue
                         record = self._listed(name, size)
@@ -158,7 +158,7 @@ class Upkeep(Writes):
             old = older_than is not None and now - record.accessed >= older_than
             return old and not record.pinned and record.holds <= 1  # the claim's own
 
-        with self.changed:
+        with self.lock:
             self.settle_released()
             records = list(self.index.values())
         late = [record.name for record in records if self.expired(record)]
@@ -196,7 +196,7 @@ class Upkeep(Writes):
         lasting = [at for at, shelf in enumerate(self.shelves) if shelf.persistent]
         if not lasting:
             return
-        with self.changed:
+        with self.lock:
             records = sorted(self.index.values(), key=lambda record: record.accessed)
         for record in records:
             self.claim([record.name])
@@ -216,7 +216,7 @@ class Upkeep(Writes):
             thread.join()
         for mover in self.movers:
             mover.close()
-        with self.changed:
+        with self.lock:
             for record in self.index.values():
                 if record.ephemeral:
                     record.expires = self.clock()
@@ -234,7 +234,7 @@ class Upkeep(Writes):
         Raises:
             TierError: of some of them something may be left, or come back.
         """
-        with self.changed:
+        with self.lock:
             known = [*self.index, *(name for shelf in self.shelves for name in shelf.rubbish)]
             names = [name for name in known if tenant is None or split(name)[0] == tenant]
         gone = self.drop(names, "removed", lambda _: True)
@@ -245,7 +245,7 @@ class Upkeep(Writes):
     @operation
     def unpin(self, key: str, *, tenant: str = "") -> None:
         """A pinned entry may go again; nothing happens to another one."""
-        with self.changed:
+        with self.lock:
             record = self.index.get(name_of(tenant, key))
             if record is not None and record.pinned:
                 record.pinned = False
@@ -279,7 +279,7 @@ class Upkeep(Writes):
         if not isinstance(at, int) or not 0 <= at < len(names):
             raise ValueError(f"tier got {tier!r}; expected one of {names}, or its number")
         shelf = self.shelves[at]
-        with self.changed:
+        with self.lock:
             shelf.resize(
                 shelf.max_bytes if max_bytes is _UNSET else max_bytes,
                 shelf.max_entries if max_entries is _UNSET else max_entries,
@@ -296,7 +296,7 @@ class Upkeep(Writes):
 
     def stats(self, *, detailed: bool = False) -> dict[str, Any]:
         """Figures since the store was made; see `jkv.store.figures`. With `detailed`, by entry."""
-        with self.changed:
+        with self.lock:
             self.settle_released()
             said = figures.collect(self)
             if detailed:
@@ -307,7 +307,7 @@ class Upkeep(Writes):
 
     def hot(self, k: int = 10) -> list[tuple[str, int]]:
         """The keys of most hits, and how many."""
-        with self.changed:
+        with self.lock:
             records = sorted(self.index.values(), key=lambda r: (-r.hits, -r.accessed))[:k]
             return [(record.key, record.hits) for record in records]
 

@@ -87,7 +87,7 @@ class Writes(Reads):
                     here = [x for x in items if x[0].homes and at > min(x[0].homes)]
                     for group in self.groups(at, [x for x in here if at not in x[0].homes]):
                         self.place(at, group)
-            with self.changed:
+            with self.lock:
                 for (record, _), good in zip(items, kept, strict=True):
                     if good:
                         continue
@@ -103,7 +103,7 @@ class Writes(Reads):
                 self.clean_all(name)
             return kept
         finally:
-            with self.changed:
+            with self.lock:
                 for record, _ in items:
                     self.unreserve(record)
             self.unclaim(names)
@@ -118,7 +118,7 @@ class Writes(Reads):
         if len(items) < 2:
             return [list(items)] if items else []
         shelf = self.shelves[at]
-        with self.changed:
+        with self.lock:
             tenants = {self.tenant(record.tenant) for record, _ in items}
             limits = [x.max_bytes for x in (shelf, *tenants) if x.max_bytes is not None]
         most = min(limits, default=None)

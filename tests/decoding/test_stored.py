@@ -65,7 +65,9 @@ def test_by_sequence_id_however_short(tiny_model, store):
 
 
 class Counting(Memory):
-    """A tier that says what it was asked."""
+    """A tier that says what it was asked, as one that is waited for."""
+
+    immediate = False
 
     def __init__(self):
         super().__init__()

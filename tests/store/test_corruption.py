@@ -73,25 +73,28 @@ def test_every_bit_of_the_header(tmp_path, compression):
 
 @FORMS
 @pytest.mark.parametrize("count", [200, pytest.param(20_000, marks=pytest.mark.soak)])
-def test_bits_of_the_payload(tmp_path, compression, count):
+def test_bits_of_the_payload(tmp_path, compression, count, found):
     bench = Bench(tmp_path, compression)
     first, last = 8 * bench.start, 8 * len(bench.blob)
     bits = np.random.default_rng(1).integers(first, last, count)
     for bit in [first, last - 1, *bits.tolist()]:
         bench.flipped(bit)
     bench.intact()
+    found(bits_flipped=count + 2, served=0, put_aside=count + 2)
 
 
 @FORMS
 @pytest.mark.parametrize("step", [977, pytest.param(1, marks=pytest.mark.soak)])
-def test_truncations(tmp_path, compression, step):
+def test_truncations(tmp_path, compression, step, found):
     bench = Bench(tmp_path, compression)
     edges = [0, 1, 7, 8, 63, 64, 65, bench.start - 1, bench.start, bench.start + 1]
-    for length in {*edges, *range(0, len(bench.blob), step), len(bench.blob) - 1}:
+    lengths = {*edges, *range(0, len(bench.blob), step), len(bench.blob) - 1}
+    for length in lengths:
         bench.damaged(bench.blob[:length])
     for more in (b"\0", bytes(64), bench.blob):
         bench.damaged(bench.blob + more)
     bench.intact()
+    found(lengths=len(lengths), served=0, put_aside=len(lengths))
 
 
 @FORMS

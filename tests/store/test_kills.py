@@ -90,7 +90,7 @@ def leftovers(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("rounds", [8, pytest.param(200, marks=pytest.mark.soak)])
-def test_killed_at_random(victim, rounds):
+def test_killed_at_random(victim, rounds, found):
     rng = np.random.default_rng(0)
     newest: dict[str, int] = {}
     number = unfinished = 0
@@ -118,6 +118,13 @@ def test_killed_at_random(victim, rounds):
         number += 1
     assert number > 2 * rounds
     assert not (victim.path / "quarantine").exists()
+    found(
+        kills=rounds,
+        entries_written=number,
+        acknowledged_and_lost=0,  # the first one fails this test, as
+        corrupt_ones_served=0,
+        leftovers_found_and_removed=unfinished,
+    )
 
 
 @contextlib.contextmanager
@@ -195,7 +202,7 @@ ERRORS = ["ENOSPC", *(pytest.param(name, marks=pytest.mark.soak) for name in ("E
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_failed_at_every_call(victim, tmp_path, error):
+def test_failed_at_every_call(victim, tmp_path, error, found):
     """Refused by the system itself: it is told, the value from before stays, and life goes on."""
     outcomes = []
     for call, n in CALLS:
@@ -222,3 +229,4 @@ def test_failed_at_every_call(victim, tmp_path, error):
         ("ok", "2"),  # not closed: it was synced
         ("ok", "2"),
     ]
+    found(calls_that_failed=len(CALLS), outcomes=outcomes)

@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,12 +169,18 @@ def test_many_threads(tmp_path, which):
                 assert figures["hits"] > 0
 
 
+def resident_bytes():
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
+
+
 @pytest.mark.soak
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("which", [0, 1], ids=["a directory", "tiers that fail"])
-def test_soak(tmp_path, which):
+def test_soak(tmp_path, which, found):
     seconds = float(os.environ.get("JKV_SOAK_SECONDS", 600))
     store = list(stores(tmp_path))[which]
-    blocks, done = [], 0
+    blocks, resident, done = [], [], 0
     with store:
         for _ in range(10):
             done += live(store, seconds / 10)
@@ -182,7 +189,20 @@ def test_soak(tmp_path, which):
             store.drain()
             gc.collect()
             blocks.append(sys.getallocatedblocks())
-    print(f"{done} operations, allocated blocks after each tenth: {blocks}")
+            resident.append(resident_bytes())
+        counted = store.stats()
+    served = {name: counted[name] for name in ("hits", "misses", "puts", "removed", "lost")}
+    served["moved_down"] = sum(tier["demotions"] for tier in counted["tiers"].values())
+    served["moved_up"] = sum(tier["promotions"] for tier in counted["tiers"].values())
+    found(
+        threads=THREADS,
+        operations=done,
+        wrong_values=0,  # `live` fails on the first one, and
+        deadlocks=0,  # where threads go on for a minute after their time
+        allocated_blocks_after_each_tenth=blocks,
+        resident_bytes_after_each_tenth=resident,
+        **served,
+    )
     # Of some 400,000 there are in the process; a record and its marks are about a dozen.
     assert max(blocks[5:]) < max(blocks[2:5]) + 2000
 
