@@ -2,7 +2,8 @@
 
 A textbook decode loop copies its whole cache at every step, silently; whether it does is decided
 by each compiler anew. This compiles the library's own loop and fails where its temporaries reach
-a tenth of the cache, or where its program holds a copy of a cache's array.
+a tenth of the cache, or where its program holds a copy of a cache's array. For a GPU it compiles
+prefills as well, whose activations are as many bytes as they are: no copies, and cuDNN's calls.
 
     python scripts/compile_check.py                     # this machine's CPU
     python scripts/compile_check.py --target tpu        # TPU v5e and v6e, needs libtpu
@@ -96,6 +97,8 @@ class Report:
     temporaries: int  # bytes
     copies: int | None  # of arrays as big as a layer's keys; None: see `copies_of`
     attention: str  # which implementations of it
+    new: int = 1  # tokens per pass
+    lost: str | None = None  # see `lost_of`
 
     @property
     def share(self) -> float:
@@ -105,7 +108,13 @@ class Report:
     @property
     def free(self) -> bool:
         """Whether there is no second cache."""
-        return self.share < 0.1 and not self.copies
+        return (self.share < 0.1 or self.new > 1) and not self.copies
+
+    @property
+    def complaint(self) -> str:
+        """What is wrong with it, for the end of a line."""
+        wrong = ([] if self.free else ["A SECOND CACHE"]) + ([self.lost] if self.lost else [])
+        return "".join(f"  {what}" for what in wrong)
 
 
 def measure(case: Case | Paged, sharding: Any = None, platform: str = "cpu") -> Report:
@@ -130,7 +139,23 @@ def measure(case: Case | Paged, sharding: Any = None, platform: str = "cpu") -> 
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
         copies=copies_of(compiled, biggest),
         attention="+".join(chosen),
+        new=case.new if isinstance(case, Case) else 1,
+        lost=lost_of(compiled, case) if isinstance(case, Case) and "cudnn" in chosen else None,
     )
+
+
+def lost_of(compiled: Any, case: Case) -> str | None:
+    """What became of cuDNN's calls, chosen as they were, and of their lse, which must stay whole.
+
+    `jax.nn` rounds the lse to the dtype of the queries, which the compiler is to take back; see
+    `jkv.ops.attention.cudnn`.
+    """
+    text = compiled.as_text()
+    if "__cudnn$fmha" not in text:
+        return "NO CALL OF CUDNN"
+    heads = case.kv_heads * case.groups
+    sizes = rf"{case.batch},(?:{heads},{case.new}|{case.new},{heads})"
+    return "A ROUNDED LSE" if re.search(rf"= b?f16\[{sizes}\]", text) else None
 
 
 def copies_of(compiled: Any, size: int) -> int | None:
@@ -425,6 +450,19 @@ def cases(target: str, shape: str | None = None) -> dict[str, Case]:
     }
 
 
+def prefill_cases(target: str) -> dict[str, Case]:
+    """Prefills by name, of two layers of a Llama 3 8B: 512 tokens over 8 rows of 8192."""
+    if target != "h200":
+        return {}
+    sizes: dict[str, Any] = SHAPES["llama-3-8b"] | {"layers": 2, "slots": 8192, "new": 512}
+    names = ("dense", "window", "sinks", "int8", "int4", "paged")
+    return {
+        f"prefill of 512 {name}": Case(kind, 8, dtype="bfloat16", **sizes)
+        for name, kind in kinds_of(target, 4096, 4096).items()
+        if name in names
+    }
+
+
 def main() -> int:
     """Print a table and return the exit code."""
     parser = argparse.ArgumentParser(description="Look for a second cache.")
@@ -466,7 +504,7 @@ def main() -> int:
     for device, sharding in shardings.items():
         wanted: dict[str, Any] = cases(arguments.target, arguments.shape)
         if not arguments.shape:
-            wanted |= paged_cases(arguments.target)
+            wanted |= paged_cases(arguments.target) | prefill_cases(arguments.target)
         for name, case in wanted.items():
             if not any(text in name for text in arguments.only):
                 continue
@@ -474,12 +512,12 @@ def main() -> int:
                 layers = min(case.layers, MOST_LAYERS.get(device, case.layers))
                 case = dataclasses.replace(case, layers=layers)
             report = measure(case, sharding, TARGETS[arguments.target])
-            failed += not report.free
+            failed += bool(report.complaint)
             print(
                 f"{device:8}{name:38}{report.cache / 2**20:>7.0f} MiB"
                 f"{report.temporaries / 2**20:>9.1f} MiB{report.share:>9.1%}"
                 f"{'?' if report.copies is None else report.copies:>8}"
-                f"  {report.attention}" + ("" if report.free else "  A SECOND CACHE"),
+                f"  {report.attention}{report.complaint}",
                 flush=True,
             )
     return 1 if failed else 0

@@ -195,6 +195,9 @@ def test_what_it_takes(monkeypatch):
     for text, why in refused.items():
         assert why is not None, text
         assert text in why
+    with monkeypatch.context() as flags:
+        flags.setenv("XLA_FLAGS", "--xla_allow_excess_precision=false")
+        assert "its lse comes rounded" in (explained(*shapes()) or "")
     monkeypatch.setattr(choice, "capability", lambda: "9.0")
     assert explained(*shapes(dim=256)) is None
     monkeypatch.setattr(choice, "capability", lambda: "7.5")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from typing import Any
 
 import jax
@@ -89,6 +90,8 @@ def _refused(dim: int) -> str | None:
     """Why there is no cuDNN for heads of this size, here or where it is compiled for."""
     if not installed():
         return "no JAX for NVIDIA GPUs is installed, which brings cuDNN"
+    if "xla_allow_excess_precision=false" in os.environ.get("XLA_FLAGS", "").lower():
+        return "xla_allow_excess_precision is off, with which its lse comes rounded"
     found = choice.capability()
     major = 0 if found is None else int(found.split(".")[0])
     if found is not None and major < 8:
