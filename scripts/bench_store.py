@@ -47,7 +47,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.path, prefix="bench_store-") as name:
         if "memory" in wanted:
             said["memory"] = kept.operations()
-            console.print(operations_table(said["memory"]))
+            title = "in memory: operations per second"
+            console.print(operations_table(said["memory"], title))
         if "disk" in wanted:
             said |= measure_disk(Path(name), options, console)
         if "restart" in wanted:
@@ -61,9 +62,9 @@ def main() -> None:
         options.json.write_text(json.dumps(said, indent=2) + "\n")
 
 
-def operations_table(rows: list[dict[str, Any]]) -> Table:
+def operations_table(rows: list[dict[str, Any]], title: str) -> Table:
     """Operations per second."""
-    table = Table(title="in memory: operations per second")
+    table = Table(title=title)
     whats = list(dict.fromkeys(row["what"] for row in rows))
     for column in ("way", *whats):
         table.add_column(column, justify="left" if column == "way" else "right")
@@ -81,6 +82,7 @@ def measure_disk(path: Path, options: argparse.Namespace, console: Console) -> d
         below = path / str(size)
         below.mkdir()
         results += disk.measured(below, size, rounds)
+    operations = disk.operations(path)
     batch = disk.batches(path)
     scan = disk.scans(path, options.entries) if options.entries else None
     table = Table(title="disk tier: GB/s, and of raw files' speed")
@@ -103,13 +105,15 @@ def measure_disk(path: Path, options: argparse.Namespace, console: Console) -> d
             table.add_row(f"{size:,}", way, *cells, ", ".join(processor))
         table.add_section()
     console.print(table)
+    title = f"on disk, {operations[0]['bytes']:,} bytes each, synced: operations per second"
+    console.print(operations_table(operations, title))
     console.print(
         f"entries of {batch['bytes']:,} bytes: {1e3 * batch['single']:.2f} ms each written one by "
         f"one, {1e3 * batch['batch']:.2f} ms in batches of {batch['count']}"
     )
     if scan:
         console.print(f"{scan['entries']:,} entries found at a start in {scan['seconds']:.2f} s")
-    return {"disk": results, "batch": batch, "scan": scan}
+    return {"disk": results, "disk operations": operations, "batch": batch, "scan": scan}
 
 
 if __name__ == "__main__":

@@ -57,13 +57,15 @@ def test_import_is_light():
 
 
 def test_comparisons_are_no_dependency():
-    """torch and transformers are there to compare with, in an extra of their own."""
+    """What is there to compare with is in an extra of its own."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["test"]]
-    assert not [name for name in needed if name.startswith(("torch", "transformers"))]
+    compared = ("torch", "transformers", "cachetools", "diskcache")
+    assert not [name for name in needed if name.startswith(compared)]
+    assert {re.split("[>=]", name)[0] for name in extras["compare"]} == set(compared)
     assert {"test", "dev", "plot", "cuda13", "tpu", "compare"} <= extras.keys()
-    imports = re.compile(r"^\s*(?:import|from) (torch|transformers)\b", re.MULTILINE)
+    imports = re.compile(rf"^\s*(?:import|from) ({'|'.join(compared)})\b", re.MULTILINE)
     assert not [p for p in Path(jkv.__file__).parent.rglob("*.py") if imports.search(p.read_text())]
 
 

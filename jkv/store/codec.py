@@ -160,14 +160,17 @@ def read_header(data: bytes | memoryview) -> Header:
         raise CorruptError("the header is damaged: its checksum is another")
     # Sealed from here on: what is still wrong was written so, by accident or on purpose.
     try:
-        said = json.loads(head[PREFIX : PREFIX + json_bytes])
+        said = json.loads(str(head[PREFIX : PREFIX + json_bytes], "utf-8"))
         key, meta, packed = said["key"], said["meta"], said["compression"]
         listed = [(name, _DTYPES[dtype], tuple(shape)) for name, dtype, shape in said["arrays"]]
         nbytes = said["nbytes"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptError(f"the header says nothing that makes sense: {error!r}") from error
-    arrays, end = [], 0
+    arrays, names, end = [], set(), 0
     for name, dtype, shape in listed:
+        if type(name) is not str or name in names:
+            raise CorruptError("two arrays have one name, or names that are no texts")
+        names.add(name)
         numbers = room = 1
         for size in shape:
             if type(size) is not int or size < 0:
@@ -179,9 +182,6 @@ def read_header(data: bytes | memoryview) -> Header:
         offset = _aligned(end)
         end = offset + numbers * dtype.itemsize
         arrays.append((name, dtype, shape, offset))
-    names = [name for name, *_ in arrays]
-    if len(set(map(str, names))) != len(names) or any(type(name) is not str for name in names):
-        raise CorruptError("two arrays have one name, or names that are no texts")
     if not isinstance(key, str) or not isinstance(meta, dict):
         raise CorruptError("the key is no text, or meta no object")
     if type(nbytes) is not int or nbytes != end:

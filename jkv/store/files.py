@@ -25,7 +25,8 @@ if sys.platform != "win32":
 
 TEMPORARY = ".tmp-"
 _PIECES = 512  # buffers in one writev; POSIX promises 16, Linux and macOS take 1024
-_STEP = 1 << 16  # bytes of one read: while they are looked at, the system fetches what follows
+_FIRST = 1 << 16  # bytes read first: while they are looked at, the system fetches what follows
+_BELIEVED = 1 << 26  # bytes of memory that a file may take before it is looked at
 _FORGOTTEN = 24 * 3600.0  # seconds, where a file system has no locks to ask
 _LIFELINE = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{24}")
 
@@ -114,16 +115,14 @@ def contents(file: int) -> tuple[codec.Header, Entry]:
     if not stat.S_ISREG(status.st_mode):
         raise CorruptError("it is not a file")
     nbytes = status.st_size
-    head = memoryview(bytearray(min(nbytes, _STEP)))
-    _fill(file, head, 0, len(head))
-    start, written = codec.measure(head)
-    if nbytes != written:  # before any memory is taken for it
-        raise CorruptError(f"{nbytes} bytes where {written} were written")
+    if nbytes > _BELIEVED:  # else it is as cheap to read on at once
+        _check_length(os.pread(file, codec.PREFIX, 0), nbytes)
     room = np.empty(nbytes + 64, np.uint8)
     skipped = -room.__array_interface__["data"][0] % 64
     view = room[skipped : skipped + nbytes].data
-    view[: len(head)] = head
-    done = _fill(file, view, len(head), start)
+    done = _fill(file, view, 0, min(nbytes, _FIRST))
+    start = _check_length(view[:done], nbytes)
+    done = _fill(file, view, done, start)
     header = codec.read_header(view[:start])
     sums = Checksum()
     for at in range(start, nbytes, PIECE):
@@ -132,10 +131,18 @@ def contents(file: int) -> tuple[codec.Header, Entry]:
     return header, codec.entry(header, view[start:].toreadonly(), sums.finish())
 
 
+def _check_length(head: bytes | memoryview, nbytes: int) -> int:
+    """Where the payload starts; CorruptError where a blob has not the length of its file."""
+    start, written = codec.measure(head)
+    if nbytes != written:
+        raise CorruptError(f"{nbytes} bytes where {written} were written")
+    return start
+
+
 def _fill(file: int, view: memoryview, done: int, until: int) -> int:
-    """Read from `done` to `until` at least, which may be behind; where that ended."""
+    """Read from `done` to `until`, which may be behind it; where that ended."""
     while done < until:
-        if not (count := os.preadv(file, [view[done : min(done + _STEP, until)]], done)):
+        if not (count := os.preadv(file, [view[done:until]], done)):
             raise CorruptError(f"cut off at {done} bytes of {len(view)} while it was read")
         done += count
     return done

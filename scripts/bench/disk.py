@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jkv.store import Disk, Entry
+from jkv.store import Disk, Entry, Store
 from jkv.store.codec import encode
 from jkv.store.names import name_of
 
@@ -152,6 +152,60 @@ def measured(path: Path, nbytes: int, rounds: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def operations(path: Path, nbytes: int = 4 * KiB, count: int = 64, rounds: int = 5) -> list[Any]:
+    """Puts and gets per second of small entries, all ways in turn; which of them are synced."""
+    values = {f"k{i}": entry(nbytes, i) for i in range(count)}
+    blobs = {key: b"".join(encode(value, key)) for key, value in values.items()}
+    tier = Disk(path / "jkv small")
+    store = Store([Disk(path / "jkv store")])
+    raw = Raw(path / "raw small")
+
+    def each(call: Callable[..., Any], *arguments: Any) -> Callable[[], None]:
+        def run() -> None:
+            for each in zip(*arguments, strict=True):
+                call(*each)
+
+        return run
+
+    ways = {
+        "raw files": (each(raw.write, blobs, blobs.values()), each(raw.read, blobs)),
+        "jkv Disk": (each(tier.write, values, values.values()), each(tier.read, values)),
+        f"jkv Disk, {count} at once": (
+            lambda: tier.write_many(values),
+            lambda: tier.read_many(values),
+        ),
+        "jkv Store on Disk": (each(store.put, values, values.values()), each(store.get, values)),
+        f"jkv Store on Disk, {count} at once": (
+            lambda: store.put_many(list(values), list(values.values())),
+            lambda: store.get_many(list(values)),
+        ),
+    }
+    if importlib.util.find_spec("diskcache"):
+        cache = DiskCache(path / "dc small")
+        ways["diskcache, not synced"] = (
+            each(cache.write, blobs, blobs.values()),
+            each(cache.read, blobs),
+        )
+    times: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for way, calls in ways.items():
+            os.sync()
+            for what, call in zip(("put", "get"), calls, strict=True):
+                start = time.perf_counter()
+                call()
+                times.setdefault((way, what), []).append(time.perf_counter() - start)
+    store.close()
+    return [
+        {
+            "way": way,
+            "what": what,
+            "bytes": nbytes,
+            "per_second": count / statistics.median(seconds),
+        }
+        for (way, what), seconds in times.items()
+    ]
 
 
 def batches(path: Path, nbytes: int = 64 * KiB, count: int = 64, rounds: int = 5) -> dict[str, Any]:
