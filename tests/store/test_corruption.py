@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from jkv.errors import CorruptError, TierError
-from jkv.store import Disk, Entry
+from jkv.store import Disk, Entry, codec
 from jkv.store.checksum import checksum
 from jkv.store.codec import decode, encode, measure
 from jkv.store.names import name_of
@@ -334,3 +335,14 @@ def test_a_directory_that_went_away(tmp_path):
     (tmp_path / "d").mkdir()
     disk.write("k", ENTRY)
     assert disk.read("k") is not None
+
+
+def test_nothing_that_is_read_is_executed():
+    """No module of the store knows pickle or the like, and none evaluates texts."""
+    known = re.compile(
+        r"\b(?:pickle|marshal|shelve|dill|np\.load)\b|(?<!re\.)\b(?:eval|exec|compile)\("
+    )
+    assert known.findall("pickle.loads(x), eval(x), re.compile(x)") == ["pickle", "eval("]
+    modules = sorted(Path(codec.__file__).parent.glob("*.py"))
+    assert len(modules) > 20
+    assert {path.name: hits for path in modules if (hits := known.findall(path.read_text()))} == {}

@@ -173,6 +173,17 @@ def test_what_is_removed_is_synced_once_and_what_is_evicted_is_not(tmp_path, mon
         assert calls == []
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+def test_a_batch_is_synced_once(tmp_path, monkeypatch):
+    path = tmp_path / "d"
+    with Store([Disk(path)]) as store, observed(monkeypatch) as calls:
+        store.put_many(list("abcde"), [entry(i) for i in range(5)])
+        files_synced = [place for call, place in calls if call == "fsync" and place != "d"]
+        assert len(files_synced) == 5  # each before it has its name, and the directory after all
+        assert [call for call, place in calls if place == "d"] == ["fsync"]
+        assert calls[-1] == ("fsync", "d")
+
+
 def test_what_was_put_aside_of_it_goes_too(tmp_path):
     with Store([Disk(tmp_path)]) as store:
         for key in ("a", "b"):

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from jkv.errors import CorruptError, TierError
-from jkv.store import Remote
+from jkv.store import Memory, Remote, Store
 from jkv.store.breaker import Breaker
 from jkv.store.names import name_of
+from tests.store.fakes import check, entry, number
 from tests.store.victim import number_of, value
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,3 +194,35 @@ def test_s3(s3, server):
     assert set(tier.scan()) == {*keys[2:], "from the other"}
     assert set(tier.verify()) == {"kempty.jkv"}
     assert tier.verify() == {}
+
+
+ANOTHER = """
+import sys
+from jkv.store import Memory, Remote, Store
+from tests.store.fakes import entry, number
+tier = Remote("s3://bucket-of-tests/shared", endpoint=sys.argv[1], region="us-east-1", timeout=20)
+with Store([Memory(), tier], chunk=4, write_through=True) as store:
+    store.drain()
+    with store.longest_prefix([*range(12), 99]) as match:
+        print(match.key, match.length, number(match.value), number(store.get("by name")))
+    store.put("answer", entry(3), tokens=range(50, 70))
+    store.remove("by name")
+"""
+
+
+def test_two_processes_share_a_store_on_s3(s3, server):
+    tier = Remote("s3://bucket-of-tests/shared", endpoint=s3, region="us-east-1", timeout=20.0)
+    with Store([Memory(), tier], chunk=4, write_through=True) as store:
+        store.put("by name", entry(1))
+        store.put("by tokens", entry(2), tokens=range(20))
+        other = subprocess.run(
+            [sys.executable, "-c", ANOTHER, s3], cwd=ROOT, capture_output=True, text=True
+        )
+        assert other.stdout == "by tokens 12 2 1\n", other.stderr
+        assert number(store.get("answer")) == 3
+        with store.longest_prefix([*range(50, 60), 1]) as match:
+            assert (match.key, match.length) == ("answer", 10)
+        check(store, accesses=2)
+    with Store([tier], chunk=4) as store:  # and what one removed is not found by the next
+        assert store.get("by name") is None
+        assert len(store) == 2

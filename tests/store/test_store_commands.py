@@ -92,3 +92,14 @@ def test_mistakes(tmp_path, capsys):
     run(capsys, "stats", tmp_path / "nothing", status=2)
     run(capsys, "gc", tmp_path, "--max-bytes", "much", status=2)
     assert not (tmp_path / "nothing").exists()
+
+
+def test_gc_of_what_a_process_left_that_ended(tmp_path, capsys):
+    tier = Disk(tmp_path)
+    store = Store([tier])
+    store.put("waits", entry(1), ephemeral=True, pin=True)
+    assert "0 removed" in run(capsys, "gc", tmp_path)
+    tier.close()  # as the process's end would
+    assert "1 removed" in run(capsys, "gc", tmp_path)
+    assert store.get("waits") is None
+    store.close()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jkv.store import Disk, Memory, Remote, Store, keys
-from tests.store.fakes import Clock, Fake, check, entry, number
+from tests.store.fakes import Batched, Clock, Fake, check, entry, number
 
 TEXT = list(range(100, 150))
 
@@ -205,6 +205,49 @@ def test_a_match_is_held_and_a_corrupt_one_is_passed_over():
         assert "0::short" not in disk.entries
         figures = check(store, accesses=1)
         assert (figures["hits"], figures["lost"]) == (1, 1)
+
+
+def test_several_are_found_as_each_alone():
+    tier = Batched(name="disk")
+    rows = [TEXT, [7, 7, 7, 7, 7], TEXT[:20], [*TEXT[:9], 5], TEXT, []]
+    limits = [49, None, 19, None, 30, None]
+    with Store([tier], chunk=4) as store:
+        store.put("long", entry(1), tokens=TEXT[:30], tenant="x")
+        store.put("short", entry(2), tokens=TEXT[:20], tenant="x")
+        store.put("theirs", entry(3), tokens=TEXT)
+        alone = [
+            length(store, row, limit=limit, tenant="x")
+            for row, limit in zip(rows, limits, strict=True)
+        ]
+        assert alone == [30, 0, 19, 9, 30, 0]
+        tier.calls.clear()
+        matches = store.longest_prefix_many(rows, limits=limits, tenant="x")
+        assert [0 if m is None else m.length for m in matches] == alone
+        (read,) = [call for call in tier.calls if call[0] == "read_many"]
+        assert read[1] <= 2  # each entry once
+        figures = check(store, accesses=12)
+        assert figures["tenants"]["x"]["hits"] == 8
+        assert figures["tenants"]["x"]["tokens_found"] == 2 * sum(alone)
+        # Each is held until it is let go of, though two are one entry.
+        for match in matches[:-2]:
+            if match is not None:
+                match.release()
+        store.resize(0, max_entries=1)
+        assert matches[4].key in {name.split(":")[-1] for name in tier.entries}
+        with pytest.raises(ValueError, match=r"shorter|longer"):
+            store.longest_prefix_many(rows, limits=[1])
+        assert store.longest_prefix_many([]) == []
+
+
+def test_of_several_each_falls_back_by_itself():
+    tier = Batched(name="disk")
+    with Store([tier], chunk=4) as store:
+        store.put("long", entry(1), tokens=TEXT[:30])
+        store.put("short", entry(2), tokens=TEXT[:20])
+        tier.corrupt.add("0::long")
+        matches = store.longest_prefix_many([TEXT, TEXT[:18], [1, 2, 3, 4]])
+        assert [m and (m.key, m.length) for m in matches] == [("short", 20), ("short", 18), None]
+        assert check(store, accesses=3)["hits"] == 2
 
 
 def test_a_prefix_is_declined_by_its_share():
