@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,16 +16,18 @@ from jkv.decoding import sampling
 from jkv.decoding.request import PAD, bucket
 from jkv.engine import lanes as device
 from jkv.engine.pages import Pages, filled
-from jkv.engine.scheduler import Seat
+from jkv.engine.scheduler import Seat, Tally
 
 ENDS = 16  # stop ids of a request, at most
 
 
 @dataclasses.dataclass
 class Part:
-    """One pass that has been dispatched."""
+    """One pass that has been dispatched, and those of its rows that say something."""
 
-    seats: list[tuple[int, Seat]]  # their rows
+    rows: np.ndarray  # [N]
+    lanes: np.ndarray  # [N], of these rows
+    numbers: np.ndarray  # [N], of who sat there
     said: Array  # [R, n]
     active: Array  # [R]
     refused: Array  # [R]
@@ -40,15 +41,17 @@ class Batch(Pages):
         model: a decoder.
         lanes: requests at once.
         block: tokens of each lane per pass, at most.
-        chunk: tokens of a prompt per pass.
+        chunk: tokens of prompts per pass, of one or of several.
         rows: prompts per pass.
         how: as of `Pages`.
     """
 
     def __init__(self, model: Any, *, lanes: int, block: int, chunk: int, rows: int, **how: Any):
         super().__init__(model, **how)
+        self.apart = device.apart(model)
         self.lanes, self.block = lanes, block
         self.chunk, self.rows = min(chunk, self.config.context), rows
+        self.part = -(-self.chunk // rows)  # tokens of each where there are several
         self.state = device.empty(lanes, self.columns, ENDS)
         self.groups: dict[Any, int] = {}
         self.waited = 0.0  # seconds for the device, in all
@@ -96,8 +99,8 @@ class Batch(Pages):
 
             jax.eval_shape(once, plain, np.full(bucket(self.config.context), PAD, np.int32))
 
-    def install(self, seat: Seat) -> None:
-        """The request's state in its lane."""
+    def install(self, seat: Seat, limit: int) -> None:
+        """The request's state in its lane, where it may say so many tokens."""
         request = seat.request
         group = self.group_of(request.sampler)
         history = request.history
@@ -108,7 +111,7 @@ class Batch(Pages):
             "lengths": np.int32(seat.cached),
             "token": np.int32(0 if seat.reading else history[-1]),
             "active": np.bool_(not seat.reading),
-            "left": np.int32(seat.limit),
+            "left": np.int32(limit),
             "ends": filled(request.stop_ids, ENDS, -2),
             "keys": jax.random.key(0) if request.key is None else request.key,
         }
@@ -126,54 +129,64 @@ class Batch(Pages):
 
     def absorb(self, prompts: list[tuple[Seat, int]]) -> Part:
         """Dispatch the tokens of each seat from where it is, up to the given one."""
-        rows = 1 if len(prompts) == 1 else self.rows
+        most = max(upto - seat.cached for seat, upto in prompts)
+        rows, size = next(s for s in self.shapes if s[0] >= len(prompts) and s[1] >= most)
         at = np.full(rows, self.lanes, np.int32)
-        tokens = np.zeros((rows, self.chunk), np.int32)
+        tokens = np.zeros((rows, size), np.int32)
         counts, last = np.zeros(rows, np.int32), np.zeros(rows, bool)
         for i, (seat, upto) in enumerate(prompts):
             at[i], counts[i] = seat.lane, upto - seat.cached
             tokens[i, : counts[i]] = seat.request.history[seat.cached : upto]
             last[i] = upto == seat.target
-        seats = list(enumerate(seat for seat, _ in prompts))
-        grown = self._grown(rows, seats, self.chunk)
+        seats = [seat for seat, _ in prompts]
+        grown = self._grown(rows, list(enumerate(seats)), size)
         self.layers, self.state, *out = device.absorbed(
-            self.model, self.layers, self.state, at, tokens, counts, last, grown
+            *self.apart, self.layers, self.state, at, tokens, counts, last, grown
         )
-        speaking = []
-        for (i, seat), (_, upto) in zip(seats, prompts, strict=True):
+        tally, speaking = seats[0].tally, np.flatnonzero(last)
+        for seat, upto in prompts:
             seat.cached = upto
-            if not seat.reading:
-                seat.asked = 1
-                speaking.append((i, seat))
-        return Part(speaking, *out)
+        lanes = at[speaking]
+        tally.asked[lanes], tally.speaking[lanes] = 1, True
+        return Part(speaking, lanes, tally.number[lanes], *out)
 
-    def decode(self, seats: list[Seat]) -> Part:
-        """Dispatch the next block of tokens of these seats."""
-        highest = max(seat.lane for seat in seats) + 1
-        width = next(w for w in self.widths if w >= highest)
-        alive = np.zeros(width, bool)
-        rows = [(seat.lane, seat) for seat in seats]
-        alive[[lane for lane, _ in rows]] = True
-        grown = self._grown(width, rows, self.block)
+    def decode(self, lanes: np.ndarray, tally: Tally) -> Part:
+        """Dispatch the next block of tokens of these lanes, in order."""
+        width = next(w for w in self.widths if w >= len(lanes))
+        # One that has left has no pages: nothing is said of it to who has its lane now.
+        grew = self.growing
+        seats = [(i, grew.pop(at)) for i, at in enumerate(lanes.tolist()) if at in grew]
+        grown = self._grown(width, seats, self.block)
         self.layers, self.state, *out = device.decoded(
-            self.block, self.model, self.layers, self.state, alive, grown, np.int32(self.block)
+            self.block,
+            *self.apart,
+            self.layers,
+            self.state,
+            filled(lanes, width, self.lanes),
+            grown,
+            np.int32(self.block),
         )
-        for seat in seats:
-            seat.asked = min(seat.asked + self.block, seat.limit)
-        return Part(rows, *out)
+        tally.asked[lanes] = np.minimum(tally.asked[lanes] + self.block, tally.limit[lanes])
+        return Part(np.arange(len(lanes)), lanes, tally.number[lanes], *out)
 
     @functools.cached_property
     def widths(self) -> tuple[int, ...]:
-        """How many lanes a pass may have: all, and powers of four below."""
-        widths = [self.lanes]
-        while widths[-1] > 1:
-            widths.append(-(-widths[-1] // 4))
-        return tuple(reversed(widths))
+        """How many lanes a pass may have: 1, 2, 4, 8, 32, 128, ..., and all."""
+        widths = [1]
+        while widths[-1] < self.lanes:
+            widths.append(min(widths[-1] * (2 if widths[-1] < 8 else 4), self.lanes))
+        return tuple(widths)
+
+    @functools.cached_property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and tokens of each that a pass over prompts may have."""
+        part = self.part
+        return tuple(sorted({(1, part), (1, self.chunk), (self.rows, part)}))
 
     def _grown(
         self, rows: int, seats: list[tuple[int, Seat]], tokens: int
     ) -> tuple[device.Grown, ...]:
-        """The pages that seats got since the device last heard of them, by row."""
+        """The pages that seats, with their rows, got since the device last heard of them."""
         most = tokens // self.page + 2
         grown = []
         for group in range(len(self.columns)):
@@ -187,19 +200,17 @@ class Batch(Pages):
             grown.append(device.Grown(start=start, pages=pages))
         return tuple(grown)
 
-    def read(self, part: Part) -> Iterator[tuple[Seat, list[int], bool, bool]]:
-        """What a pass said: per seat its new tokens, whether it would say more, and is broken."""
+    def read(self, part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What its rows said: tokens ``[N, n]``, whether they would say more, and are broken."""
         began = time.perf_counter()
-        said, active = np.asarray(part.said).tolist(), np.asarray(part.active).tolist()
-        refused, broken = np.asarray(part.refused), np.asarray(part.broken).tolist()
+        said, active, refused, broken = (
+            np.asarray(x)[part.rows] for x in (part.said, part.active, part.refused, part.broken)
+        )
         self.waited += time.perf_counter() - began
-        for row, seat in part.seats:
-            if refused[row]:
-                raise RuntimeError(f"{seat.request} had no page for its tokens: an error in jkv")
-            tokens = said[row]
-            while tokens and tokens[-1] == PAD:
-                tokens.pop()
-            yield seat, tokens, active[row], broken[row]
+        if refused.any():
+            lanes = part.lanes[refused].tolist()
+            raise RuntimeError(f"lanes {lanes} had no page for their tokens: an error in jkv")
+        return said, active, broken
 
     def warm(self, swaps: bool) -> None:
         """Compile every pass, and what moves pages where `swaps`; no request takes part."""
@@ -227,23 +238,23 @@ class Batch(Pages):
             grown = self._grown(width, [], self.block)
             self.layers, self.state, *_ = device.decoded(
                 self.block,
-                self.model,
+                *self.apart,
                 self.layers,
                 self.state,
-                np.zeros(width, bool),
+                filled((), width, self.lanes),
                 grown,
                 np.int32(self.block),
             )
-        for rows in {1, self.rows}:
+        for rows, size in self.shapes:
             self.layers, self.state, *_ = device.absorbed(
-                self.model,
+                *self.apart,
                 self.layers,
                 self.state,
-                np.full(rows, self.lanes, np.int32),
-                np.zeros((rows, self.chunk), np.int32),
+                filled((), rows, self.lanes),
+                np.zeros((rows, size), np.int32),
                 np.zeros(rows, np.int32),
                 np.zeros(rows, bool),
-                self._grown(rows, [], self.chunk),
+                self._grown(rows, [], size),
             )
 
 

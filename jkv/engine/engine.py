@@ -47,8 +47,9 @@ class Engine(Steps):
             in one piece: a request may then say something else than it would alone.
         block: tokens that each request gets per step, at most: more of them make less work for
             the host, and up to twice as many slots are held that may never be used.
-        prefill_chunk: tokens of a prompt per step.
-        prefill_rows: prompts that are read in one step.
+        prefill_chunk: tokens of prompts per step: of one, or of several in equal parts. More of
+            them make long prompts shorter work, and the step of those who run beside them longer.
+        prefill_rows: prompts that are read in one step, at most.
         policy: which of the pages that nobody owns goes first, of `jkv.store`; LRU by default.
         share: whether equal prefixes of prompts of one tenant share pages.
         preemption: what becomes of the pages of a request that has to wait: "recompute", "swap"
@@ -72,7 +73,7 @@ class Engine(Steps):
         max_batch: Any = 8,
         cache: Any = None,
         block: Any = 4,
-        prefill_chunk: Any = 64,
+        prefill_chunk: Any = 256,
         prefill_rows: Any = 4,
         policy: Any = None,
         share: Any = True,

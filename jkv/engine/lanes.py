@@ -109,25 +109,50 @@ def _with(parts: tuple[Any, ...], i: int, put: Any, new: Any) -> tuple[Any, ...]
     return (*parts[:i], jax.tree.map(put, parts[i], new), *parts[i + 1 :])
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+class Frame:
+    """A model without its weights, known by itself: for `jit` to compare at no cost.
+
+    A step is dispatched in less time than it takes to walk through the model's modules.
+    """
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+
+    def model(self, weights: list[Array]) -> Any:
+        """The model with these weights."""
+        return jax.tree.unflatten(self.tree, weights)
+
+
+_frame = functools.cache(Frame)  # equal models have one, and share programs
+
+
+def apart(model: Any) -> tuple[Frame, list[Array]]:
+    """A model as its frame and its weights."""
+    weights, tree = jax.tree.flatten(model)
+    return _frame(tree), weights
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
 def decoded(
     size: int,
-    model: Any,
+    frame: Frame,
+    weights: list[Array],
     layers: tuple[Any, ...],
     lanes: Lanes,
-    alive: Array,
+    at: Array,
     grown: tuple[Grown, ...],
     steps: Array,
 ) -> tuple[tuple[Any, ...], Lanes, Array, Array, Array, Array]:
-    """Up to `steps` of at most `size` tokens of each active lane among the first R.
+    """Up to `steps` of at most `size` tokens of each active lane among R.
 
     Args:
         size: tokens at most, the width of the result.
-        model: a decoder.
+        frame: of a decoder.
+        weights: of it.
         layers: of the paged cache, donated.
         lanes: donated.
-        alive: ``[R]`` bool, lanes whose requests still want tokens.
-        grown: pages that the first R lanes got, per group.
+        at: ``[R]`` int32, the lanes, those whose requests still want tokens; W and more are nobody.
+        grown: pages that these lanes got, per group.
         steps: int32.
 
     Returns:
@@ -135,9 +160,9 @@ def decoded(
         a lane had no page for its token ``[R]``, which its keeper should have seen to; and whether
         its pages were given NaN or infinity that they cannot hold ``[R]``.
     """
-    width = alive.shape[0]
-    rows = jax.tree.map(lambda leaf: leaf[:width], lanes)
-    rows = replace(rows, tables=_extended(rows.tables, grown), active=rows.active & alive)
+    model, width = frame.model(weights), at.shape[0]
+    rows = _rows(lanes, at, grown)
+    rows = replace(rows, active=rows.active & (at < lanes.active.shape[0]))
     said = jnp.full((size, width), PAD, jnp.int32)
 
     def going(carry: Any) -> Array:
@@ -155,16 +180,13 @@ def decoded(
 
     carry = (jnp.int32(0), layers, rows, said, jnp.zeros((width,), bool))
     _, layers, rows, said, refused = lax.while_loop(going, body, carry)
-    active = rows.active
-    # Others may be between their prompts and their first step.
-    rows = replace(rows, active=active | (lanes.active[:width] & ~alive))
-    lanes = jax.tree.map(lambda whole, part: whole.at[:width].set(part), lanes, rows)
-    return layers, lanes, said.T, active, refused, _broken(layers, rows)
+    return layers, _with_rows(lanes, at, rows), said.T, rows.active, refused, _broken(layers, rows)
 
 
-@functools.partial(jax.jit, donate_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 def absorbed(
-    model: Any,
+    frame: Frame,
+    weights: list[Array],
     layers: tuple[Any, ...],
     lanes: Lanes,
     at: Array,
@@ -176,7 +198,8 @@ def absorbed(
     """One chunk of the prompts of R lanes, and the first token of those that are through.
 
     Args:
-        model: a decoder.
+        frame: of a decoder.
+        weights: of it.
         layers: of the paged cache, donated.
         lanes: donated.
         at: ``[R]`` int32, the lanes; W and more are nobody.
@@ -188,16 +211,24 @@ def absorbed(
     Returns:
         As of `decoded`, tokens ``[R, 1]``.
     """
-    rows = jax.tree.map(lambda leaf: leaf.at[at].get(mode="clip"), lanes)
-    rows = replace(rows, tables=_extended(rows.tables, grown))
+    model, rows = frame.model(weights), _rows(lanes, at, grown)
     hidden, cache = model.hidden(tokens, _cache(layers, rows), counts)
     ending = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = model.logits(jnp.take_along_axis(hidden, ending, axis=1)[:, 0])
     rows = replace(rows, lengths=cache.lengths)
     rows, token = _choose(logits, rows, last, jnp.full_like(rows.token, PAD))
-    lanes = jax.tree.map(lambda whole, part: whole.at[at].set(part, mode="drop"), lanes, rows)
-    broken = _broken(cache.layers, rows)
+    lanes, broken = _with_rows(lanes, at, rows), _broken(cache.layers, rows)
     return cache.layers, lanes, token[:, None], rows.active, cache.overflowed, broken
+
+
+def _rows(lanes: Lanes, at: Array, grown: tuple[Grown, ...]) -> Lanes:
+    """The lanes of a pass, with the pages that they got; anything for those that are nobody."""
+    rows = jax.tree.map(lambda leaf: leaf.at[at].get(mode="clip"), lanes)
+    return replace(rows, tables=_extended(rows.tables, grown))
+
+
+def _with_rows(lanes: Lanes, at: Array, rows: Lanes) -> Lanes:
+    return jax.tree.map(lambda whole, part: whole.at[at].set(part, mode="drop"), lanes, rows)
 
 
 def _cache(layers: tuple[Any, ...], rows: Lanes) -> Cache:

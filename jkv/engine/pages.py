@@ -63,6 +63,7 @@ class Pages:
         self.layers = cache.layers
         self.columns = tuple(table.shape[1] for table in cache.tables)
         self.windows = tuple(pool.window for pool in pools(cache.layers))
+        self.windowed = any(window is not None for window in self.windows)
         self.rounds = self.kind.keys is not None
         self._leaving: list[tuple[bytes, int]] = []
         self.kept: Kept | None = None
@@ -77,6 +78,7 @@ class Pages:
             PagePool, pages=pages, page=self.page, policy=policy, fingerprint=mark, on_evict=hook
         )
         self.pools = [self._pool() for _ in self.columns]
+        self.growing: dict[int, Seat] = {}  # by lane, with pages that the device has not heard of
         self._seen_sizes: set[int] = set()  # of what has been moved, and is compiled
         self.page_bytes = nbytes(self.layers) / pages / len(self.columns)
         self.rate = FIRST_RATE
@@ -88,7 +90,7 @@ class Pages:
     def reset(self) -> None:
         """Empty pages; what pools and device had is forgotten."""
         # What is left of the old ones goes first.
-        self.layers, self._leaving = (), []
+        self.layers, self._leaving, self.growing = (), [], {}
         self.layers = self._empty().layers
         self.pools = [self._pool() for _ in self.columns]
         if self.kept is not None:
@@ -195,7 +197,8 @@ class Pages:
                     f"{seat.request} shares a page that is not full: an error in jkv"
                 )
             self._save_leaving()
-        seat.reserved = len(seat.held[0].table) * self.page
+        seat.tally.reserved[seat.lane] = len(seat.held[0].table) * self.page
+        self.growing[seat.lane] = seat
 
     def could(self, seat: Seat, upto: int) -> bool:
         """Whether `reserve` would do."""

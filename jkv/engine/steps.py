@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from jkv.decoding.request import first_stop
+import numpy as np
+
+from jkv.decoding.request import PAD, first_stop
 from jkv.engine.batch import Batch, Part
 from jkv.engine.request import FINISHED, RUNNING, WAITING, Request
-from jkv.engine.scheduler import Queue, Seat, shared_ahead
+from jkv.engine.scheduler import Queue, Seat, Tally, shared_ahead
 from jkv.engine.stats import Stats
 from jkv.errors import NonFiniteError, PoolFullError
 
@@ -33,6 +35,8 @@ class Steps:
         self.share, self.preemption, self.swap_bytes = share, preemption, swap_bytes
         self.waiting = Queue()
         self.seats: list[Seat | None] = [None] * batch.lanes
+        self.tally = Tally(batch.lanes)
+        self._seatings = 0
         self.figures = Stats()
         self._sent: list[Part] = []  # what was dispatched last and has not been read
         self._popped: list[Request] = []  # neither waiting nor in a seat, for a moment
@@ -46,6 +50,7 @@ class Steps:
         self.batch.reset()
         seated = [seat.request for seat in self.seats if seat]
         self.seats = [None] * self.batch.lanes
+        self.tally = Tally(self.batch.lanes)
         for request in dict.fromkeys([*seated, *self._popped]):
             if request.state == FINISHED or request in self.waiting:
                 continue
@@ -115,14 +120,8 @@ class Steps:
         batch, saved = self.batch, request.swapped
         running = sum(seat is not None for seat in self.seats)
         held = batch.sequences(request.tenant)
-        seat = Seat(
-            request=request,
-            lane=self.seats.index(None),
-            held=held,
-            target=len(request.history),
-            cached=0,
-            limit=request.max_new_tokens - len(request.tokens),
-        )
+        lane = self.seats.index(None)
+        seat = Seat(request, lane, self.tally, held, target=len(request.history))
         seated = False
         try:
             if saved is not None:
@@ -141,11 +140,15 @@ class Steps:
                 else:
                     batch.restore(seat, saved.length, pages)
                     seat.cached = seat.shown = saved.length
-            batch.install(seat)
+            limit = request.max_new_tokens - len(request.tokens)
+            batch.install(seat, limit)
+            self._seatings += 1
+            seat.sit(self._seatings, limit)
             seated = True
         finally:
             if not seated:
                 batch.close(held)
+                self.tally.clear(lane)
         if not request.preemptions:
             request.cached_tokens = seat.cached
             self.figures.counts["hit_tokens"] += seat.cached
@@ -165,10 +168,11 @@ class Steps:
                 # Whether pages that round could hold it is known once it has been read.
                 if self.share and not self.batch.rounds:
                     self._show(seat, upto)
-        if saying:
-            parts.append(self.batch.decode(saying))
-        for seat in [*saying, *(seat for seat, _ in prompts)]:
-            self.batch.let_go(seat)
+        if len(saying):
+            parts.append(self.batch.decode(saying, self.tally))
+        if self.batch.windowed:
+            for seat in [*map(self._at, saying), *(seat for seat, _ in prompts)]:
+                self.batch.let_go(seat)
         return parts
 
     def _show(self, seat: Seat, upto: int) -> None:
@@ -178,26 +182,37 @@ class Steps:
     def _sits(self, seat: Seat) -> bool:
         return self.seats[seat.lane] is seat
 
+    def _at(self, lane: Any) -> Seat:
+        """Who sits there."""
+        seat = self.seats[lane]
+        if seat is None:
+            raise RuntimeError(f"nobody sits in lane {lane}: an error in jkv")
+        return seat
+
     def _prompts(self) -> list[tuple[Seat, int]]:
         """Seats that read their prompts, the first in rank, and up to where."""
-        reading = sorted((s for s in self.seats if s and s.reading), key=_rank)
+        reading = np.flatnonzero((self.tally.number > 0) & ~self.tally.speaking)
+        reading = sorted(map(self._at, reading), key=_rank)
+        alone = len(reading) == 1 or self.batch.rows == 1
+        most = self.batch.chunk if alone else self.batch.part
+        if alone and reading and 2 * (reading[0].target - reading[0].cached) <= most:
+            most = self.batch.part  # two small pieces at most, and not one that is mostly padding
         chosen = []
         for seat in reading[: self.batch.rows]:
-            upto = min(seat.cached + self.batch.chunk, seat.target)
+            upto = min(seat.cached + most, seat.target)
             if self._sits(seat) and self._reserve(seat, upto):
                 chosen.append((seat, upto))
         return chosen
 
-    def _saying(self) -> list[Seat]:
-        """Seats that say tokens, with pages for them; the first in rank get theirs first."""
-        chosen = [s for s in self.seats if s and not s.reading and s.wants()]
-        short = [s for s in chosen if s.bound(self.batch.block) > s.reserved]
-        refused = set()
+    def _saying(self) -> np.ndarray:
+        """Lanes that say tokens, with pages for them; the first in rank get theirs first."""
+        tally = self.tally
+        chosen, upto = tally.wants(), tally.bounds(self.batch.block)
+        short = map(self._at, np.flatnonzero(chosen & (upto > tally.reserved)))
         for seat in sorted(short, key=_rank):
-            upto = seat.bound(self.batch.block)
-            if self._sits(seat) and not self._reserve(seat, upto):
-                refused.add(seat)
-        return [s for s in chosen if self._sits(s) and s not in refused]
+            if self._sits(seat) and not self._reserve(seat, int(upto[seat.lane])):
+                chosen[seat.lane] = False
+        return np.flatnonzero(chosen & tally.speaking)  # some may have left meanwhile
 
     def _reserve(self, seat: Seat, upto: int) -> bool:
         """Pages for so many tokens, at the cost of those who come last; False if that is it."""
@@ -244,20 +259,33 @@ class Steps:
 
     def _accept(self, parts: list[Part]) -> None:
         """Read what passes said into their requests."""
-        said = lanes = 0
+        said = speakers = 0
+        tally = self.tally
         for part in parts:
-            for seat, tokens, active, broken in self.batch.read(part):
-                if not self._sits(seat):
-                    continue  # it has ended, or was sent away, since
-                if broken:
+            tokens, active, broken = self.batch.read(part)
+            counts = np.sum(tokens != PAD, axis=1)
+            there = tally.number[part.lanes] == part.numbers  # others have left since
+            there &= broken | (counts > 0)
+            heed = ~active | broken | (counts < tokens.shape[1])
+            heed |= tally.watched[part.lanes] | tally.fresh[part.lanes]
+            # Most of them go on in silence.
+            plain = np.flatnonzero(there & ~heed)
+            tally.said[part.lanes[plain]] += counts[plain]
+            rows, lanes = tokens.tolist(), part.lanes.tolist()
+            for row in plain.tolist():
+                self.seats[lanes[row]].request.tokens += rows[row]  # pyright: ignore[reportOptionalMemberAccess]
+            said, speakers = said + int(counts[plain].sum()), speakers + len(plain)
+            for row in np.flatnonzero(there & heed).tolist():
+                if tally.number[lanes[row]] != part.numbers[row]:
+                    continue  # a callback of another has cancelled it
+                seat = self._at(lanes[row])
+                if broken[row]:
                     self._broke(seat)
-                elif tokens:
-                    if self.share and seat.shown < seat.target:
-                        self._show(seat, seat.target)
-                    said, lanes = said + len(tokens), lanes + 1
-                    self._heard(seat, tokens, active)
+                else:
+                    said, speakers = said + int(counts[row]), speakers + 1
+                    self._heard(seat, rows[row][: counts[row]], bool(active[row]))
         if said:
-            self.figures.said(said, lanes, time.perf_counter())
+            self.figures.said(said, speakers, time.perf_counter())
 
     def _broke(self, seat: Seat) -> None:
         """Its pages hold what no code can: nobody should find them."""
@@ -265,17 +293,19 @@ class Steps:
             "the model made NaN or infinity of this request's tokens, which no code of these pages "
             "can hold; jkv.paged() keeps them as they are"
         )
-        self.batch.close(seat.held)
-        self.seats[seat.lane] = None
+        self._free(seat)
         self._close(seat.request, "error")
 
     def _heard(self, seat: Seat, tokens: list[int], active: bool) -> None:
         request = seat.request
+        self.tally.fresh[seat.lane] = False
+        if self.share and seat.shown < seat.target:
+            self._show(seat, seat.target)
         if request.first_token is None:
             request.first_token = time.perf_counter()
             self.figures.first.append(request.first_token - request.submitted)
         request.tokens += tokens
-        seat.said += len(tokens)
+        self.tally.said[seat.lane] += len(tokens)
         if request.stop_strings or request.on_token is not None:
             try:
                 ended = self._told(request, len(tokens))
@@ -321,7 +351,11 @@ class Steps:
         """Pages back and the lane free; what they hold may still be found."""
         if self.share:
             self.batch.publish(seat, seat.written())
+        self._free(seat)
+
+    def _free(self, seat: Seat) -> None:
         self.batch.close(seat.held)
+        self.tally.clear(seat.lane)
         self.seats[seat.lane] = None
 
     def _close(self, request: Request, reason: str) -> None:

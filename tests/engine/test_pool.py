@@ -299,6 +299,7 @@ def lives(**more):
     run_state_machine_as_test(Life, settings=options)
 
 
+@pytest.mark.timeout(600 if LIVES < 1000 else 4 * 3600)
 def test_random_lives():
     lives()
     # A pool that was full, a copy on write, a match, and a page given away.
