@@ -1,13 +1,14 @@
-"""Attention over pages for any device that XLA compiles for: some pages at a time.
+"""Attention over pages for any device that XLA compiles for: a block of one row after another.
 
-Each step of the walk fetches the pages that hold one block of positions of every row, so that what
-is in memory beside the pages is a block, and the cost follows the longest row that is filled.
+The blocks of all rows that some query sees are one list, so that the cost follows the tokens that
+are there, and not the longest row. What is in memory beside the pages is what is fetched at a time:
+one block where a loop runs on one core anyway, as many as there are rows where more run at once.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,83 +18,9 @@ from jkv._axes import Array
 from jkv.ops.attention import xla
 from jkv.ops.encoded import Encoded
 from jkv.ops.masks import Mask
+from jkv.ops.pages import taken
 from jkv.ops.paged_attention.reference import gathered, slot_positions
 from jkv.ops.partial import Partial
-
-
-class _Pages(NamedTuple):
-    """Where `xla.walk` reads; of a block, each page is a row of its own."""
-
-    q: Array  # [Z, R, H]
-    k: Any  # [P, K, page, H]
-    v: Any
-    table: Array  # [B, M]
-    lengths: Array  # [B]
-
-    @property
-    def page(self) -> int:
-        return self.k.shape[2]
-
-    @property
-    def slots(self) -> int:
-        return self.table.shape[1] * self.page
-
-    @property
-    def together(self) -> int:
-        """Pages of a block."""
-        return min(max(xla.BLOCK // self.page, 1), self.table.shape[1])
-
-    @property
-    def size(self) -> int:
-        return self.together * self.page
-
-    def numbers(self, start: Array) -> Array:
-        """Pages [B, U] of a block."""
-        return lax.dynamic_slice_in_dim(self.table, start // self.page, self.together, 1)
-
-    def at(self, slots: Array, batch: int) -> Array:
-        """Positions [B, S'] in the slots of a block, -1 where there is no token."""
-        there = jnp.repeat(self.numbers(slots[0]) >= 0, self.page, axis=1)
-        there &= slots[None] < self.lengths[:, None]
-        return jnp.where(there, jnp.broadcast_to(slots[None], (batch, len(slots))), -1)
-
-    def block(self, pages: Any, start: Array) -> Any:
-        """Keys or values [B * U * K, page, H] of a block."""
-        numbers = jnp.maximum(self.numbers(start), 0).reshape(-1)
-        if isinstance(pages, Encoded):
-            return pages.take(numbers).merged()
-        return pages[numbers].reshape(-1, *pages.shape[2:])
-
-    def paged(self, x: Array) -> Array:
-        """From [Z, R, U * ...] to a line for each page and head, [B * U * K, R, ...]."""
-        batch, heads = len(self.table), self.k.shape[1]
-        x = x.reshape(batch, heads, x.shape[1], self.together, -1)
-        return x.transpose(0, 3, 1, 2, 4).reshape(-1, x.shape[2], x.shape[4])
-
-    def products(self, start: Array) -> Array:
-        """Products [Z, R, S'] of the queries with the keys of a block."""
-        q, k = self.paged(jnp.tile(self.q, (1, 1, self.together))), self.block(self.k, start)
-        if isinstance(k, Encoded):
-            out = k.scores(q.astype(jnp.float32), 0, self.page)
-        else:
-            out = jnp.einsum("zrh,zsh->zrs", q, k, **xla._PRODUCT)
-        rows, heads = self.q.shape[1], self.k.shape[1]
-        out = out.reshape(len(self.table), self.together, heads, rows, self.page)
-        return out.transpose(0, 2, 3, 1, 4).reshape(-1, rows, self.size)
-
-    def sums(self, weights: Array, start: Array, positions: Array, at: Array) -> Array:
-        """Weighted sums [Z, R, H] of the values of a block."""
-        batch, heads = len(self.table), self.k.shape[1]
-        weights = self.paged(weights)
-        used = self.paged(xla._used(batch * heads, positions, at)[:, None])[:, 0]
-        v = self.block(self.v, start)
-        if isinstance(v, Encoded):
-            out = v.weighted(weights, 0, used)
-        else:
-            v = jnp.where(used[..., None], v, jnp.zeros((), v.dtype))
-            out = xla._weighted(weights, v)
-        out = out.reshape(batch, self.together, heads, *out.shape[1:])
-        return jnp.sum(out, axis=1).reshape(batch * heads, *out.shape[3:])
 
 
 def paged_attention(
@@ -118,9 +45,93 @@ def paged_attention(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _walked(mask, q, k_pages, v_pages, table, positions, lengths):
-    where = _Pages(q, k_pages, v_pages, table, lengths)
-    first, last = xla.block_range(mask, positions, None, lengths, where.slots, where.size)
-    return xla.walk(mask, where, positions, first, last)
+    def walk(together):
+        return functools.partial(_walk, mask, together)
+
+    # A loop on the CPU runs on one core: blocks that are fetched together only fill its caches.
+    arguments = (q, k_pages, v_pages, table, positions, lengths)
+    return lax.platform_dependent(*arguments, cpu=walk(1), default=walk(len(table)))
+
+
+def _walk(mask, together, q, k_pages, v_pages, table, positions, lengths):
+    """Output [Z, R, H] and log-sum-exp [Z, R], by an online softmax over `together` blocks."""
+    (batch, columns), (_, heads, page, _) = table.shape, k_pages.shape
+    many = min(max(xla.BLOCK // page, 1), columns)  # pages of a block
+    size = many * page
+    z, queries, dim = q.shape
+    q = q.reshape(batch, heads, queries, dim)
+
+    def range_of(positions, length):
+        slots = columns * page
+        return xla.block_range(mask, positions[None], None, length[None], slots, size)
+
+    first, last = jax.vmap(range_of)(positions, lengths)
+    ends = jnp.cumsum(last - first)
+    begins = ends - (last - first)
+
+    def step(i, carry):
+        out, top, total = carry
+        # The blocks of row 0, then those of row 1, ...: whose are these, and which of its own?
+        numbers = i * together + jnp.arange(together)
+        live = numbers < ends[-1]
+        row = jnp.minimum(jnp.sum(ends[None] <= numbers[:, None], axis=1), batch - 1)
+        start = (first[row] + numbers - begins[row]) * size
+        # Past the table's end, where its last block may reach, there is no page.
+        column = start[:, None] // page + jnp.arange(many)[None]
+        pages = table[row[:, None], jnp.minimum(column, columns - 1)]
+        there = (column < columns) & (pages >= 0) & live[:, None]
+        slots = start[:, None] + jnp.arange(size)[None]
+        at = jnp.repeat(there, page, axis=1) & (slots < lengths[row][:, None])
+        at = jnp.where(at, slots, -1)
+        k, v = (_fetched(x, jnp.maximum(pages, 0)) for x in (k_pages, v_pages))
+
+        seers = positions[row]
+        products = _products(q[row].reshape(-1, queries, dim), k)
+        scores = xla._masked(mask, products, seers, at)
+        scores = scores.reshape(together, heads, queries, size)
+        new_top = top.at[row].max(jnp.max(scores, axis=-1))
+        shift = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
+        weights = jnp.exp(scores - shift[row][..., None])
+        faded = jnp.exp(top - shift)
+        sums = _sums(weights.reshape(-1, queries, size), v, seers, at)
+        out = (out * faded[..., None]).at[row].add(sums.reshape(together, heads, queries, dim))
+        return out, new_top, (total * faded).at[row].add(jnp.sum(weights, axis=-1))
+
+    out = jnp.zeros(q.shape, jnp.float32)
+    nothing = jnp.zeros(q.shape[:3], jnp.float32)
+    carry = (out, jnp.full_like(nothing, -jnp.inf), nothing)
+    out, top, total = lax.fori_loop(0, -(-ends[-1] // together), step, carry)
+    out = out / jnp.where(total == 0, 1.0, total)[..., None]
+    return out.reshape(z, queries, dim), (top + jnp.log(total)).reshape(z, queries)
+
+
+def _fetched(pages: Any, numbers: Array) -> Any:
+    """Keys or values [W * K, S', H] of the pages [W, U], side by side."""
+    many = numbers.shape[1]
+
+    def beside(leaf: Array, axis: int) -> Array:
+        apart = jnp.moveaxis(leaf.reshape(-1, many, *leaf.shape[1:]), 1, axis)
+        return apart.reshape(*apart.shape[:axis], -1, *apart.shape[axis + 2 :])
+
+    found = taken(pages, numbers.reshape(-1))
+    if isinstance(found, Encoded):
+        return found.over_slots(beside).merged()
+    found = beside(found, 2)
+    return found.reshape(-1, *found.shape[2:])
+
+
+def _products(q: Array, k: Any) -> Array:
+    """Products [Z, R, S'] of the queries with the keys of a block."""
+    if isinstance(k, Encoded):
+        return k.scores(q.astype(jnp.float32), 0, k.shape[1])
+    return jnp.einsum("zrh,zsh->zrs", q, k, **xla._PRODUCT)
+
+
+def _sums(weights: Array, v: Any, positions: Array, at: Array) -> Array:
+    """Weighted sums [Z, R, H] of the values of a block."""
+    if isinstance(v, Encoded):
+        return v.weighted(weights, 0, xla._used(len(weights), positions, at))
+    return xla._weighted(weights, xla._zeroed(v, positions, at))
 
 
 @_walked.defjvp
