@@ -8,7 +8,8 @@ of a large array is timed, its bytes counted as read and written; what attention
 is reading the cache at that speed. Every form of cache, in rows and in pages; beside it, for
 bfloat16, what else there is: XLA, cuDNN, JAX's own decode kernel while it can be imported, and
 torch's own choice and FlashAttention, if torch is there. This library's result is compared with
-the reference first: where it is wrong that is told, not timed.
+the reference first: where it is wrong that is told, not timed. Before all that some prefills, whose
+time is that of the products: what a dense cache chooses, beside XLA alone.
 
 Times are of many steps in one program, each over another part of a pool of caches that is larger
 than the chip's cache memory; the least of several rounds. --tiny tries the script on a CPU.
@@ -26,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine
+from bench import machine, prefill
 from bench.attention import FORMS, MODELS, TINY, Grid, contenders, copy_bandwidth, measure, summary
 
 WHAT = ("model", "rows", "slots", "form", "page", "contender")
@@ -65,6 +66,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     results: dict[str, Any] = {
         "machine": machine.describe(),
         "copy bandwidth": rate,
+        "prefill": prefill.measure(
+            prefill.TINY if options.tiny else prefill.POINTS, until, console.print
+        ),
         "points": [],
         "left out": [],
     }
@@ -113,7 +117,7 @@ def show(results: dict[str, Any], console: Console) -> None:
             entry.get("attention", ""),
         )
     console.print(table)
-    for text in summary(results["points"]):
+    for text in summary(results["points"]) + prefill.summary(results["prefill"]):
         console.print(text)
     if results["left out"]:
         console.print(f"{len(results['left out'])} more were left out for want of time.")
@@ -147,7 +151,7 @@ def main() -> int:
     if options.plot:
         plot(results, options.plot)
     show(results, Console(highlight=False, width=140))
-    wrong = [e for e in results["points"] if e.get("wrong")]
+    wrong = [e for e in results["points"] + results["prefill"] if e.get("wrong")]
     return 1 if wrong else 0
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jkv
 from jkv import ops
+from jkv.ops import choice
 from jkv.ops.paged_attention import paged_attention
 from tests.ops.cached import CODECS, Case, close, drawn
 
@@ -94,3 +99,83 @@ def test_many_rows_of_uneven_length():
 
 def test_one_long_row():
     check(Case((60_000,), kv_heads=1, dim=128, slots=65_536))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("window", [None, 40, 129])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_a_chunk_among_itself(dtype, window, dim):
+    """By cuDNN, asked for by name: rows of padding, heads that share keys, and an lse unrounded."""
+    new, counts = 300, np.array([300, 1, 0, 129])
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (4, n, new, dim)).astype(dtype)
+        for key, n in zip(keys, (8, 2, 2), strict=True)
+    )
+    q = 3 * jnp.swapaxes(q, 1, 2)  # an lse of some size
+    at = np.arange(new)[None]
+    positions = jnp.asarray(
+        np.where(at < counts[:, None], at + np.array([[0], [7], [5], [90]]), -1)
+    )
+    k, v = (jnp.where((positions >= 0)[:, None, :, None], x, jnp.nan).astype(dtype) for x in (k, v))
+    run = functools.partial(ops.attention, positions=positions, window=window, chunk=True)
+    got = jax.jit(functools.partial(run, implementation="cudnn"))(q, k, v)
+    want = jax.jit(functools.partial(run, implementation="reference"))(q, k, v)
+    np.testing.assert_allclose(got.out, want.out, atol=1e-2 * float(jnp.abs(want.out).max()))
+    np.testing.assert_array_equal(jnp.isneginf(got.lse), jnp.isneginf(want.lse))
+    seen = ~jnp.isneginf(want.lse)
+    # Rounded to eight bits, one of 20 would be off by 0.06.
+    assert jnp.abs(want.lse)[seen].max() > 8
+    np.testing.assert_allclose(got.lse[seen], want.lse[seen], atol=4e-3)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("kind", ["dense", "window:200,sinks=4", "int8", "paged"])
+def test_chunks_one_after_another(kind, window):
+    """Three of them, apart and merged, beside a dense cache that does all at once by XLA."""
+    config = types.SimpleNamespace(layers=1, kv_heads=2, head_dim=64, dtype="bfloat16")
+    window = None if kind.startswith("window") else window
+    if kind.startswith("window"):
+        made = jkv.window(200, sinks=4, positions="text")
+    else:
+        made = {"dense": jkv.dense(), "int8": jkv.quantized(8), "paged": jkv.paged(16)}[kind]
+    cache = jkv.init_cache(config, made, batch=3, slots=512)
+    plain = jnp.zeros((3, 2, 512, 64), jnp.bfloat16)
+    keys, values = plain, plain
+    tokens = jnp.zeros((3, 130), jnp.int32)
+    for i, counts in enumerate(([130, 3, 0], [7, 130, 20], [130, 130, 130])):
+        key = jax.random.split(jax.random.key(i), 3)
+        q, k, v = (
+            jax.random.normal(one, (3, 130, n, 64)).astype(jnp.bfloat16)
+            for one, n in zip(key, (8, 2, 2), strict=True)
+        )
+        outs = []
+
+        def stack(tokens, step, layers, arrays=(q, k, v), outs=outs):
+            out, layer = layers[0].attend(*arrays, step, scale=0.2, window=window)
+            outs.append((out, step))
+            return tokens[..., None].astype(jnp.float32), (layer,)
+
+        with choice.record() as names:
+            _, cache = cache.advance(stack, tokens, jnp.asarray(counts))
+        assert "cudnn" in names
+        ((out, step),) = outs
+        keys, values = ops.write(keys, k, step.positions), ops.write(values, v, step.positions)
+        options: Any = {"window": window}
+        if kind.startswith("window"):
+            options = {"window": 200, "sinks": 4}
+        want = ops.attention(
+            q,
+            keys,
+            values,
+            positions=step.positions,
+            lengths=step.stop,
+            scale=0.2,
+            implementation="xla",
+            **options,
+        ).out
+        real = step.positions >= 0
+        bound = 4e-2 if kind == "int8" else 2e-2
+        np.testing.assert_allclose(
+            np.asarray(out, np.float32)[real], want[real], atol=bound * float(jnp.abs(want).max())
+        )

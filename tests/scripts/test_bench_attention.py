@@ -50,13 +50,24 @@ def test_runs_through(tmp_path, capsys):
             assert point["share"] == pytest.approx(rate / results["copy bandwidth"])
     assert points["bfloat16", None, "jax.nn, cudnn"]["why not"] == "no GPU"
     assert "microseconds" in points["bfloat16", None, "jax.nn, xla"]
-    assert "int8" in capsys.readouterr().out
+    prefills = results["prefill"]
+    assert [(e["past"], e["contender"]) for e in prefills] == [
+        (past, name) for past in (0, 32) for name in ("jkv, xla", "jkv")
+    ]
+    for entry in prefills:
+        pairs = 2 * 4 * 8 * 4 * (32 * entry["past"] + 32 * 33 / 2)
+        work = entry["flops per second"] * entry["microseconds"] * 1e-6
+        assert work == pytest.approx(pairs)
+        assert entry.get("off by", 0) < 1e-5
+    text = capsys.readouterr().out
+    assert "int8" in text
+    assert "prefill of 32 after 32" in text
 
 
 def test_nothing_begins_when_the_time_is_up(capsys):
     options = bench_attention.parse(["--tiny", "--seconds", "0"])
     results = bench_attention.run(options, Console())
-    assert results["points"] == []
+    assert results["points"] == results["prefill"] == []
     assert len(results["left out"]) > 4
 
 
