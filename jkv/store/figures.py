@@ -16,8 +16,8 @@ _TIER = (
 )
 
 
-def collect(store: Reads) -> dict[str, Any]:
-    """All figures of a store, whose lock the caller has.
+def collect(inner: Reads) -> dict[str, Any]:
+    """All figures of a store by what is in it, whose lock the caller has.
 
     Keys: `entries`, `bytes` (in all tiers); `accesses`, `hits`, `misses`, `hit_rate`,
     `misses_by_reason`; `tokens_asked` and `tokens_found` of `longest_prefix`; `puts`, `found` and
@@ -26,11 +26,11 @@ def collect(store: Reads) -> dict[str, Any]:
     `tiers` and `tenants`, each with its own. Of a tier `accesses` are those that no tier above it
     served, `rejected` entries larger than it, `refused` those for which nothing could go.
     """
-    waiting = store.counts["hits"] + store.counts["misses"]
+    waiting = inner.counts["hits"] + inner.counts["misses"]
     tiers = {}
-    for shelf, mover in zip(store.shelves, store.movers, strict=True):
+    for shelf, mover in zip(inner.shelves, inner.movers, strict=True):
         hits = shelf.counts["hits"]
-        rate = shelf.rate(store.timer())
+        rate = shelf.rate(inner.timer())
         tiers[shelf.name] = {
             "entries": len(shelf.evictor),
             "bytes": shelf.bytes,
@@ -55,16 +55,16 @@ def collect(store: Reads) -> dict[str, Any]:
             "limit_bytes": tenant.max_bytes,
             **_served(tenant.counts),
         }
-        for name, tenant in store.tenants.items()
+        for name, tenant in inner.tenants.items()
     }
     return {
-        "entries": len(store.index),
-        "bytes": sum(shelf.bytes for shelf in store.shelves),
-        **_served(store.counts),
-        "bytes_read": sum(shelf.counts["bytes_read"] for shelf in store.shelves),
-        "bytes_written": sum(shelf.counts["bytes_written"] for shelf in store.shelves),
-        "evictions": store.counts["evicted"],
-        "seconds_reading": float(store.counts["seconds_reading"]),
+        "entries": len(inner.index),
+        "bytes": sum(shelf.bytes for shelf in inner.shelves),
+        **_served(inner.counts),
+        "bytes_read": sum(shelf.counts["bytes_read"] for shelf in inner.shelves),
+        "bytes_written": sum(shelf.counts["bytes_written"] for shelf in inner.shelves),
+        "evictions": inner.counts["evicted"],
+        "seconds_reading": float(inner.counts["seconds_reading"]),
         "tiers": tiers,
         "tenants": tenants,
     }
@@ -87,9 +87,9 @@ def _served(counts: Counter[str]) -> dict[str, Any]:
     }
 
 
-def by_entry(store: Reads) -> list[dict[str, Any]]:
+def by_entry(inner: Reads) -> list[dict[str, Any]]:
     """Each entry's own figures; times are seconds since the epoch, `age` those since the put."""
-    now = store.clock()
+    now = inner.clock()
     return [
         {
             "key": record.key,
@@ -104,9 +104,9 @@ def by_entry(store: Reads) -> list[dict[str, Any]]:
             "expires": record.expires,
             "seconds": record.seconds,
             "pinned": record.pinned,
-            "tiers": [store.shelves[at].name for at in sorted(record.homes)],
+            "tiers": [inner.shelves[at].name for at in sorted(record.homes)],
         }
-        for record in store.index.values()
+        for record in inner.index.values()
     ]
 
 

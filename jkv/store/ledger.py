@@ -3,45 +3,23 @@
 One lock covers all of it; nothing here reads or writes a tier. Who changes where an entry is claims
 its name first, and waits for a claim only while having none, so that nobody waits in a circle.
 Readers claim nothing: they hold the entry, which is then nobody's victim.
+
+What a store does stands on this, a class and a file for each layer: `Ledger` knows, `Moves` puts
+entries onto shelves and takes them off, `Reads` answers, `Writes` takes in, `Upkeep` begins and
+ends. `Store` has an `Upkeep` and is what users see of it.
 """
 
 from __future__ import annotations
 
 import collections
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from jkv.store.evictor import Evictor
 from jkv.store.keys import Prefixes
 from jkv.store.policy import Policy
 from jkv.store.shelf import Record, Shelf
-
-P = ParamSpec("P")
-R = TypeVar("R")
-S = TypeVar("S", bound="Ledger")
-
-
-def operation(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """What users call: refused once the store is closed, and waited for when it is to be."""
-
-    @functools.wraps(method)
-    def wrapped(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.lock:
-            if self.closed:
-                raise ValueError(f"the store is closed: {method.__name__} came after close")
-            self.active += 1
-            self.settle_released()
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            with self.lock:
-                self.active -= 1
-                if self.closed:
-                    self.changed.notify_all()
-
-    return wrapped
 
 
 class Tenant:
@@ -95,6 +73,27 @@ class Ledger:
         """Count for a tenant and for all."""
         self.counts[what] += n  # pyright: ignore[reportArgumentType]
         self.tenant(tenant).counts[what] += n  # pyright: ignore[reportArgumentType]
+
+    # Operations, each of which `close` waits for.
+
+    def begin(self, what: str) -> None:
+        """What a user asked for begins.
+
+        Raises:
+            ValueError: the store is closed.
+        """
+        with self.lock:
+            if self.closed:
+                raise ValueError(f"the store is closed: {what} came after close")
+            self.active += 1
+            self.settle_released()
+
+    def end(self) -> None:
+        """And ends."""
+        with self.lock:
+            self.active -= 1
+            if self.closed:
+                self.changed.notify_all()
 
     # Claims and holds.
 

@@ -2,132 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-from collections import deque
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jkv.errors import CorruptError, TierError
+from jkv.store.answers import Ask, Handle, Match, Search, value_of
 from jkv.store.entry import Entry
-from jkv.store.keys import split
+from jkv.store.keys import as_tokens, name_of, split
 from jkv.store.moves import META, Moves, store_meta
 from jkv.store.shelf import Record
 
-
-class Handle:
-    """An entry that is being read: it stays where it is until `release`, or the end of `with`.
-
-    Attributes:
-        key: that of the put.
-        entry: arrays and meta as they were put, in the form that the tier holds.
-        tokens: that the put came with, int32 [T]; None if it had none.
-    """
-
-    def __init__(self, record: Record, entry: Entry, released: deque[Record]) -> None:
-        self.key = record.key
-        self.entry = entry
-        self.tokens = record.tokens
-        self._packed = record.packed
-        self._held = [record]
-        self._released = released
-
-    @property
-    def value(self) -> Any:
-        """What was put: a cache for a cache.
-
-        Raises:
-            CorruptError: a cache of another version of this library.
-        """
-        return value_of(self.entry, self._packed)
-
-    def release(self) -> None:
-        """Let go of it; once is enough, and more does nothing."""
-        # No lock: this may run wherever an object is collected, the lock's owner included.
-        while self._held:
-            try:
-                self._released.append(self._held.pop())
-            except IndexError:
-                return
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def __del__(self) -> None:
-        self.release()
-
-
-class Match:
-    """A prefix that was found; its entry is held until `release`, or the end of `with`.
-
-    Attributes:
-        key: that of the entry; length: how many first tokens it shares; entry: the whole of it.
-    """
-
-    def __init__(self, handle: Handle, length: int) -> None:
-        self.handle = handle
-        self.key = handle.key
-        self.length = length
-        self.entry = handle.entry
-
-    @property
-    def value(self) -> Any:
-        """What was put: a cache for a cache.
-
-        Raises:
-            CorruptError: a cache of another version of this library.
-        """
-        return self.handle.value
-
-    def release(self) -> None:
-        """Let go of it."""
-        self.handle.release()
-
-    def __enter__(self) -> Match:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-def value_of(entry: Entry, packed: bool) -> Any:
-    """What was put, of what is stored."""
-    return importlib.import_module("jkv.store.pack").unpack(entry) if packed else entry
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Ask:
-    """One entry that somebody wants, and what came of it: an entry, or why not.
-
-    Attributes:
-        only: this record, and no other of its name.
-        seconds: to make it instead; by default `share` of what the record says.
-    """
-
-    name: str
-    tenant: str
-    fingerprint: bytes | None = None
-    seconds: int | float | None = None
-    only: Record | None = None
-    share: float = 1.0
-    record: Record | None = None
-    entry: Entry | None = None
-    why: str = ""
-    tried: set[int] = dataclasses.field(default_factory=set)
-    looked: bool = False  # where other processes write
-    wait: bool = False  # for who is moving it
-    at: int = 0  # the shelf that had it
+_CANDIDATES = 8  # entries that a search tries to read, the longest prefix first
 
 
 class Reads(Moves):
     """Readers claim nothing, but where an entry is looked for that only another process knows."""
 
-    def __init__(self, *args: Any, timer: Callable[[], float], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, timer: Callable[[], float], fingerprint: bytes, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.timer = timer
+        self.fingerprint = fingerprint
+        self.noted: Callable[[str], None] = lambda name: None  # who guesses what comes next
         self.reading = 0  # foreground reads now
         self.last_read = -1e9
 
@@ -362,6 +260,96 @@ class Reads(Moves):
         finally:
             self.unclaim([ask.name])
 
+    # What users ask for.
+
+    def asked(self, keys: Iterable[str], tenant: str, fingerprint: bytes | None) -> list[Ask]:
+        """Questions for keys."""
+        fingerprint = (self.fingerprint or None) if fingerprint is None else fingerprint
+        return [Ask(name_of(tenant, key), tenant, fingerprint) for key in keys]
+
+    def scored(self, asked: Sequence[Ask], *, release: bool = True) -> None:
+        """Count what came of them."""
+        with self.lock:
+            for ask in asked:
+                self.score(ask, release=release)
+        for ask in asked:
+            self.noted(ask.name)
+
+    def values(self, asked: Sequence[Ask]) -> list[Any]:
+        """What was put, for each; None where there is none."""
+        self.take(asked)
+        values = []
+        for ask in asked:
+            value = None
+            if ask.entry is not None and ask.record is not None:
+                try:
+                    value = value_of(ask.entry, ask.record.packed)
+                except CorruptError:  # whole, but of another version of this library
+                    self.unfit(ask)
+            values.append(value)
+        self.scored(asked)
+        return values
+
+    def has(self, ask: Ask) -> bool:
+        """Whether it would be found; that is no access."""
+        with self.lock:
+            record = self.index.get(ask.name)
+            if record is not None and record.version is not None:
+                same = ask.fingerprint is None or ask.fingerprint == record.fingerprint
+                return same and not self.expired(record)
+        self.take([ask])
+        with self.lock:
+            if ask.entry is not None and ask.record is not None:
+                self.release(ask.record)
+        return ask.entry is not None
+
+    def matches(
+        self,
+        tokens: Sequence[Any],
+        limits: Sequence[int | None],
+        tenant: str,
+        fingerprint: bytes | None,
+        recompute_seconds: int | float | None,
+    ) -> list[Match | None]:
+        """For each the entry that shares the most first tokens; one that fails gives way."""
+        searched = [
+            Search(as_tokens(ids), limit, Ask("", tenant, why="absent"))
+            for ids, limit in zip(tokens, limits, strict=True)
+        ]
+        fingerprint = self.fingerprint if fingerprint is None else fingerprint
+        with self.lock:
+            for one in searched:
+                wanted = one.tokens[: one.limit]
+                found = self.prefixes.find(fingerprint, tenant, wanted, _nearness)
+                one.candidates = list(itertools.islice(found, _CANDIDATES))
+        todo = [one for one in searched if one.candidates]
+        while todo:
+            for one in todo:
+                record, one.length = one.candidates.pop(0)
+                one.ask = Ask(record.name, tenant, fingerprint, only=record)
+                one.ask.share = one.length / len(record.tokens)
+                if recompute_seconds is not None:
+                    one.ask.seconds = recompute_seconds * one.length / len(one.tokens)
+            self.take([one.ask for one in todo])
+            todo = [one for one in todo if one.ask.entry is None and one.candidates]
+        matches: list[Match | None] = []
+        with self.lock:
+            for one in searched:
+                self.score(one.ask, release=False)
+                self.count(tenant, "tokens_asked", len(one.tokens))
+                record, entry = one.ask.record, one.ask.entry
+                if record is None or entry is None:
+                    matches.append(None)
+                    continue
+                self.count(tenant, "tokens_found", one.length)
+                matches.append(Match(Handle(record, entry, self.released), one.length))
+        for one in searched:
+            if one.ask.entry is not None:
+                self.noted(one.ask.name)
+        return matches
+
+    # Away.
+
     def drop(
         self, names: Sequence[str], reason: str, condition: Callable[[Record], bool], **claim: Any
     ) -> int:
@@ -419,3 +407,8 @@ class Reads(Moves):
                 f"removed, and not served any more; but {', '.join(problems)}; it is tried "
                 "again now and then, and by another remove or clear"
             )
+
+
+def _nearness(record: Record) -> tuple[int, int]:
+    """Of entries with as long a prefix, the one in the fastest tier, then the smallest."""
+    return (0 if record.moving is not None else min(record.homes, default=99)), record.nbytes

@@ -1,32 +1,48 @@
-"""The store: entries by key and by content, over tiers, with what it keeps count of."""
+"""The store as users see it: entries by key and by content, over tiers, with figures of it all.
+
+How it is done stands in layers, which `jkv.store.ledger` names.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import importlib
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import numpy as np
-
-from jkv.errors import CorruptError
+from jkv.store import figures
+from jkv.store.answers import Handle, Match
 from jkv.store.entry import Entry
-from jkv.store.keys import as_tokens, content_key, name_of, split
-from jkv.store.ledger import operation
+from jkv.store.keys import as_tokens, content_key, name_of
 from jkv.store.policy import LRU, Policy
 from jkv.store.prefetch import Predictor, Prefetcher
-from jkv.store.reads import Ask, Handle, Match, value_of
-from jkv.store.shelf import Record, Shelf
-from jkv.store.upkeep import Upkeep
+from jkv.store.shelf import Shelf
+from jkv.store.upkeep import UNSET, Upkeep
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _INDEX_WAIT = 1.0  # seconds from the start that searches wait for entries from before
-_CANDIDATES = 8  # entries that a search tries to read, the longest prefix first
 
 
-class Store(Upkeep):
+def operation(
+    method: Callable[Concatenate[Store, P], R],
+) -> Callable[Concatenate[Store, P], R]:
+    """What users ask for: refused once the store is closed, and waited for when it is to be."""
+
+    @functools.wraps(method)
+    def wrapped(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self._inner.begin(method.__name__)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._inner.end()
+
+    return wrapped
+
+
+class Store:
     """Sequences' caches that outlive a request, over tiers from the fastest to the slowest.
 
     An entry is put into the first tier that takes it. What a tier has no room for moves to the one
@@ -96,7 +112,7 @@ class Store(Upkeep):
             raise ValueError(f"forms got {sorted(unknown)}; expected names of tiers: {names}")
         if convert is None and (unknown := set(forms.values()) - {"exact", "int8", "int4"}):
             raise ValueError(f"forms got {sorted(unknown)}; expected int8 or int4, or convert=")
-        super().__init__(
+        self._inner = inner = Upkeep(
             [
                 Shelf(tier, name, policy, forms.get(name, "exact"))
                 for tier, name in zip(tiers, names, strict=True)
@@ -113,13 +129,15 @@ class Store(Upkeep):
             ttl=ttl,
         )
         self._write_through = write_through
-        self.find_all()
+        inner.find_all()
         self._index_until = time.monotonic() + _INDEX_WAIT
+        self._predictor = predictor
         if predictor is not None:
-            self.prefetcher = Prefetcher(self, predictor, self.stopped)
-            self.start("predict", self.prefetcher.run)
+            prefetcher = Prefetcher(inner, predictor, inner.stopped)
+            inner.noted = prefetcher.noted
+            inner.start("predict", prefetcher.run)
         if sweep_every is not None:
-            self.start("sweep", lambda: self.sweeper(sweep_every))
+            inner.start("sweep", lambda: inner.sweeper(sweep_every))
 
     # In.
 
@@ -154,7 +172,7 @@ class Store(Upkeep):
         Raises:
             ValueError: no key and no tokens, tokens that are none, or a closed store.
         """
-        record, entry = self.record(
+        record, entry = self._inner.record(
             key,
             value,
             tokens=tokens,
@@ -166,7 +184,7 @@ class Store(Upkeep):
             whole=whole,
             ephemeral=ephemeral,
         )
-        kept = self.keep([(record, entry)], through=self._write_through)[0]
+        kept = self._inner.keep([(record, entry)], through=self._write_through)[0]
         return record.key if kept else None
 
     @operation
@@ -187,12 +205,9 @@ class Store(Upkeep):
         Raises:
             ValueError: as `put`, or lists of different lengths.
         """
-        records: dict[str, tuple[Record, Entry]] = {}
-        order = []
         none = [None] * len(keys)
-        lists = keys, values, tokens or none, seconds or none
-        for key, value, ids, cost in zip(*lists, strict=True):
-            record, entry = self.record(
+        items = [
+            self._inner.record(
                 key,
                 value,
                 tokens=ids,
@@ -202,46 +217,14 @@ class Store(Upkeep):
                 ttl=ttl,
                 whole=whole,
             )
-            if record.name in records:
-                with self.lock:
-                    self.count(tenant, "puts")
-                    self.count(tenant, "replaced")
-            records[record.name] = record, entry
-            order.append(record.name)
-        said = {}
-        for group in self.groups(0, list(records.values())):
-            kept = self.keep(group, through=self._write_through)
-            said |= {record.name: good for (record, _), good in zip(group, kept, strict=True)}
-        return [split(name)[1] if said[name] else None for name in order]
+            for key, value, ids, cost in zip(
+                keys, values, tokens or none, seconds or none, strict=True
+            )
+        ]
+        kept = self._inner.keep_many(items, through=self._write_through)
+        return [record.key if record.name in kept else None for record, _ in items]
 
     # Out.
-
-    def _asked(self, keys: Iterable[str], tenant: str, fingerprint: bytes | None) -> list[Ask]:
-        fingerprint = (self.fingerprint or None) if fingerprint is None else fingerprint
-        return [Ask(name_of(tenant, key), tenant, fingerprint) for key in keys]
-
-    def _scored(self, asked: Sequence[Ask], *, release: bool = True) -> None:
-        with self.lock:
-            for ask in asked:
-                self.score(ask, release=release)
-        if self.prefetcher is not None:
-            for ask in asked:
-                self.prefetcher.noted(ask.name)
-
-    def _values(self, asked: Sequence[Ask]) -> list[Any]:
-        """What was put, for each; None where there is none."""
-        self.take(asked)
-        values = []
-        for ask in asked:
-            value = None
-            if ask.entry is not None and ask.record is not None:
-                try:
-                    value = value_of(ask.entry, ask.record.packed)
-                except CorruptError:  # whole, but of another version of this library
-                    self.unfit(ask)
-            values.append(value)
-        self._scored(asked)
-        return values
 
     @operation
     def get(
@@ -258,9 +241,9 @@ class Store(Upkeep):
         It is a miss too where reading would take longer than `recompute_seconds`, by default those
         of the put, as far as the tier's bandwidth was measured within a minute.
         """
-        asked = self._asked([key], tenant, fingerprint)
+        asked = self._inner.asked([key], tenant, fingerprint)
         asked[0].seconds = recompute_seconds
-        value = self._values(asked)[0]
+        value = self._inner.values(asked)[0]
         return default if value is None else value
 
     @operation
@@ -268,9 +251,9 @@ class Store(Upkeep):
         self, key: str, *, tenant: str = "", fingerprint: bytes | None = None
     ) -> Entry | None:
         """The entry under a key, whatever was put."""
-        asked = self._asked([key], tenant, fingerprint)
-        self.take(asked)
-        self._scored(asked)
+        asked = self._inner.asked([key], tenant, fingerprint)
+        self._inner.take(asked)
+        self._inner.scored(asked)
         return asked[0].entry
 
     @operation
@@ -278,7 +261,7 @@ class Store(Upkeep):
         self, keys: Sequence[str], *, tenant: str = "", fingerprint: bytes | None = None
     ) -> list[Any]:
         """`get` for several, each tier read once; None where there is none."""
-        return self._values(self._asked(_texts(keys), tenant, fingerprint))
+        return self._inner.values(self._inner.asked(_texts(keys), tenant, fingerprint))
 
     def open(self, key: str, *, tenant: str = "", fingerprint: bytes | None = None) -> Handle:
         """The entry under a key, held: it is not evicted before the handle is released.
@@ -296,13 +279,13 @@ class Store(Upkeep):
         self, keys: Sequence[str], *, tenant: str = "", fingerprint: bytes | None = None
     ) -> list[Handle | None]:
         """`open` for several, each tier read once; None where there is none."""
-        asked = self._asked(_texts(keys), tenant, fingerprint)
-        self.take(asked)
-        self._scored(asked, release=False)
+        asked = self._inner.asked(_texts(keys), tenant, fingerprint)
+        self._inner.take(asked)
+        self._inner.scored(asked, release=False)
         return [
             None
             if ask.record is None or ask.entry is None
-            else Handle(ask.record, ask.entry, self.released)
+            else Handle(ask.record, ask.entry, self._inner.released)
             for ask in asked
         ]
 
@@ -326,7 +309,8 @@ class Store(Upkeep):
         Raises:
             ValueError: tokens that are none.
         """
-        return self._matches([tokens], [limit], tenant, fingerprint, recompute_seconds)[0]
+        self._wait_for_index()
+        return self._inner.matches([tokens], [limit], tenant, fingerprint, recompute_seconds)[0]
 
     @operation
     def longest_prefix_many(
@@ -343,68 +327,17 @@ class Store(Upkeep):
             ValueError: tokens that are none, or lists of different lengths.
         """
         limits = [None] * len(tokens) if limits is None else limits
-        return self._matches(tokens, limits, tenant, fingerprint, None)
+        self._wait_for_index()
+        return self._inner.matches(tokens, limits, tenant, fingerprint, None)
 
-    def _matches(
-        self,
-        tokens: Sequence[Any],
-        limits: Sequence[int | None],
-        tenant: str,
-        fingerprint: bytes | None,
-        recompute_seconds: int | float | None,
-    ) -> list[Match | None]:
-        searched = [
-            _Search(as_tokens(ids), limit, Ask("", tenant, why="absent"))
-            for ids, limit in zip(tokens, limits, strict=True)
-        ]
-        fingerprint = self.fingerprint if fingerprint is None else fingerprint
-        self.indexed.wait(max(self._index_until - time.monotonic(), 0))
-        with self.lock:
-            for one in searched:
-                wanted = one.tokens[: one.limit]
-                found = self.prefixes.find(fingerprint, tenant, wanted, _nearness)
-                one.candidates = list(itertools.islice(found, _CANDIDATES))
-        todo = [one for one in searched if one.candidates]
-        while todo:
-            for one in todo:
-                record, one.length = one.candidates.pop(0)
-                one.ask = Ask(record.name, tenant, fingerprint, only=record)
-                one.ask.share = one.length / len(record.tokens)
-                if recompute_seconds is not None:
-                    one.ask.seconds = recompute_seconds * one.length / len(one.tokens)
-            self.take([one.ask for one in todo])
-            todo = [one for one in todo if one.ask.entry is None and one.candidates]
-        matches: list[Match | None] = []
-        with self.lock:
-            for one in searched:
-                self.score(one.ask, release=False)
-                self.count(tenant, "tokens_asked", len(one.tokens))
-                record, entry = one.ask.record, one.ask.entry
-                if record is None or entry is None:
-                    matches.append(None)
-                    continue
-                self.count(tenant, "tokens_found", one.length)
-                matches.append(Match(Handle(record, entry, self.released), one.length))
-        if self.prefetcher is not None:
-            for one in searched:
-                if one.ask.entry is not None:
-                    self.prefetcher.noted(one.ask.name)
-        return matches
+    def _wait_for_index(self) -> None:
+        """What is there from before is found by content once its headers were read."""
+        self._inner.indexed.wait(max(self._index_until - time.monotonic(), 0))
 
     @operation
     def contains(self, key: str, *, tenant: str = "", fingerprint: bytes | None = None) -> bool:
         """Whether a `get` would find it; that is no access, and no promise."""
-        ask = self._asked([key], tenant, fingerprint)[0]
-        with self.lock:
-            record = self.index.get(ask.name)
-            if record is not None and record.version is not None:
-                same = ask.fingerprint is None or ask.fingerprint == record.fingerprint
-                return same and not self.expired(record)
-        self.take([ask])
-        with self.lock:
-            if ask.entry is not None and ask.record is not None:
-                self.release(ask.record)
-        return ask.entry is not None
+        return self._inner.has(self._inner.asked([key], tenant, fingerprint)[0])
 
     @operation
     def remove(self, key: str, *, tenant: str = "", sync: bool = True) -> bool:
@@ -416,22 +349,25 @@ class Store(Upkeep):
         Raises:
             TierError: it is not served any more, but something may be left, or come back.
         """
-        name = name_of(tenant, key)
-        known = self.drop([name], "removed", lambda _: True)
-        if not known:  # another process may have put it
-            self.delete_unknown(name)
-        if sync:
-            self.purge([name])
-        return known > 0
+        return self._inner.remove(name_of(tenant, key), sync)
+
+    @operation
+    def clear(self, *, tenant: str | None = None) -> int:
+        """All entries go that the store knows of, or all of one tenant, as by `remove`; how many.
+
+        Raises:
+            TierError: of some of them something may be left, or come back.
+        """
+        return self._inner.clear(tenant)
 
     # Ahead of time.
 
     @operation
     def prefetch(self, keys: Iterable[str], *, tenant: str = "") -> int:
         """Queue entries for the first tier; how many are there or on their way."""
-        with self.lock:
-            records = [self.index.get(name_of(tenant, key)) for key in _texts(keys)]
-            return sum(r is not None and self.promote(r, None) for r in records)
+        with self._inner.lock:
+            records = [self._inner.index.get(name_of(tenant, key)) for key in _texts(keys)]
+            return sum(r is not None and self._inner.promote(r, None) for r in records)
 
     def warm(
         self, items: Iterable[Any], make: Callable[[Any], Any], *, tenant: str = "", **put: Any
@@ -448,12 +384,12 @@ class Store(Upkeep):
             key, tokens = (item, None) if isinstance(item, str) else (None, as_tokens(item))
             fingerprint = put.get("fingerprint")
             if tokens is not None:
-                key = content_key(fingerprint or self.fingerprint, tokens)
+                key = content_key(fingerprint or self._inner.fingerprint, tokens)
             if self.contains(str(key), tenant=tenant, fingerprint=fingerprint):
                 continue
-            begun = self.timer()
+            begun = self._inner.timer()
             value = make(item)
-            seconds = self.timer() - begun
+            seconds = self._inner.timer() - begun
             done = self.put(key, value, tokens=tokens, tenant=tenant, **{"seconds": seconds, **put})
             made += done is not None
         return made
@@ -465,6 +401,71 @@ class Store(Upkeep):
         seen = Counter(x if isinstance(x, str) else tuple(as_tokens(x).tolist()) for x in history)
         return self.warm([item for item, _ in seen.most_common(most)], make, **put)
 
+    # Upkeep.
+
+    @operation
+    def unpin(self, key: str, *, tenant: str = "") -> None:
+        """A pinned entry may go again; nothing happens to another one."""
+        self._inner.unpin(name_of(tenant, key))
+
+    @operation
+    def sweep(self, older_than: int | float | None = None) -> int:
+        """Expired entries go, and those that nobody used for so many seconds; how many."""
+        return self._inner.clean_up(older_than)
+
+    @operation
+    def refresh(self) -> int:
+        """Look for what other processes put; how many were found.
+
+        A `get` by key finds them without; `longest_prefix` does not. Disk: a listing and a header
+        of each new one; Remote: a request for every entry there is.
+        """
+        return self._inner.find_more()
+
+    @operation
+    def resize(
+        self, tier: str | int, *, max_bytes: int | None = UNSET, max_entries: int | None = UNSET
+    ) -> None:
+        """Other limits for a tier, by name or number; what has no room any more moves down.
+
+        Raises:
+            ValueError: no such tier.
+        """
+        self._inner.resize(tier, max_bytes, max_entries)
+
+    @operation
+    def drain(self) -> None:
+        """Wait until what moves between tiers has arrived."""
+        self._inner.indexed.wait()
+        self._inner.settle_queues()
+
+    # What it tells.
+
+    def stats(self, *, detailed: bool = False) -> dict[str, Any]:
+        """Figures since the store was made; see `jkv.store.figures`. With `detailed`, by entry."""
+        with self._inner.lock:
+            self._inner.settle_released()
+            said = figures.collect(self._inner)
+            if detailed:
+                said["by_entry"] = figures.by_entry(self._inner)
+        if self._predictor is not None:
+            said["prediction"] = self._predictor.stats()
+        return said
+
+    def hot(self, k: int = 10) -> list[tuple[str, int]]:
+        """The keys of most hits, and how many."""
+        with self._inner.lock:
+            records = sorted(self._inner.index.values(), key=lambda r: (-r.hits, -r.accessed))[:k]
+            return [(record.key, record.hits) for record in records]
+
+    def report(self) -> Any:
+        """The figures as a `rich` table, to print."""
+        return figures.report(self.stats())
+
+    def prometheus(self) -> str:
+        """The figures in Prometheus' text format."""
+        return figures.prometheus(self.stats())
+
     # The end.
 
     def close(self) -> None:
@@ -472,13 +473,7 @@ class Store(Upkeep):
 
         Figures can be asked for afterwards; anything else raises ValueError.
         """
-        with self.lock:
-            if self.closed:
-                return
-            self.closed = True
-            self.stopped.set()
-            self.changed.wait_for(lambda: self.active == 0)
-        self.finish()
+        self._inner.finish()
 
     def __enter__(self) -> Store:
         return self
@@ -488,27 +483,11 @@ class Store(Upkeep):
 
     def __len__(self) -> int:
         """Entries."""
-        return len(self.index)
-
-
-@dataclasses.dataclass(slots=True)
-class _Search:
-    """Tokens of which the longest known beginning is looked for."""
-
-    tokens: np.ndarray
-    limit: int | None
-    ask: Ask
-    candidates: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
-    length: int = 0
+        return len(self._inner.index)
 
 
 def _converted(entry: Entry, form: str) -> Entry:
     return importlib.import_module("jkv.store.pack").converted(entry, form)
-
-
-def _nearness(record: Record) -> tuple[int, int]:
-    """Of entries with as long a prefix, the one in the fastest tier, then the smallest."""
-    return (0 if record.moving is not None else min(record.homes, default=99)), record.nbytes
 
 
 def _texts(keys: Iterable[str]) -> list[str]:

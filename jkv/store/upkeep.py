@@ -1,4 +1,4 @@
-"""What is done to entries by whom nobody asked: found at the start, swept, written at the end."""
+"""What happens to entries over a store's life: found, removed, swept, written at the end."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from jkv.errors import CorruptError, TierError
-from jkv.store import figures
 from jkv.store.entry import Entry
-from jkv.store.keys import name_of, split
-from jkv.store.ledger import operation
+from jkv.store.keys import split
 from jkv.store.moves import LIFELINE, store_meta
-from jkv.store.prefetch import Prefetcher
 from jkv.store.shelf import Record
 from jkv.store.writes import Writes
 
-_UNSET: Any = object()
+UNSET: Any = object()  # where None is a value
 
 
 class Upkeep(Writes):
@@ -26,7 +23,6 @@ class Upkeep(Writes):
         super().__init__(*args, **kwargs)
         self.stopped = threading.Event()
         self.indexed = threading.Event()
-        self.prefetcher: Prefetcher | None = None
         self._threads: list[threading.Thread] = []
 
     def start(self, name: str, run: Callable[[], None]) -> None:
@@ -166,10 +162,10 @@ class Upkeep(Writes):
         if older_than is not None:
             names = [record.name for record in records if now - record.accessed >= older_than]
             swept += self.drop(names, "removed", unused, wait=False)
-        self._clean_rubbish()
+        self.clean_rubbish()
         return swept
 
-    def _clean_rubbish(self) -> None:
+    def clean_rubbish(self) -> None:
         """Try again to delete what could not be deleted."""
         for at, shelf in enumerate(self.shelves):
             for name in list(shelf.rubbish):
@@ -188,6 +184,49 @@ class Upkeep(Writes):
         """Wait until nothing moves. Moves up may begin moves down, never the other way."""
         for mover in self.movers:
             mover.drain()
+
+    # What users ask for.
+
+    def remove(self, name: str, sync: bool) -> bool:
+        """See `Store.remove`."""
+        known = self.drop([name], "removed", lambda _: True)
+        if not known:  # another process may have put it
+            self.delete_unknown(name)
+        if sync:
+            self.purge([name])
+        return known > 0
+
+    def clear(self, tenant: str | None) -> int:
+        """See `Store.clear`."""
+        with self.lock:
+            known = [*self.index, *(name for shelf in self.shelves for name in shelf.rubbish)]
+            names = [name for name in known if tenant is None or split(name)[0] == tenant]
+        gone = self.drop(names, "removed", lambda _: True)
+        self.clean_rubbish()
+        self.purge(names)
+        return gone
+
+    def unpin(self, name: str) -> None:
+        """See `Store.unpin`."""
+        with self.lock:
+            record = self.index.get(name)
+            if record is not None and record.pinned:
+                record.pinned = False
+                self.release(record)
+
+    def resize(self, tier: str | int, max_bytes: Any, max_entries: Any) -> None:
+        """See `Store.resize`."""
+        names = [shelf.name for shelf in self.shelves]
+        at = names.index(tier) if tier in names else tier
+        if not isinstance(at, int) or not 0 <= at < len(names):
+            raise ValueError(f"tier got {tier!r}; expected one of {names}, or its number")
+        shelf = self.shelves[at]
+        with self.lock:
+            shelf.resize(
+                shelf.max_bytes if max_bytes is UNSET else max_bytes,
+                shelf.max_entries if max_entries is UNSET else max_entries,
+            )
+        self.trim(at)
 
     # After the last.
 
@@ -211,7 +250,13 @@ class Upkeep(Writes):
                 self.unclaim([record.name])
 
     def finish(self) -> None:
-        """End the threads, and let go of the tiers. Nobody else is in the store any more."""
+        """Take nothing more, wait for who is at it, end the threads, and let go of the tiers."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            self.stopped.set()
+            self.changed.wait_for(lambda: self.active == 0)
         for thread in self._threads:
             thread.join()
         for mover in self.movers:
@@ -224,97 +269,3 @@ class Upkeep(Writes):
         self.clean_up(None)
         for shelf in self.shelves:
             shelf.tier.close()
-
-    # What users ask for.
-
-    @operation
-    def clear(self, *, tenant: str | None = None) -> int:
-        """All entries go that the store knows of, or all of one tenant, as by `remove`; how many.
-
-        Raises:
-            TierError: of some of them something may be left, or come back.
-        """
-        with self.lock:
-            known = [*self.index, *(name for shelf in self.shelves for name in shelf.rubbish)]
-            names = [name for name in known if tenant is None or split(name)[0] == tenant]
-        gone = self.drop(names, "removed", lambda _: True)
-        self._clean_rubbish()
-        self.purge(names)
-        return gone
-
-    @operation
-    def unpin(self, key: str, *, tenant: str = "") -> None:
-        """A pinned entry may go again; nothing happens to another one."""
-        with self.lock:
-            record = self.index.get(name_of(tenant, key))
-            if record is not None and record.pinned:
-                record.pinned = False
-                self.release(record)
-
-    @operation
-    def sweep(self, older_than: int | float | None = None) -> int:
-        """Expired entries go, and those that nobody used for so many seconds; how many."""
-        return self.clean_up(older_than)
-
-    @operation
-    def refresh(self) -> int:
-        """Look for what other processes put; how many were found.
-
-        A `get` by key finds them without; `longest_prefix` does not. Disk: a listing and a header
-        of each new one; Remote: a request for every entry there is.
-        """
-        return self.find_more()
-
-    @operation
-    def resize(
-        self, tier: str | int, *, max_bytes: int | None = _UNSET, max_entries: int | None = _UNSET
-    ) -> None:
-        """Other limits for a tier, by name or number; what has no room any more moves down.
-
-        Raises:
-            ValueError: no such tier.
-        """
-        names = [shelf.name for shelf in self.shelves]
-        at = names.index(tier) if tier in names else tier
-        if not isinstance(at, int) or not 0 <= at < len(names):
-            raise ValueError(f"tier got {tier!r}; expected one of {names}, or its number")
-        shelf = self.shelves[at]
-        with self.lock:
-            shelf.resize(
-                shelf.max_bytes if max_bytes is _UNSET else max_bytes,
-                shelf.max_entries if max_entries is _UNSET else max_entries,
-            )
-        self.trim(at)
-
-    @operation
-    def drain(self) -> None:
-        """Wait until what moves between tiers has arrived."""
-        self.indexed.wait()
-        self.settle_queues()
-
-    # What it tells.
-
-    def stats(self, *, detailed: bool = False) -> dict[str, Any]:
-        """Figures since the store was made; see `jkv.store.figures`. With `detailed`, by entry."""
-        with self.lock:
-            self.settle_released()
-            said = figures.collect(self)
-            if detailed:
-                said["by_entry"] = figures.by_entry(self)
-        if self.prefetcher is not None:
-            said["prediction"] = self.prefetcher.predictor.stats()
-        return said
-
-    def hot(self, k: int = 10) -> list[tuple[str, int]]:
-        """The keys of most hits, and how many."""
-        with self.lock:
-            records = sorted(self.index.values(), key=lambda r: (-r.hits, -r.accessed))[:k]
-            return [(record.key, record.hits) for record in records]
-
-    def report(self) -> Any:
-        """The figures as a `rich` table, to print."""
-        return figures.report(self.stats())
-
-    def prometheus(self) -> str:
-        """The figures in Prometheus' text format."""
-        return figures.prometheus(self.stats())

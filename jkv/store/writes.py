@@ -17,11 +17,8 @@ from jkv.store.shelf import Record
 class Writes(Reads):
     """Puts, in batches."""
 
-    def __init__(
-        self, *args: Any, fingerprint: bytes, ttl: int | float | None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, ttl: int | float | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fingerprint = fingerprint
         self._ttl = ttl
 
     def record(
@@ -107,6 +104,21 @@ class Writes(Reads):
                 for record, _ in items:
                     self.unreserve(record)
             self.unclaim(names)
+
+    def keep_many(self, items: Sequence[tuple[Record, Entry]], *, through: bool) -> set[str]:
+        """`keep` in batches; the names that were kept. Of those that come twice the last is put."""
+        latest: dict[str, tuple[Record, Entry]] = {}
+        for record, entry in items:
+            if record.name in latest:
+                with self.lock:
+                    self.count(record.tenant, "puts")
+                    self.count(record.tenant, "replaced")
+            latest[record.name] = record, entry
+        names: set[str] = set()
+        for group in self.groups(0, list(latest.values())):
+            kept = self.keep(group, through=through)
+            names |= {record.name for (record, _), good in zip(group, kept, strict=True) if good}
+        return names
 
     def groups(
         self, at: int, items: Sequence[tuple[Record, Entry]]

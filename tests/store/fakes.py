@@ -140,7 +140,8 @@ def number(got):
 
 def check(store, accesses=None, exact=True):
     """Counters balance, indices agree, limits hold."""
-    with store.changed:
+    inner = store._inner
+    with inner.lock:
         figures = store.stats()
         for owner in (figures, *figures["tenants"].values()):
             fates = ("replaced", "removed", "expired", "evicted", "rejected", "lost")
@@ -155,10 +156,10 @@ def check(store, accesses=None, exact=True):
         if accesses is not None:
             assert figures["accesses"] == accesses
         for at, (shelf, tier) in enumerate(
-            zip(store.shelves, figures["tiers"].values(), strict=True)
+            zip(inner.shelves, figures["tiers"].values(), strict=True)
         ):
-            homes = {r.name: r.homes[at] for r in store.index.values() if at in r.homes}
-            leaving = sum(r.leaving == at for r in store.index.values())
+            homes = {r.name: r.homes[at] for r in inner.index.values() if at in r.homes}
+            leaving = sum(r.leaving == at for r in inner.index.values())
             assert tier["entries"] + leaving == len(homes) == len(shelf.evictor) + leaving
             assert tier["writes"] + tier["found"] == len(homes) + tier["evictions"] + tier["gone"]
             held = sum(homes.values()) + sum(shelf.rubbish.values())
@@ -170,13 +171,13 @@ def check(store, accesses=None, exact=True):
                     assert shelf.bytes <= shelf.max_bytes
                 if shelf.max_entries is not None:
                     assert shelf.entries <= shelf.max_entries
-        for name, tenant in store.tenants.items():
-            mine = [r for r in store.index.values() if r.tenant == name]
+        for name, tenant in inner.tenants.items():
+            mine = [r for r in inner.index.values() if r.tenant == name]
             assert tenant.entries == len(mine)
             assert tenant.bytes == sum(r.nbytes for r in mine)
             if exact and tenant.max_bytes is not None:
                 assert tenant.bytes <= tenant.max_bytes
                 assert tenant.reserved == 0
-        for record in store.index.values():
-            assert record.homes or record.moving is not None or store.claimed(record.name), record
+        for record in inner.index.values():
+            assert record.homes or record.moving is not None or inner.claimed(record.name), record
         return figures

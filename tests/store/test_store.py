@@ -386,7 +386,7 @@ def test_a_full_queue_is_the_callers_work():
     store = Store([memory, disk], queue_entries=3)
     for i in range(4):  # one is written, two wait
         store.put(f"k{i}", entry(i))
-    mover = store.movers[1]
+    mover = store._inner.movers[1]
     assert (len(mover), mover.peak_jobs, mover.nbytes) == (3, 3, 300)
     done = threading.Event()
 
@@ -422,7 +422,7 @@ def test_a_full_queue_up_leaves_entries_where_they_are():
         store.drain()
         assert names(memory) == ["k0"]
         assert check(store)["tiers"]["memory"]["promotions_dropped"] == 3
-        assert store.movers[0].peak_bytes <= 150
+        assert store._inner.movers[0].peak_bytes <= 150
 
 
 def test_forms_are_of_a_tier_and_said():

@@ -126,16 +126,17 @@ def test_nothing_is_brought_up_while_somebody_reads():
         for i in range(8):
             store.put(f"chat/{i}", entry(i))
         store.drain()
-        fetch = Prefetcher(store, Predictor(["next"]), store.stopped, idle_seconds=0.05)
+        inner = store._inner
+        fetch = Prefetcher(inner, Predictor(["next"]), inner.stopped, idle_seconds=0.05)
         assert fetch._idle()
         store.get("chat/1")
         store.drain()
         assert not fetch._idle()  # somebody did just now
         clock.now += 0.05
         assert fetch._idle()
-        store.reading += 1
+        store._inner.reading += 1
         assert not fetch._idle()
-        store.reading -= 1
+        store._inner.reading -= 1
         assert fetch._idle()
         memory.delay = 0.2
         store.prefetch(["chat/3"])

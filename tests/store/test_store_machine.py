@@ -199,7 +199,7 @@ class Life(RuleBasedStateMachine):
         figures = check(self.store, self.accesses, exact=not self.pinned_over())
         if sound:
             assert figures["lost"] == 0
-            for shelf, tier in zip(self.store.shelves, self.tiers, strict=True):
+            for shelf, tier in zip(self.store._inner.shelves, self.tiers, strict=True):
                 assert shelf.bytes == tier.nbytes
             for handle, tenant, known in self.handles:
                 if self.latest.get((tenant, handle.key)) == known and known[1] > self.clock():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_any_prefix_of_a_chunk_and_more_is_found_to_the_token():
         assert figures["tokens_found"] <= figures["tokens_asked"]
         store.remove(key)
         assert length(store, TEXT) == 0
-        assert len(store.prefixes) == 0
+        assert len(store._inner.prefixes) == 0
 
 
 def test_a_limit_leaves_tokens_to_compute():
@@ -186,6 +187,23 @@ def test_it_is_found_after_a_restart(tmp_path, lasting):
         assert length(store, TEXT, tenant="x") == 30
         (it,) = [e for e in store.stats(detailed=True)["by_entry"] if e["key"] == "a"]
         assert (it["created"], it["tokens"], it["seconds"]) == (1000, 30, 3)
+
+
+def test_a_search_waits_for_what_is_there_from_before(monkeypatch):
+    tier = Fake(name="disk")
+    with Store([tier], chunk=4) as store:
+        store.put("a", entry(1), tokens=TEXT)
+    describe = tier.describe
+
+    def slow(name):
+        time.sleep(0.1)
+        return describe(name)
+
+    monkeypatch.setattr(tier, "describe", slow)
+    with Store([tier], chunk=4) as store:
+        assert length(store, TEXT) == 50
+    with Store([tier], chunk=4) as store:
+        assert store.longest_prefix_many([TEXT])[0].length == 50
 
 
 def test_a_match_is_held_and_a_corrupt_one_is_passed_over():
