@@ -61,6 +61,14 @@ def load(ref: Any, layout: Any) -> Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
+def store(ref: Any, x: Array) -> None:
+    """A small array into memory, whatever part of its lines that is."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:  # JAX 0.11, for which there is no other
+        ref[...] = x
+
+
 def down(x: Array, shape: tuple[int, ...]) -> Array:
     """One number for each row, in all columns."""
     return lax.broadcast_in_dim(x, shape, [0])

@@ -31,6 +31,7 @@ from jkv.ops.mosaic_gpu.forms import (
     down,
     load,
     shared,
+    store,
 )
 from jkv.ops.mosaic_gpu.plan import LOG2E, Layout, tuning
 
@@ -289,9 +290,9 @@ class _Program:
         out = plgpu.layout_cast(jnp.zeros(tall, jnp.float32), TILE)
         top, total, out, state = lax.fori_loop(0, count, step, (nothing, total, out, state))
         place = self.number + line
-        refs["out"][place] = out
-        refs["top"][place] = top
-        refs["total"][place] = jnp.sum(total, axis=0)
+        store(refs["out"].at[place], out)
+        store(refs["top"].at[place], top)
+        store(refs["total"].at[place], jnp.sum(total, axis=0))
         return state
 
 
@@ -365,8 +366,9 @@ def join(layout: Layout, parts: Any, spans: Array, interpret: Any) -> tuple[Arra
         rounds = lax.div(last - first + beside, jnp.int32(beside))
         top, total, sums = lax.fori_loop(0, rounds, some, (nothing, zero, sums))
         some_seen = jnp.where(total == 0, 1.0, total)
-        out[line] = sums / across(some_seen, tall)
-        lse[line] = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(some_seen)) * (1 / LOG2E))
+        store(out.at[line], sums / across(some_seen, tall))
+        found = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(some_seen)) * (1 / LOG2E))
+        store(lse.at[line], found)
 
     return plgpu.kernel(
         body,
