@@ -125,12 +125,12 @@ def measure(case: Case | Paged, sharding: Any = None, platform: str = "cpu") -> 
     from jkv.ops import choice
 
     make: Any = program if isinstance(case, Case) else paged_program
-    function, arguments, cache = make(case)
 
     def placed(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     with choice.target(platform), choice.record() as chosen:
+        function, arguments, cache = make(case)
         lowered = function.lower(*jax.tree.map(placed, arguments))
     compiled = lowered.compile()
     biggest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
@@ -241,27 +241,26 @@ def paged_program(case: Paged) -> tuple[Any, Any, Any]:
 
     from jkv.ops import paged_attention
     from jkv.ops.encoded import Encoded
+    from jkv.ops.pages import empty, laid, taken
+    from jkv.ops.pages import put as put_pages
 
     columns, heads = case.slots // case.page, case.kv_heads * case.groups
     sizes = (case.batch * columns, case.kv_heads, case.page, case.head_dim)
     codecs = forms_of_pages()[case.form] or (None, None)
     units = [1 if codec is None else codec.unit for codec in codecs]
 
-    def pool(codec: Any) -> Any:
-        dtype = jnp.dtype(case.dtype)
-        return jnp.zeros(sizes, dtype) if codec is None else codec.empty(*sizes, dtype)
-
     def put(pages: Any, unit: int, tokens: Any, table: Any, length: Any) -> Any:
         at = jnp.take_along_axis(table, length[:, None] // case.page, axis=1)[:, 0]
         inside = length % case.page
-        if isinstance(pages, Encoded):
+        held = taken(pages, at)
+        if isinstance(held, Encoded):
             tokens = jnp.repeat(tokens, unit, axis=1)
             whole = jnp.where((inside + 1) % unit == 0, inside // unit, -1)
-            new: Any = pages.take(at).put(tokens, whole[:, None])
+            new: Any = held.put(tokens, whole[:, None])
         else:
             own = jnp.arange(case.page)[None, None, :, None] == inside[:, None, None, None]
-            new = jnp.where(own, jnp.swapaxes(tokens, 1, 2).astype(pages.dtype), pages[at])
-        return jax.tree.map(lambda old, one: old.at[at].set(one, unique_indices=True), pages, new)
+            new = jnp.where(own, jnp.swapaxes(tokens, 1, 2).astype(held.dtype), held)
+        return put_pages(pages, laid(pages, new), at)
 
     def step(_: Any, state: Any) -> Any:
         layers, table, length, x = state
@@ -275,7 +274,7 @@ def paged_program(case: Paged) -> tuple[Any, Any, Any]:
         return after, table, length + 1, x
 
     def arguments() -> Any:
-        layers = [tuple(pool(codec) for codec in codecs) for _ in range(case.layers)]
+        layers = [empty(codecs, *sizes, jnp.dtype(case.dtype)) for _ in range(case.layers)]
         table = jnp.zeros((case.batch, columns), jnp.int32)
         x = jnp.zeros((case.batch, 1, heads, case.head_dim), case.dtype)
         return layers, table, jnp.zeros((case.batch,), jnp.int32), x
@@ -363,7 +362,7 @@ def kinds_of(target: str, slots: int, kept: int) -> dict[str, Any]:
         "near_far": jkv.near_far(recent=64, far=jkv.quantized(bits=8)),
     }
     # As small as the kernels take in every form; `paged_cases` has other sizes.
-    page = {"cpu": 16, "h200": 64, "tpu": 128}[target]
+    page = {"cpu": 16, "h200": 64, "tpu": 16}[target]
     kinds |= {
         "paged": jkv.paged(page),
         "paged int8": jkv.paged(page, bits=8),
@@ -380,20 +379,27 @@ def kinds_of(target: str, slots: int, kept: int) -> dict[str, Any]:
 def paged_cases(target: str) -> dict[str, Paged]:
     """Loops over pages by name, of sizes that people have.
 
-    Numbers of 8 bits and less in small pages are no block of a TPU's memory: there pages are as
-    large as a tile, see `jkv.ops.paged_attention.mosaic_tpu`.
+    Small pages of keys that are encoded some tokens at a time are no block of a TPU's memory: they
+    are as large as a tile there, see `jkv.ops.paged_attention.mosaic_tpu`.
     """
     dtype = "float32" if target == "cpu" else "bfloat16"
     found = {}
     for form, codecs in forms_of_pages().items():
         unit = max((codec.unit for codec in codecs or ()), default=1)
-        least = 128 if target == "tpu" and codecs else unit
-        for page in (16, 64, 128) if target == "tpu" else (16, 64):
+        least = 128 if target == "tpu" and unit > 1 else unit
+        sizes = [(128, 16), (128, 64)]
+        if target == "tpu":
+            # In tiles that a page fills, and in lines that several tokens do.
+            sizes += [(64, 16), (64, 64)] if unit == 1 else [(128, 128)]
+        for dim, page in sizes:
             if page < least:
                 continue
             for batch, groups in ((1, 1), (8, 4)):
+                if dim == 64 and batch == 1:
+                    continue
                 name = f"{form} in pages of {page} B={batch} G={groups}"
-                found[name] = Paged(form, page, batch, groups, dtype=dtype)
+                name += "" if dim == 128 else f" H={dim}"
+                found[name] = Paged(form, page, batch, groups, head_dim=dim, dtype=dtype)
     return found
 
 

@@ -24,7 +24,7 @@ from jkv.cache.ring import chunk
 from jkv.errors import UnsupportedError
 from jkv.ops.encoded import Affine, Encoded
 from jkv.ops.paged_attention.reference import gathered
-from jkv.ops.pages import copy, write_tokens
+from jkv.ops.pages import Tiled, copy, empty, laid, taken, write_tokens
 
 
 @pytree
@@ -36,8 +36,8 @@ class Paged:
     copied for. New tokens see each other before they are rounded.
     """
 
-    k_pages: Any  # [P, K, page, H], or Encoded
-    v_pages: Any  # [P, K, page, H], or Encoded
+    k_pages: Any  # [P, K, page, H], or Encoded, or on a TPU Tiled
+    v_pages: Any  # [P, K, page, H], or Encoded, or on a TPU Tiled
     broken: Array | None  # [P] bool, encoded pages that were given NaN or infinity
     dtype: str = static()
     window: int | None = static(default=None)  # of the model, in this layer
@@ -200,12 +200,18 @@ class Paged:
             )
         each = jnp.broadcast_to(jnp.arange(page, dtype=jnp.int32)[None], (count, page))
 
-        def again(old: Encoded, codec: Any) -> Encoded:
-            empty = codec.empty(count, heads, page, dim, self.dtype)
-            return empty.put(jnp.swapaxes(old.decode(), 1, 2), each)
+        everything = jnp.arange(count, dtype=jnp.int32)
+        made = empty((to.keys, to.values), count, heads, page, dim, self.dtype)
+
+        def again(old: Encoded | Tiled, codec: Any, new: Any) -> Any:
+            plain = codec.empty(count, heads, page, dim, self.dtype)
+            decoded = taken(old, everything).decode()
+            return laid(new, plain.put(jnp.swapaxes(decoded, 1, 2), each))
 
         return replace(
-            self, k_pages=again(self.k_pages, to.keys), v_pages=again(self.v_pages, to.values)
+            self,
+            k_pages=again(self.k_pages, to.keys, made[0]),
+            v_pages=again(self.v_pages, to.values, made[1]),
         )
 
 
@@ -233,14 +239,11 @@ class PagedKind:
         if self.window is not None and not self.managed:
             count = min(count, needed)  # more are never used
 
-        def empty(codec: Any) -> Any:
-            if codec is None:
-                return jnp.zeros((count, kv_heads, self.page, head_dim), dtype)
-            return codec.empty(count, kv_heads, self.page, head_dim, dtype)
-
+        codecs = (self.keys, self.values)
+        k_pages, v_pages = empty(codecs, count, kv_heads, self.page, head_dim, dtype)
         return Paged(
-            k_pages=empty(self.keys),
-            v_pages=empty(self.values),
+            k_pages=k_pages,
+            v_pages=v_pages,
             broken=None if self.keys is None else jnp.zeros((count,), bool),
             dtype=jnp.dtype(dtype).name,
             window=self.window,
@@ -293,8 +296,7 @@ def paged(
     if bits is not None and codec is not None:
         raise ValueError(f"paged got bits={bits!r} and codec={codec!r:.60}; expected one of them")
     if bits is not None:
-        # One step per token where that is fine enough: with several, TPUs copy the whole pool, and
-        # the kernel for GPUs cannot.
+        # One step per token where that is fine enough: the kernel for GPUs has no more.
         codec = Affine(bits=bits, axis="token", group=None if bits >= 4 else 64)
     keys, values = _codecs(codec)
     return PagedKind(int(page), None if pages is None else int(pages), keys, values, managed)

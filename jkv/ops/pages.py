@@ -1,7 +1,8 @@
-"""Whole pages into their places, in place."""
+"""Pages as they lie in memory, and whole pages into their places, in place."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -10,11 +11,152 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
+from jkv._pytree import pytree, replace, static
+from jkv.ops import choice
 from jkv.ops.encoded import Encoded
+from jkv.ops.encoded.affine import ByToken
+from jkv.ops.encoded.floats import Floats8
+
+LANES = 128  # of a TPU's tile
+WORD = 4  # bytes: numbers of a column that are narrower share one
+
+
+@pytree
+class Tiled:
+    """Pages ``[P, K, page, H]`` in lines that a TPU lays as they are indexed, none of it padding.
+
+    Of arrays whose last axis is no whole tile XLA lays the pages side by side, and a page is then
+    one number of each of many tiles. Here tokens are beside each other until a line is full, and
+    the scales of all heads of a page are a line.
+    """
+
+    lines: Array  # [P, K, page / beside, beside * C]: C numbers, or bytes of codes, of each token
+    scales: Array | None  # [P, L, K * page] bits, heads after another; steps, then zero points
+    codec: Any = static()  # None: numbers as they are
+    dim: int = static()
+    beside: int = static()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(P, K, page, H)``."""
+        count, heads, rows, _ = self.lines.shape
+        return count, heads, rows * self.beside, self.dim
+
+    @property
+    def dtype(self) -> Any:
+        """Of the numbers, or of the codes."""
+        return self.lines.dtype
+
+    @property
+    def form(self) -> Any:
+        """Shapes of the same pages, as an array or encoded."""
+        count, heads, page, dim = self.shape
+        return _form(self.codec, count, heads, page, dim, self.dtype)
+
+    def take(self, numbers: Int[Array, " N"]) -> Any:
+        """Some pages, as an array ``[N, K, page, H]`` or encoded."""
+        lines, scales = jax.tree.map(lambda leaf: leaf[numbers], (self.lines, self.scales))
+        count, heads, page, _ = lines.shape[0], *self.shape[1:]
+        codes, *rest = jax.tree.leaves(self.form)
+        found, at = [lines.reshape(count, heads, page, codes.shape[-1])], 0
+        for leaf in rest:
+            groups = math.prod(leaf.shape[2:]) // page
+            own = scales[:, at : at + groups, : heads * page].reshape(count, groups, heads, page)
+            own = jnp.swapaxes(own, 1, 2).reshape(count, *leaf.shape[1:])
+            found.append(lax.bitcast_convert_type(own, leaf.dtype))
+            at += groups
+        return jax.tree.unflatten(jax.tree.structure(self.form), found)
+
+    def of(self, plain: Any) -> Tiled:
+        """Pages as `take` gives them, laid as these are."""
+        codes, *rest = jax.tree.leaves(plain)
+        count, heads, page, _ = codes.shape
+        lines = codes.reshape(count, heads, *self.lines.shape[2:])
+        if self.scales is None:
+            return replace(self, lines=lines)
+        rows = [leaf.reshape(count, heads, -1, page) for leaf in rest]
+        rows = [lax.bitcast_convert_type(jnp.swapaxes(x, 1, 2), jnp.uint16) for x in rows]
+        found = jnp.concatenate(rows, axis=1).reshape(count, -1, heads * page)
+        room = [(0, n - m) for n, m in zip(self.scales.shape[1:], found.shape[1:], strict=True)]
+        return replace(self, lines=lines, scales=jnp.pad(found, [(0, 0), *room]))
+
+
+def _form(codec: Any, count: int, heads: int, page: int, dim: int, dtype: Any) -> Any:
+    """Shapes of pages in a codec's form."""
+    if codec is None:
+        return jax.ShapeDtypeStruct((count, heads, page, dim), dtype)
+    return jax.eval_shape(lambda: codec.empty(count, heads, page, dim, dtype))
+
+
+def empty(
+    codecs: tuple[Any, Any], count: int, heads: int, page: int, dim: int, dtype: Any
+) -> tuple[Any, Any]:
+    """Pages of zeros for keys and for values; `Tiled` where a TPU is compiled for and wants that.
+
+    Args:
+        codecs: of both; None for numbers as they are.
+        count: P.
+        heads: K.
+        page: tokens of a page.
+        dim: H.
+        dtype: of the numbers.
+    """
+    sizes = (count, heads, page, dim, dtype)
+    forms = [_form(codec, *sizes) for codec in codecs]
+    if "tpu" not in choice.platforms() or not _fits(forms, page):
+        return tuple(  # pyright: ignore[reportReturnType]
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form) for form in forms
+        )
+    beside = _beside(forms)
+    return tuple(  # pyright: ignore[reportReturnType]
+        _tiles(codec, form, beside, dim) for codec, form in zip(codecs, forms, strict=True)
+    )
+
+
+def _beside(forms: list[Any]) -> int:
+    """Tokens that fill a line's tiles, of keys and of values."""
+    widths = [jax.tree.leaves(form)[0].shape[-1] for form in forms]
+    return math.lcm(*(LANES // math.gcd(width, LANES) for width in widths))
+
+
+def _fits(forms: list[Any], page: int) -> bool:
+    """Whether pages are better laid as tiles, and can be."""
+    beside = _beside(forms)
+    if page % LANES == 0 or page % beside:
+        return False
+    plain = all(isinstance(form, jax.ShapeDtypeStruct) for form in forms)
+    known = all(isinstance(form, jax.ShapeDtypeStruct | ByToken | Floats8) for form in forms)
+    # Scales of a head lie within a tile.
+    small = plain or (LANES % page == 0 and page >= 16)
+    least = min(jax.tree.leaves(form)[0].dtype.itemsize for form in forms) * (page // beside)
+    return known and small and least >= WORD and not (plain and beside == 1)
+
+
+def _tiles(codec: Any, form: Any, beside: int, dim: int) -> Tiled:
+    codes, *rest = jax.tree.leaves(form)
+    count, heads, page, width = codes.shape
+    lines = jnp.zeros((count, heads, page // beside, beside * width), codes.dtype)
+    scales = None
+    if rest:
+        # Of other numbers of lines XLA lays those of several pages together.
+        rows = sum(math.prod(leaf.shape[2:]) // page for leaf in rest)
+        rows = max(2 ** math.ceil(math.log2(rows)), 2)
+        scales = jnp.zeros((count, rows, -(-heads * page // LANES) * LANES), jnp.uint16)
+    return Tiled(lines, scales, codec, dim, beside)
+
+
+def taken(pages: Any, numbers: Int[Array, " N"]) -> Any:
+    """Some pages, as an array or encoded, however all of them lie."""
+    return pages.take(numbers) if isinstance(pages, Encoded | Tiled) else pages[numbers]
+
+
+def laid(pages: Any, plain: Any) -> Any:
+    """Other pages, as `taken` gives them, laid as `pages` are."""
+    return pages.of(plain) if isinstance(pages, Tiled) else plain
 
 
 def write_tokens(
-    pages: Float[Array, "P K page H"] | Encoded,
+    pages: Float[Array, "P K page H"] | Encoded | Tiled,
     new: Float[Array, "B T K H"],
     at: Int[Array, "B U page"],
     source: Int[Array, "B U"],
@@ -26,7 +168,7 @@ def write_tokens(
     and be written itself.
 
     Args:
-        pages: what is there, an array or in a codec's form of single tokens.
+        pages: what is there, an array or in a codec's form of single tokens, however it lies.
         new: tokens.
         at: which of them goes to each slot of a page, -1 where the source's token stays.
         source: numbers of pages.
@@ -41,14 +183,15 @@ def write_tokens(
         tokens = tokens.reshape(-1, page, *new.shape[2:])
     else:
         tokens = new
-    if isinstance(pages, Encoded):
+    old = taken(pages, numbers)
+    if isinstance(old, Encoded):
         slots = jnp.where(lines >= 0, jnp.arange(page, dtype=jnp.int32)[None], -1)
         slots = slots if new.shape[1] > 1 else jnp.max(slots, axis=1, keepdims=True)
-        written: Any = pages.take(numbers).put(tokens, slots)
+        written: Any = old.put(tokens, slots)
     else:
-        tokens = jnp.swapaxes(tokens, 1, 2).astype(pages.dtype)
-        written = jnp.where((lines >= 0)[:, None, :, None], tokens, pages[numbers])
-    return _scattered(pages, written, into.reshape(-1))
+        tokens = jnp.swapaxes(tokens, 1, 2).astype(old.dtype)
+        written = jnp.where((lines >= 0)[:, None, :, None], tokens, old)
+    return put(pages, laid(pages, written), into.reshape(-1))
 
 
 def copy(pages: Any, source: Int[Array, " N"], into: Int[Array, " N"]) -> Any:
@@ -61,11 +204,36 @@ def copy(pages: Any, source: Int[Array, " N"], into: Int[Array, " N"]) -> Any:
     """
     into = jnp.where(source < 0, -1, into)
     found = jax.tree.map(lambda leaf: leaf[jnp.maximum(source, 0)], pages)
-    return _scattered(pages, found, into)
+    return put(pages, found, into)
+
+
+def put(pages: Any, written: Any, into: Int[Array, " N"]) -> Any:
+    """Each array of `pages` with pages `into` as in `written`, which lies like them; -1 is none.
+
+    Args:
+        pages: an array ``[P, ...]``, or a pytree of them.
+        written: the same of N pages.
+        into: their numbers, distinct.
+    """
+    if isinstance(pages, Tiled):
+        return lax.platform_dependent(pages, written, into, tpu=_sent, default=_scattered)
+    return _scattered(pages, written, into)
+
+
+def _sent(pages: Tiled, written: Tiled, into: Int[Array, " N"]) -> Tiled:
+    """By a kernel for TPUs."""
+    from jkv.ops.mosaic_tpu.write import write_pages  # its language takes a while to import
+
+    def plain(pages: Array, new: Array, at: Array) -> Array:
+        return _scattered(pages, new, at)
+
+    def one(leaf: Array, new: Array) -> Array:
+        return choice.kernel(write_pages, plain, pages=leaf, new=new, at=into)
+
+    return jax.tree.map(one, pages, written)
 
 
 def _scattered(pages: Any, written: Any, into: Int[Array, " N"]) -> Any:
-    """Each array of `pages` with pages `into` as in `written`."""
     # Negative indices wrap in JAX; past the end they are dropped. Distinct, to stay unique.
     nowhere = jnp.arange(len(into), dtype=into.dtype)
 

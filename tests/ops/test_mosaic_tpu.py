@@ -23,6 +23,7 @@ from jkv.ops.mosaic_tpu import flash, operands
 from jkv.ops.mosaic_tpu import weights as tpu_weights
 from jkv.ops.mosaic_tpu import write as mosaic_write
 from jkv.ops.paged_attention import mosaic_tpu as paged_tpu
+from jkv.ops.pages import Tiled, _sent, empty, put
 from jkv.ops.write import write, write_last, write_runs
 from tests.ops.test_attention import oracle
 
@@ -245,6 +246,78 @@ def test_encoded_pages(monkeypatch):
     np.testing.assert_allclose(got.lse, want.lse, atol=1e-5)
 
 
+def small_pages(codecs, pages, table, lengths):
+    """Pages [P, K, page, H] as a cache on a TPU has them, and others that say what is in them.
+
+    Tokens of no row are NaN in the first, where that can be, and zero in the second.
+    """
+    count, heads, page, dim = pages[0].shape
+    used = np.zeros((count, page), bool)
+    for row, n in zip(table, lengths, strict=True):
+        for c, number in enumerate(row):
+            used[number] |= (number >= 0) & (c * page + np.arange(page) < n)
+    with choice.target("tpu"):
+        held = empty(codecs, count, heads, page, dim, "float32")
+    made, meant = [], []
+    for pool, x, codec in zip(held, pages, codecs, strict=True):
+        seen = used[:, None, :, None]
+        plain: Any = jnp.where(seen, x, NAN)
+        if codec is not None:
+            plain = encoded(codec, np.nan_to_num(x))
+        meant.append(jnp.where(seen, x if codec is None else plain.decode(), 0.0))
+        made.append(pool.of(plain))
+    assert all(isinstance(x, Tiled) for x in made)
+    return made, meant
+
+
+SMALL = {  # codecs, heads, page, channels: a line of one token, of two, four, eight
+    "exact": ((None, None), 1, 16, 64, {"window": 70, "sinks": 3}),
+    "exact, in lines of three tiles": ((None, None), 1, 64, 96, {}),
+    "int8": ((Affine(8), Affine(8)), 3, 16, 128, {}),
+    "int4 and int8": ((Affine(8), Affine(4)), 2, 64, 128, {}),
+    "int2": ((Affine(2, group=64), Affine(2, group=64)), 1, 64, 128, {}),
+    "fp8, heads in two steps": ((Float8(), Float8()), 4, 64, 64, {}),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_pages(monkeypatch, name):
+    """Tokens beside each other in a line, rows that end within one."""
+    monkeypatch.setitem(flash.BLOCK, "heads", 2)
+    codecs, heads, page, dim, options = SMALL[name]
+    q, k, v = draw(2, 2, dim, kv_heads=heads, slots=256)
+    lengths = [131, 255]
+    kp, table = cut(k, page)
+    vp, _ = cut(v, page)
+    for b, n in enumerate(lengths):
+        table[b, -(-n // page) :] = -1
+    (k, v), (kp, vp) = small_pages(codecs, (kp, vp), table, lengths)
+    arguments: Any = {
+        "positions": jnp.asarray(last(lengths, 2)),
+        "lengths": jnp.asarray(lengths),
+        "scale": 0.1,
+    } | options
+    got = paged(q, k, v, table, interpret=True, **arguments)
+    want = ops.paged_attention(
+        jnp.asarray(q), kp, vp, jnp.asarray(table), implementation="reference", **arguments
+    )
+    np.testing.assert_allclose(got.out, want.out, atol=2e-5)
+    np.testing.assert_allclose(got.lse, want.lse, atol=2e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_pages_are_sent():
+    """Into their places, and into none where there is none."""
+    with choice.target("tpu"):
+        pool, _ = empty((Affine(4), Affine(4)), 5, 2, 16, 64, "float32")
+    x = np.random.default_rng(0).normal(size=(3, 2, 16, 64)).astype(np.float32)
+    new, at = pool.of(encoded(Affine(4), x)), jnp.asarray([3, -1, 0])
+    got, want = _sent(pool, new, at), put(pool, new, at)
+    for a, b, c in zip(*map(jax.tree.leaves, (got, want, pool)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.any(a != c)
+
+
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (200, 0), (200, 5), (1, 130)])
 def test_blocks_that_nobody_sees_are_not_fetched(window, sinks):
     """A step beyond a row's last block names it again, which fetches nothing."""
@@ -277,8 +350,9 @@ def interpreted(monkeypatch):
     """The kernels in the place of what runs on a CPU."""
     run = functools.partial(mosaic_tpu.attention, interpret=True)
     monkeypatch.setattr(mosaic_tpu, "attention", run)
-    put = functools.partial(mosaic_write.write_run, interpret=True)
-    monkeypatch.setattr(mosaic_write, "write_run", put)
+    for name in ("write_run", "write_pages"):
+        put = functools.partial(getattr(mosaic_write, name), interpret=True)
+        monkeypatch.setattr(mosaic_write, name, put)
     monkeypatch.setattr(choice, "platforms", lambda: ("tpu",))
 
 

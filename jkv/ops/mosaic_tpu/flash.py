@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jkv._axes import Array
 from jkv.ops.masks import Mask
-from jkv.ops.mosaic_tpu.operands import LANES, Dense, Leaf, refusal, where_it_is
+from jkv.ops.mosaic_tpu.operands import LANES, Dense, Leaf, product, refusal, thirds, where_it_is
 from jkv.ops.partial import Partial
 
 # Sizes of blocks: bytes of keys that a step of the grid fetches (enough to hide what a step costs,
@@ -44,6 +45,7 @@ class Plan:
     size: int  # slots of a step
     first: int  # blocks with sinks, read whatever the window
     pages: int  # tiles that the slots of a step are in; 1 unless they are pages
+    beside: int = 1  # tokens of a line of a page, `jkv.ops.pages.Tiled`
 
 
 def rows_of(plan: Plan) -> int:
@@ -75,6 +77,7 @@ def heads_of(kv_heads: int) -> int:
 
 def slots_of(leaves: list[Leaf], kv_heads: int, slots: int) -> int:
     """Slots of a step, a power of two: as many as `BLOCK` says, no more than there are."""
+    leaves = [x for x in leaves if not x.whole]  # few bytes, for all heads
     shapes = [(math.prod(x.array.shape[2:]), x.array.shape[x.axis], x) for x in leaves]
     each = sum(n / size * x.share * x.array.dtype.itemsize for n, size, x in shapes)
     most = min(BLOCK["most slots"], 2 ** math.ceil(math.log2(slots)))
@@ -110,7 +113,7 @@ def flash(
     """
     batch, new, heads, dim = q.shape
     groups, rows = plan.groups, rows_of(plan)
-    kv_heads = heads // groups
+    kv_heads, width = heads // groups, dim * plan.beside
     grouped = q.reshape(batch, new, kv_heads, groups, dim).transpose(0, 2, 1, 3, 4)
     grouped = grouped.reshape(batch, kv_heads, new * groups, dim)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, rows - new * groups), (0, 0)))
@@ -141,15 +144,15 @@ def flash(
             num_scalar_prefetch=len(scalars),
             grid=(batch, -(-kv_heads // plan.heads), steps),
             in_specs=in_specs,
-            out_specs=[per_head(rows, dim), per_head(rows, LANES)],
+            out_specs=[per_head(rows, width), per_head(rows, LANES)],
             scratch_shapes=[
-                pltpu.VMEM((plan.heads, rows, dim), jnp.float32),
+                pltpu.VMEM((plan.heads, rows, width), jnp.float32),
                 pltpu.VMEM((plan.heads, rows, LANES), jnp.float32),
                 pltpu.VMEM((plan.heads, rows, LANES), jnp.float32),
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, kv_heads, rows, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, rows, width), jnp.float32),
             jax.ShapeDtypeStruct((batch, kv_heads, rows, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -158,6 +161,9 @@ def flash(
         interpret=interpret,
         name="jkv_attention",
     )(*scalars, *inputs)
+    # The tokens of a line have each their own lanes of the sum.
+    out = out.reshape(batch, kv_heads, rows, values[0].parts, plan.beside, -1).sum(axis=4)
+    out = out.reshape(batch, kv_heads, rows, dim)
     out = out[:, :, : new * groups].reshape(batch, kv_heads, new, groups, dim)
     lse = lse[:, :, : new * groups, 0].reshape(batch, kv_heads, new, groups)
     return Partial(
@@ -210,18 +216,21 @@ def _block_of(plan: Plan, b: Any, i: Any, info: Any) -> Any:
 
 def _spec(plan: Plan, leaf: Leaf, tile: int, table: int) -> pl.BlockSpec:
     """Which part of an array a step fetches: its share of a block, or of a page of it."""
+    page = plan.size // plan.pages
     shape = [1, plan.heads, *leaf.array.shape[2:]]
-    shape[leaf.axis] = int(plan.size // plan.pages * leaf.share)
+    shape[leaf.axis] = int(page * leaf.share)
+    if leaf.whole:
+        shape = [1, leaf.array.shape[1], min(_tiles_of(plan) * LANES, leaf.array.shape[2])]
 
     def index(b: Any, g: Any, i: Any, info: Any, *pages: Any) -> tuple[Any, ...]:
         block = _block_of(plan, b, i, info)
-        found = [b, g] + [0] * (len(shape) - 2)
+        found = [b, g] + [0] * (len(shape) - 2) if not leaf.whole else [b, 0, g]
         if pages:
             number = block * plan.pages + tile
             at = b * (FIXED + plan.new)
             filled = jnp.minimum(info[at + 2], info[at + 3] + 1)
             # Past the end, what this tile fetched a step ago: that fetches nothing.
-            past = number * (plan.size // plan.pages) >= filled
+            past = number * page >= filled
             number = jnp.maximum(jnp.where(past, number - plan.pages, number), 0)
             found[0] = jnp.maximum(pages[0][b * table + number], 0)
         else:
@@ -229,6 +238,11 @@ def _spec(plan: Plan, leaf: Leaf, tile: int, table: int) -> pl.BlockSpec:
         return tuple(found)
 
     return pl.BlockSpec(tuple(shape), index)
+
+
+def _tiles_of(plan: Plan) -> int:
+    """Tiles of lanes that the scales of a page's heads are in."""
+    return -(-plan.heads * (plan.size // plan.pages) // LANES)
 
 
 def _there(plan: Plan, slots: Array, first: Any, columns: int, pages: Any, row: Any) -> Array:
@@ -278,17 +292,20 @@ def _kernel(
             full &= refs[1][b * table + number] >= 0
 
     def heads(clean: bool) -> None:
-        slots = start + lax.broadcasted_iota(jnp.int32, (1, plan.size), 1)
+        slots = start + _order(plan, (1, plan.size), 1)
         if clean and scalars > 1:
             first = lax.div(start, plan.size) * plan.pages
             slots = _there(plan, slots, first, table, refs[1], b)
         held_at = held[-1][pl.ds(lax.rem(b, held[-1].shape[0]), 1), :] if given else slots
         seen = _seen(plan, mask, info, at, jnp.where(slots < length, held_at, -1))
+        tiles = iter(held)
+        k, v = (_readers(plan, leaves, tiles) for _, leaves in (keys, values))
         for h in range(plan.heads):
-            _head(plan, mask, keys, values, held, q_ref[0, h], seen, h, clean, refs[-3:])
+            block = [[x for read in reads for x in read(h)] for reads in (k, v)]
+            _head(mask, (keys[0], values[0]), block, q_ref[0, h], seen, h, clean, refs[-3:])
 
-    # Codes stand for numbers, whatever they are: only of dense values it costs anything to leave
-    # out those of slots that nobody sees.
+    # Codes stand for numbers, whatever they are: only of dense ones it costs anything to leave out
+    # those of slots that nobody sees.
     if isinstance(values[0], Dense):
 
         @pl.when((i < count) & full)
@@ -328,11 +345,9 @@ def _seen(plan: Plan, mask: Mask, info: Any, at: Any, held: Array) -> Array:
 
 
 def _head(
-    plan: Plan,
     mask: Mask,
-    keys: Any,
-    values: Any,
-    held: Any,
+    forms: tuple[Any, Any],
+    block: list[list[Array]],
     q: Array,
     seen: Array,
     h: int,
@@ -341,12 +356,9 @@ def _head(
 ) -> None:
     """One key/value head's share of a block."""
     acc_ref, top_ref, total_ref = scratch
-    tiles = iter(held)
-    k, v = (
-        [_loaded(leaf, [next(tiles) for _ in range(plan.pages)], h) for leaf in leaves]
-        for _, leaves in (keys, values)
-    )
-    scores = keys[0].products(q, k) * mask.scale
+    (keys, values), (k, v) = forms, block
+    used = seen if clean else None
+    scores = keys.products(q, k, used) * mask.scale
     if mask.softcap is not None:
         scores = mask.softcap * jnp.tanh(scores / mask.softcap)
     scores = jnp.where(seen, scores, -jnp.inf)
@@ -356,16 +368,85 @@ def _head(
     weights = jnp.exp(scores - shift)
     faded = jnp.exp(top - shift)
     total = total_ref[h][:, :1] * faded + jnp.sum(weights, axis=1, keepdims=True)
-    sums = values[0].sums(weights, v, seen if clean else None)
-    acc_ref[h] = acc_ref[h] * faded + sums
+    acc_ref[h] = acc_ref[h] * faded + values.sums(weights, v, used)
     top_ref[h] = jnp.broadcast_to(new_top, top_ref.shape[1:])
     total_ref[h] = jnp.broadcast_to(total, total_ref.shape[1:])
 
 
-def _loaded(leaf: Leaf, tiles: list[Any], h: int) -> Array:
+def _readers(
+    plan: Plan, leaves: list[Leaf], tiles: Iterator[Any]
+) -> list[Callable[[int], list[Array]]]:
+    """For each array what a head has of it in a block."""
+    found = []
+    for leaf in leaves:
+        own = [next(tiles) for _ in range(plan.pages)]
+        read = functools.partial(_loaded, leaf, own)
+        found.append(_spread(plan, leaf, own).__getitem__ if leaf.whole else read)
+    return found
+
+
+def _loaded(leaf: Leaf, tiles: list[Any], h: int) -> list[Array]:
     """What a head has in a block of one array, tiles one after another."""
     # Rows of less than 32 bits cannot be told apart before they are widened.
     parts = [tile[0].astype(jnp.int32)[h : h + 1] if leaf.rows else tile[0, h] for tile in tiles]
     if len(parts) == 1:
-        return parts[0]
-    return jnp.concatenate(parts, axis=1 if leaf.rows else leaf.axis - 2)
+        return parts
+    return [jnp.concatenate(parts, axis=1 if leaf.rows else leaf.axis - 2)]
+
+
+def _order(plan: Plan, shape: tuple[int, ...], axis: int) -> Array:
+    """Slots of a block in the order of their scores: the first tokens of all lines come first."""
+    at = lax.broadcasted_iota(jnp.int32, shape, axis)
+    lines = plan.size // plan.beside
+    return lax.rem(at, lines) * plan.beside + lax.div(at, lines)
+
+
+def _spread(plan: Plan, leaf: Leaf, tiles: list[Any]) -> list[list[Array]]:
+    """Scales of each head, all groups' steps and all groups' zero points, [groups, S].
+
+    A page has those of all heads in a line, head after head, and a head's are wanted in a line,
+    page after page. No lane is moved for that: products with zeros and ones put each page's where
+    all pages have theirs, of which each slot then takes its own. Whole numbers take two, of which
+    bfloat16 holds each.
+    """
+    page, wide = plan.size // plan.pages, -(-plan.pages // SUBLANES) * SUBLANES
+    room = [jnp.zeros((wide - plan.pages, tiles[0].shape[2]), jnp.float32)]
+    words = [tile[0].astype(jnp.int32) for tile in tiles]
+    parts, owners = [], []
+    for i, whole in enumerate(leaf.whole):
+        bits = jnp.concatenate([x[i : i + 1] for x in words], axis=0)
+        if whole:
+            found = thirds(((bits << 16) >> 16).astype(jnp.float32), 2)
+        else:
+            found = [lax.bitcast_convert_type(bits << 16, jnp.float32)]
+        parts += [jnp.concatenate([x, *room], axis=0) if wide > plan.pages else x for x in found]
+        owners += [i] * len(found)
+
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    rows = []
+    for h in range(plan.heads):
+        tile, first = divmod(h * page, LANES)
+        here = (lane >= first) & (lane < first + page)
+        own = slice(tile * LANES, (tile + 1) * LANES)
+        rows += [jnp.where(here, x[:, own], 0.0) for x in parts]
+    token = lax.broadcasted_iota(jnp.int32, (LANES, plan.size), 0)
+    slot = _order(plan, (LANES, plan.size), 1)
+    ones = (lax.rem(token, page) == lax.rem(slot, page)).astype(jnp.float32).astype(jnp.bfloat16)
+    every = product(jnp.concatenate(rows, axis=0).astype(jnp.bfloat16), ones, 0)
+    number = lax.broadcasted_iota(jnp.int32, (wide, plan.size), 0)
+    mine = number == lax.div(_order(plan, (wide, plan.size), 1), page)
+
+    def line(h: int, i: int) -> Array:
+        total: Any = 0.0
+        for n in (n for n, owner in enumerate(owners) if owner == i):
+            at = (h * len(parts) + n) * wide
+            total = total + jnp.sum(
+                jnp.where(mine, every[at : at + wide], 0.0), axis=0, keepdims=True
+            )
+        return total
+
+    def lines(h: int, whole: bool) -> list[Array]:
+        own = [line(h, i) for i, other in enumerate(leaf.whole) if other == whole]
+        return [own[0] if len(own) == 1 else jnp.concatenate(own, axis=0)] if own else []
+
+    return [lines(h, False) + lines(h, True) for h in range(plan.heads)]

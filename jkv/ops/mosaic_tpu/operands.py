@@ -3,8 +3,10 @@
 A TPU tiles the last two axes by 8 x 128 numbers. XLA keeps an array ``[B, K, S, C]`` of less than
 128 channels with its slots last, so that nothing is padded; a kernel's operands lie as they are
 indexed. Such arrays are therefore handed over as ``[B, K, C, S]``, which is how they already lie:
-no copy. Each form answers what attention asks of a block: products of queries with keys, and the
-weighted sum of values.
+no copy. Small pages are `Tiled`: tokens lie beside each other until a line is full. For each token
+of a line queries are a row of their own, zero in the others' lanes, and the scores of the lines'
+first tokens come before those of their second. Each form answers what attention asks of a block:
+products of queries with keys, and the weighted sum of values.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from jkv._axes import Array
 from jkv.ops.encoded import Encoded
 from jkv.ops.encoded.affine import ByChannel, ByToken
 from jkv.ops.encoded.floats import Floats8
+from jkv.ops.pages import Tiled
 
 LANES = 128
 LEAST_UNIT = 32  # tokens; of smaller units too many are in a tile
@@ -38,6 +41,7 @@ class Leaf:
     axis: int  # of slots
     rows: bool = False  # [B, K, S]: the lines of all heads in one tile
     share: Fraction = Fraction(1)  # numbers along the axis for each slot
+    whole: tuple[bool, ...] = ()  # `Tiled.scales`: of its lines, which are whole numbers
 
 
 def lies_last(channels: int) -> bool:
@@ -84,7 +88,9 @@ def _used(seen: Array) -> Array:
 
 
 def _wide(bits: Array) -> Array:
-    """Numbers of 16-bit patterns of bfloat16."""
+    """Numbers of 16-bit patterns of bfloat16; those that are numbers already."""
+    if bits.dtype == jnp.float32:
+        return bits
     return lax.bitcast_convert_type(bits.astype(jnp.int32) << 16, jnp.float32)
 
 
@@ -96,12 +102,52 @@ def _added(parts: Array, rows: int) -> Array:
     return total
 
 
+def placed(q: Array, parts: int, beside: int) -> Array:
+    """Queries [..., R, H] in the lanes of each of a line's tokens, [..., beside * R, beside * H].
+
+    The parts of packed bytes are lines one after another.
+    """
+    if beside == 1:
+        return q
+    apart = q.reshape(*q.shape[:-1], parts, 1, -1)
+    rows = [
+        jnp.where(jnp.arange(beside)[:, None] == t, apart, 0).reshape(*q.shape[:-1], -1)
+        for t in range(beside)
+    ]
+    return jnp.concatenate(rows, axis=-2)
+
+
+def _along(rows: Array, beside: int) -> Array:
+    """From [beside * R, L], rows for each token of a line, to [R, beside * L]."""
+    size = rows.shape[0] // beside
+    return jnp.concatenate([rows[t * size : (t + 1) * size] for t in range(beside)], axis=1)
+
+
+def _below(x: Array, beside: int) -> Array:
+    """The reverse of `_along`."""
+    size = x.shape[1] // beside
+    return jnp.concatenate([x[:, t * size : (t + 1) * size] for t in range(beside)], axis=0)
+
+
+def _own(sums: Array, beside: int, parts: int) -> Array:
+    """From sums [beside * R, C] those of each token in its own lanes, [R, C]."""
+    size, width = sums.shape[0] // beside, sums.shape[1] // parts
+    lane = lax.rem(lax.broadcasted_iota(jnp.int32, (1, sums.shape[1]), 1), width)
+    total = sums[:size]
+    for t in range(1, beside):
+        here = lane >= t * (width // beside)
+        total = jnp.where(here, sums[t * size : (t + 1) * size], total)
+    return total
+
+
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """Numbers as they are, ``[S, H]`` or, where slots lie last, ``[H, S]``."""
 
     dtype: Any
     last: bool
+    beside: int = 1  # tokens of a line
+    parts: int = 1  # of a byte
 
     @property
     def _precision(self) -> Any:
@@ -109,22 +155,38 @@ class Dense:
 
     def queries(self, q: Array) -> Array:
         """Queries [B, K, R, H] as `products` takes them."""
-        return q
+        return placed(q, 1, self.beside)
 
-    def products(self, q: Array, leaves: list[Array]) -> Array:
-        """[R, S]."""
-        return product(q, leaves[0], 0 if self.last else 1, self._precision)
+    def products(self, q: Array, leaves: list[Array], seen: Array | None = None) -> Array:
+        """[R, S]; `seen` as for `sums`."""
+        k = leaves[0]
+        if self.beside > 1 and seen is not None:
+            k = self._cleaned(k, seen)  # of a line, others' numbers are multiplied with zero
+        return _along(product(q, k, 0 if self.last else 1, self._precision), self.beside)
 
     def sums(self, w: Array, leaves: list[Array], seen: Array | None) -> Array:
-        """Sums [R, H] with weights [R, S]; `seen` [R, S] is None where everything is."""
-        v = leaves[0]
-        if seen is not None:
-            # Zero times NaN is NaN. Selects are of 32 bits on all TPUs.
-            used = _used(seen)
-            if not self.last:
-                used = jnp.transpose(jnp.broadcast_to(used, (8, used.shape[1])))[:, :1]
-            v = jnp.where(used > 0, v.astype(jnp.float32), 0.0).astype(self.dtype)
-        return product(w.astype(self.dtype), v, 1 if self.last else 0, self._precision)
+        """Sums [R, beside * H] with weights [R, S]; `seen` [R, S] is None where everything is."""
+        v = leaves[0] if seen is None else self._cleaned(leaves[0], seen)
+        w = _below(w, self.beside).astype(self.dtype)
+        return _own(product(w, v, 1 if self.last else 0, self._precision), self.beside, 1)
+
+    def _cleaned(self, x: Array, seen: Array) -> Array:
+        """With zero where no query looks: zero times NaN is NaN."""
+        used = _used(seen)
+        if not self.last:
+            used = self._columns(used, x.shape)
+        # Selects are of 32 bits on all TPUs.
+        return jnp.where(used > 0, x.astype(jnp.float32), 0.0).astype(self.dtype)
+
+    def _columns(self, row: Array, shape: tuple[int, ...]) -> Array:
+        """A row of all slots [1, S] as it is for the tokens of each line."""
+        (lines, width), found = shape, jnp.zeros((), row.dtype)
+        lane = lax.broadcasted_iota(jnp.int32, (1, width), 1)
+        for t in range(self.beside):
+            own = jnp.broadcast_to(row[:, t * lines : (t + 1) * lines], (8, lines))
+            own = jnp.transpose(own)[:, :1]
+            found = own if t == 0 else jnp.where(lane >= t * (width // self.beside), own, found)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,21 +198,27 @@ class Scaled:
     dim: int
     group: int
     exact: bool  # queries in float32
+    beside: int = 1  # tokens of a line
+    parts: int = 1  # of a byte
 
     @property
     def _groups(self) -> int:
         return -(-self.dim // self.group)
 
-    def _channels(self, g: int) -> Array:
-        """Which channels [1, H] are in a group."""
-        lane = lax.broadcasted_iota(jnp.int32, (1, self.dim), 1)
+    def _channels(self, g: int, beside: int = 1) -> Array:
+        """Which channels [1, beside * H] are in a group."""
+        lane = lax.broadcasted_iota(jnp.int32, (1, beside * self.dim), 1)
+        if beside > 1:
+            each = self.dim // self.parts
+            lane = lax.div(lane, each * beside) * each + lax.rem(lane, each)
         return (lane >= g * self.group) & (lane < (g + 1) * self.group)
 
     def queries(self, q: Array) -> Array:
         """For each group, the queries' own channels, in parts: [B, K, groups * parts * R, H]."""
         parts = thirds(q.astype(jnp.float32), 3) if self.exact else [q]
         rows = [jnp.where(self._channels(g), x, 0) for g in range(self._groups) for x in parts]
-        return jnp.concatenate(rows, axis=2).astype(jnp.bfloat16)
+        every = jnp.concatenate(rows, axis=2).astype(jnp.bfloat16)
+        return placed(every, self.parts, self.beside)
 
     def _affine(self, leaves: list[Array]) -> tuple[list[Array], list[Array] | None]:
         """Steps and zero points [1, S] of each group."""
@@ -160,11 +228,13 @@ class Scaled:
         )
         return steps, zeros[0] if zeros else None
 
-    def products(self, q: Array, leaves: list[Array]) -> Array:
-        """[R, S]."""
+    def products(self, q: Array, leaves: list[Array], seen: Array | None = None) -> Array:
+        """[R, S]; codes stand for numbers, whoever sees them."""
+        del seen
         found = product(q, self.decode(leaves[0]), 0 if self.last else 1)
+        found = _along(found, self.beside)
         steps, zeros = self._affine(leaves)
-        rows = q.shape[0] // self._groups
+        rows = q.shape[0] // (self._groups * self.beside)
         alone = rows // (3 if self.exact else 1)
         total: Any = 0.0
         for g in range(self._groups):
@@ -177,23 +247,34 @@ class Scaled:
         return total
 
     def sums(self, w: Array, leaves: list[Array], seen: Array | None) -> Array:
-        """Sums [R, H] with weights [R, S]; `seen` [R, S] is None where everything is."""
+        """Sums [R, beside * H] with weights [R, S]; `seen` [R, S] is None where everything is."""
         steps, zeros = self._affine(leaves)
         if seen is not None:
             used = _used(seen) > 0
             steps = [jnp.where(used, x, 0.0) for x in steps]
         scaled = [w * x for x in steps]
         parts = [x for y in scaled for x in thirds(y, 3 if self.exact else 2)]
-        rows = jnp.concatenate(parts, axis=0).astype(jnp.bfloat16)
+        rows = _below(jnp.concatenate(parts, axis=0).astype(jnp.bfloat16), self.beside)
         found = product(rows, self.decode(leaves[0]), 1 if self.last else 0)
+        found = _own(found, self.beside, self.parts)
         size = found.shape[0] // self._groups
         total: Any = 0.0
         for g in range(self._groups):
             own = _added(found[g * size : (g + 1) * size], w.shape[0])
             if zeros is not None:
-                own = own + jnp.sum(scaled[g] * zeros[g], axis=1, keepdims=True)
-            total = total + (own if self._groups == 1 else jnp.where(self._channels(g), own, 0.0))
+                low = jnp.sum(scaled[g] * zeros[g], axis=1, keepdims=True)
+                own = own + (low if self.beside == 1 else jnp.where(self._first, low, 0.0))
+            if self._groups > 1:
+                own = jnp.where(self._channels(g, self.beside), own, 0.0)
+            total = total + own
         return total
+
+    @property
+    def _first(self) -> Array:
+        """Which lanes [1, beside * H] are those of a line's first token."""
+        each = self.dim // self.parts
+        lane = lax.broadcasted_iota(jnp.int32, (1, self.beside * self.dim), 1)
+        return lax.rem(lane, each * self.beside) < each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +290,9 @@ class PerChannel:
         """In float32."""
         return q.astype(jnp.float32)
 
-    def products(self, q: Array, leaves: list[Array]) -> Array:
+    def products(self, q: Array, leaves: list[Array], seen: Array | None = None) -> Array:
         """[R, S]: the units of a tile's lanes are rows of one product, each for its own lanes."""
+        del seen
         codes = unpacked(self.bits, 0, leaves[0])
         steps, zeros = _wide(leaves[1]), leaves[2].astype(jnp.float32)
         units, rows = LANES // self.unit, q.shape[0]
@@ -260,6 +342,8 @@ def float8(codes: Array) -> Array:
 def operand(x: Any, dtype: Any) -> tuple[Any, list[Leaf]]:
     """How an operand is read for queries of a dtype, and its arrays."""
     exact = jnp.dtype(dtype) == jnp.float32
+    if isinstance(x, Tiled):
+        return _tiled(x, dtype, exact)
     if isinstance(x, ByChannel):
         share = Fraction(x.dim, x.unit)
         leaves = [Leaf(x.codes, 3), Leaf(x.steps, 2, True, share), Leaf(x.zeros, 2, True, share)]
@@ -276,6 +360,19 @@ def operand(x: Any, dtype: Any) -> tuple[Any, list[Leaf]]:
         return form, [codes, _per_token(x.steps), _per_token(x.zeros)]
     leaf = slots_last(x)
     return Dense(jnp.dtype(dtype), leaf.axis == 3), [leaf]
+
+
+def _tiled(x: Tiled, dtype: Any, exact: bool) -> tuple[Any, list[Leaf]]:
+    lines, form = Leaf(x.lines, 2, share=Fraction(1, x.beside)), x.form
+    if isinstance(form, Floats8):
+        read = Scaled(float8, False, x.dim, x.dim, exact, x.beside)
+        return read, [lines, Leaf(x.scales, 2, whole=(False,))]
+    if isinstance(form, ByToken):
+        decode = functools.partial(unpacked, form.bits, 1)
+        read = Scaled(decode, False, x.dim, form.group, exact, x.beside, 8 // form.bits)
+        groups = form.steps.shape[2]
+        return read, [lines, Leaf(x.scales, 2, whole=(False,) * groups + (True,) * groups)]
+    return Dense(jnp.dtype(dtype), False, x.beside), [lines]
 
 
 def outline(x: Any, dtype: Any) -> list[Leaf]:
@@ -299,6 +396,8 @@ def _per_token(x: Any) -> Leaf:
 
 def refusal(name: str, x: Any, dtype: Any) -> str | None:
     """Why an operand cannot be read, if so."""
+    if isinstance(x, Tiled):
+        return refusal(name, x.form, dtype)
     if isinstance(x, ByChannel):
         if name == "values":
             return "values with a step for each channel"

@@ -1,8 +1,8 @@
-"""New tokens into arrays whose slots lie last, in place.
+"""New tokens into arrays whose slots lie last, and whole pages into their places, in place.
 
-On a TPU such a write changes one lane of many tiles. XLA turns the whole array around for it, and
+On a TPU the first changes one lane of many tiles. XLA turns the whole array around for it, and
 back, where it fits into the chip's own memory; this kernel fetches the tiles, changes them and
-stores them where they were.
+stores them where they were. Pages XLA turns around where they are not as it would like them.
 """
 
 from __future__ import annotations
@@ -84,3 +84,40 @@ def write_run(buffer: Array, new: Array, at: Array, interpret: Any = False) -> A
         interpret=interpret,
         name="jkv_write",
     )(at, tokens, where_it_is(buffer, interpret))
+
+
+def write_pages(pages: Array, new: Array, at: Array, interpret: Any = False) -> Array:
+    """Whole pages into their places.
+
+    Args:
+        pages: [P, ...].
+        new: [N, ...].
+        at: [N], distinct; one that is not there is dropped.
+        interpret: of `pl.pallas_call`.
+    """
+
+    def kernel(at_ref: Any, new_ref: Any, _: Any, out_ref: Any, done: Any) -> None:
+        n = pl.program_id(0)
+        number = at_ref[n]
+
+        @pl.when((number >= 0) & (number < pages.shape[0]))
+        def _():
+            sent = pltpu.make_async_copy(new_ref.at[n], out_ref.at[number], done)
+            sent.start()
+            sent.wait()
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(len(at),),
+            in_specs=[anywhere, anywhere],
+            out_specs=anywhere,
+            scratch_shapes=[pltpu.SemaphoreType.DMA],
+        ),
+        out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+        input_output_aliases={2: 0},
+        interpret=interpret,
+        name="jkv_write_pages",
+    )(at, new, where_it_is(pages, interpret))

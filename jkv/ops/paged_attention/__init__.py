@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from jkv._axes import Array
 from jkv.ops import choice
 from jkv.ops.encoded import Encoded
+from jkv.ops.pages import Tiled
 from jkv.ops.partial import Partial
 
 __all__ = ["explain_paged", "paged_attention"]
@@ -14,8 +15,8 @@ __all__ = ["explain_paged", "paged_attention"]
 
 def paged_attention(
     q: Float[Array, "B T N H"],
-    k_pages: Float[Array, "P K page H"] | Encoded,
-    v_pages: Float[Array, "P K page H"] | Encoded,
+    k_pages: Float[Array, "P K page H"] | Encoded | Tiled,
+    v_pages: Float[Array, "P K page H"] | Encoded | Tiled,
     block_table: Int[Array, "B M"],
     *,
     positions: Int[Array, "B T"],
@@ -35,7 +36,7 @@ def paged_attention(
     Args:
         q: queries, already rotated.
         k_pages: keys of all pages; each of the K heads serves N / K query heads. An array, or in a
-            codec's form (`jkv.ops.encoded`) whose rows are pages.
+            codec's form (`jkv.ops.encoded`) whose rows are pages, or `jkv.ops.pages.Tiled`.
         v_pages: values, likewise.
         block_table: numbers of pages, -1 where there is none: its tokens are seen by nobody.
         positions: of the queries; -1 is padding, which sees nothing.

@@ -9,6 +9,7 @@ from typing import Any
 from jkv._axes import Array
 from jkv.ops.masks import Mask
 from jkv.ops.mosaic_gpu import call
+from jkv.ops.pages import Tiled
 from jkv.ops.partial import Partial
 
 
@@ -41,5 +42,7 @@ def paged_attention(
 
 def unsupported(q: Any, k_pages: Any, v_pages: Any, block_table: Any, **_: Any) -> str | None:
     """Why there is no kernel for these operands, or None."""
+    if isinstance(k_pages, Tiled) or isinstance(v_pages, Tiled):
+        return "pages that lie as a TPU wants them"
     page = k_pages.shape[2]
     return call.refusal(q, k_pages, v_pages, page=page, slots=block_table.shape[1] * page)

@@ -12,6 +12,7 @@ from jkv.ops.encoded import Encoded
 from jkv.ops.masks import Mask
 from jkv.ops.mosaic_tpu import flash
 from jkv.ops.mosaic_tpu.operands import LANES, Leaf, operand, outline
+from jkv.ops.pages import Tiled
 from jkv.ops.partial import Partial
 
 TILES = 16  # pages of a step, each an operand of the kernel
@@ -39,6 +40,10 @@ def unsupported(
     if math.prod(block_table.shape) > TABLE:
         return f"a block table of {math.prod(block_table.shape)} pages; up to {TABLE}"
     page = k_pages.shape[2]
+    tiled = [x.beside for x in (k_pages, v_pages) if isinstance(x, Tiled)]
+    if tiled:
+        alike = len(tiled) == 2 and tiled[0] == tiled[1]
+        return None if alike else "keys and values that do not lie alike"
     for name, x in (("keys", k_pages), ("values", v_pages)):
         why = _scattered(name, outline(x, q.dtype), page, x)
         if why is not None:
@@ -50,7 +55,8 @@ def _scattered(name: str, leaves: list[Leaf], page: int, x: Any) -> str | None:
     """Why a page of an operand is no block of memory, if so.
 
     An array whose last axis is no whole tile (few channels, steps of a few tokens) XLA lays with
-    the pages side by side, which fills its tiles: a page is then one number of each of many.
+    the pages side by side, which fills its tiles: a page is then one number of each of many. A
+    cache's own small pages are `Tiled`.
     """
     least = 1
     for leaf in leaves:
@@ -86,7 +92,9 @@ def paged_attention(
     keys, values = operand(k_pages, q.dtype), operand(v_pages, q.dtype)
     mask = Mask(scale, window, sinks if window is not None else 0, softcap)
     wanted = flash.slots_of(keys[1], kv_heads, columns * page)
-    whole = LANES // math.gcd(page, LANES)  # pages that fill tiles
+    beside = k_pages.beside if isinstance(k_pages, Tiled) else 1
+    lanes = LANES * beside
+    whole = lanes // math.gcd(page, lanes)  # pages that fill tiles
     pages = min(max(wanted // page // whole, 1) * whole, max(TILES // whole, 1) * whole)
     size = pages * page
     plan = flash.Plan(
@@ -96,6 +104,7 @@ def paged_attention(
         size=size,
         first=-(-mask.sinks // size),
         pages=pages,
+        beside=beside,
     )
     lengths = jnp.clip(lengths, 0, columns * page)
     info, steps = flash.scalars_of(plan, mask, positions, lengths, True)

@@ -6,19 +6,21 @@ from jaxtyping import Float, Int
 from jkv._axes import Array
 from jkv.ops.attention import reference
 from jkv.ops.encoded import Encoded
+from jkv.ops.pages import Tiled, taken
 from jkv.ops.partial import Partial
 
 
 def gathered(
-    pages: Float[Array, "P K page H"] | Encoded, block_table: Int[Array, "B M"]
+    pages: Float[Array, "P K page H"] | Encoded | Tiled, block_table: Int[Array, "B M"]
 ) -> Float[Array, "B K S H"]:
     """Each row's pages in order, decoded, S = M * page; anything where there is no page."""
     batch, columns = block_table.shape
     numbers = jnp.maximum(block_table, 0).reshape(-1)
-    taken = pages.take(numbers).decode() if isinstance(pages, Encoded) else pages[numbers]
-    _, heads, page, dim = taken.shape
-    taken = jnp.swapaxes(taken.reshape(batch, columns, heads, page, dim), 1, 2)
-    return taken.reshape(batch, heads, columns * page, dim)
+    found = taken(pages, numbers)
+    found = found.decode() if isinstance(found, Encoded) else found
+    _, heads, page, dim = found.shape
+    found = jnp.swapaxes(found.reshape(batch, columns, heads, page, dim), 1, 2)
+    return found.reshape(batch, heads, columns * page, dim)
 
 
 def slot_positions(block_table: Int[Array, "B M"], page: int) -> Int[Array, "B S"]:
@@ -29,8 +31,8 @@ def slot_positions(block_table: Int[Array, "B M"], page: int) -> Int[Array, "B S
 
 def paged_attention(
     q: Float[Array, "B T N H"],
-    k_pages: Float[Array, "P K page H"] | Encoded,
-    v_pages: Float[Array, "P K page H"] | Encoded,
+    k_pages: Float[Array, "P K page H"] | Encoded | Tiled,
+    v_pages: Float[Array, "P K page H"] | Encoded | Tiled,
     block_table: Int[Array, "B M"],
     *,
     positions: Int[Array, "B T"],
