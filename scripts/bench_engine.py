@@ -3,12 +3,13 @@
     python scripts/bench_engine.py --json engine.json
     python scripts/bench_engine.py --only trace --model ../shared/models/stories260k
 
-Prompts and answers are as long as in ShareGPT in shape: log-normal, means and spread below, cut at
-the model's context; a third of the prompts begin with one of four system prompts; requests arrive
-at random times (Poisson). The same trace for all, which serve it one after another, in turns:
-the engine; `jkv.generate` in batches of what has arrived, each as long as its longest answer;
-`transformers` likewise, and its own continuous batching, where it is installed with torch (the
-`compare` extra). Only tokens that were asked for count. Weights of `42m` are random.
+Prompts and answers are as long as in ShareGPT (means of 161 and 338 tokens: Kwon et al. 2023,
+figure 11), log-normal, cut so that both fit into 2048; for a shorter context all is scaled down. A
+third of the prompts begin with one of four system prompts. Requests arrive at random times
+(Poisson), by default faster than anybody serves them. The same trace for all, in turns: the engine;
+`jkv.generate` in batches of what has arrived, each as long as its longest answer; `transformers`
+likewise, and its own continuous batching, where it is installed with torch (the `compare` extra).
+Only tokens that were asked for count. Weights of `42m` are random.
 
 Sections: trace, requests of mixed lengths; prefix, the first token after a prompt of 1000 tokens
 that is in the cache, and that is not; host, the engine's own work per step at 256 lanes.
@@ -17,11 +18,12 @@ that is in the cache, and that is not; host, the engine's own work per step at 2
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,12 @@ from rich.table import Table
 import jkv
 from bench import machine
 from bench.kept import LLAMA_42M
+from jkv.engine import lanes
 
-PROMPT, ANSWER = (3.6, 1.0), (4.1, 0.9)  # of the logarithms: mean and standard deviation
-SYSTEM = 48  # tokens of a system prompt
+MEANS, SPREAD = (161, 338), (1.0, 0.8)  # tokens; standard deviations of the logarithms
+FULL = 2048  # tokens of context for which these are
+SYSTEM = 64  # tokens of a system prompt
+LONGEST = 300  # seconds that one may take for the trace
 SECTIONS = ("trace", "prefix", "host")
 
 
@@ -49,16 +54,21 @@ class Asked:
     new: int
 
 
-def trace(config: Any, count: int, rate: float, seed: int, longest: int) -> list[Asked]:
+def trace(config: Any, count: int, rate: float, seed: int) -> list[Asked]:
     """Requests in the order of their arrival."""
     rng = np.random.default_rng(seed)
+    scale = min(config.context / FULL, 1.0)
+    context, first = int(FULL * scale), int(SYSTEM * scale)
     times = np.cumsum(rng.exponential(1 / rate, count))
-    system = rng.integers(3, config.vocab, (4, SYSTEM))
+    system = rng.integers(3, config.vocab, (4, first))
     asked = []
     for at in times:
-        prompt = int(np.clip(rng.lognormal(*PROMPT), 4, longest // 2 - SYSTEM))
-        new = int(np.clip(rng.lognormal(*ANSWER), 4, longest // 2))
-        tokens = rng.integers(3, config.vocab, prompt)
+        lengths = [
+            np.clip(rng.lognormal(np.log(mean * scale) - spread**2 / 2, spread), 4, context // 2)
+            for mean, spread in zip(MEANS, SPREAD, strict=True)
+        ]
+        prompt, new = int(lengths[0]) - first, int(lengths[1])
+        tokens = rng.integers(3, config.vocab, max(prompt, 4))
         if rng.random() < 1 / 3:
             tokens = np.concatenate([system[rng.integers(4)], tokens])
         asked.append(Asked(float(at), tokens.tolist(), new))
@@ -153,25 +163,52 @@ def by_transformers(theirs: Any) -> Callable[[list[Asked]], None]:
     return run
 
 
-def by_continuous(theirs: Any, asked: list[Asked]) -> Served:
-    """All requests at once through the continuous batching of `transformers`."""
-    from transformers import GenerationConfig
+@contextlib.contextmanager
+def by_continuous(theirs: Any, lanes: int) -> Iterator[Callable[[list[Asked]], Served]]:
+    """The continuous batching of `transformers`, started before, with as many requests at once."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    longest = max(one.new for one in asked)
-    how = GenerationConfig(
-        max_new_tokens=longest,
-        do_sample=False,
-        eos_token_id=-1,
-        pad_token_id=0,
-        use_cuda_graph=False,
+    how = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    context = theirs.config.max_position_embeddings
+    page = 256  # its own
+    manager = theirs.init_continuous_batching(
+        generation_config=how,
+        # By default it takes most of the machine's memory, and a minute to do so.
+        continuous_batching_config=ContinuousBatchingConfig(
+            num_blocks=2 * lanes * -(-context // page),
+            max_batch_tokens=max(256, lanes),
+            max_requests_per_batch=lanes,
+        ),
     )
-    start = time.perf_counter()
-    # It takes one length for all: each group of equal lengths would be a batch again, so all run
-    # as long as the longest, and what is beyond is not counted.
-    out = theirs.generate_batch([one.prompt for one in asked], generation_config=how)
-    if len(out) != len(asked):
-        raise RuntimeError(f"{len(out)} answers to {len(asked)} requests")
-    return Served(sum(a.new for a in asked), time.perf_counter() - start, [])
+    manager.start()
+
+    def serve(asked: list[Asked]) -> Served:
+        start, left, ended = time.perf_counter(), list(asked), {}
+        while len(ended) < len(asked):
+            now = time.perf_counter() - start
+            while left and left[0].at <= now:
+                one = left.pop(0)
+                manager.add_request(
+                    one.prompt,
+                    request_id=str(len(asked) - len(left) - 1),
+                    max_new_tokens=one.new,
+                    record_timestamps=True,
+                )
+            out = manager.get_result(timeout=0.01)
+            if out is not None and out.is_finished():
+                if out.error:
+                    raise RuntimeError(str(out.error))
+                ended[int(out.request_id)] = out
+            elif not manager.is_running():
+                raise RuntimeError("it has stopped")
+            elif time.perf_counter() - start > LONGEST:
+                raise RuntimeError(f"{len(ended)} of {len(asked)} requests after {LONGEST} s")
+        seconds = time.perf_counter() - start
+        first = [ended[i].timestamps[0] - start - one.at for i, one in enumerate(asked)]
+        return Served(sum(len(out.generated_tokens) for out in ended.values()), seconds, first)
+
+    yield serve
+    manager.stop(block=True, timeout=10)
 
 
 def transformers_model(name: str, config: Any) -> Any:
@@ -205,26 +242,27 @@ def ours(name: str) -> Any:
 def engine_for(model: Any, options: Any, **changes: Any) -> Any:
     """An engine with as many pages as full rows would take."""
     lanes = changes.get("max_batch", options.lanes)
-    context = min(model.config.context, options.longest + SYSTEM)
-    pages = lanes * -(-context // options.page)
+    pages = lanes * -(-min(model.config.context, FULL) // options.page)
     how = {"page": options.page, "max_batch": options.lanes, "block": options.block}
     return jkv.Engine(model, **({"pages": pages} | how | changes))
 
 
-def measure_trace(name: str, options: Any, console: Console) -> dict[str, Any]:
+def measure_trace(
+    name: str, options: Any, console: Console, stack: contextlib.ExitStack
+) -> dict[str, Any]:
     """The trace, by everyone in turns."""
     model = ours(name)
     config = model.config
-    longest = min(options.longest, config.context)
     theirs = transformers_model(name, config)
-    rate = options.rate or (40.0 if name != "42m" else 4.0)
-    asked = trace(config, options.requests, rate, options.seed, longest)
+    rate = options.rate or (400.0 if name != "42m" else 4.0)
     engine = engine_for(model, options)
     engine.warm()
+    lengths = (8, 16, 32, 64, 128, 256, 272, 288, 320, 384, 512)  # those that are programs
+    warm = [[Asked(0.0, [3] * min(n, config.context - 2), 2)] for n in lengths]
     contestants: dict[str, Callable[[list[Asked]], Served]] = {
         "engine": lambda a: by_engine(engine, a),
         "jkv.generate, batches": lambda a: by_batches(
-            by_generate(model, options.lanes, longest + 2 * SYSTEM), a, options.lanes
+            by_generate(model, options.lanes, config.context), a, options.lanes
         ),
     }
     reasons = {}
@@ -237,24 +275,31 @@ def measure_trace(name: str, options: Any, console: Console) -> dict[str, Any]:
         if not hasattr(theirs, "generate_batch"):
             reasons["transformers, continuous"] = "this version has none"
         else:
-            contestants["transformers, continuous"] = lambda a: by_continuous(theirs, a)
+            name_of = "transformers, continuous"
+            if name_of not in options.without:
+                serve = stack.enter_context(by_continuous(theirs, options.lanes))
+                contestants[name_of] = serve
     for n in options.without:
-        if contestants.pop(n, None):
-            reasons[n] = "left out"
+        contestants.pop(n, None)
+        reasons[n] = "left out"
     served: dict[str, list[Served]] = {n: [] for n in contestants}
-    for turn in range(options.rounds + 1):  # the first compiles
+    for group in warm:
+        for serve in contestants.values():
+            serve(group)
+    every: list[Asked] = []
+    for turn in range(options.rounds):
         # Each round has texts of its own: nothing but the system prompts is found again.
-        now = trace(config, options.requests, rate, options.seed + turn, longest)
+        asked = trace(config, options.requests, rate, options.seed + turn)
+        every += asked
         for n, serve in list(contestants.items()):
             try:
-                one = serve(asked if turn == 0 else now)
+                one = serve(asked)
             except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
                 reasons[n] = f"{type(error).__name__}: {error}"[:200]
                 del contestants[n]
                 continue
-            if turn:
-                served[n].append(one)
-                console.print(f"  {n}: {one.rate:.0f} tokens/s", highlight=False)
+            served[n].append(one)
+            console.print(f"  {n}: {one.rate:.0f} tokens/s", highlight=False)
     rows = {}
     for n, runs in served.items():
         if not runs:
@@ -266,11 +311,11 @@ def measure_trace(name: str, options: Any, console: Console) -> dict[str, Any]:
             "first_token_p99": first[int(0.99 * len(first))] if first else None,
             **(runs[-1].more),
         }
-    lengths = {
-        "prompt": statistics.mean(len(a.prompt) for a in asked),
-        "answer": statistics.mean(a.new for a in asked),
+    means = {
+        "prompt": statistics.mean(len(a.prompt) for a in every),
+        "answer": statistics.mean(a.new for a in every),
     }
-    return {"model": name, "rate": rate, "mean_lengths": lengths, "rows": rows, "not_run": reasons}
+    return {"model": name, "rate": rate, "mean_lengths": means, "rows": rows, "not_run": reasons}
 
 
 def measure_prefix(options: Any) -> dict[str, Any]:
@@ -293,7 +338,7 @@ def measure_prefix(options: Any) -> dict[str, Any]:
 
 
 def measure_host(options: Any) -> dict[str, Any]:
-    """Seconds of the host's own work per step with 256 lanes at work; JAX's calls left out."""
+    """Seconds of the host's own work per step with 256 lanes at work, and of JAX's dispatch."""
     config = dataclasses.replace(LLAMA_42M, layers=1, width=64, heads=1, kv_heads=1, vocab=512)
     config = dataclasses.replace(config, feed_forward=64, context=512)
     model = jax.jit(lambda: jkv.Decoder(config, rngs=nnx.Rngs(0)))()
@@ -305,12 +350,25 @@ def measure_host(options: Any) -> dict[str, Any]:
         engine.submit(prompt, max_new_tokens=256, stop=())
     while engine.stats()["tokens"] < 256 * 20:
         engine.step()
-    steps, times = 150, []
+    steps, times, calls = 150, [], []
+    dispatch, called = lanes.decoded, 0.0
+
+    def timed(*arguments: Any) -> Any:
+        nonlocal called
+        began = time.perf_counter()
+        out = dispatch(*arguments)
+        called += time.perf_counter() - began
+        return out
+
+    lanes.decoded = timed
     for _ in range(steps):
-        began, waited = time.perf_counter(), engine.batch.waited
+        began, waited, before = time.perf_counter(), engine.batch.waited, called
         engine.step()
-        times.append(time.perf_counter() - began - (engine.batch.waited - waited))
-    return {"lanes": 256, "steps": steps, "seconds_per_step": statistics.median(times)}
+        calls.append(called - before)
+        times.append(time.perf_counter() - began - (engine.batch.waited - waited) - calls[-1])
+    lanes.decoded = dispatch
+    own, jax_own = statistics.median(times), statistics.median(calls)
+    return {"lanes": 256, "steps": steps, "seconds_per_step": own, "dispatch_seconds": jax_own}
 
 
 def main() -> None:
@@ -320,13 +378,12 @@ def main() -> None:
     add = parser.add_argument
     add("--model", action="append", help="42m, or a checkpoint's directory; repeatable")
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    add("--requests", type=int, default=64)
+    add("--requests", type=int, default=40)
     add("--lanes", type=int, default=8, help="requests at once; rows of the others' batches")
     add("--page", type=int, default=16)
     add("--block", type=int, default=4, help="tokens per step")
-    add("--longest", type=int, default=512, help="prompt and answer, at most")
     add("--rate", type=float, help="requests per second")
-    add("--rounds", type=int, default=3)
+    add("--rounds", type=int, default=2)
     add("--seed", type=int, default=0)
     add("--without", nargs="+", default=[], metavar="NAME", help="contestants to leave out")
     add("--json", type=Path, metavar="FILE")
@@ -336,7 +393,8 @@ def main() -> None:
     if "trace" in options.only:
         results["trace"] = []
         for name in options.model or ["42m"]:
-            found = measure_trace(name, options, console)
+            with contextlib.ExitStack() as stack:
+                found = measure_trace(name, options, console, stack)
             results["trace"].append(found)
             console.print(table_of(found))
     if "prefix" in options.only:
@@ -349,7 +407,8 @@ def main() -> None:
     if "host" in options.only:
         found = results["host"] = measure_host(options)
         console.print(
-            f"the host's work at 256 lanes: {1000 * found['seconds_per_step']:.2f} ms per step",
+            f"the host's work at 256 lanes: {1000 * found['seconds_per_step']:.2f} ms per step, "
+            f"and {1000 * found['dispatch_seconds']:.2f} ms of JAX's to dispatch it",
             highlight=False,
         )
     if options.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
+import sys
 import time
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 
 import jkv
+from jkv.engine import lanes
 from jkv.engine.stats import prometheus
 from jkv.errors import NonFiniteError, PoolFullError
 from tests.decoding import oracle
@@ -292,7 +294,7 @@ def test_priority_comes_first_and_nobody_waits_for_ever(lm):
 
 
 def test_nothing_is_compiled_after_warming(lm, compiles):
-    engine = made(lm, preemption="recompute")
+    engine = made(lm, pages=14, preemption="swap", share=False)
     engine.warm(samplers=[HOT])
     first = engine.submit([1], max_new_tokens=2, sampler=HOT, key=jax.random.key(0))
     engine.submit([1], max_new_tokens=2)
@@ -301,12 +303,73 @@ def test_nothing_is_compiled_after_warming(lm, compiles):
     with compiles:
         for i, prompt in enumerate(PROMPTS * 2):
             how = {"sampler": HOT, "key": first.key} if i % 3 == 0 else {}
-            engine.submit(prompt, max_new_tokens=3 + i % 7, stop=[i % 11], **how)
+            engine.submit(prompt, max_new_tokens=3 + i % 20, stop=(), **how)
             if i % 4 == 0:
                 engine.step()
         engine.run()
         assert compiles.count == 0
+    assert engine.stats()["preemptions"]["swap"] > 0  # there and back, and nothing compiled
     empty(engine)
+
+
+def test_passes_are_no_wider_than_who_takes_part(engine, alone, monkeypatch):
+    widths, shapes = [], []
+    decoded, absorbed = lanes.decoded, lanes.absorbed
+
+    def saying(size, frame, weights, layers, state, at, *rest):
+        widths.append(len(at))
+        return decoded(size, frame, weights, layers, state, at, *rest)
+
+    def reading(frame, weights, layers, state, at, tokens, *rest):
+        shapes.append(tokens.shape)
+        return absorbed(frame, weights, layers, state, at, tokens, *rest)
+
+    monkeypatch.setattr(lanes, "decoded", saying)
+    monkeypatch.setattr(lanes, "absorbed", reading)
+    last = [engine.submit(PROMPTS[1], max_new_tokens=n, stop=()) for n in (9, 9, 9, 27)][-1]
+    engine.run()
+    assert last.tokens == alone(PROMPTS[1], 27)
+    assert max(widths) == 4
+    assert widths[-5:] == [1] * 5  # in the last lane of four
+    assert set(shapes) <= {(1, 4), (2, 4)}
+    shapes.clear()
+    long = engine.submit(PROMPTS[11], max_new_tokens=1, stop=())
+    engine.run()
+    assert long.tokens == alone(PROMPTS[11], 1)
+    assert shapes == [(1, 8)] * 4  # 30 tokens
+
+
+def test_the_host_looks_at_no_lane_of_which_there_is_nothing_to_say(lm):
+    engine = made(lm, page=64, max_batch=32, prefill_rows=8)
+
+    def calls():
+        """What is called in a step in which everybody goes on, in Python and from it."""
+        count = 0
+
+        def heard(frame, event, argument):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        engine.step()
+        engine.step()
+        sys.setprofile(heard)
+        try:
+            engine.step()
+        finally:
+            sys.setprofile(None)
+        return count
+
+    def joined(count):
+        requests = [engine.submit([1], max_new_tokens=50, stop=()) for _ in range(count)]
+        while min(len(request.tokens) for request in requests) < 3:
+            engine.step()
+
+    joined(4)
+    few = calls()
+    joined(28)
+    assert engine.stats()["running"] == 32
+    assert calls() <= few + 4
+    engine.close()
 
 
 @pytest.mark.parametrize(

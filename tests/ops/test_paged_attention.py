@@ -145,6 +145,28 @@ def test_encoded_pages(codec):
     np.testing.assert_allclose(whole.out, want.out, atol=1e-6)
 
 
+def test_the_work_follows_the_tokens_and_not_the_longest_row(monkeypatch):
+    q, k, v = tokens(1)
+    (kp, table), (vp, _) = cut(k, 16), cut(v, 16)
+    steps, loop = [], jax.lax.fori_loop
+
+    def spied(lower, upper, *rest):
+        jax.debug.callback(lambda n: steps.append(int(n)), upper)
+        return loop(lower, upper, *rest)
+
+    monkeypatch.setattr(jax.lax, "fori_loop", spied)
+    for lengths, blocks in ([192, 20, 3], 4), ([3, 0, 0], 1), ([0, 0, 0], 0), ([129, 129, 128], 5):
+        lengths = np.asarray(lengths, np.int32)
+        where = {"positions": last(lengths, 1), "lengths": lengths}
+        # A fresh function: what has been compiled knows no spy.
+        jax.block_until_ready(
+            jax.jit(lambda *a, **w: ops.paged_attention(*a, **w))(q, kp, vp, table, **where)
+        )
+        jax.effects_barrier()
+        assert steps.pop() == blocks
+        assert not steps
+
+
 @pytest.mark.usefixtures("optimised")
 def test_nothing_is_gathered_as_a_whole():
     """What is in memory beside the pages is a block of each row."""
