@@ -54,7 +54,7 @@ class Shelf:
             raise TypeError(f"store got {store!r:.60}; expected a jkv.store.Store")
         if not isinstance(tenant, str):
             raise TypeError(f"tenant got {tenant!r:.60}; expected a text")
-        from jkv.store.pack import check_kind
+        from jkv.store.packing import check_kind
 
         check_kind(kind)
         self.store, self.tenant = store, tenant
@@ -105,7 +105,7 @@ class Shelf:
 
     def _unpacked(self, key: str, entry: Entry) -> Cache | None:
         """The cache of an entry; one that is none, or of another version, is dropped."""
-        from jkv.store.pack import converted, unpack
+        from jkv.store.packing import converted, unpack
 
         try:
             if entry.meta.get("form", "exact") != "exact":
@@ -147,7 +147,7 @@ class Shelf:
             seconds: that each took to make.
             meta: what else to keep with them, as JSON has it.
         """
-        from jkv.store.pack import pack
+        from jkv.store.packing import pack
 
         entries = []
         for tokens, cache, cost in zip(rows, caches, seconds, strict=True):

@@ -24,8 +24,8 @@ _HOME = {
     "Policy": "jkv.store.policy",
     "Remote": "jkv.store.remote",
     "SLRU": "jkv.store.policy",
-    "pack": "jkv.store.pack",
-    "unpack": "jkv.store.pack",
+    "pack": "jkv.store.packing",
+    "unpack": "jkv.store.packing",
 }
 
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

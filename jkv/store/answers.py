@@ -93,7 +93,7 @@ class Match:
 
 def value_of(entry: Entry, packed: bool) -> Any:
     """What was put, of what is stored."""
-    return importlib.import_module("jkv.store.pack").unpack(entry) if packed else entry
+    return importlib.import_module("jkv.store.packing").unpack(entry) if packed else entry
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -71,7 +71,8 @@ class Store:
         ttl: seconds until an entry is of no use; None: never.
         tenant_bytes: what each tenant may have, or by tenant; entries count once, as they were put.
         write_through: a put is written to all tiers before it returns.
-        forms: "int8" or "int4" by name of tier: what it holds is converted, its meta says so.
+        forms: "int8" or "int4" by name of tier: what it holds is converted where that takes fewer
+            bytes, and its meta says so.
         convert: does it, of an entry and a form; by default for caches, other entries stay.
         chunk: tokens between two marks; a shorter prefix is not found. A mark takes about 450 bytes
             of this process, a token 4 more.
@@ -487,7 +488,7 @@ class Store:
 
 
 def _converted(entry: Entry, form: str) -> Entry:
-    return importlib.import_module("jkv.store.pack").converted(entry, form)
+    return importlib.import_module("jkv.store.packing").converted(entry, form)
 
 
 def _texts(keys: Iterable[str]) -> list[str]:

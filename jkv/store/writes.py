@@ -43,7 +43,7 @@ class Writes(Reads):
             if ids is None:
                 raise ValueError("put got no key and no tokens; expected one of them")
             key = keys.content_key(fingerprint, ids)
-        entry = importlib.import_module("jkv.store.pack").pack(value) if packed else value
+        entry = importlib.import_module("jkv.store.packing").pack(value) if packed else value
         now = self.clock()
         ttl = self._ttl if ttl is None else ttl
         record = Record(

@@ -9,6 +9,7 @@ import pytest
 import jkv
 from jkv.cache.spec import parse
 from jkv.store import Device, Disk, Memory, Store
+from jkv.store.packing import converted
 from tests.decoding import oracle, texts
 from tests.decoding.test_chat import NEW
 
@@ -217,6 +218,19 @@ def test_a_tier_may_round_what_it_holds(tiny_model):
         assert out.reused.tolist() == [49, 0]
         want = jkv.generate(tiny_model, [OTHER], **HOW).tokens[0].tolist()
         assert out.tokens[1].tolist() == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "share"), [(400, 0.75), (50, 1.0)])
+def test_a_rounded_form_takes_fewer_bytes_or_is_not_taken(tokens, share):
+    keys = np.random.default_rng(0).standard_normal((1, 2, tokens, 8)).astype(np.float32)
+    exact = jkv.store.pack(jkv.from_legacy([(keys, keys)]))
+    rounded = converted(exact, "int4")
+    assert rounded.meta["form"] == ("int4" if share < 1 else "exact")
+    assert rounded.nbytes <= share * exact.nbytes
+    again = jkv.store.unpack(converted(rounded, "exact")).to_legacy()[0][0]
+    step = 0.0 if share == 1 else (keys.max() - keys.min()) / 15
+    assert np.abs(np.asarray(again)[:, :, :tokens] - keys).max() <= step
 
 
 @pytest.mark.parametrize("lie", ["tokens", "lengths", "layers", "depth", "nothing"])

@@ -105,6 +105,29 @@ def test_a_dead_remote_is_waited_for_and_then_left_alone(server):
     assert (counts["refused"], counts["open"]) == (6, 0)
 
 
+def test_a_store_above_a_dead_remote(server):
+    """Every wait is bounded, what is not there is a miss, and soon nobody asks any more."""
+    tier = remote(server.endpoint, timeout=0.2, breaker=Breaker(failures=2, wait=60.0))
+    with Store([Memory(), tier]) as store:
+        start = time.monotonic()
+        store.put("here", entry(1))
+        assert number(store.get("here")) == 1
+        assert store.get("not here") is None
+        assert time.monotonic() - start < 3
+        asked = server.requests
+        start = time.monotonic()
+        assert store.get_many([f"other {i}" for i in range(50)]) == [None] * 50
+        assert number(store.get("here")) == 1
+        assert time.monotonic() - start < 1
+        assert server.requests == asked
+        figures = check(store, accesses=53)
+        assert figures["hits"] == 2
+        assert figures["tiers"]["remote"]["errors"] > 50
+        start = time.monotonic()
+    assert time.monotonic() - start < 3  # nor does closing hang
+    assert store.stats()["entries"] == 1
+
+
 def test_a_broken_remote(server):
     server.answer = BROKEN
     tier = remote(server.endpoint, timeout=5.0, retries=1)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import jkv.store
 from jkv.errors import TierError, UnsupportedError
 from jkv.store import LRU, Device, Disk, Entry, Memory, Store
 from tests.store.fakes import Batched, Clock, Fake, check, entry, number
@@ -41,10 +42,10 @@ def test_what_is_put_is_got():
 
 
 def test_values_that_are_packed_come_back_unpacked(monkeypatch):
-    module = types.ModuleType("jkv.store.pack")
+    module = types.ModuleType("jkv.store.packing")
     module.pack = lambda cache: entry(cache["n"])
     module.unpack = lambda entry: {"n": entry.meta["number"]}
-    monkeypatch.setitem(sys.modules, "jkv.store.pack", module)
+    monkeypatch.setitem(sys.modules, "jkv.store.packing", module)
     tier = Fake(1000, name="disk")
     with Store([tier]) as store:
         store.put("a", {"n": 7})
@@ -62,9 +63,9 @@ def test_a_cache_of_another_version_is_a_miss(monkeypatch):
     def unpack(_):
         raise CorruptError("version")
 
-    module = types.ModuleType("jkv.store.pack")
+    module = types.ModuleType("jkv.store.packing")
     module.pack, module.unpack = lambda cache: entry(cache), unpack
-    monkeypatch.setitem(sys.modules, "jkv.store.pack", module)
+    monkeypatch.setitem(sys.modules, "jkv.store.packing", module)
     with Store([Fake(1000)]) as store:
         store.put("a", 1)
         assert store.get("a") is None
@@ -640,6 +641,13 @@ def test_imports_fast_and_without_jax():
     ]
     assert {d.stdout.split()[0] for d in done} == {"False"}, done[0].stderr
     assert min(float(d.stdout.split()[1]) for d in done) < 0.3
+
+
+def test_no_module_has_the_name_of_something_public():
+    """Once it is imported, ``jkv.store.name`` would be the module."""
+    modules = {path.stem for path in (ROOT / "jkv" / "store").glob("*.py")}
+    assert len(modules) > 20
+    assert not modules & set(jkv.store.__all__)
 
 
 def test_what_fits_but_for_its_header_is_rejected():

@@ -88,6 +88,8 @@ def unpack(entry: Entry) -> Cache:
 def converted(entry: Entry, form: str) -> Entry:
     """An entry's exact cache in fewer bits; one that is rounded already stays as it is.
 
+    So does one that would take no fewer bytes: below some 230 tokens "int4" takes more.
+
     Args:
         entry: of a cache.
         form: "int8" or "int4"; "exact" for one that was rounded gives its numbers back, rounded.
@@ -114,7 +116,8 @@ def converted(entry: Entry, form: str) -> Entry:
     # What else there is, such as the tokens, goes with it.
     others = set(entry.arrays) - set(_named(entry.meta["cache"]))
     arrays = {**packed.arrays, **{name: entry.arrays[name] for name in others}}
-    return Entry(arrays, {**packed.meta, "form": form})
+    result = Entry(arrays, {**packed.meta, "form": form})
+    return result if form == "exact" or result.nbytes < entry.nbytes else entry
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
