@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ class Kept:
             raise TypeError(f"store got {store!r:.60}; expected a jkv.store.Store")
         self.store, self.fingerprint = store, fingerprint
         self._leaving: list[tuple[list[bytes], Any]] = []  # names, and their pages on the device
-        self._own = f"{os.getpid()}.{next(_engines)}"  # requests have numbers in their engine only
+        # Requests have numbers in their engine only, and processes in their container.
+        self._own = f"{secrets.token_hex(8)}.{os.getpid()}.{next(_engines)}"
 
     def leave(self, names: list[bytes], pages: Any) -> None:
         """Pages that others are about to write to: leaves ``[n, ...]``, still on the device."""

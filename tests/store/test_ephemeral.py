@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jkv.errors import TierError
@@ -66,6 +68,18 @@ def test_requests_that_wait_go_with_their_process_only(tmp_path, child):
     assert len(list(tmp_path.glob(".tmp-*"))) == 1
     assert there(tmp_path) == ["lasts"]
     assert [path.name for path in tmp_path.iterdir()] == [name_of("0::lasts")]
+
+
+def test_engines_of_two_containers_do_not_share_a_name(monkeypatch):
+    """Their processes have the same numbers, and so have their engines and requests."""
+    from jkv.engine import kept
+
+    with Store([Memory()]) as store:
+        keys = []
+        for _ in range(2):
+            monkeypatch.setattr(kept, "_engines", itertools.count())
+            keys.append(kept.Kept(store, b"model").put_aside(0, {"k": np.arange(5)}, 5))
+        assert len(set(keys)) == len(store) == 2
 
 
 def test_a_store_that_closes_leaves_nothing_of_its_own(tmp_path):
