@@ -395,8 +395,8 @@ def paged_cases(target: str) -> dict[str, Paged]:
             if page < least:
                 continue
             for batch, groups in ((1, 1), (8, 4)):
-                if dim == 64 and batch == 1:
-                    continue
+                if target == "tpu" and batch == 1:
+                    continue  # as `kinds_of` has them
                 name = f"{form} in pages of {page} B={batch} G={groups}"
                 name += "" if dim == 128 else f" H={dim}"
                 found[name] = Paged(form, page, batch, groups, head_dim=dim, dtype=dtype)

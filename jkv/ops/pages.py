@@ -126,10 +126,10 @@ def _fits(forms: list[Any], page: int) -> bool:
         return False
     plain = all(isinstance(form, jax.ShapeDtypeStruct) for form in forms)
     known = all(isinstance(form, jax.ShapeDtypeStruct | ByToken | Floats8) for form in forms)
-    # Scales of a head lie within a tile.
-    small = plain or (LANES % page == 0 and page >= 16)
+    # Fewer tokens are too many pages for a step; scales of a head lie within a tile.
+    fits = page >= 8 if plain else page >= 16 and LANES % page == 0
     least = min(jax.tree.leaves(form)[0].dtype.itemsize for form in forms) * (page // beside)
-    return known and small and least >= WORD and not (plain and beside == 1)
+    return known and fits and least >= WORD and not (plain and beside == 1)
 
 
 def _tiles(codec: Any, form: Any, beside: int, dim: int) -> Tiled:

@@ -16,7 +16,9 @@ from jkv._pytree import replace
 from jkv.cache import Cache, copy_pages
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 from jkv.models import Decoder
+from jkv.ops import choice
 from jkv.ops.encoded import Affine, Sparse
+from jkv.ops.pages import Tiled
 from jkv.testing import check_kind
 
 PAGE, SLOTS = 4, 20
@@ -478,3 +480,42 @@ def test_what_is_no_kind():
     layer = new().layers[0]
     with pytest.raises(UnsupportedError, match="no table of its own"):
         layer.to_legacy(jnp.zeros(3, jnp.int32))
+
+
+@pytest.mark.parametrize(("bits", "dim"), [(None, 48), (4, 64)])
+def test_pages_as_they_lie_on_a_tpu(bits, dim):
+    """Another arrangement of the same numbers, through all that is done to a cache."""
+
+    def life(kind, again):
+        cache = Cache.empty([kind.init(2, 64, 3, dim, jnp.float32)], 2, 64)
+        rng, found = np.random.default_rng(0), []
+
+        @jax.jit
+        def more(cache, q, k, v, counts):
+            def stack(_, step, layers):
+                out, layer = layers[0].attend(q, k, v, step, scale=dim**-0.5)
+                return out, (layer,)
+
+            return cache.advance(stack, jnp.zeros(q.shape[:2], jnp.int32), counts)
+
+        for new, counts in ((19, [19, 7]), (1, [1, 1]), (19, [4, 0])):
+            q, k, v = rng.normal(size=(3, 2, new, 3, dim)).astype(np.float32)
+            out, cache = more(cache, q, k, v, np.asarray(counts, np.int32))
+            cache = cache.take(np.asarray([1, 0]))
+            real = np.arange(new)[None] < np.asarray(counts)[:, None]
+            found.append(np.where(real[:, :, None, None], out, 0))
+        cache = cache.fork(2).resize(80)
+        cache = cache.crop(np.maximum(cache.lengths - 3, 0))
+        if bits is not None:
+            layer = cache.layers[0].requantise(again, cache.lengths)
+            cache = replace(cache, layers=(layer,))
+        return [*found, *jax.tree.leaves(cache.to_legacy())], cache
+
+    kind, again = jkv.paged(16, bits=bits), jkv.paged(16, bits=8)
+    want, plain = life(kind, again)
+    with choice.target("tpu"):
+        got, held = life(kind, again)
+        assert isinstance(held.layers[0].k_pages, Tiled)
+    assert held.layers[0].k_pages.shape == plain.layers[0].k_pages.shape
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -67,7 +67,10 @@ def _scattered(name: str, leaves: list[Leaf], page: int, x: Any) -> str | None:
             least = max(least, LANES, LANES * share.denominator // math.gcd(LANES, share.numerator))
     if page % least:
         form = type(x).__name__ if isinstance(x, Encoded) else f"{x.shape[3]} channels"
-        return f"pages of {page} tokens; {name} as {form} are read in pages of multiples of {least}"
+        return (
+            f"pages of {page} tokens; {name} as {form} are read in pages of multiples of {least}, "
+            "or as `jkv.ops.pages.Tiled`, which a cache's are where that is possible"
+        )
     return None
 
 
