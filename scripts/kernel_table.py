@@ -51,6 +51,7 @@ def forms() -> dict[str, Any]:
         "fp8": (Float8(), Float8()),
         "int4 by token": (Affine(4), Affine(4)),
         "int4, keys by channel": (Affine(4, axis="channel", group=64), Affine(4)),
+        "int4 cache": (Affine(4, axis="channel", group=64), Affine(4, group=64)),
     }
 
 

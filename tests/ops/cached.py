@@ -18,6 +18,8 @@ CODECS = {
     "int4": (Affine(4), Affine(4)),
     "int4 by channel": (Affine(4, axis="channel", group=64), Affine(4)),
     "int8 by channel": (Affine(8, axis="channel", group=128), Affine(8)),
+    # As the cache of 4 bits has it by default: two steps for a value of 128 channels.
+    "int4 in groups": (Affine(4, axis="channel", group=64), Affine(4, group=64)),
 }
 
 

@@ -35,6 +35,7 @@ CASES = {
     "int8": Case((130, 1), form="int8", dim=80),
     "int4": Case((130, 64), form="int4", kv_heads=2),
     "int4 by channel": Case((192, 64), form="int4 by channel", dim=128, new=5),
+    "int4 in groups": Case((192, 66), form="int4 in groups", dim=128, groups=2),
     "pages": Case((130, 0, 49), page=16, window=100),
     "pages of codes": Case((192, 70), form="int8", page=64, dim=64),
 }
@@ -156,6 +157,7 @@ def operands(form="bfloat16", new=1, dim=128, slots=512, groups=4, q=jnp.bfloat1
         "int4": Affine(4),
         "int2": Affine(2),
         "groups": Affine(8, group=64),
+        "small groups": Affine(8, group=32),
         "units": Affine(4, axis="channel", group=64),
         "short units": Affine(4, axis="channel", group=32),
         "sparse": Sparse(0.25),
@@ -164,7 +166,10 @@ def operands(form="bfloat16", new=1, dim=128, slots=512, groups=4, q=jnp.bfloat1
         cache = jax.ShapeDtypeStruct((2, 2, slots, dim), jnp.dtype(form))
     else:
         cache = jax.eval_shape(lambda: codec.empty(2, 2, slots, dim, jnp.bfloat16))
-    return queries, cache, cache
+    keys = cache
+    if form == "small groups":
+        keys = jax.eval_shape(lambda: Affine(8).empty(2, 2, slots, dim, jnp.bfloat16))
+    return queries, keys, cache
 
 
 @pytest.fixture
@@ -210,7 +215,8 @@ def test_what_is_supported(any_version, form, dim, new, groups):
         ({"form": "float16"}, "float16 beside queries in bfloat16"),
         ({"form": "int8", "q": jnp.float16}, "bfloat16 beside queries in float16"),
         ({"form": "int2"}, "codes of 2 bits"),
-        ({"form": "groups"}, "2 steps for a token"),
+        ({"form": "groups"}, "keys: 2 steps for a token"),
+        ({"form": "small groups"}, "values: 4 steps for a token's 128 channels"),
         ({"form": "units"}, "values: a step for a unit's tokens"),
         ({"form": "short units"}, "a step for 32 tokens"),
         ({"form": "sparse"}, "numbers stored as Some"),

@@ -60,6 +60,13 @@ def _refused(q: Any, x: Any, what: str) -> str | None:
         return f"{stored.factor.name} beside queries in {jnp.dtype(q.dtype).name}"
     if isinstance(stored, Coded) and dim % (16 * stored.parts):
         return f"{dim} channels in codes of {stored.bits} bits"
+    if isinstance(stored, Coded) and stored.groups > 1:
+        if what == "keys":
+            return f"{stored.groups} steps for a token (the kernel takes one of keys)"
+        if dim % (64 * stored.groups):
+            return (
+                f"{stored.groups} steps for a token's {dim} channels (the kernel takes one for 64)"
+            )
     if isinstance(stored, ByUnit):
         if what == "values":
             return "a step for a unit's tokens (the kernel takes one for a token)"
@@ -84,7 +91,8 @@ def layout_of(q: Any, k: Any, v: Any, page: int | None, slots: int) -> Layout:
     batch, new, heads, dim = q.shape
     keys, values = _forms(k, v)
     groups = heads // k.shape[1]
-    chunks, columns = plan.parts(groups * new, dim)
+    # Weights for several groups of channels take the registers of as many columns.
+    chunks, columns = plan.parts(groups * new, dim if values.groups == 1 else 2 * dim)
     # Of two forms the one with fewer numbers in a block.
     tuned = min((plan.tuning()["forms"][x.name] for x in (keys, values)), key=lambda x: x["block"])
     block = tuned["block"]

@@ -123,6 +123,11 @@ class Plain:
         return "16 bits"
 
     @property
+    def groups(self) -> int:
+        """Of channels whose weights differ."""
+        return 1
+
+    @property
     def factor(self) -> Any:
         """What queries or weights have to be, to be multiplied."""
         return jnp.dtype(self.dtype)
@@ -173,9 +178,17 @@ class Plain:
         return product(shape, (stage[0].at[slot], q.transpose((1, 0))))
 
     def weighted(
-        self, layout: Layout, stage: Any, slot: Any, work: Any, w: Array, seen: Array, clean: Any
-    ) -> tuple[Array, Callable[[Any], Array]]:
-        """Weights to multiply with, and what then gives the weighted sum [height, columns].
+        self,
+        layout: Layout,
+        stage: Any,
+        slot: Any,
+        work: Any,
+        weights: Any,
+        w: Array,
+        seen: Array,
+        clean: Any,
+    ) -> Callable[[], Array]:
+        """Put weights to multiply with into memory; what then gives the sum [height, columns].
 
         Zero times NaN is NaN: a block in which some slot is seen by nobody is not `clean`, and
         loses what lies there.
@@ -194,15 +207,21 @@ class Plain:
             clear()
         else:
             pl.when(jnp.logical_not(clean))(clear)
-        return w.astype(self.factor), lambda weights: summed(layout, values, weights)
+        weights.at[0].transpose((1, 0))[...] = w.astype(self.factor)
+        return lambda: summed(layout, values, weights.at[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Coded:
-    """Codes in bytes with a step for each token, and a zero point where they are integers."""
+    """Codes in bytes with a step for each token, and a zero point where they are integers.
+
+    Values may have several, each for as many channels: their weights differ by groups, which are
+    products of their own that they would be anyway, of 64 channels each.
+    """
 
     bits: int
     floating: bool = False
+    groups: int = 1  # steps of a token
     interpreted: bool = False
 
     @property
@@ -234,8 +253,8 @@ class Coded:
         """Shared memory of the blocks in flight."""
         width = layout.dim // self.parts
         codes = shared((layout.stages, layout.block, width), jnp.uint8, swizzle(width))
-        steps = plgpu.SMEM((layout.stages, layout.block), jnp.uint16)
-        zeros = plgpu.SMEM((layout.stages, layout.block), jnp.int16)
+        steps = plgpu.SMEM((layout.stages, self.groups, layout.block), jnp.uint16)
+        zeros = plgpu.SMEM((layout.stages, self.groups, layout.block), jnp.int16)
         return [codes, steps] if self.floating else [codes, steps, zeros]
 
     def work(self, layout: Layout, keys: bool) -> list[Any]:
@@ -247,7 +266,7 @@ class Coded:
     @property
     def copies(self) -> int:
         """How many bring a block, or each piece of one."""
-        return 2 if self.floating else 3
+        return 2 if self.floating else 1 + 2 * self.groups
 
     def fetch(self, layout: Layout, refs: Any, stage: Any, slot: Any, piece: Piece, bar: Any):
         """Begin to copy part of a block."""
@@ -257,8 +276,9 @@ class Coded:
         plgpu.copy_gmem_to_smem(at, stage[0].at[slot, rows], bar)
         for ref, held in zip(refs[1:], stage[1:], strict=True):
             at = ref.at[piece.lead, piece.head]
-            at = at.at[slots] if self.floating else at.at[0, slots]
-            plgpu.copy_gmem_to_smem(at, held.at[slot, rows], bar)
+            for g in range(self.groups):
+                mine = at.at[slots] if self.floating else at.at[g, slots]
+                plgpu.copy_gmem_to_smem(mine, held.at[slot, g, rows], bar)
 
     @property
     def kind(self) -> Any:
@@ -274,12 +294,14 @@ class Coded:
         """Results [lines, H, columns] with the channels in order."""
         return jnp.swapaxes(convert.restored(jnp.swapaxes(out, 1, 2)), 1, 2)
 
-    def scales(self, stage: Any, slot: Any, factor: float) -> tuple[Array, Array | None]:
+    def scales(
+        self, stage: Any, slot: Any, factor: float, group: int = 0
+    ) -> tuple[Array, Array | None]:
         """Steps, times a factor, and zero points of a block's tokens, in float32."""
-        steps = _wide(load(stage[1].at[slot], ROW))
+        steps = _wide(load(stage[1].at[slot, group], ROW))
         if self.floating:
             return steps * factor, None
-        zeros = load(stage[2].at[slot], ROW).astype(jnp.float32)
+        zeros = load(stage[2].at[slot, group], ROW).astype(jnp.float32)
         return steps, zeros - convert.OFFSET[self.kind]
 
     def _convert(self, layout: Layout, codes: Any, work: Any) -> None:
@@ -309,29 +331,48 @@ class Coded:
         return out * down(steps, shape)
 
     def weighted(
-        self, layout: Layout, stage: Any, slot: Any, work: Any, w: Array, seen: Array, clean: Any
-    ) -> tuple[Array, Callable[[Any], Array]]:
-        """Weights to multiply with, and what then gives the weighted sum [height, columns].
+        self,
+        layout: Layout,
+        stage: Any,
+        slot: Any,
+        work: Any,
+        weights: Any,
+        w: Array,
+        seen: Array,
+        clean: Any,
+    ) -> Callable[[], Array]:
+        """Put weights to multiply with into memory; what then gives the sum [height, columns].
 
         Any code is finite, but the step of a slot that nobody sees may not be.
         """
         del clean
-        shape = w.shape
-        steps, zeros = self.scales(stage, slot, 2.0**112)
-        w = jnp.where(seen, w * down(steps, shape), 0.0).astype(self.factor)
-        low = None
-        if zeros is not None:
-            # Of the weights as they were rounded: their errors are then those of the numbers meant.
-            low = jnp.sum(w.astype(jnp.float32) * down(zeros, shape), axis=0)
         self._convert(layout, stage[0].at[slot], work)
+        lows: list[Array] = []
+        for group in range(self.groups):
+            steps, zeros = self.scales(stage, slot, 2.0**112, group)
+            own = jnp.where(seen, w * down(steps, w.shape), 0.0).astype(self.factor)
+            weights.at[group].transpose((1, 0))[...] = own
+            if zeros is not None:
+                # Of the weights as they were rounded: their errors are then those of the numbers
+                # meant.
+                lows.append(jnp.sum(own.astype(jnp.float32) * down(zeros, w.shape), axis=0))
 
-        def multiply(weights: Any) -> Array:
-            out = summed(layout, work[0], weights)
+        def multiply() -> Array:
+            if self.groups == 1:
+                outs = [summed(layout, work[0], weights.at[0])]
+            else:
+                size = layout.dim // self.groups
+                outs = []
+                for g in range(self.groups):
+                    values = work[0].at[:, pl.ds(g * size, size)].transpose((1, 0))
+                    factors = (values, weights.at[g].transpose((1, 0)))
+                    outs.append(product((size, layout.columns), factors))
             if self.floating:
-                return out * 2.0**8
-            return out if low is None else out + across(low, out.shape)
+                return outs[0] * 2.0**8
+            outs = [out + across(low, out.shape) for out, low in zip(outs, lows, strict=True)]
+            return outs[0] if len(outs) == 1 else jnp.concatenate(outs)
 
-        return w, multiply
+        return multiply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,9 +502,7 @@ def form(x: Any) -> Keys | str:
     if isinstance(x, ByToken | ByChannel) and x.bits not in (8, 4):
         return f"codes of {x.bits} bits (the kernel takes 8 and 4)"
     if isinstance(x, ByToken):
-        if x.steps.shape[-2] != 1:
-            return f"{x.steps.shape[-2]} steps for a token (the kernel takes one)"
-        return Coded(x.bits)
+        return Coded(x.bits, groups=x.steps.shape[-2])
     if isinstance(x, ByChannel):
         if x.unit not in (64, 128):
             return f"a step for {x.unit} tokens (the kernel takes 64 and 128)"

@@ -65,7 +65,7 @@ class Call:
         """Shared memory, and barriers of what is copied into it."""
         at, keys, values = self.layout, self.keys, self.values
         bar = functools.partial(plgpu.Barrier, num_barriers=at.stages)
-        weights = shared((at.columns, at.block), values.factor, values.permuted(at))
+        weights = shared((values.groups, at.columns, at.block), values.factor, values.permuted(at))
         return {
             "q": shared((at.stages, at.columns, at.dim), keys.factor, keys.permuted(at)),
             "about": plgpu.SMEM((at.stages, 2, at.words), jnp.int32),
@@ -277,12 +277,11 @@ class _Program:
             weights = jnp.exp2(scores - across(shift, shape))
             total = total * across(faded, shape) + weights
             plgpu.barrier_wait(on["values_here"].at[slot])
-            weights, multiply = self.call.values.weighted(
-                at, on["values"], slot, work, weights, seen, clean
+            multiply = self.call.values.weighted(
+                at, on["values"], slot, work, on["weights"], weights, seen, clean
             )
-            on["weights"].transpose((1, 0))[...] = weights
             plgpu.commit_smem()
-            out = out * across(faded, tall) + multiply(on["weights"])
+            out = out * across(faded, tall) + multiply()
             return higher, total, out, self.fetch(state)
 
         nothing = plgpu.layout_cast(jnp.full((at.columns,), -jnp.inf, jnp.float32), COLUMN)
