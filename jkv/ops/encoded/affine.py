@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from jkv._axes import Array
@@ -75,6 +77,22 @@ class ByChannel(Stored):
             codes=change(self.codes, axis + 1),
             steps=steps.reshape(*steps.shape[:-2], -1),
             zeros=zeros.reshape(*zeros.shape[:-2], -1),
+        )
+
+    def block(self, start: Any, size: int) -> ByChannel:
+        """Slots `start` to ``start + size`` of a merged form, both whole units.
+
+        The steps as they lie: of an axis of units XLA would make the last one for all of the cache,
+        and back for the next update, because a block's products want it so.
+        """
+        cut = functools.partial(lax.dynamic_slice_in_dim, axis=1)
+        each = self.dim * (size // self.unit)
+        at = start // self.unit * self.dim
+        return replace(
+            self,
+            codes=lax.dynamic_slice_in_dim(self.codes, start, size, 2),
+            steps=cut(self.steps, at, each),
+            zeros=cut(self.zeros, at, each),
         )
 
     def _affine(self) -> tuple[Array, Array]:
