@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jkv._axes import Array
@@ -23,6 +22,7 @@ from jkv.engine.pool import PagePool
 from jkv.engine.scheduler import Seat
 from jkv.errors import PoolFullError
 from jkv.models.fingerprint import fingerprint
+from jkv.ops.pages import put
 
 FIRST_RATE = 4e9  # bytes per second between device and host, until it has been measured
 
@@ -316,13 +316,9 @@ def _gathered(layers: tuple[Any, ...], tables: tuple[Array, ...]) -> Any:
 def _scattered(layers: tuple[Any, ...], tables: tuple[Array, ...], pages: Any) -> tuple[Any, ...]:
     """The layers with those pages; none where the table has -1."""
     after = []
-    for layer, new in zip(layers, pages, strict=True):
+    for layer, (keys, values) in zip(layers, pages, strict=True):
         at = tables[layer.group]
-
-        def put(leaf: Array, part: Array, at: Array = at) -> Array:
-            return leaf.at[jnp.where(at < 0, leaf.shape[0], at)].set(part, mode="drop")
-
-        keys, values = jax.tree.map(put, (layer.k_pages, layer.v_pages), tuple(new))
+        keys, values = put(layer.k_pages, keys, at), put(layer.v_pages, values, at)
         after.append(replace(layer, k_pages=keys, v_pages=values))
     return tuple(after)
 
