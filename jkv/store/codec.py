@@ -26,7 +26,7 @@ import dataclasses
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -81,7 +81,17 @@ def _aligned(offset: int) -> int:
 
 
 def encode(value: Entry, key: str = "", *, compression: str | None = None) -> list[memoryview]:
-    """The blob of an entry, in pieces to be written one after the other; arrays are not copied.
+    """The blob of an entry, in pieces to be written one after the other; see `prepare`."""
+    _, payload, header = prepare(value, key, compression=compression)
+    return [header(), *payload]
+
+
+def prepare(
+    value: Entry, key: str = "", *, compression: str | None = None
+) -> tuple[int, list[memoryview], Callable[[], memoryview]]:
+    """Where a blob's payload begins, its pieces, and what makes the header that comes before it.
+
+    The payload can be on its way while it is summed up for the header. Arrays are not copied.
 
     Args:
         compression: None, or "zstd": lossless; kept only where it makes the payload smaller.
@@ -119,10 +129,14 @@ def encode(value: Entry, key: str = "", *, compression: str | None = None) -> li
         text = _as_json(said).encode()
     except (TypeError, ValueError) as error:
         raise UnsupportedError(f"an entry's meta must be what JSON can say: {error}") from error
-    fixed = _FIXED.pack(_MAGIC, VERSION, len(text), stored, checksum(pieces))
-    text += bytes(_aligned(PREFIX + len(text)) - PREFIX - len(text))
-    seal = hashlib.sha256(fixed + bytes(8) + text).digest()[:SIZE]
-    return [memoryview(fixed + seal + bytes(8) + text), *pieces]
+    start = _aligned(PREFIX + len(text))
+
+    def header() -> memoryview:
+        fixed = _FIXED.pack(_MAGIC, VERSION, len(text), stored, checksum(pieces))
+        rest = bytes(8) + text + bytes(start - PREFIX - len(text))
+        return memoryview(fixed + hashlib.sha256(fixed + rest).digest()[:SIZE] + rest)
+
+    return start, pieces, header
 
 
 def measure(prefix: bytes | memoryview) -> tuple[int, int]:

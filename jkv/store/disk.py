@@ -131,9 +131,9 @@ class Disk:
         renamed: list[str] = []
         try:
             for key, entry in items:
-                pieces = codec.encode(entry, key, compression=self.compression)
+                blob = codec.prepare(entry, key, compression=self.compression)
                 try:
-                    written.append((key, files.Temporary(self._directory, pieces)))
+                    written.append((key, files.Temporary(self._directory, *blob)))
                 except OSError as error:
                     results[key] = self._failed("written", key, error)
             for key, file in written:  # all were begun, so that the disk has enough to do
