@@ -153,7 +153,6 @@ class Batch(Pages):
     def decode(self, lanes: np.ndarray, tally: Tally) -> Part:
         """Dispatch the next block of tokens of these lanes, in order."""
         width = next(w for w in self.widths if w >= len(lanes))
-        # One that has left has no pages: nothing is said of it to who has its lane now.
         grew = self.growing
         seats = [(i, grew.pop(at)) for i, at in enumerate(lanes.tolist()) if at in grew]
         grown = self._grown(width, seats, self.block)

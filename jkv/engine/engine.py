@@ -209,6 +209,9 @@ class Engine(Steps):
     def cancel(self, request: Request) -> None:
         """See `Request.cancel`."""
         with self._lock:
+            if self._torn and not self._inside:
+                self._recover()
+                self._torn = False
             if request.state == WAITING:
                 self.waiting.remove(request)
                 self._close(request, "cancelled")

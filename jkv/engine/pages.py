@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jkv._axes import Array
@@ -22,7 +23,7 @@ from jkv.engine.pool import PagePool
 from jkv.engine.scheduler import Seat
 from jkv.errors import PoolFullError
 from jkv.models.fingerprint import fingerprint
-from jkv.ops.pages import put
+from jkv.ops.pages import laid, put, taken
 
 FIRST_RATE = 4e9  # bytes per second between device and host, until it has been measured
 
@@ -174,8 +175,8 @@ class Pages:
 
     def _pages(self, leaves: list[Any]) -> Any:
         """Leaves as `_gathered` has them."""
-        tree = jax.tree.structure([(layer.k_pages, layer.v_pages) for layer in self.layers])
-        return jax.tree.unflatten(tree, leaves)
+        form = jax.eval_shape(_gathered, self.layers, tuple(filled((), 1) for _ in self.columns))
+        return jax.tree.unflatten(jax.tree.structure(form), leaves)
 
     def publish(self, seat: Seat, upto: int) -> None:
         """Let others find the full pages of its first `upto` tokens, which have been dispatched."""
@@ -304,11 +305,13 @@ class Pages:
 
 @jax.jit
 def _gathered(layers: tuple[Any, ...], tables: tuple[Array, ...]) -> Any:
-    """The pages of each layer in the order of its table; anything where the table has -1."""
+    """The pages of each layer in the order of its table, in a form that all devices have.
+
+    Anything where the table has -1.
+    """
     return [
-        jax.tree.map(lambda leaf, at=tables[layer.group]: leaf.at[at].get(mode="clip"), pages)
+        tuple(taken(x, jnp.maximum(tables[layer.group], 0)) for x in (layer.k_pages, layer.v_pages))
         for layer in layers
-        for pages in [(layer.k_pages, layer.v_pages)]
     ]
 
 
@@ -318,7 +321,10 @@ def _scattered(layers: tuple[Any, ...], tables: tuple[Array, ...], pages: Any) -
     after = []
     for layer, (keys, values) in zip(layers, pages, strict=True):
         at = tables[layer.group]
-        keys, values = put(layer.k_pages, keys, at), put(layer.v_pages, values, at)
+        keys, values = (
+            put(held, laid(held, new), at)
+            for held, new in ((layer.k_pages, keys), (layer.v_pages, values))
+        )
         after.append(replace(layer, k_pages=keys, v_pages=values))
     return tuple(after)
 

@@ -283,19 +283,21 @@ class PageSequence:
             PoolFullError: too few free pages.
             ValueError: the sequence is closed.
         """
-        pool, needed = self._pool, self._needs(length)
+        self._must_be_open()
+        if length <= self.length:
+            return []
+        pool, copy = self._pool, self._must_copy()
+        needed = -(-length // pool.page) - len(self.table) + copy
         if needed > pool.free_pages:
             raise PoolFullError(
                 f"{length} tokens need {needed} pages more, and {pool.free_pages} of {pool.pages} "
                 "are free; close or crop a sequence, or make the pool larger"
             )
-        if length <= self.length:
-            return []
         if not self.table:
             self._generation = pool._generation
         copies = []
         taken = [pool._take() for _ in range(needed)]
-        if self._must_copy():
+        if copy:
             source, self.table[-1] = self.table[-1], taken.pop(0)
             copies.append((source, self.table[-1]))
             pool._leave(source)

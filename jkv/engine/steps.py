@@ -36,6 +36,7 @@ class Steps:
         self.waiting = Queue()
         self.seats: list[Seat | None] = [None] * batch.lanes
         self.tally = Tally(batch.lanes)
+        self._tokens: list[list[int]] = [[]] * batch.lanes  # of their requests
         self._seatings = 0
         self.figures = Stats()
         self._sent: list[Part] = []  # what was dispatched last and has not been read
@@ -110,7 +111,7 @@ class Steps:
             if seat is None:
                 break
             later.remove(request)
-            self.seats[seat.lane] = seat
+            self.seats[seat.lane], self._tokens[seat.lane] = seat, request.tokens
             request.state = RUNNING
         while later:
             self.waiting.push(later.pop())
@@ -192,7 +193,7 @@ class Steps:
     def _prompts(self) -> list[tuple[Seat, int]]:
         """Seats that read their prompts, the first in rank, and up to where."""
         reading = np.flatnonzero((self.tally.number > 0) & ~self.tally.speaking)
-        reading = sorted(map(self._at, reading), key=_rank)
+        reading = sorted(map(self._at, reading.tolist()), key=_rank)
         alone = len(reading) == 1 or self.batch.rows == 1
         most = self.batch.chunk if alone else self.batch.part
         if alone and reading and 2 * (reading[0].target - reading[0].cached) <= most:
@@ -208,7 +209,7 @@ class Steps:
         """Lanes that say tokens, with pages for them; the first in rank get theirs first."""
         tally = self.tally
         chosen, upto = tally.wants(), tally.bounds(self.batch.block)
-        short = map(self._at, np.flatnonzero(chosen & (upto > tally.reserved)))
+        short = map(self._at, np.flatnonzero(chosen & (upto > tally.reserved)).tolist())
         for seat in sorted(short, key=_rank):
             if self._sits(seat) and not self._reserve(seat, int(upto[seat.lane])):
                 chosen[seat.lane] = False
@@ -242,9 +243,10 @@ class Steps:
                 self.figures.swapped_bytes += request.swapped.nbytes
         request.preemptions += 1
         self.figures.counts[how] += 1
-        self._vacate(seat)
+        # Whatever interrupts this, the request is in one place at least.
         request.state = WAITING
         self.waiting.push(request)
+        self._vacate(seat)
 
     def _how(self, seat: Seat) -> str:
         """What becomes of its pages."""
@@ -273,7 +275,7 @@ class Steps:
             tally.said[part.lanes[plain]] += counts[plain]
             rows, lanes = tokens.tolist(), part.lanes.tolist()
             for row in plain.tolist():
-                self.seats[lanes[row]].request.tokens += rows[row]  # pyright: ignore[reportOptionalMemberAccess]
+                self._tokens[lanes[row]] += rows[row]
             said, speakers = said + int(counts[plain].sum()), speakers + len(plain)
             for row in np.flatnonzero(there & heed).tolist():
                 if tally.number[lanes[row]] != part.numbers[row]:
@@ -355,17 +357,19 @@ class Steps:
 
     def _free(self, seat: Seat) -> None:
         self.batch.close(seat.held)
+        self.batch.growing.pop(seat.lane, None)
         self.tally.clear(seat.lane)
         self.seats[seat.lane] = None
 
     def _close(self, request: Request, reason: str) -> None:
-        if request.swapped is not None:
-            self.batch.forget(request.swapped)
-            self._forget_swapped(request)
         request.state, request.finish_reason = FINISHED, reason
         request.finished = time.perf_counter()
         self.figures.counts["finished"] += 1
         self.figures.counts[reason] += 1
+        if request.swapped is not None:
+            saved = request.swapped
+            self._forget_swapped(request)
+            self.batch.forget(saved)
 
     def _forget_swapped(self, request: Request) -> None:
         self.figures.swapped_bytes -= request.swapped.nbytes

@@ -500,6 +500,40 @@ def test_a_step_that_is_interrupted_costs_time_and_no_tokens(engine, alone):
         assert request.tokens == alone(prompt, 12)
 
 
+def test_what_is_interrupted_on_its_way_can_be_cancelled(engine, monkeypatch):
+    request = engine.submit(PROMPTS[3], max_new_tokens=4, stop=())
+
+    def torn(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.batch, "match", torn)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    request.cancel()
+    assert (request.state, request.finish_reason) == ("finished", "cancelled")
+    engine.run()
+
+
+def test_an_interrupt_while_it_makes_room_loses_nobody(lm, alone, monkeypatch):
+    engine = made(lm, pages=14, preemption="recompute", share=False)
+    requests = [engine.submit(PROMPTS[7], max_new_tokens=18, stop=()) for _ in range(4)]
+    close = engine.batch.close
+
+    def torn(held):
+        if any(request.preemptions for request in requests):
+            monkeypatch.setattr(engine.batch, "close", close)
+            raise KeyboardInterrupt
+        close(held)
+
+    monkeypatch.setattr(engine.batch, "close", torn)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    engine.run()
+    assert [request.tokens for request in requests] == [alone(PROMPTS[7], 18)] * 4
+    empty(engine)
+
+
 def test_a_sampler_that_cannot_run_is_refused_and_stops_nobody(engine, alone):
     class Broken:
         def init(self, tokens, vocab):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
 
 import jkv
+from jkv.ops import choice
+from jkv.ops.pages import Tiled
 from jkv.store import Disk, Memory, Store
 from tests.decoding import oracle
 from tests.engine.test_engine import HOT, PROMPTS, SHAPE, alone, empty, lm
@@ -54,6 +58,20 @@ def test_another_process_finds_them_and_another_model_does_not(lm, alone, tmp_pa
     for which, found in ((other, 0), (lm, 16)):
         with Store(tiers=[Memory(1 << 24), Disk(tmp_path, 1 << 26)]) as store:
             assert asked(engine(which, store), TEXTS[:1])[0][0] == found
+
+
+def test_pages_are_kept_alike_however_they_lie_in_memory(lm, alone):
+    """What a TPU has given away is found by a CPU, and the other way round."""
+    prompt, want = (np.arange(40) % 11).tolist(), []
+    with Store(tiers=[Memory(1 << 24)]) as store:
+        for there in (True, False, True):
+            with choice.target("tpu") if there else contextlib.nullcontext():
+                # Other pages than before: what is traced keeps its choice.
+                engine = jkv.Engine(lm, pages=16 + there, store=store, **SHAPE | {"page": 16})
+                tiled = isinstance(engine.batch.layers[0].k_pages, Tiled)
+                want.append((tiled, asked(engine, [prompt])[0]))
+            engine.close()
+    assert want == [(t, (n, alone(prompt, 3))) for t, n in ((True, 0), (False, 32), (True, 32))]
 
 
 @pytest.mark.parametrize("room", [1 << 24, 1])
