@@ -19,6 +19,7 @@ from jkv._pytree import replace
 from jkv.cache.base import Cache
 from jkv.cache.paged import Paged
 from jkv.errors import CorruptError, UnsupportedError
+from jkv.ops.pages import Tiled
 from jkv.store.entry import Entry
 
 VERSION = 1
@@ -47,7 +48,7 @@ def pack(cache: Any, **meta: Any) -> Entry:
     if any(isinstance(layer, Paged) and layer.managed for layer in cache.layers):
         raise UnsupportedError("the pages of an engine are its own; expected a cache of tokens")
     length = int(cache.lengths[0])
-    cache = _fitted(cache, length)
+    cache = _plain(_fitted(cache, length))
     arrays: dict[str, Any] = {}
     words = _words(cache, "", arrays)
     return Entry(
@@ -66,7 +67,7 @@ def check_kind(kind: Any) -> None:
 
 
 def unpack(entry: Entry) -> Cache:
-    """The cache that was packed, to the bit.
+    """The cache that was packed, to the bit; pages as this process lays them.
 
     Raises:
         CorruptError: it is none, or one of another version.
@@ -78,6 +79,9 @@ def unpack(entry: Entry) -> Cache:
     try:
         # Buffers of its own: programs write into the cache that they are given.
         cache = _value(entry.meta["cache"], _owned(dict(entry.arrays)))
+        if isinstance(cache, Cache):
+            layers = tuple(x.laid() if isinstance(x, Paged) else x for x in cache.layers)
+            cache = replace(cache, layers=layers)
     except (KeyError, TypeError, ValueError, AttributeError, ImportError, RecursionError) as error:
         raise CorruptError(f"an entry that is no cache: {error!r}") from error
     if not isinstance(cache, Cache):
@@ -140,6 +144,18 @@ def _fitted(cache: Cache, length: int) -> Cache:
 def _resized(cache: Cache, slots: int) -> Cache:
     # Under jit a cache does not know its lengths, and would rather not be made shorter.
     layers = tuple(layer.resize(slots) for layer in cache.layers)
+    return replace(cache, layers=layers)
+
+
+def _plain(cache: Cache) -> Cache:
+    """The cache in the arrangement that processes of all platforms have."""
+    laid = any(isinstance(x, Paged) and isinstance(x.k_pages, Tiled) for x in cache.layers)
+    return _unlaid(cache) if laid else cache
+
+
+@jax.jit
+def _unlaid(cache: Cache) -> Cache:
+    layers = tuple(x.plain() if isinstance(x, Paged) else x for x in cache.layers)
     return replace(cache, layers=layers)
 
 

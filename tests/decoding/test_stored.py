@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jkv
+from jkv._pytree import replace
+from jkv.cache.base import Cache, concat
 from jkv.cache.spec import parse
+from jkv.ops import choice
+from jkv.ops.pages import Tiled
 from jkv.store import Device, Disk, Memory, Store
-from jkv.store.packing import converted
+from jkv.store.packing import converted, pack
 from tests.decoding import oracle, texts
 from tests.decoding.test_chat import NEW
 
@@ -174,6 +179,39 @@ def test_other_kinds(tiny_model, store, spec, found):
     assert out.reused.tolist() == [found, 0]
     resumed = jkv.generate(tiny_model, [[4, 4]], resume=first, max_new_tokens=6, stop=())
     assert out.tokens[0].tolist() == resumed.tokens[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dim"), [(jkv.paged(), 48), (jkv.paged(bits=4), 64), (jkv.paged(codec=jkv.fp8()), 64)]
+)
+def test_pages_of_a_tpu_and_of_others_are_the_same_entries(kind, dim):
+    """They lie otherwise in memory, of which an entry says nothing."""
+
+    def new():
+        return Cache.empty([kind.init(1, 64, 2, dim, jnp.float32)], 1, 64)
+
+    def drawn(leaf):  # codes, steps and numbers of any kind, none of them NaN
+        return jnp.asarray(RNG.integers(0, 2 if leaf.dtype == bool else 64, leaf.shape), leaf.dtype)
+
+    empty = new()
+    cache = replace(
+        empty,
+        layers=jax.tree.map(drawn, empty.layers),
+        lengths=jnp.asarray([50], jnp.int32),
+        tables=(jnp.asarray([[2, 0, 3, 1]], jnp.int32),),
+    )
+    entry = pack(cache)
+    with choice.target("tpu"):
+        there = jkv.store.unpack(entry)
+        assert isinstance(there.layers[0].k_pages, Tiled)
+        both = concat([new(), there])  # as a batch of one row that is found and one that is not
+        back = pack(both.take([1]))
+    assert back.meta == entry.meta
+    again = jkv.store.unpack(back)
+    assert not isinstance(again.layers[0].k_pages, Tiled)
+    for a, b in zip(again.to_legacy(), cache.to_legacy(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert concat([new(), again]).batch == 2
 
 
 def test_a_tier_on_the_device(tiny_model):
