@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from jkv.errors import CorruptError, TierError
@@ -37,28 +38,8 @@ class Reads(Moves):
         with self.lock:
             self.reading += 1
         try:
-            todo = list(asked)
-            while todo:
-                reads: dict[int, list[Ask]] = {}
-                unknown = []
-                with self.lock:
-                    for ask in todo:
-                        at = self._look(ask)
-                        if at is not None and self.shelves[at].immediate:
-                            self._took(ask, at, self.shelves[at].tier.read(ask.name))
-                        elif at is not None:
-                            reads.setdefault(at, []).append(ask)
-                        elif ask.entry is None and not ask.why:
-                            unknown.append(ask)
-                for ask in unknown:
-                    self._discover(ask)
-                for at, asks in reads.items():
-                    self._read(at, asks)
-                todo = [ask for ask in todo if ask.entry is None and not ask.why]
-                for ask in todo:
-                    if ask.wait:
-                        self.wait_unclaimed(ask.name)
-                        ask.wait = False
+            with self.given_back(asked):
+                self._take(asked)
         finally:
             with self.lock:
                 self.reading -= 1
@@ -66,6 +47,45 @@ class Reads(Moves):
         for ask in asked:
             if ask.why == "expired":
                 self.drop([ask.name], "expired", self.expired)
+
+    def _take(self, asked: Sequence[Ask]) -> None:
+        todo = list(asked)
+        while todo:
+            reads: dict[int, list[Ask]] = {}
+            unknown = []
+            with self.lock:
+                for ask in todo:
+                    at = self._look(ask)
+                    if at is not None and self.shelves[at].immediate:
+                        self._took(ask, at, self.shelves[at].tier.read(ask.name))
+                    elif at is not None:
+                        reads.setdefault(at, []).append(ask)
+                    elif ask.entry is None and not ask.why:
+                        unknown.append(ask)
+            for ask in unknown:
+                self._discover(ask)
+            for at, asks in reads.items():
+                self._read(at, asks)
+            todo = [ask for ask in todo if ask.entry is None and not ask.why]
+            for ask in todo:
+                if ask.wait:
+                    self.wait_unclaimed(ask.name)
+                    ask.wait = False
+
+    @contextlib.contextmanager
+    def given_back(self, asked: Iterable[Ask]) -> Iterator[None]:
+        """What these hold is let go of where an error ends what is done with them."""
+        with contextlib.ExitStack() as failing:
+            failing.callback(self._give_back, asked)
+            yield
+            failing.pop_all()
+
+    def _give_back(self, asked: Iterable[Ask]) -> None:
+        with self.lock:
+            for ask in asked:
+                if ask.record is not None:
+                    self.release(ask.record)
+                    ask.record = None
 
     def _look(self, ask: Ask) -> int | None:
         """The shelf to read it from; None: it is answered, or nobody here knows it."""
@@ -115,6 +135,7 @@ class Reads(Moves):
         self._used(ask.record, ask.at, ask.share)
         if release:
             self.release(ask.record)
+            ask.record = None
 
     def _hit(self, ask: Ask, record: Record, entry: Entry, at: int) -> None:
         """It was read, and is held."""
@@ -125,10 +146,11 @@ class Reads(Moves):
                 self.promote(record, entry)
         else:
             self.release(record)
+            ask.record = None
 
     def unfit(self, ask: Ask) -> None:
         """What was found cannot be used by anybody: it is lost, and this a miss."""
-        record, ask.entry, ask.why = ask.record, None, "error"
+        record, ask.record, ask.entry, ask.why = ask.record, None, None, "error"
         if record is not None:
             with self.lock:
                 self.shelves[ask.at].counts["corrupt"] += 1
@@ -181,7 +203,6 @@ class Reads(Moves):
         record = ask.record
         if record is None:
             return 0
-        ask.record = None
         shelf = self.shelves[at]
         nbytes = 0
         if isinstance(found, Entry):
@@ -204,6 +225,7 @@ class Reads(Moves):
             else:
                 self.lose(record, at)
         self.release(record)
+        ask.record = None
         return nbytes
 
     def _overtaken(self, record: Record, at: int, entry: Entry) -> None:
@@ -279,14 +301,15 @@ class Reads(Moves):
         """What was put, for each; None where there is none."""
         self.take(asked)
         values = []
-        for ask in asked:
-            value = None
-            if ask.entry is not None and ask.record is not None:
-                try:
-                    value = value_of(ask.entry, ask.record.packed)
-                except CorruptError:  # whole, but of another version of this library
-                    self.unfit(ask)
-            values.append(value)
+        with self.given_back(asked):
+            for ask in asked:
+                value = None
+                if ask.entry is not None and ask.record is not None:
+                    try:
+                        value = value_of(ask.entry, ask.record.packed)
+                    except CorruptError:  # whole, but of another version of this library
+                        self.unfit(ask)
+                values.append(value)
         self.scored(asked)
         return values
 
@@ -323,15 +346,16 @@ class Reads(Moves):
                 found = self.prefixes.find(fingerprint, tenant, wanted, _nearness)
                 one.candidates = list(itertools.islice(found, _CANDIDATES))
         todo = [one for one in searched if one.candidates]
-        while todo:
-            for one in todo:
-                record, one.length = one.candidates.pop(0)
-                one.ask = Ask(record.name, tenant, fingerprint, only=record)
-                one.ask.share = one.length / len(record.tokens)
-                if recompute_seconds is not None:
-                    one.ask.seconds = recompute_seconds * one.length / len(one.tokens)
-            self.take([one.ask for one in todo])
-            todo = [one for one in todo if one.ask.entry is None and one.candidates]
+        with self.given_back(one.ask for one in searched):  # those of then
+            while todo:
+                for one in todo:
+                    record, one.length = one.candidates.pop(0)
+                    one.ask = Ask(record.name, tenant, fingerprint, only=record)
+                    one.ask.share = one.length / len(record.tokens)
+                    if recompute_seconds is not None:
+                        one.ask.seconds = recompute_seconds * one.length / len(one.tokens)
+                self.take([one.ask for one in todo])
+                todo = [one for one in todo if one.ask.entry is None and one.candidates]
         matches: list[Match | None] = []
         with self.lock:
             for one in searched:
@@ -370,18 +394,24 @@ class Reads(Moves):
                 self.unclaim([name])
         return dropped
 
-    def delete_unknown(self, name: str) -> None:
-        """Delete what tiers may have of a name that the store does not know."""
+    def delete_unknown(self, name: str) -> bool:
+        """Delete what tiers may have of a name that the store does not know.
+
+        Whether a reader has come to know it meanwhile: then it goes as what is known.
+        """
         self.claim([name])
         try:
-            if name in self.index:
-                return
+            with self.lock:
+                record = self.index.get(name)
+                if record is not None:
+                    self.forget(record, "removed")
             for at, shelf in enumerate(self.shelves):
                 if name in shelf.rubbish:
                     self.clean(at, name)
                 elif shelf.persistent and not self._delete(at, name):
                     with self.lock:
                         self.add_rubbish(at, name, 0)  # how much is not known
+            return record is not None
         finally:
             self.unclaim([name])
 

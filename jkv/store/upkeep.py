@@ -106,10 +106,11 @@ class Upkeep(Writes):
 
     def _outlived(self, at: int, lifeline: Any) -> bool:
         """Whether the process is gone for which alone an entry was kept."""
-        if lifeline is None:
+        lives = getattr(self.shelves[at].tier, "lives", None)
+        if lifeline is None or lives is None:  # a remote knows of no processes
             return False
         try:
-            return not self.shelves[at].tier.lives(lifeline)
+            return not lives(lifeline)
         except TierError:  # until it is known, or its time to live ends it
             return False
 
@@ -191,10 +192,10 @@ class Upkeep(Writes):
         """See `Store.remove`."""
         known = self.drop([name], "removed", lambda _: True)
         if not known:  # another process may have put it
-            self.delete_unknown(name)
+            known = self.delete_unknown(name)
         if sync:
             self.purge([name])
-        return known > 0
+        return bool(known)
 
     def clear(self, tenant: str | None) -> int:
         """See `Store.clear`."""

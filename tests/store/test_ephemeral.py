@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jkv.errors import TierError
-from jkv.store import Disk, Memory, Store, disk, files
+from jkv.store import Disk, Memory, Remote, Store, disk, files
 from jkv.store.names import name_of
 from tests.store.fakes import Clock, Fake, check, entry, number
 
@@ -105,6 +105,19 @@ def test_another_process_that_looks_while_it_lives(tmp_path):
         assert store.get("two") is None
         assert check(store)["expired"] == 1
         two.close()
+
+
+def test_a_remote_does_not_ask_who_lives(tmp_path):
+    """On the same directory: there only their time ends them."""
+    with Store([Disk(tmp_path)], clock=Clock()) as store:
+        store.put("mine", entry(1), ephemeral=True, tokens=range(20), ttl=100)
+        clock = Clock()
+        with Store([Remote(f"file://{tmp_path}")], tenant_bytes=10_000, clock=clock) as other:
+            with other.longest_prefix(range(20)) as match:
+                assert number(match.value) == 1
+            clock.now += 100
+            assert other.sweep() == 1
+            check(other)
 
 
 @pytest.mark.parametrize("lie", ["../victim", ".tmp-../../victim", "victim", 7, ".tmp-" + "0" * 23])

@@ -268,6 +268,46 @@ def test_a_handle_that_nobody_released():
         assert store.put("b", entry(2)) == "b"
 
 
+def test_an_error_on_the_way_to_the_reader_leaves_nothing_held(monkeypatch):
+    """Such as a device without room for the cache: what was read can go all the same."""
+    tier = Fake(300)
+    with Store([tier]) as store:
+        store.put("a", entry(1), tokens=range(20))
+        store.put("b", entry(2), tokens=range(50, 70))
+        store.put("c", entry(3), tokens=range(50, 70))
+
+        def full(*_):
+            raise MemoryError("no room")
+
+        reads = {
+            "made of it": lambda: store.get_many(["a", "nothing", "b"]),
+            "read": lambda: store.get_many(["a", "b"]),
+            "searched": lambda: store.longest_prefix_many([range(20), range(50, 70)]),
+        }
+        for what, read in reads.items():
+            read_one, errors = tier.read, [TierError("no"), MemoryError("no room")]
+            if what == "read":
+                errors.pop(0)
+
+            def failing(name, read_one=read_one, errors=errors):
+                if name.endswith("a"):
+                    return read_one(name)
+                raise errors.pop(0)  # another candidate is tried after the first of them
+
+            with monkeypatch.context() as patch:
+                if what == "made of it":
+                    patch.setattr("jkv.store.reads.value_of", full)
+                else:
+                    patch.setattr(tier, "read", failing)
+                with pytest.raises(MemoryError):
+                    read()
+            held = [record.holds for record in store._inner.index.values()]
+            assert held == [0, 0, 0], what
+        for key in "def":
+            assert store.put(key, entry(4)) == key
+        check(store)
+
+
 def test_a_reader_keeps_what_it_reads_while_it_is_replaced_and_removed():
     with Store([Fake(1000)]) as store:
         store.put("a", entry(1))
@@ -543,6 +583,22 @@ def test_two_stores_on_one_directory(tmp_path):
         one.remove("a")
         assert other.get("a") is None
         assert check(other)["lost"] == 1
+
+
+def test_removed_while_a_reader_of_another_thread_finds_it(tmp_path, monkeypatch):
+    with Store([Memory(), Disk(tmp_path)], write_through=True) as one, Store([Disk(tmp_path)]) as b:
+        one.put("a", entry(1))
+        unknown = b._inner.delete_unknown
+
+        def late(name):
+            assert number(b.get("a")) == 1
+            return unknown(name)
+
+        monkeypatch.setattr(b._inner, "delete_unknown", late)
+        assert b.remove("a")
+        assert b.get("a") is None
+        assert check(b)["removed"] == 1
+        assert not list(tmp_path.glob("*.*"))
 
 
 def test_sweeping():
