@@ -304,7 +304,7 @@ class Run:
         took = (self.last_read - self.started) / len(history)
         # The whole cache's, with what an earlier one took to make.
         seconds = [took + spared for spared in self.spared]
-        caches = [stored.row_of(cache, i) for i in range(len(history))]
+        caches = (stored.row_of(cache, i) for i in range(len(history)))  # copies on the device
         shelf.keep(self.ids, [row[:-1] for row in history], caches, seconds)
 
 

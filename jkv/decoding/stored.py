@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jkv.cache.base import Cache, concat
 from jkv.decoding import loop
 from jkv.errors import CorruptError, UnsupportedError
 from jkv.models.fingerprint import fingerprint
-from jkv.store.entry import Entry
+from jkv.store.entry import Entry, check_store
 
 TOKENS = "tokens"  # the array of an entry that says what it is the cache of
 
@@ -50,8 +50,7 @@ class Shelf:
     """
 
     def __init__(self, store: Any, model: Any, kind: Any, tenant: Any = ""):
-        if not hasattr(store, "longest_prefix") or not hasattr(store, "put"):
-            raise TypeError(f"store got {store!r:.60}; expected a jkv.store.Store")
+        check_store(store, ("open", "open_many", "longest_prefix_many", "put_many", "remove"))
         if not isinstance(tenant, str):
             raise TypeError(f"tenant got {tenant!r:.60}; expected a text")
         from jkv.store.packing import check_kind
@@ -134,11 +133,11 @@ class Shelf:
         self,
         keys: Sequence[str | None],
         rows: Sequence[np.ndarray],
-        caches: Sequence[Cache],
+        caches: Iterable[Cache],
         seconds: Sequence[float],
         **meta: Any,
     ) -> None:
-        """Store rows, all at once.
+        """Store rows, all at once; of an iterator's caches each is let go of before the next.
 
         Args:
             keys: of sequences; None for one that follows from the tokens.
@@ -149,9 +148,13 @@ class Shelf:
         """
         from jkv.store.packing import pack
 
+        def packed(cache: Cache, cost: float) -> tuple[Entry, bool]:
+            return pack(cache, seconds=cost, **meta), cache.unbounded
+
+        # `map` keeps no cache while it asks for the next, as `zip` or a loop's variable would.
+        done = list(map(packed, caches, seconds))
         entries = []
-        for tokens, cache, cost in zip(rows, caches, seconds, strict=True):
-            entry = pack(cache, seconds=cost, **meta)
+        for tokens, (entry, _) in zip(rows, done, strict=True):
             held = np.asarray(tokens, np.int32)
             entries.append(Entry({**entry.arrays, TOKENS: held}, entry.meta))
         full = [i for i, tokens in enumerate(rows) if len(tokens)]
@@ -162,7 +165,7 @@ class Shelf:
             seconds=[seconds[i] for i in full],
             tenant=self.tenant,
             fingerprint=self.fingerprint,
-            whole=bool(caches) and caches[0].unbounded,
+            whole=bool(done) and done[0][1],
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkv.store.entry import Entry
+from jkv.store.entry import Entry, check_store
 
 _engines = itertools.count()
 WAITS = 24 * 3600.0  # seconds that a request may wait, where nobody sees that its process ended
@@ -29,8 +29,7 @@ class Kept:
     """
 
     def __init__(self, store: Any, fingerprint: bytes):
-        if not hasattr(store, "put_many") or not hasattr(store, "get_many"):
-            raise TypeError(f"store got {store!r:.60}; expected a jkv.store.Store")
+        check_store(store, ("contains", "get", "get_many", "put", "put_many", "remove"))
         self.store, self.fingerprint = store, fingerprint
         self._leaving: list[tuple[list[bytes], Any]] = []  # names, and their pages on the device
         # Requests have numbers in their engine only, and processes in their container.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -79,3 +79,16 @@ class Tier(Protocol):
     def close(self) -> None:
         """Let go of what it holds open."""
         ...
+
+
+def check_store(store: Any, methods: Sequence[str]) -> None:
+    """Refuse what cannot do all that will be asked of it.
+
+    Raises:
+        TypeError: it lacks one of the methods.
+    """
+    missing = [name for name in methods if not callable(getattr(store, name, None))]
+    if missing:
+        raise TypeError(
+            f"store got {store!r:.60}, without {', '.join(missing)}; expected a jkv.store.Store"
+        )

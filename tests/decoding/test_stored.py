@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from unittest.mock import Mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ import jkv
 from jkv._pytree import replace
 from jkv.cache.base import Cache, concat
 from jkv.cache.spec import parse
+from jkv.decoding import stored
 from jkv.ops import choice
 from jkv.ops.pages import Tiled
 from jkv.store import Device, Disk, Memory, Store
@@ -114,6 +118,20 @@ def test_a_batch_is_read_and_written_at_once(tiny_model):
         assert tier.calls == [("read_many", 4), ("write_many", 4)]
     want = jkv.generate(tiny_model, rows, **HOW)
     assert out.tokens.tolist() == want.tokens.tolist()
+
+
+def test_of_several_rows_one_at_a_time_is_copied(tiny_model, store, monkeypatch):
+    """All of them would be a second cache on the device."""
+    row_of, made = stored.row_of, []
+
+    def copied(cache, row):
+        assert not any(ref() for ref in made)
+        made.append(weakref.ref(it := row_of(cache, row)))
+        return it
+
+    monkeypatch.setattr(stored, "row_of", copied)
+    out = jkv.generate(tiny_model, [LONG, OTHER, OTHER[:20]], store=store, **HOW)
+    assert len(made) == len(store) == len(out.tokens)
 
 
 def test_another_process_finds_it_on_disk_to_the_bit(tiny_model, tmp_path):
@@ -313,6 +331,7 @@ def test_what_other_processes_would_not_know_is_refused_at_once(tiny_model, stor
     ("bad", "error", "match"),
     [
         ({"store": "dir"}, TypeError, r"expected a jkv\.store\.Store"),
+        ({"store": Mock(spec=["longest_prefix", "put"])}, TypeError, "without open, open_many"),
         ({"store": None, "sequence_ids": ["a"]}, ValueError, "expected store="),
         ({"sequence_ids": "a"}, TypeError, "a list of texts"),
         ({"sequence_ids": [3]}, TypeError, "expected texts"),

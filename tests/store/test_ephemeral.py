@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -80,6 +81,13 @@ def test_engines_of_two_containers_do_not_share_a_name(monkeypatch):
             monkeypatch.setattr(kept, "_engines", itertools.count())
             keys.append(kept.Kept(store, b"model").put_aside(0, {"k": np.arange(5)}, 5))
         assert len(set(keys)) == len(store) == 2
+
+
+def test_what_an_engine_needs_of_a_store_is_asked_for_at_once():
+    from jkv.engine.kept import Kept
+
+    with pytest.raises(TypeError, match="without contains, get, put, remove; expected a jkv"):
+        Kept(Mock(spec=["put_many", "get_many"]), b"model")
 
 
 def test_a_store_that_closes_leaves_nothing_of_its_own(tmp_path):
