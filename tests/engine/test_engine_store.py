@@ -17,6 +17,8 @@ from tests.engine.test_engine import HOT, PROMPTS, SHAPE, alone, empty, lm
 
 __all__ = ["alone", "lm"]  # fixtures
 
+pytestmark = pytest.mark.slow  # programs for each engine
+
 RNG = np.random.default_rng(5)
 TEXTS = [RNG.integers(0, 11, 18).tolist() for _ in range(6)]
 
