@@ -185,7 +185,6 @@ def test_what_another_made_is_never_found(tiny_model, store, change):
     assert out.reused.tolist() == [49 if change == "nothing" else 0]
 
 
-@pytest.mark.slow
 @pytest.mark.slow  # each kind is compiled twice
 @pytest.mark.parametrize(
     ("spec", "found"), [("window:16", 55), ("paged:4", 55), ("evict:16,score=key_norm", 55)]
