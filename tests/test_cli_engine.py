@@ -17,6 +17,8 @@ import jkv
 from jkv.engine import Engine
 from tests.test_cli import lm, run, tiny  # noqa: F401
 
+pytestmark = pytest.mark.slow  # a process for some, programs for others
+
 command = importlib.import_module("jkv.cli.engine")  # jkv.cli.engine is the function in it
 
 HOT = {"prompt": "x", "temperature": 1.5, "seed": 3, "max_new_tokens": 9}
