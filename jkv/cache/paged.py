@@ -22,11 +22,9 @@ from jkv.cache.pages import Plan, Pool
 from jkv.cache.protocol import Step, check_heads
 from jkv.cache.ring import chunk
 from jkv.errors import UnsupportedError
-from jkv.ops.encoded import Affine, Encoded, Float8
-from jkv.ops.encoded.affine import ByToken
-from jkv.ops.encoded.floats import Floats8
+from jkv.ops.encoded import Affine, Encoded
 from jkv.ops.paged_attention.reference import gathered
-from jkv.ops.pages import Tiled, copy, empty, laid, taken, write_tokens
+from jkv.ops.pages import Tiled, arranged, copy, empty, laid, untiled, write_tokens
 
 
 @pytree
@@ -202,12 +200,11 @@ class Paged:
             )
         each = jnp.broadcast_to(jnp.arange(page, dtype=jnp.int32)[None], (count, page))
 
-        everything = jnp.arange(count, dtype=jnp.int32)
-        made = empty(_made(to.keys, to.values, dim), count, heads, page, dim, self.dtype)
+        made = empty((to.keys, to.values), count, heads, page, dim, self.dtype)
 
         def again(old: Encoded | Tiled, codec: Any, new: Any) -> Any:
             plain = codec.empty(count, heads, page, dim, self.dtype)
-            decoded = taken(old, everything).decode()
+            decoded = untiled(old).decode()
             return laid(new, plain.put(jnp.swapaxes(decoded, 1, 2), each))
 
         return replace(
@@ -217,46 +214,13 @@ class Paged:
         )
 
     def plain(self) -> Paged:
-        """The same pages as they lie in a process of any platform; those of others stay."""
-
-        def one(pages: Any) -> Any:
-            if not isinstance(pages, Tiled):
-                return pages
-            return taken(pages, jnp.arange(pages.shape[0], dtype=jnp.int32))
-
-        return replace(self, k_pages=one(self.k_pages), v_pages=one(self.v_pages))
+        """The same pages in a form that all platforms have."""
+        return replace(self, k_pages=untiled(self.k_pages), v_pages=untiled(self.v_pages))
 
     def laid(self) -> Paged:
         """The same pages as `init` lays them here, wherever they come from."""
-        plain = self.plain()
-        _, heads, page, dim = plain.k_pages.shape
-        codecs = []
-        for held in (plain.k_pages, plain.v_pages):
-            if isinstance(held, Encoded) and not isinstance(held, ByToken | Floats8):
-                return plain  # a form of which there is one arrangement
-            codecs.append(_codec_of(held))
-        made = empty((codecs[0], codecs[1]), 1, heads, page, dim, self.dtype)
-        return replace(
-            plain, k_pages=laid(made[0], plain.k_pages), v_pages=laid(made[1], plain.v_pages)
-        )
-
-
-def _made(keys: Any, values: Any, dim: int) -> tuple[Any, Any]:
-    """Both codecs by what they make of `dim` channels, which `_codec_of` finds again."""
-
-    def one(codec: Any) -> Any:
-        if not isinstance(codec, Affine):
-            return codec
-        return dataclasses.replace(codec, group=min(codec.group or dim, dim))
-
-    return one(keys), one(values)
-
-
-def _codec_of(pages: Any) -> Any:
-    """What made pages, None of numbers as they are: pages that are alike have equal ones."""
-    if isinstance(pages, ByToken):
-        return Affine(bits=pages.bits, axis="token", group=pages.group)
-    return Float8() if isinstance(pages, Floats8) else None
+        keys, values = arranged(self.k_pages, self.v_pages)
+        return replace(self, k_pages=keys, v_pages=values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +247,7 @@ class PagedKind:
         if self.window is not None and not self.managed:
             count = min(count, needed)  # more are never used
 
-        codecs = _made(self.keys, self.values, head_dim)
+        codecs = (self.keys, self.values)
         k_pages, v_pages = empty(codecs, count, kv_heads, self.page, head_dim, dtype)
         return Paged(
             k_pages=k_pages,

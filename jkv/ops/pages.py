@@ -32,7 +32,7 @@ class Tiled:
 
     lines: Array  # [P, K, page / beside, beside * C]: C numbers, or bytes of codes, of each token
     scales: Array | None  # [P, L, K * page] bits, heads after another; steps, then zero points
-    codec: Any = static()  # None: numbers as they are
+    plain: Any = static()  # of a page as an array or encoded: its structure, its leaves' shapes
     dim: int = static()
     beside: int = static()
 
@@ -50,8 +50,11 @@ class Tiled:
     @property
     def form(self) -> Any:
         """Shapes of the same pages, as an array or encoded."""
-        count, heads, page, dim = self.shape
-        return _form(self.codec, count, heads, page, dim, self.dtype)
+        structure, leaves = self.plain
+        count = self.lines.shape[0]
+        return jax.tree.unflatten(
+            structure, [jax.ShapeDtypeStruct((count, *shape), dtype) for shape, dtype in leaves]
+        )
 
     def take(self, numbers: Int[Array, " N"]) -> Any:
         """Some pages, as an array ``[N, K, page, H]`` or encoded."""
@@ -103,14 +106,27 @@ def empty(
     """
     sizes = (count, heads, page, dim, dtype)
     forms = [_form(codec, *sizes) for codec in codecs]
-    if "tpu" not in choice.platforms() or not _fits(forms, page):
+    if not _wanted(forms, page):
         return tuple(  # pyright: ignore[reportReturnType]
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form) for form in forms
         )
     beside = _beside(forms)
-    return tuple(  # pyright: ignore[reportReturnType]
-        _tiles(codec, form, beside, dim) for codec, form in zip(codecs, forms, strict=True)
-    )
+    return tuple(_tiles(form, beside, dim) for form in forms)  # pyright: ignore[reportReturnType]
+
+
+def arranged(keys: Any, values: Any) -> tuple[Any, Any]:
+    """Pages of any process, as `empty` lays them here."""
+    plain = [untiled(x) for x in (keys, values)]
+    forms = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for x in plain]
+    if _wanted(forms, plain[0].shape[2]):
+        beside = _beside(forms)
+        tiles = [_tiles(form, beside, keys.shape[3]) for form in forms]
+        plain = [tile.of(x) for tile, x in zip(tiles, plain, strict=True)]
+    return plain[0], plain[1]
+
+
+def _wanted(forms: list[Any], page: int) -> bool:
+    return "tpu" in choice.platforms() and _fits(forms, page)
 
 
 def _beside(forms: list[Any]) -> int:
@@ -132,7 +148,7 @@ def _fits(forms: list[Any], page: int) -> bool:
     return known and fits and least >= WORD and not (plain and beside == 1)
 
 
-def _tiles(codec: Any, form: Any, beside: int, dim: int) -> Tiled:
+def _tiles(form: Any, beside: int, dim: int) -> Tiled:
     codes, *rest = jax.tree.leaves(form)
     count, heads, page, width = codes.shape
     lines = jnp.zeros((count, heads, page // beside, beside * width), codes.dtype)
@@ -142,12 +158,20 @@ def _tiles(codec: Any, form: Any, beside: int, dim: int) -> Tiled:
         rows = sum(math.prod(leaf.shape[2:]) // page for leaf in rest)
         rows = max(2 ** math.ceil(math.log2(rows)), 2)
         scales = jnp.zeros((count, rows, -(-heads * page // LANES) * LANES), jnp.uint16)
-    return Tiled(lines, scales, codec, dim, beside)
+    leaves = tuple((leaf.shape[1:], leaf.dtype.name) for leaf in (codes, *rest))
+    return Tiled(lines, scales, (jax.tree.structure(form), leaves), dim, beside)
 
 
 def taken(pages: Any, numbers: Int[Array, " N"]) -> Any:
     """Some pages, as an array or encoded, however all of them lie."""
     return pages.take(numbers) if isinstance(pages, Encoded | Tiled) else pages[numbers]
+
+
+def untiled(pages: Any) -> Any:
+    """All pages, as an array or encoded."""
+    if not isinstance(pages, Tiled):
+        return pages
+    return pages.take(jnp.arange(pages.shape[0], dtype=jnp.int32))
 
 
 def laid(pages: Any, plain: Any) -> Any:
