@@ -115,7 +115,9 @@ class Paged:
 
     def _put(self, k: Array, v: Array, plan: Plan, into: Array) -> Paged:
         check_heads(self.k_pages, k)
-        put = functools.partial(write_tokens, at=plan.at, source=plan.source, into=into)
+        put = functools.partial(
+            write_tokens, at=plan.at, source=plan.source, into=into, copies=not self.managed
+        )
         broken = self.broken
         if broken is not None:
             # By single numbers, of which there are few: one for each page that is written.

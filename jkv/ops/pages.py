@@ -185,6 +185,8 @@ def write_tokens(
     at: Int[Array, "B U page"],
     source: Int[Array, "B U"],
     into: Int[Array, "B U"],
+    *,
+    copies: bool = True,
 ) -> Any:
     """Put new tokens into pages: each page begins as its source, and is written as a whole.
 
@@ -197,7 +199,23 @@ def write_tokens(
         at: which of them goes to each slot of a page, -1 where the source's token stays.
         source: numbers of pages.
         into: numbers of the pages that are written, distinct; -1 writes nothing.
+        copies: whether a page may have another as its source.
     """
+    if new.shape[1] > 1 or copies or isinstance(pages, Encoded | Tiled):
+        return _write_pages(pages, new, at, source, into)
+
+    def one_by_one(pages: Array, new: Array) -> Array:
+        # XLA's CPU compiler turns the key of a token anew for each slot of its page.
+        slot = jnp.argmax(at[:, 0] >= 0, axis=1)
+        return _set(pages, (_distinct(into[:, 0], len(pages)), slice(None), slot), new[:, 0])
+
+    def whole(pages: Array, new: Array) -> Array:
+        return _write_pages(pages, new, at, source, into)
+
+    return lax.platform_dependent(pages, new, cpu=one_by_one, default=whole)
+
+
+def _write_pages(pages: Any, new: Array, at: Array, source: Array, into: Array) -> Any:
     page = at.shape[2]
     lines = at.reshape(-1, page)
     numbers = jnp.maximum(source, 0).reshape(-1)
@@ -258,24 +276,32 @@ def _sent(pages: Tiled, written: Tiled, into: Int[Array, " N"]) -> Tiled:
 
 
 def _scattered(pages: Any, written: Any, into: Int[Array, " N"]) -> Any:
-    # Negative indices wrap in JAX; past the end they are dropped. Distinct, to stay unique.
-    nowhere = jnp.arange(len(into), dtype=into.dtype)
-
     def scattered(leaf: Array, new: Array) -> Array:
-        at = jnp.where(into < 0, leaf.shape[0] + nowhere, into)
-
-        def put(leaf: Array, new: Array) -> Array:
-            return leaf.at[at].set(new, mode="drop", unique_indices=True)
-
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize == 4:
-            return put(leaf, new)
-        # XLA's CPU compiler would convert all of it to float32 and back, see `write`.
-        bits = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-
-        def put_bits(leaf: Array, new: Array) -> Array:
-            cast = lax.bitcast_convert_type
-            return cast(put(cast(leaf, bits), cast(new, bits)), leaf.dtype)
-
-        return lax.platform_dependent(leaf, new, cpu=put_bits, default=put)
+        return _set(leaf, _distinct(into, leaf.shape[0]), new)
 
     return jax.tree.map(scattered, pages, written)
+
+
+def _distinct(into: Int[Array, " N"], count: int) -> Int[Array, " N"]:
+    """Indices that are dropped, and not wrapped as JAX does, where there is none."""
+    nowhere = count + jnp.arange(len(into), dtype=into.dtype)
+    return jnp.where(into < 0, nowhere, into)
+
+
+def _set(leaf: Array, at: Any, new: Array) -> Array:
+    """The array with `new` at distinct places, those past the end dropped."""
+
+    def put(leaf: Array, new: Array) -> Array:
+        return leaf.at[at].set(new, mode="drop", unique_indices=True)
+
+    new = new.astype(leaf.dtype)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize == 4:
+        return put(leaf, new)
+    # XLA's CPU compiler would convert all of it to float32 and back, see `write`.
+    bits = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+
+    def put_bits(leaf: Array, new: Array) -> Array:
+        cast = lax.bitcast_convert_type
+        return cast(put(cast(leaf, bits), cast(new, bits)), leaf.dtype)
+
+    return lax.platform_dependent(leaf, new, cpu=put_bits, default=put)

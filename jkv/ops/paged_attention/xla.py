@@ -1,8 +1,8 @@
 """Attention over pages for any device that XLA compiles for: a block of a row after another.
 
 What is in memory beside the pages is what is fetched at a time. A loop on the CPU runs on one core:
-there rows come one after another, and the cost follows the tokens that are there, not the longest
-row. Elsewhere a block of each row is looked at at once.
+there rows come one after another, or a few where blocks are small, and the cost follows the tokens
+that are there, not the longest row. Elsewhere a block of each row is looked at at once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from jkv.ops.masks import Mask
 from jkv.ops.paged_attention.reference import gathered, slot_positions
 from jkv.ops.pages import taken
 from jkv.ops.partial import Partial
+
+SOME = 2**16  # numbers of keys that are fetched at a time; measured on the CPU
 
 
 def paged_attention(
@@ -48,16 +50,23 @@ def _walked(mask, q, k_pages, v_pages, table, positions, lengths):
     def row(k_pages, v_pages, *own):
         return _row(mask, k_pages, v_pages, *own)
 
-    def one_by_one(k_pages, v_pages, *rows):
-        return lax.map(lambda own: row(k_pages, v_pages, *own), rows)
+    def some_at_once(k_pages, v_pages, *rows):
+        return lax.map(lambda own: row(k_pages, v_pages, *own), rows, batch_size=some)
 
     def at_once(k_pages, v_pages, *rows):
         return jax.vmap(row, in_axes=(None, None, 0, 0, 0, 0))(k_pages, v_pages, *rows)
 
     apart = q.reshape(len(table), -1, *q.shape[1:])
+    some = _together(k_pages)
     arguments = (k_pages, v_pages, apart, table, positions, lengths)
-    out, lse = lax.platform_dependent(*arguments, cpu=one_by_one, default=at_once)
+    out, lse = lax.platform_dependent(*arguments, cpu=some_at_once, default=at_once)
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+
+def _together(pages: Any) -> int:
+    """Rows whose blocks are small beside the cost of going on to the next."""
+    _, heads, _, dim = pages.shape
+    return max(SOME // (xla.BLOCK * heads * dim), 1)
 
 
 def _row(mask, k_pages, v_pages, q, table, positions, length):
