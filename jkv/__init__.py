@@ -32,6 +32,7 @@ _HOME = {
     "LM": "jkv.models",
     "Rope": "jkv.models",
     "load": "jkv.models",
+    "shard": "jkv.models",
     "Chat": "jkv.decoding",
     "Result": "jkv.decoding",
     "beam_search": "jkv.decoding",

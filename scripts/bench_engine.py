@@ -232,11 +232,18 @@ def transformers_model(name: str, config: Any) -> Any:
     return transformers.LlamaForCausalLM(shape).eval()
 
 
-def ours(name: str) -> Any:
-    """The decoder."""
+def ours(name: str, options: Any) -> Any:
+    """The decoder, its heads over the devices that there are."""
     if name == "42m":
-        return jax.jit(lambda: jkv.Decoder(LLAMA_42M, rngs=nnx.Rngs(0)))()
-    return jkv.load(name).model
+        model = jax.jit(lambda: jkv.Decoder(LLAMA_42M, rngs=nnx.Rngs(0)))()
+    else:
+        model = jkv.load(name).model
+    return model if options.devices == 1 else jkv.shard(model, mesh(options.devices))
+
+
+def mesh(devices: int) -> Any:
+    """So many of them in a line."""
+    return jax.make_mesh((devices,), ("heads",))
 
 
 def engine_for(model: Any, options: Any, **changes: Any) -> Any:
@@ -251,7 +258,7 @@ def measure_trace(
     name: str, options: Any, console: Console, stack: contextlib.ExitStack
 ) -> dict[str, Any]:
     """The trace, by everyone in turns."""
-    model = ours(name)
+    model = ours(name, options)
     config = model.config
     theirs = transformers_model(name, config)
     rate = options.rate or (400.0 if name != "42m" else 4.0)
@@ -320,7 +327,7 @@ def measure_trace(
 
 def measure_prefix(options: Any) -> dict[str, Any]:
     """Seconds to the first token after 1000 tokens that are known, and that are not."""
-    model = ours("42m")
+    model = ours("42m", options)
     engine = engine_for(model, options, pages=1024)
     engine.warm()
     rng = np.random.default_rng(options.seed)
@@ -380,6 +387,7 @@ def main() -> None:
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     add("--requests", type=int, default=40)
     add("--lanes", type=int, default=8, help="requests at once; rows of the others' batches")
+    add("--devices", type=int, default=1, help="parts of the heads; on a CPU, cores at most")
     add("--page", type=int, default=16)
     add("--block", type=int, default=4, help="tokens per step")
     add("--rate", type=float, help="requests per second")
@@ -388,6 +396,8 @@ def main() -> None:
     add("--without", nargs="+", default=[], metavar="NAME", help="contestants to leave out")
     add("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if options.devices > 1 and jax.config.jax_platforms in (None, "cpu"):
+        jax.config.update("jax_num_cpu_devices", options.devices)
     console = Console()
     results: dict[str, Any] = {"machine": machine.describe(), "options": str(vars(options))}
     if "trace" in options.only:

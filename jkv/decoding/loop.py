@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace
-from jkv.cache import pages
+from jkv.cache import heads, pages
 from jkv.cache.base import Cache
 from jkv.cache.init import init_cache
 from jkv.decoding import sampling
@@ -252,10 +252,15 @@ def _last(hidden: Array, counts: Array | None, before: Array | None = None) -> A
 # argument: lengths, the number of steps, temperatures, keys.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def new_cache(config: Any, kind: Any, batch: int, slots: int, dtype: str) -> Cache:
-    """An empty cache, made in one program."""
-    return init_cache(config, kind, batch=batch, slots=slots, dtype=dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def new_cache(
+    config: Any, kind: Any, batch: int, slots: int, dtype: str, mesh: Any = None
+) -> Cache:
+    """An empty cache, made in one program, where the model's devices want it."""
+    cache = init_cache(config, kind, batch=batch, slots=slots, dtype=dtype)
+    if not isinstance(cache, Cache):
+        return cache
+    return replace(cache, layers=heads.laid(cache.layers, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=1)

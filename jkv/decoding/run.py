@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import draft, loop, room, stored
@@ -148,7 +149,9 @@ class Run:
             return loop.resized(old, slots)
         if any(row is not None for row in self.found):
             return stored.joined(self.found, config, kind, slots)
-        return loop.new_cache(config, kind, len(self.new), slots, config.dtype)
+        batch = len(self.new)
+        mesh = heads.mesh_of(self.model)
+        return loop.new_cache(config, kind, batch, slots, config.dtype, mesh)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """New tokens ``[B, t]`` as they come, the first alone; a row that has ended is -1."""

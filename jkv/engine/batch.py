@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jkv._axes import Array
+from jkv.cache import heads
 from jkv.decoding import sampling
 from jkv.decoding.request import PAD, bucket
 from jkv.engine import lanes as device
@@ -52,7 +53,7 @@ class Batch(Pages):
         self.lanes, self.block = lanes, block
         self.chunk, self.rows = min(chunk, self.config.context), rows
         self.part = -(-self.chunk // rows)  # tokens of each where there are several
-        self.state = device.empty(lanes, self.columns, ENDS)
+        self.state = device.empty(lanes, self.columns, ENDS, heads.mesh_of(model))
         self.groups: dict[Any, int] = {}
         self.waited = 0.0  # seconds for the device, in all
 
@@ -60,7 +61,7 @@ class Batch(Pages):
         """Empty pages and lanes."""
         super().reset()
         self.groups = {}
-        self.state = device.empty(self.lanes, self.columns, ENDS)
+        self.state = device.empty(self.lanes, self.columns, ENDS, heads.mesh_of(self.model))
 
     def check_ends(self, ends: tuple[int, ...]) -> None:
         """Refuse more stop ids than a lane has room for.

@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace
+from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.decoding import loop, sampling
 from jkv.decoding.request import PAD
@@ -45,10 +47,10 @@ class Grown:
     pages: Any  # [R, n] int32, -1 for none
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty(width: int, columns: tuple[int, ...], ends: int) -> Lanes:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty(width: int, columns: tuple[int, ...], ends: int, mesh: Any) -> Lanes:
     """Lanes without requests, with tables of so many columns."""
-    return Lanes(
+    lanes = Lanes(
         tables=tuple(jnp.full((width, m), -1, jnp.int32) for m in columns),
         lengths=jnp.zeros((width,), jnp.int32),
         token=jnp.zeros((width,), jnp.int32),
@@ -58,6 +60,7 @@ def empty(width: int, columns: tuple[int, ...], ends: int) -> Lanes:
         keys=jax.random.split(jax.random.key(0), width),
         group=jnp.full((width,), -1, jnp.int32),
     )
+    return everywhere(lanes, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
@@ -180,7 +183,8 @@ def decoded(
 
     carry = (jnp.int32(0), layers, rows, said, jnp.zeros((width,), bool))
     _, layers, rows, said, refused = lax.while_loop(going, body, carry)
-    return layers, _with_rows(lanes, at, rows), said.T, rows.active, refused, _broken(layers, rows)
+    lanes, broken = _with_rows(lanes, at, rows), _broken(layers, rows)
+    return *_placed(model, layers, lanes), said.T, rows.active, refused, broken
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
@@ -218,7 +222,22 @@ def absorbed(
     rows = replace(rows, lengths=cache.lengths)
     rows, token = _choose(logits, rows, last, jnp.full_like(rows.token, PAD))
     lanes, broken = _with_rows(lanes, at, rows), _broken(cache.layers, rows)
-    return cache.layers, lanes, token[:, None], rows.active, cache.overflowed, broken
+    layers, lanes = _placed(model, cache.layers, lanes)
+    return layers, lanes, token[:, None], rows.active, cache.overflowed, broken
+
+
+def _placed(model: Any, layers: tuple[Any, ...], lanes: Lanes) -> tuple[tuple[Any, ...], Lanes]:
+    """What the next pass is given lies as what this one was given: it is the same program."""
+    mesh = heads.mesh_of(model)
+    return heads.laid(layers, mesh), everywhere(lanes, mesh)
+
+
+def everywhere(lanes: Lanes, mesh: Any) -> Lanes:
+    """On every device of a mesh, if there is one."""
+    if mesh is None:
+        return lanes
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, whole), lanes)
 
 
 def _rows(lanes: Lanes, at: Array, grown: tuple[Grown, ...]) -> Lanes:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jkv._axes import Array
 from jkv._pytree import nbytes, replace
+from jkv.cache import heads
 from jkv.cache.paged import PagedKind, paged
 from jkv.cache.pages import pools
 from jkv.decoding import loop
@@ -86,7 +87,8 @@ class Pages:
 
     def _empty(self) -> Any:
         slots = self.config.context
-        return loop.new_cache(self.config, self.kind, 1, slots, self.config.dtype)
+        mesh = heads.mesh_of(self.model)
+        return loop.new_cache(self.config, self.kind, 1, slots, self.config.dtype, mesh)
 
     def reset(self) -> None:
         """Empty pages; what pools and device had is forgotten."""

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
+from jkv.cache import heads
 from jkv.cache.none import Chunk
 from jkv.cache.protocol import Step
 from jkv.models.config import Config
@@ -92,6 +93,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, window: int | None, rngs: nnx.Rngs):
         self.config, self.window = config, window
+        self.mesh: Any = None  # of the devices that have the heads, see `jkv.shard`
         width, dim, dtype = config.width, config.head_dim, config.dtype
         queries, keys = config.heads * dim, config.kv_heads * dim
         bias = config.qkv_bias
@@ -116,7 +118,9 @@ class Attention(nnx.Module):
         if turn is not None and config.rope is not None:
             q = rotate(q, *turn, interleaved=config.rope.interleaved)
             k = rotate(k, *turn, interleaved=config.rope.interleaved)
-        out, cache = cache.attend(
+        out, cache = heads.attend(
+            cache,
+            self.mesh,
             q,
             k,
             v,
@@ -188,6 +192,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config
+        self.mesh: Any = None  # see `jkv.shard`
         table = jax.random.normal(rngs.params(), (config.vocab, config.width), jnp.float32)
         self.embedding = nnx.Param((table * 0.02).astype(config.dtype))  # [V, D]
         # Assigned once: an attribute of an NNX module that was None cannot become a parameter.

@@ -1,0 +1,90 @@
+"""Key/value heads over the devices of a mesh: each has its own of every layer, and asks nobody.
+
+Tensor parallelism as of Shoeybi et al. 2019 (arXiv:1909.08053): attention is the same for any
+number of heads, so that every kind of cache, and every kernel, runs on each device as on one alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
+
+from jkv._axes import Array
+from jkv.cache.protocol import Step
+
+
+def mesh_of(model: Any) -> Mesh | None:
+    """Over which a model's heads are parted, if they are; whatever runs like a decoder is one."""
+    return getattr(model, "mesh", None)
+
+
+def specs(layers: Any, mesh: Mesh) -> Any:
+    """How the leaves of layers lie: what has heads has them second, the rest is of rows or pages.
+
+    Args:
+        layers: a `LayerCache`, or a pytree of them.
+        mesh: of one axis.
+    """
+    (axis,) = mesh.axis_names
+    parted = PartitionSpec(None, axis)
+    return jax.tree.map(lambda x: parted if x.ndim > 1 else PartitionSpec(), layers)
+
+
+def laid(layers: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
+    """Layers in a program, each device with its own heads; as they are without a mesh."""
+    if mesh is None:
+        return layers
+    # Scales of pages as one TPU lays them are lines of all heads.
+    layers = tuple(x.plain() if getattr(x, "rounds", False) else x for x in layers)
+    there = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(layers, mesh))
+    return jax.tree.map(lax.with_sharding_constraint, layers, there)
+
+
+def attend(
+    layer: Any,
+    mesh: Mesh | None,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    step: Step,
+    **options: Any,
+) -> tuple[Float[Array, "B T N H"], Any]:
+    """`LayerCache.attend`, on each device for its own heads.
+
+    Args:
+        layer: a `LayerCache` of all heads.
+        mesh: of one axis, or None for one device.
+        q: queries of all heads.
+        k: keys.
+        v: values.
+        step: as of `LayerCache.attend`.
+        options: likewise.
+    """
+    if mesh is None:
+        return layer.attend(q, k, v, step, **options)
+    (axis,) = mesh.axis_names
+    heads, held = PartitionSpec(None, None, axis), specs(layer, mesh)
+
+    def own(layer: Any, q: Array, k: Array, v: Array, step: Step) -> tuple[Array, Any]:
+        out, after = layer.attend(q, k, v, step, **options)
+        return out, jax.tree.map(whole, after)
+
+    def whole(leaf: Array) -> Array:
+        # A flag is raised for all heads by any of them.
+        if leaf.ndim > 1:
+            return leaf
+        return lax.pmax(leaf.astype(jnp.int32), axis).astype(leaf.dtype)
+
+    run = jax.shard_map(
+        own,
+        mesh=mesh,
+        in_specs=(held, heads, heads, heads, PartitionSpec()),
+        out_specs=(heads, held),
+        check_vma=False,
+    )
+    return run(layer, q, k, v, step)

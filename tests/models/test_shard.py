@@ -1,0 +1,170 @@
+"""Heads over devices: every kind of cache, generation and the engine on two, as on one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+import jkv
+from tests.conftest import ROOT
+
+START = """
+import warnings
+warnings.simplefilter("error")
+import jax, jax.numpy as jnp, numpy as np
+import jkv
+from flax import nnx
+from jkv.cache import heads
+from jkv.cache.protocol import Step
+from jax.sharding import NamedSharding
+
+assert len(jax.devices()) == 2
+mesh = jax.make_mesh((2,), ("heads",))
+"""
+
+# Each form in which a kind keeps tokens, one layer of it: a chunk, then a token.
+KINDS = """
+from jax.sharding import Mesh
+from tests.cache.kinds import KINDS
+
+mesh = Mesh(mesh.devices, mesh.axis_names)
+config = jkv.Config(
+    vocab=32, layers=1, width=32, heads=8, kv_heads=4, head_dim=8, feed_forward=8, context=64,
+    rope=jkv.Rope(dims=8),
+)
+keys = jax.random.split(jax.random.key(0), 3)
+arrays = [jax.random.normal(key, (2, 21, n, 8)) for key, n in zip(keys, (8, 4, 4), strict=True)]
+
+def life(arrays, cache, mesh):
+    outs = []
+    for first, new in ((0, 20), (20, 1)):
+        def stack(tokens, step, layers):
+            q, k, v = (x[:, first : first + new] for x in arrays)
+            out, layer = heads.attend(layers[0], mesh, q, k, v, step, scale=0.4)
+            return out, (layer,)
+        out, cache = cache.advance(stack, jnp.zeros((2, new), jnp.int32))
+        outs.append(out)
+    return jnp.concatenate(outs, axis=1), cache
+
+run = jax.jit(life, static_argnums=2)
+cases = {case.name: case for case in KINDS}
+for name in ("sinks", "int4", "near_far", "sparse", "paged", "paged:int8", "evicting"):
+    case = cases[name]
+    cache = jkv.init_cache(config, case.kind, batch=2, slots=64)
+    want, held = run(arrays, cache, None)
+    lowered = run.lower(arrays, cache, mesh)
+    got, kept = lowered.compile()(arrays, cache)
+    np.testing.assert_allclose(got, want, atol=1e-5, err_msg=case.name)
+    jax.tree.map(np.testing.assert_array_equal, kept, held)
+    # Each has its own heads, and asks for nothing but whether a flag is raised.
+    for leaf in jax.tree.leaves(kept.layers):
+        if leaf.ndim > 1:
+            assert leaf.sharding.shard_shape(leaf.shape)[1] * 2 == leaf.shape[1], case.name
+    flags = sum(leaf.ndim == 1 for leaf in jax.tree.leaves(kept.layers))
+    text = lowered.as_text()
+    assert text.count("all_reduce") == 2 * flags, (case.name, text.count("all_reduce"))
+    for word in ("all_gather", "collective_permute", "all_to_all"):
+        assert word not in text, (case.name, word)
+
+# What one device cannot store, all know of.
+layer = jkv.quantized(8).init(2, 64, 4, 8, jnp.float32)
+step = Step.after(jnp.zeros((2,), jnp.int32), jnp.full((2,), 4, jnp.int32), 4)
+q, k, v = (x[:, :4] for x in arrays)
+for head in (0, 3):
+    bad = k.at[1, 2, head].set(jnp.nan)
+    after = jax.jit(lambda *a: heads.attend(layer, mesh, *a, step, scale=0.4)[1])(q, bad, v)
+    shards = [np.asarray(s.data) for s in after.broken.addressable_shards]
+    assert len(shards) == 2 and all((s == [False, True]).all() for s in shards), head
+print("same")
+"""
+
+# A model whose vocabulary has no equal parts: generation, and an engine that compiles nothing new.
+MODELS = """
+from tests.conftest import Compiles
+
+config = jkv.Config(
+    vocab=97, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, feed_forward=48, context=64,
+    rope=jkv.Rope(dims=8), qkv_bias=True,
+)
+model = jax.jit(lambda: jkv.Decoder(config, rngs=nnx.Rngs(0)))()
+two = jkv.shard(model, mesh)
+assert model.mesh is None and two.mesh is not None
+kernel = two.blocks[0].attention.q.kernel[...]
+assert kernel.sharding.shard_shape(kernel.shape) == (16, 32)
+assert two.head.kernel[...].sharding.is_fully_replicated  # 97 rows
+ids = [[1, 5, 9, 44, 17] * 4, [1, 7, 3]]
+want = jkv.generate(model, ids, max_new_tokens=20, return_logprobs=True)
+got = jkv.generate(two, ids, max_new_tokens=20, return_logprobs=True)
+np.testing.assert_array_equal(got.tokens, want.tokens)
+np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
+more = jkv.generate(two, [[3], [4]], max_new_tokens=4, resume=got)
+np.testing.assert_array_equal(
+    more.tokens, jkv.generate(model, [[3], [4]], max_new_tokens=4, resume=want).tokens
+)
+held = jax.tree.leaves(got.cache.layers)[0]
+assert held.shape[1] == 2 and held.sharding.shard_shape(held.shape)[1] == 1
+
+hot = jkv.sampling.temperature(0.8)
+engine = jkv.Engine(two, pages=14, page=4, max_batch=3)
+engine.warm([hot])
+# Keys are made with programs of their own.
+engine.submit(ids[1], max_new_tokens=2, sampler=hot, key=jax.random.key(3)).result()
+with Compiles() as compiles:
+    plain = [engine.submit(row, max_new_tokens=20) for row in ids * 2]
+    drawn = engine.submit(ids[1], max_new_tokens=20, sampler=hot, key=jax.random.key(3))
+    engine.run()
+    assert compiles.count == 0
+assert engine.stats()["preemptions"] != {"recompute": 0, "swap": 0}
+for i, request in enumerate(plain):
+    assert request.tokens == want.tokens[i % 2].tolist(), i
+alone = jkv.generate(model, ids[1:], max_new_tokens=20, sampler=hot, key=jax.random.key(3))
+assert drawn.tokens == alone.tokens[0].tolist()
+
+for devices, match in ((mesh.devices.reshape(2, 1), "axes"), (mesh.devices, "key/value heads")):
+    odd = jkv.Config(vocab=9, layers=1, width=12, heads=3, kv_heads=3, head_dim=4, feed_forward=8,
+                     context=8, rope=jkv.Rope(dims=4))
+    axes = ("a", "b")[: devices.ndim]
+    try:
+        jkv.shard(jkv.Decoder(odd, rngs=nnx.Rngs(0)), jax.sharding.Mesh(devices, axes))
+    except ValueError as error:
+        assert match in str(error), error
+    else:
+        raise AssertionError(match)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("program", [KINDS, MODELS], ids=["kinds", "models"])
+def test_two_devices(program):
+    """In a process of its own: how many devices a CPU is must be said before JAX begins."""
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", START + program],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "same\n"
+
+
+def test_what_is_refused():
+    mesh = Mesh(np.array(jax.devices()[:1]), ("heads",))
+    with pytest.raises(TypeError, match="got a str; expected what"):
+        jkv.shard("model", mesh)
+    config = jkv.Config(
+        vocab=9, layers=1, width=8, heads=2, kv_heads=2, head_dim=4, feed_forward=8, context=8
+    )
+    model = jkv.Decoder(config, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="got a int; expected a"):
+        jkv.shard(model, 2)
+    assert jkv.shard(model, mesh).mesh == mesh  # one device is a mesh too
