@@ -47,6 +47,7 @@ class Case:
     feed_forward: int = 64
     vocab: int = 128
     dtype: str = "float32"
+    parts: int = 1  # devices, over which the heads are parted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,31 +118,63 @@ class Report:
         return "".join(f"  {what}" for what in wrong)
 
 
-def measure(case: Case | Paged, sharding: Any = None, platform: str = "cpu") -> Report:
-    """Compile the case, for the devices of `sharding` if one is given."""
+def measure(case: Case | Paged, there: Any = None, platform: str = "cpu") -> Report:
+    """Compile the case, for some of the devices `there` if any are given."""
     import jax
 
     from jkv._pytree import nbytes
     from jkv.ops import choice
 
     make: Any = program if isinstance(case, Case) else paged_program
+    parts = case.parts if isinstance(case, Case) else 1
 
     def placed(leaf: Any) -> Any:
+        sharding = jax.sharding.SingleDeviceSharding(there[0]) if there is not None else None
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     with choice.target(platform), choice.record() as chosen:
         function, arguments, cache = make(case)
-        lowered = function.lower(*jax.tree.map(placed, arguments))
+        if parts > 1:
+            arguments = parted(arguments, there[:parts])
+        else:
+            arguments = jax.tree.map(placed, arguments)
+        lowered = function.lower(*arguments)
     compiled = lowered.compile()
-    biggest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
+    biggest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache)) // parts
     return Report(
-        cache=nbytes(cache),
+        cache=nbytes(cache) // parts,
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
         copies=copies_of(compiled, biggest),
         attention="+".join(chosen),
         new=case.new if isinstance(case, Case) else 1,
         lost=lost_of(compiled, case) if isinstance(case, Case) and "cudnn" in chosen else None,
     )
+
+
+def parted(arguments: Any, there: Any) -> Any:
+    """Shapes of `loop.advanced`'s arguments as `jkv.shard` and its loop lay them."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    import jkv
+    from jkv._pytree import replace
+    from jkv.cache import heads
+
+    mesh = Mesh(np.array(there), ("heads",))
+
+    def laid(leaf: Any, spec: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    def everywhere(leaf: Any) -> Any:
+        return laid(leaf, PartitionSpec())
+
+    model, state, *rest = arguments
+    layers = state.cache.layers
+    layers = jax.tree.map(laid, layers, heads.specs(layers, mesh))
+    state = jax.tree.map(everywhere, state)
+    state = replace(state, cache=replace(state.cache, layers=layers))
+    return jkv.shard(model, mesh), state, *jax.tree.map(everywhere, rest)
 
 
 def lost_of(compiled: Any, case: Case) -> str | None:
@@ -308,12 +341,11 @@ def count_copies(text: str, size: int) -> int:
 
 
 def devices(target: str, textproto: Path) -> dict[str, Any]:
-    """Shardings onto one device of each kind that a target stands for; None is the CPU here.
+    """Devices of each kind that a target stands for, two or more; None is the CPU here.
 
     Raises:
         ImportError: the target's compiler is not installed.
     """
-    import jax
     from jax.experimental import topologies
 
     if target == "cpu":
@@ -330,14 +362,11 @@ def devices(target: str, textproto: Path) -> dict[str, Any]:
             "h200": topologies.get_topology_desc(
                 platform="cuda",
                 topology_name="",
-                topology="1x1x1",
+                topology="1x1x2",
                 target_config=textproto.read_text(),
             )
         }
-    return {
-        name: jax.sharding.SingleDeviceSharding(topology.devices[0])
-        for name, topology in found.items()
-    }
+    return {name: topology.devices for name, topology in found.items()}
 
 
 def kinds_of(target: str, slots: int, kept: int) -> dict[str, Any]:
@@ -469,6 +498,18 @@ def prefill_cases(target: str) -> dict[str, Case]:
     }
 
 
+def parted_cases(target: str) -> dict[str, Case]:
+    """Loops by name of two layers of a Llama 3 8B whose heads are on two devices."""
+    if target == "cpu":
+        return {}
+    sizes: dict[str, Any] = SHAPES["llama-3-8b"] | {"layers": 2, "slots": 8192, "parts": 2}
+    return {
+        f"on 2 devices {name}": Case(kind, 8, dtype="bfloat16", **sizes)
+        for name, kind in kinds_of(target, 4096, 4096).items()
+        if name in ("dense", "sinks", "int8", "paged")
+    }
+
+
 def main() -> int:
     """Print a table and return the exit code."""
     parser = argparse.ArgumentParser(description="Look for a second cache.")
@@ -497,7 +538,7 @@ def main() -> int:
         print(f"SKIPPED: {arguments.textproto} is not there; say where with --textproto")
         return SKIPPED
     try:
-        shardings = devices(arguments.target, arguments.textproto)
+        found = devices(arguments.target, arguments.textproto)
     except ImportError as error:
         print(f"SKIPPED: the compiler for {arguments.target} is not installed ({error})")
         return SKIPPED
@@ -507,17 +548,18 @@ def main() -> int:
         f"{'device':8}{'decode loop':38}{'cache':>11}{'temporaries':>13}{'share':>9}{'copies':>8}"
         "  attention"
     )
-    for device, sharding in shardings.items():
+    for device, there in found.items():
         wanted: dict[str, Any] = cases(arguments.target, arguments.shape)
         if not arguments.shape:
             wanted |= paged_cases(arguments.target) | prefill_cases(arguments.target)
+            wanted |= parted_cases(arguments.target)
         for name, case in wanted.items():
             if not any(text in name for text in arguments.only):
                 continue
             if arguments.shape:
                 layers = min(case.layers, MOST_LAYERS.get(device, case.layers))
                 case = dataclasses.replace(case, layers=layers)
-            report = measure(case, sharding, TARGETS[arguments.target])
+            report = measure(case, there, TARGETS[arguments.target])
             failed += bool(report.complaint)
             print(
                 f"{device:8}{name:38}{report.cache / 2**20:>7.0f} MiB"

@@ -72,8 +72,15 @@ def shard(lm: Any, mesh: Any) -> Any:
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param):
             value = node.get_value()
-            node.set_value(jax.device_put(value, _placed(mesh, where.get(id(node)), value.shape)))
+            node.set_value(_put(value, _placed(mesh, where.get(id(node)), value.shape)))
     return model
+
+
+def _put(value: Any, there: NamedSharding) -> Any:
+    """There; the shape of an array that is none yet says where it will be."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=there)
+    return jax.device_put(value, there)
 
 
 def _placed(mesh: Mesh, spec: PartitionSpec | None, shape: tuple[int, ...]) -> NamedSharding:
