@@ -38,7 +38,7 @@ class Engine(Steps):
     """Continuous batching over a paged cache; see `submit`, `step` and `run`.
 
     Args:
-        lm: what `jkv.load` returns, or a decoder (then prompts are ids).
+        lm: what `jkv.load` or `jkv.shard` returns, or a decoder (then prompts are ids).
         pages: pages of the pool, each of `page` tokens in every layer.
         page: tokens per page, by default those of `cache`, which are 16.
         max_batch: requests that run at once.
