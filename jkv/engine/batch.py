@@ -154,7 +154,6 @@ class Batch(Pages):
         self.layers, self.state, told = device.decoded(
             self.block, *self.apart, self.layers, self.state, who
         )
-        tally.ask(lanes, self.block)
         return Part(slice(len(lanes)), lanes, tally.number[lanes], told)
 
     @functools.cached_property
@@ -179,29 +178,27 @@ class Batch(Pages):
         In the form of `device.decoded`; `seats` has those who sit in the lanes.
         """
         groups, wide = len(self.columns), tokens // self.page + 3
-        who = np.full((rows, 1 + groups * wide), -1, np.int32)
+        who = np.empty((rows, 1 + groups * wide), np.int32)
+        who.fill(-1)
         grown = who[:, 1:].reshape(rows, groups, wide)
         who[: len(lanes), 0], who[len(lanes) :, 0] = lanes, self.lanes
-        for row in np.flatnonzero((tally.reserved > tally.known)[lanes]).tolist():
-            lane = lanes[row]
-            known = int(tally.known[lane]) // self.page
+        there = (tally.reserved > tally.known)[lanes].nonzero()[0]
+        at = lanes[there]
+        known = tally.known[at] // self.page
+        grown[there, :, 0] = known[:, None]
+        for row, lane, first in zip(there.tolist(), at.tolist(), known.tolist(), strict=True):
             for group, seq in enumerate(seats[lane].held):
-                new = [known, *seq.table[known:]]
-                grown[row, group, : len(new)] = new
-        tally.known[lanes] = tally.reserved[lanes]
+                for i, page in enumerate(seq.table[first:], 1):
+                    grown[row, group, i] = page
+        tally.known[at] = tally.reserved[at]
         return who
 
-    def read(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
-        """What its rows said: tokens ``[N, n]``, and the marks of `device` ``[N]``."""
+    def read(self, part: Part) -> np.ndarray:
+        """What its rows said, ``[N, n + 1]``, as of `device.decoded`."""
         began = time.perf_counter()
         told = np.asarray(part.told)[part.rows]
         self.waited += time.perf_counter() - began
-        tokens, marks = told[:, :-1], told[:, -1]
-        refused = marks & device.REFUSED
-        if refused.any():
-            lanes = part.lanes[refused > 0].tolist()
-            raise RuntimeError(f"lanes {lanes} had no page for their tokens: an error in jkv")
-        return tokens, marks
+        return told
 
     def warm(self, swaps: bool) -> None:
         """Compile every pass, and what moves pages where `swaps`; no request takes part."""

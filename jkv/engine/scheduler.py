@@ -53,21 +53,21 @@ class Tally:
 
     Attributes:
         number: of who sits there, 0 for nobody; nobody gets one twice.
-        heeded: nobody has heard of it yet, or somebody wants to hear of each of its tokens.
+        quiet: the same, but 0 where nobody has heard of it yet, or wants to hear of each token.
         filled: tokens in the cache, with those that it has been asked for.
         left: tokens that it may still be asked for; none before its prompt is in the cache.
         said: tokens that have been read.
         reserved: tokens that it has pages for.
         known: and for how many the device knows them.
-        tokens: ``[W, context]`` int32, what has been said, where its request has not taken it.
+        tokens: ``[context, W]`` int32, what has been said, where its request has not taken it.
         lock: held by who takes tokens to a request.
     """
 
     def __init__(self, lanes: int, context: int) -> None:
         self._counts = np.zeros((7, lanes), np.int64)
-        self.number, self.heeded, self.filled, self.left, *rest = self._counts
+        self.number, self.quiet, self.filled, self.left, *rest = self._counts
         self.said, self.reserved, self.known = rest
-        self.tokens = np.zeros((lanes, context), np.int32)
+        self.tokens = np.zeros((context, lanes), np.int32)
         self.lock = threading.RLock()
 
     def clear(self, lane: int) -> None:
@@ -78,23 +78,24 @@ class Tally:
         """Tokens in the cache, at most, once each has been asked for `more`, ``[W]``."""
         return self.filled + np.minimum(self.left, more)
 
-    def ask(self, lanes: np.ndarray, more: int) -> None:
-        """These have been asked for so many, or what they have left."""
-        left = self.left[lanes]
-        asked = np.minimum(left, more)
-        self.filled[lanes] += asked
-        self.left[lanes] = left - asked
+    def ask(self, more: int) -> np.ndarray:
+        """Lanes that may say more, in order; each is asked for so many, or what it has left."""
+        lanes = self.left.nonzero()[0]
+        asked = np.minimum(self.left, more)
+        self.filled += asked
+        self.left -= asked
+        return lanes
 
     def hear(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
         """These lanes said so many more each, ``[N, n]``."""
         said = self.said[lanes]
         for i, column in enumerate(tokens.T):
-            self.tokens[lanes, said + i] = column
+            self.tokens[said + i, lanes] = column
         # Only now: another thread may be reading.
         self.said[lanes] = said + tokens.shape[1]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Seat:
     """A request in a lane."""
 
@@ -113,7 +114,7 @@ class Seat:
         """Be counted, by a number of its own; it may say so many tokens."""
         tally, lane = self.tally, self.lane
         self.limit, self.before = limit, len(self.request.tokens)
-        tally.number[lane], tally.heeded[lane], tally.filled[lane] = number, True, self.cached
+        tally.number[lane], tally.filled[lane] = number, self.cached
         tally.left[lane] = 0 if self.reading else limit
 
     def absorbed(self, upto: int) -> None:
@@ -129,7 +130,7 @@ class Seat:
             if self.request.seat is self:
                 done, said = len(heard) - self.before, int(tally.said[self.lane])
                 if done < said:
-                    heard += tally.tokens[self.lane, done:said].tolist()
+                    heard += tally.tokens[done:said, self.lane].tolist()
 
     def part(self) -> None:
         """The request has what was said here, and will hear no more of this lane."""

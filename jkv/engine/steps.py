@@ -196,6 +196,8 @@ class Steps:
 
     def _prompts(self) -> list[tuple[Seat, int]]:
         """Seats that read their prompts, the first in rank, and up to where."""
+        if not self._reading:
+            return []
         reading = sorted((s for s in self._reading if s.reading and self._sits(s)), key=_rank)
         self._reading = reading
         alone = len(reading) == 1 or self.batch.rows == 1
@@ -213,11 +215,11 @@ class Steps:
         """Lanes that say tokens, with pages for them; the first in rank get theirs first."""
         tally = self.tally
         upto = tally.bounds(self.batch.block)
-        short = map(self._at, np.flatnonzero(upto > tally.reserved).tolist())
+        short = map(self._at, (upto > tally.reserved).nonzero()[0].tolist())
         for seat in sorted(short, key=_rank):
             if self._sits(seat):
                 self._reserve(seat, int(upto[seat.lane]))
-        return np.flatnonzero(tally.left)  # who got no pages has left its lane
+        return tally.ask(self.batch.block)  # who got no pages has left its lane
 
     def _reserve(self, seat: Seat, upto: int) -> bool:
         """Pages for so many tokens, at the cost of those who come last; False if that is it."""
@@ -268,18 +270,22 @@ class Steps:
         said = speakers = 0
         tally = self.tally
         for part in parts:
-            tokens, marks = self.batch.read(part)
-            there = tally.number[part.lanes] == part.numbers  # others have left since
-            heed = (marks | tally.heeded[part.lanes]) > 0
+            told, lanes = self.batch.read(part), part.lanes
+            tokens, marks = told[:, :-1], told[:, -1]
+            heed = marks | (tally.quiet[lanes] != part.numbers)
+            odd = heed.nonzero()[0].tolist()
             # Most of them go on in silence, and have said as many as they could.
-            plain = np.flatnonzero(there & ~heed)
-            tally.hear(part.lanes[plain], tokens[plain])
-            said, speakers = said + plain.size * tokens.shape[1], speakers + plain.size
-            for row in np.flatnonzero(there & heed).tolist():
-                lane, mark = part.lanes[row], marks[row]
+            plain = (heed == 0).nonzero()[0] if odd else slice(None)
+            new = tokens[plain]
+            tally.hear(lanes[plain], new)
+            said, speakers = said + new.size, speakers + len(new)
+            for row in odd:
+                lane, mark = lanes[row], marks[row]
                 if tally.number[lane] != part.numbers[row]:
-                    continue  # a callback of another has cancelled it
+                    continue  # it has left since
                 new = tokens[row][tokens[row] != PAD].tolist()
+                if mark & device.REFUSED:
+                    raise RuntimeError(f"lane {lane} had no page for a token: an error in jkv")
                 if mark & device.BROKEN:
                     self._broke(self._at(lane))
                 elif new:
@@ -299,7 +305,8 @@ class Steps:
 
     def _heard(self, seat: Seat, tokens: list[int], active: bool) -> None:
         request = seat.request
-        self.tally.heeded[seat.lane] = request.watched
+        if not request.watched:
+            self.tally.quiet[seat.lane] = self.tally.number[seat.lane]
         if self.share and seat.shown < seat.target:
             self._show(seat, seat.target)
         if request.first_token is None:
