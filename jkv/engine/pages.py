@@ -198,6 +198,14 @@ class Pages:
             self._save_leaving()
         seat.tally.reserved[seat.lane] = len(seat.held[0].table) * self.page
 
+    def extend(self, lanes: np.ndarray, upto: np.ndarray, tally: Tally, seats: list[Any]) -> None:
+        """As `reserve` for those in these lanes, whose pages are free."""
+        for lane, most in zip(lanes.tolist(), upto.tolist(), strict=True):
+            for seq in seats[lane].held:
+                seq.extend(most)
+        self._save_leaving()
+        tally.reserved[lanes] = -(-upto // self.page) * self.page
+
     def could(self, seat: Seat, upto: int) -> bool:
         """Whether `reserve` would do."""
         pairs = zip(self.pools, seat.held, strict=True)

@@ -215,10 +215,13 @@ class Steps:
         """Lanes that say tokens, with pages for them; the first in rank get theirs first."""
         tally = self.tally
         upto = tally.bounds(self.batch.block)
-        short = map(self._at, (upto > tally.reserved).nonzero()[0].tolist())
-        for seat in sorted(short, key=_rank):
-            if self._sits(seat):
-                self._reserve(seat, int(upto[seat.lane]))
+        short = (upto > tally.reserved).nonzero()[0]
+        if self.batch.free_pages() >= len(short) * self.batch.pages_for(self.batch.block):
+            self.batch.extend(short, upto[short], tally, self.seats)
+        else:
+            for seat in sorted(map(self._at, short.tolist()), key=_rank):
+                if self._sits(seat):
+                    self._reserve(seat, int(upto[seat.lane]))
         return tally.ask(self.batch.block)  # who got no pages has left its lane
 
     def _reserve(self, seat: Seat, upto: int) -> bool:
