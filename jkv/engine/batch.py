@@ -26,13 +26,10 @@ ENDS = 16  # stop ids of a request, at most
 class Part:
     """One pass that has been dispatched, and those of its rows that say something."""
 
-    rows: np.ndarray  # [N]
+    rows: Any  # [N], or a slice
     lanes: np.ndarray  # [N], of these rows
     numbers: np.ndarray  # [N], of who sat there
-    said: Array  # [R, n]
-    active: Array  # [R]
-    refused: Array  # [R]
-    broken: Array  # [R]
+    told: Array  # [R, n + 1], see `device.decoded`
 
 
 class Batch(Pages):
@@ -121,7 +118,8 @@ class Batch(Pages):
             said = history[: seat.target]
             what["said"] = filled(said, bucket(self.config.context), PAD)
             what["sampler"] = _plain(request.sampler)
-        seat.columns = [len(seq.table) for seq in seat.held]
+        slots = len(seat.held[0].table) * self.page
+        seat.tally.reserved[seat.lane] = seat.tally.known[seat.lane] = slots
         self.state = device.installed(
             self.state, group, self.config.vocab, np.int32(seat.lane), what
         )
@@ -132,42 +130,32 @@ class Batch(Pages):
         """Dispatch the tokens of each seat from where it is, up to the given one."""
         most = max(upto - seat.cached for seat, upto in prompts)
         rows, size = next(s for s in self.shapes if s[0] >= len(prompts) and s[1] >= most)
-        at = np.full(rows, self.lanes, np.int32)
         tokens = np.zeros((rows, size), np.int32)
         counts, last = np.zeros(rows, np.int32), np.zeros(rows, bool)
         for i, (seat, upto) in enumerate(prompts):
-            at[i], counts[i] = seat.lane, upto - seat.cached
+            counts[i] = upto - seat.cached
             tokens[i, : counts[i]] = seat.request.history[seat.cached : upto]
             last[i] = upto == seat.target
         seats = [seat for seat, _ in prompts]
-        grown = self._grown(rows, list(enumerate(seats)), size)
-        self.layers, self.state, *out = device.absorbed(
-            *self.apart, self.layers, self.state, at, tokens, counts, last, grown
+        tally, lanes = seats[0].tally, np.asarray([seat.lane for seat in seats])
+        who = self._who(lanes, rows, size, tally, dict(zip(lanes.tolist(), seats, strict=True)))
+        self.layers, self.state, told = device.absorbed(
+            *self.apart, self.layers, self.state, who, tokens, counts, last
         )
-        tally, speaking = seats[0].tally, np.flatnonzero(last)
         for seat, upto in prompts:
-            seat.cached = upto
-        lanes = at[speaking]
-        tally.asked[lanes], tally.speaking[lanes] = 1, True
-        return Part(speaking, lanes, tally.number[lanes], *out)
+            seat.absorbed(upto)
+        speaking = np.flatnonzero(last)
+        lanes = lanes[speaking]
+        return Part(speaking, lanes, tally.number[lanes], told)
 
-    def decode(self, lanes: np.ndarray, tally: Tally) -> Part:
-        """Dispatch the next block of tokens of these lanes, in order."""
+    def decode(self, lanes: np.ndarray, tally: Tally, seats: Any) -> Part:
+        """Dispatch the next block of tokens of these lanes, those that may say more."""
         width = next(w for w in self.widths if w >= len(lanes))
-        grew = self.growing
-        seats = [(i, grew.pop(at)) for i, at in enumerate(lanes.tolist()) if at in grew]
-        grown = self._grown(width, seats, self.block)
-        self.layers, self.state, *out = device.decoded(
-            self.block,
-            *self.apart,
-            self.layers,
-            self.state,
-            filled(lanes, width, self.lanes),
-            grown,
-            np.int32(self.block),
+        who = self._who(lanes, width, self.block, tally, seats)
+        self.layers, self.state, told = device.decoded(
+            self.block, *self.apart, self.layers, self.state, who
         )
-        tally.asked[lanes] = np.minimum(tally.asked[lanes] + self.block, tally.limit[lanes])
-        return Part(np.arange(len(lanes)), lanes, tally.number[lanes], *out)
+        return Part(slice(len(lanes)), lanes, tally.number[lanes], told)
 
     @functools.cached_property
     def widths(self) -> tuple[int, ...]:
@@ -183,34 +171,35 @@ class Batch(Pages):
         part = self.part
         return tuple(sorted({(1, part), (1, self.chunk), (self.rows, part)}))
 
-    def _grown(
-        self, rows: int, seats: list[tuple[int, Seat]], tokens: int
-    ) -> tuple[device.Grown, ...]:
-        """The pages that seats, with their rows, got since the device last heard of them."""
-        most = tokens // self.page + 2
-        grown = []
-        for group in range(len(self.columns)):
-            start, pages = np.zeros(rows, np.int32), np.full((rows, most), -1, np.int32)
-            for row, seat in seats:
-                table, known = seat.held[group].table, seat.columns[group]
-                if len(table) > known:
-                    start[row] = known
-                    pages[row, : len(table) - known] = table[known:]
-                    seat.columns[group] = len(table)
-            grown.append(device.Grown(start=start, pages=pages))
-        return tuple(grown)
+    def _who(
+        self, lanes: np.ndarray, rows: int, tokens: int, tally: Tally, seats: Any
+    ) -> np.ndarray:
+        """Lanes of a pass, and the pages that they got since the device last heard of them.
 
-    def read(self, part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What its rows said: tokens ``[N, n]``, whether they would say more, and are broken."""
+        In the form of `device.decoded`; `seats` has those who sit in the lanes.
+        """
+        groups, wide = len(self.columns), tokens // self.page + 3
+        who = np.empty((rows, 1 + groups * wide), np.int32)
+        who.fill(-1)
+        grown = who[:, 1:].reshape(rows, groups, wide)
+        who[: len(lanes), 0], who[len(lanes) :, 0] = lanes, self.lanes
+        there = (tally.reserved > tally.known)[lanes].nonzero()[0]
+        at = lanes[there]
+        known = tally.known[at] // self.page
+        grown[there, :, 0] = known[:, None]
+        for row, lane, first in zip(there.tolist(), at.tolist(), known.tolist(), strict=True):
+            for group, seq in enumerate(seats[lane].held):
+                for i, page in enumerate(seq.table[first:], 1):
+                    grown[row, group, i] = page
+        tally.known[at] = tally.reserved[at]
+        return who
+
+    def read(self, part: Part) -> np.ndarray:
+        """What its rows said, ``[N, n + 1]``, as of `device.decoded`."""
         began = time.perf_counter()
-        said, active, refused, broken = (
-            np.asarray(x)[part.rows] for x in (part.said, part.active, part.refused, part.broken)
-        )
+        told = np.asarray(part.told)[part.rows]
         self.waited += time.perf_counter() - began
-        if refused.any():
-            lanes = part.lanes[refused].tolist()
-            raise RuntimeError(f"lanes {lanes} had no page for their tokens: an error in jkv")
-        return said, active, broken
+        return told
 
     def warm(self, swaps: bool) -> None:
         """Compile every pass, and what moves pages where `swaps`; no request takes part."""
@@ -234,27 +223,21 @@ class Batch(Pages):
             )
         if swaps:
             self.warm_moves()
+        nobody, tally = np.zeros(0, np.int64), Tally(self.lanes, 0)
         for width in self.widths:
-            grown = self._grown(width, [], self.block)
-            self.layers, self.state, *_ = device.decoded(
-                self.block,
-                *self.apart,
-                self.layers,
-                self.state,
-                filled((), width, self.lanes),
-                grown,
-                np.int32(self.block),
+            who = self._who(nobody, width, self.block, tally, ())
+            self.layers, self.state, _ = device.decoded(
+                self.block, *self.apart, self.layers, self.state, who
             )
         for rows, size in self.shapes:
-            self.layers, self.state, *_ = device.absorbed(
+            self.layers, self.state, _ = device.absorbed(
                 *self.apart,
                 self.layers,
                 self.state,
-                filled((), rows, self.lanes),
+                self._who(nobody, rows, size, tally, ()),
                 np.zeros((rows, size), np.int32),
                 np.zeros(rows, np.int32),
                 np.zeros(rows, bool),
-                self._grown(rows, [], size),
             )
 
 

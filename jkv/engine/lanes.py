@@ -39,12 +39,10 @@ class Lanes:
     states: tuple[Any, ...] = ()  # their states as for a batch of one, leaves [W, ...]
 
 
-@pytree
-class Grown:
-    """Pages that lanes got since the last pass, for one group of layers."""
-
-    start: Any  # [R] int32, column of the first; an array of either library
-    pages: Any  # [R, n] int32, -1 for none
+# What the last column of a pass's result says of a row, together: that it is not active any more;
+# that it had no page for its token, which its keeper should have seen to; and that its pages were
+# given NaN or infinity that they cannot hold.
+ENDED, REFUSED, BROKEN = 1, 2, 4
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -142,35 +140,34 @@ def decoded(
     weights: list[Array],
     layers: tuple[Any, ...],
     lanes: Lanes,
-    at: Array,
-    grown: tuple[Grown, ...],
-    steps: Array,
-) -> tuple[tuple[Any, ...], Lanes, Array, Array, Array, Array]:
-    """Up to `steps` of at most `size` tokens of each active lane among R.
+    who: Array,
+) -> tuple[tuple[Any, ...], Lanes, Array]:
+    """At most `size` tokens of each active lane among R.
+
+    What the host gives and gets is one array each: arrays cost more than what is in them.
 
     Args:
-        size: tokens at most, the width of the result.
+        size: tokens at most.
         frame: of a decoder.
         weights: of it.
         layers: of the paged cache, donated.
         lanes: donated.
-        at: ``[R]`` int32, the lanes, those whose requests still want tokens; W and more are nobody.
-        grown: pages that these lanes got, per group.
-        steps: int32.
+        who: ``[R, 1 + G (1 + n)]`` int32: the lanes, those whose requests still want tokens, W and
+            more are nobody; and for each group the pages that they got since the last pass, after
+            the column where those begin in the lane's table, -1 for none.
 
     Returns:
-        Layers; lanes; tokens ``[R, size]``, -1 where none; the lanes still active ``[R]``; whether
-        a lane had no page for its token ``[R]``, which its keeper should have seen to; and whether
-        its pages were given NaN or infinity that they cannot hold ``[R]``.
+        Layers; lanes; and ``[R, size + 1]`` int32: tokens, -1 where none, and what `ENDED` and
+        those beside it say.
     """
-    model, width = frame.model(weights), at.shape[0]
-    rows = _rows(lanes, at, grown)
+    model, at, rows = frame.model(weights), who[:, 0], _rows(lanes, who)
+    width = at.shape[0]
     rows = replace(rows, active=rows.active & (at < lanes.active.shape[0]))
     said = jnp.full((size, width), PAD, jnp.int32)
 
     def going(carry: Any) -> Array:
         i, _, rows, _, _ = carry
-        return (i < steps) & jnp.any(rows.active)
+        return (i < size) & jnp.any(rows.active)
 
     def body(carry: Any) -> Any:
         i, layers, rows, said, refused = carry
@@ -183,8 +180,8 @@ def decoded(
 
     carry = (jnp.int32(0), layers, rows, said, jnp.zeros((width,), bool))
     _, layers, rows, said, refused = lax.while_loop(going, body, carry)
-    lanes, broken = _with_rows(lanes, at, rows), _broken(layers, rows)
-    return *_placed(model, layers, lanes), said.T, rows.active, refused, broken
+    told = _told(said.T, layers, rows, refused)
+    return *_placed(model, layers, _with_rows(lanes, at, rows)), told
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
@@ -193,12 +190,11 @@ def absorbed(
     weights: list[Array],
     layers: tuple[Any, ...],
     lanes: Lanes,
-    at: Array,
+    who: Array,
     tokens: Array,
     counts: Array,
     last: Array,
-    grown: tuple[Grown, ...],
-) -> tuple[tuple[Any, ...], Lanes, Array, Array, Array, Array]:
+) -> tuple[tuple[Any, ...], Lanes, Array]:
     """One chunk of the prompts of R lanes, and the first token of those that are through.
 
     Args:
@@ -206,24 +202,22 @@ def absorbed(
         weights: of it.
         layers: of the paged cache, donated.
         lanes: donated.
-        at: ``[R]`` int32, the lanes; W and more are nobody.
+        who: as of `decoded`.
         tokens: ``[R, T]`` int32.
         counts: ``[R]`` int32, how many of them are real.
         last: ``[R]`` bool, the prompt ends with them.
-        grown: pages that these lanes got, per group.
 
     Returns:
-        As of `decoded`, tokens ``[R, 1]``.
+        As of `decoded`, of one token.
     """
-    model, rows = frame.model(weights), _rows(lanes, at, grown)
+    model, rows = frame.model(weights), _rows(lanes, who)
     hidden, cache = model.hidden(tokens, _cache(layers, rows), counts)
     ending = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = model.logits(jnp.take_along_axis(hidden, ending, axis=1)[:, 0])
     rows = replace(rows, lengths=cache.lengths)
     rows, token = _choose(logits, rows, last, jnp.full_like(rows.token, PAD))
-    lanes, broken = _with_rows(lanes, at, rows), _broken(cache.layers, rows)
-    layers, lanes = _placed(model, cache.layers, lanes)
-    return layers, lanes, token[:, None], rows.active, cache.overflowed, broken
+    told = _told(token[:, None], cache.layers, rows, cache.overflowed)
+    return *_placed(model, cache.layers, _with_rows(lanes, who[:, 0], rows)), told
 
 
 def _placed(model: Any, layers: tuple[Any, ...], lanes: Lanes) -> tuple[tuple[Any, ...], Lanes]:
@@ -240,10 +234,11 @@ def everywhere(lanes: Lanes, mesh: Any) -> Lanes:
     return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, whole), lanes)
 
 
-def _rows(lanes: Lanes, at: Array, grown: tuple[Grown, ...]) -> Lanes:
+def _rows(lanes: Lanes, who: Array) -> Lanes:
     """The lanes of a pass, with the pages that they got; anything for those that are nobody."""
-    rows = jax.tree.map(lambda leaf: leaf.at[at].get(mode="clip"), lanes)
-    return replace(rows, tables=_extended(rows.tables, grown))
+    rows = jax.tree.map(lambda leaf: leaf.at[who[:, 0]].get(mode="clip"), lanes)
+    grown = jnp.split(who[:, 1:], len(rows.tables), axis=1)
+    return replace(rows, tables=tuple(map(_extended, rows.tables, grown)))
 
 
 def _with_rows(lanes: Lanes, at: Array, rows: Lanes) -> Lanes:
@@ -259,6 +254,13 @@ def _cache(layers: tuple[Any, ...], rows: Lanes) -> Cache:
     )
 
 
+def _told(said: Array, layers: tuple[Any, ...], rows: Lanes, refused: Array) -> Array:
+    """Tokens [R, n] and what there is to say of their rows, ``[R, n + 1]``."""
+    marks = jnp.where(rows.active, 0, ENDED) + jnp.where(refused, REFUSED, 0)
+    marks += jnp.where(_broken(layers, rows), BROKEN, 0)
+    return jnp.concatenate([said, marks[:, None]], axis=1)
+
+
 def _broken(layers: tuple[Any, ...], rows: Lanes) -> Array:
     """Whether a row has a page that was given what no code can hold, ``[R]``."""
     found = jnp.zeros(rows.lengths.shape, bool)
@@ -272,15 +274,13 @@ def _broken(layers: tuple[Any, ...], rows: Lanes) -> Array:
     return found
 
 
-def _extended(tables: tuple[Array, ...], grown: tuple[Grown, ...]) -> tuple[Array, ...]:
-    """The tables [R, M] with new pages in their columns."""
-    longer = []
-    for table, new in zip(tables, grown, strict=True):
-        rows = jnp.arange(table.shape[0])[:, None]
-        columns = new.start[:, None] + jnp.arange(new.pages.shape[1])[None]
-        columns = jnp.where(new.pages >= 0, columns, table.shape[1])
-        longer.append(table.at[rows, columns].set(new.pages, mode="drop"))
-    return tuple(longer)
+def _extended(table: Array, grown: Array) -> Array:
+    """A table [R, M] with new pages from a column on, [R, 1 + n]."""
+    pages = grown[:, 1:]
+    rows = jnp.arange(table.shape[0])[:, None]
+    columns = grown[:, :1] + jnp.arange(pages.shape[1])[None]
+    columns = jnp.where(pages >= 0, columns, table.shape[1])
+    return table.at[rows, columns].set(pages, mode="drop")
 
 
 def _choose(logits: Array, rows: Lanes, who: Array, after: Array) -> tuple[Lanes, Array]:

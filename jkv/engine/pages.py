@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from jkv.decoding import loop
 from jkv.decoding.request import bucket
 from jkv.engine.kept import Kept
 from jkv.engine.pool import PagePool
-from jkv.engine.scheduler import Seat
+from jkv.engine.scheduler import Seat, Tally
 from jkv.errors import PoolFullError
 from jkv.models.fingerprint import fingerprint
 from jkv.ops.pages import laid, put, taken
@@ -80,7 +79,6 @@ class Pages:
             PagePool, pages=pages, page=self.page, policy=policy, fingerprint=mark, on_evict=hook
         )
         self.pools = [self._pool() for _ in self.columns]
-        self.growing: dict[int, Seat] = {}  # by lane, with pages that the device has not heard of
         self._seen_sizes: set[int] = set()  # of what has been moved, and is compiled
         self.page_bytes = nbytes(self.layers) / pages / len(self.columns)
         self.rate = FIRST_RATE
@@ -93,7 +91,7 @@ class Pages:
     def reset(self) -> None:
         """Empty pages; what pools and device had is forgotten."""
         # What is left of the old ones goes first.
-        self.layers, self._leaving, self.growing = (), [], {}
+        self.layers, self._leaving = (), []
         self.layers = self._empty().layers
         self.pools = [self._pool() for _ in self.columns]
         if self.kept is not None:
@@ -201,21 +199,27 @@ class Pages:
                 )
             self._save_leaving()
         seat.tally.reserved[seat.lane] = len(seat.held[0].table) * self.page
-        self.growing[seat.lane] = seat
+
+    def extend(self, lanes: np.ndarray, upto: np.ndarray, tally: Tally, seats: list[Any]) -> None:
+        """As `reserve` for those in these lanes, whose pages are free."""
+        for lane, most in zip(lanes.tolist(), upto.tolist(), strict=True):
+            for seq in seats[lane].held:
+                seq.extend(most)
+        self._save_leaving()
+        tally.reserved[lanes] = -(-upto // self.page) * self.page
 
     def could(self, seat: Seat, upto: int) -> bool:
         """Whether `reserve` would do."""
         pairs = zip(self.pools, seat.held, strict=True)
         return all(pool.needs(seq, upto) <= pool.free_pages for pool, seq in pairs)
 
-    def filled(self, seats: Iterable[Seat]) -> tuple[int, int]:
+    def filled(self, tally: Tally) -> tuple[int, int]:
         """Slots of the pages that the first pool's sequences hold, and those with tokens.
 
         A page that several hold is full, and counted once as what each has that is not.
         """
         held = self.pools[0].stats()["used"] * self.page
-        for_use = sum(len(seat.held[0].table) * self.page - seat.filled() for seat in seats)
-        return held, held - for_use
+        return held, held - int(np.sum(tally.reserved - tally.filled))
 
     def close(self, held: list[Any]) -> None:
         """Give all pages back."""

@@ -154,21 +154,26 @@ class PagePool:
         if not all(name in self._evictor for name in named.values()):
             raise RuntimeError("the policy does not know a page that the index has")
 
-    def _take(self) -> int:
-        """An empty page for one owner, or the cached one that goes next."""
-        if self._empty:
-            page = self._empty.pop()
-        else:
-            name = self._evictor.victim()
-            self._evictor.evicted(name)
-            page = self._index.pop(name)
-            self._names[page] = None
-            self._cached -= 1
-            self._evicted += 1
-            if self._on_evict is not None:
-                self._on_evict(name, page)
-        self._owners[page] = 1
-        self._used += 1
+    def _take(self, count: int) -> list[int]:
+        """Pages for one owner: empty ones, and then the cached ones that go next."""
+        taken = []
+        for _ in range(count):
+            page = self._empty.pop() if self._empty else self._evict()
+            self._owners[page] = 1
+            self._used += 1
+            taken.append(page)
+        return taken
+
+    def _evict(self) -> int:
+        """The cached page that goes next."""
+        name = self._evictor.victim()
+        self._evictor.evicted(name)
+        page = self._index.pop(name)
+        self._names[page] = None
+        self._cached -= 1
+        self._evicted += 1
+        if self._on_evict is not None:
+            self._on_evict(name, page)
         return page
 
     def _share(self, page: int) -> None:
@@ -212,6 +217,18 @@ class PageSequence:
         length: tokens that the pages are for. Those that are not written yet are this sequence's
             to write; before others share its pages, `crop` to what is written.
     """
+
+    __slots__ = (
+        "_closed",
+        "_dropped",
+        "_generation",
+        "_names",
+        "_pool",
+        "_root",
+        "length",
+        "table",
+        "tenant",
+    )
 
     def __init__(self, pool: PagePool, tenant: str) -> None:
         self.tenant = tenant
@@ -296,7 +313,7 @@ class PageSequence:
         if not self.table:
             self._generation = pool._generation
         copies = []
-        taken = [pool._take() for _ in range(needed)]
+        taken = pool._take(needed)
         if copy:
             source, self.table[-1] = self.table[-1], taken.pop(0)
             copies.append((source, self.table[-1]))
@@ -305,6 +322,12 @@ class PageSequence:
         self.table += taken
         self.length = length
         return copies
+
+    def extend(self, length: int) -> None:
+        """``reserve`` at half its cost, where there are pages and the last is nobody else's."""
+        pool = self._pool
+        self.table += pool._take(-(-length // pool.page) - len(self.table))
+        self.length = length
 
     def publish(self, tokens: Sequence[int]) -> None:
         """Its first ``len(tokens)`` tokens are these, and written: full pages can be found.

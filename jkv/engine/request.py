@@ -34,7 +34,6 @@ class Request:
         state: "waiting", "running" or "finished".
         finish_reason: "stop", "length", "cancelled" or "error", None before the end.
         error: what its callback or its tokens' text raised.
-        tokens: what has been said so far, ids; complete once it is finished.
         cached_tokens: of its prompt, found in the cache when it was first admitted.
         submitted: seconds on `time.perf_counter`.
         first_token: likewise, None before.
@@ -57,12 +56,21 @@ class Request:
     state: str = WAITING
     finish_reason: str | None = None
     error: BaseException | None = None
-    tokens: list[int] = dataclasses.field(default_factory=list)
+    heard: list[int] = dataclasses.field(default_factory=list)  # of `tokens`, all but the latest
+    seat: Any = None  # in which it runs, and which has those
     cached_tokens: int = 0
     first_token: float | None = None
     finished: float | None = None
     preemptions: int = 0
     swapped: Any = None  # its pages on the host while it waits to go on
+
+    @property
+    def tokens(self) -> list[int]:
+        """What has been said so far, ids; complete once it is finished."""
+        seat = self.seat
+        if seat is not None:
+            seat.settle()
+        return self.heard
 
     @property
     def text(self) -> str:
@@ -72,6 +80,11 @@ class Request:
             UnsupportedError: the engine's model has no tokenizer.
         """
         return self.engine.text(self.tokens)
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody wants to hear of each of its tokens."""
+        return bool(self.stop_strings) or self.on_token is not None
 
     @property
     def history(self) -> np.ndarray:

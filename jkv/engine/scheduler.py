@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,36 +53,49 @@ class Tally:
 
     Attributes:
         number: of who sits there, 0 for nobody; nobody gets one twice.
-        speaking: its prompt is in the cache, and what follows is the answer.
-        watched: somebody wants to hear of each of its tokens.
-        fresh: nobody has heard of it yet.
-        base: tokens in the cache if it had been asked for none.
-        limit: tokens that it may say.
-        asked: those that it has been asked for.
-        said: those that have been read.
+        quiet: the same, but 0 where nobody has heard of it yet, or wants to hear of each token.
+        filled: tokens in the cache, with those that it has been asked for.
+        left: tokens that it may still be asked for; none before its prompt is in the cache.
+        said: tokens that have been read.
         reserved: tokens that it has pages for.
+        known: and for how many the device knows them.
+        tokens: ``[context, W]`` int32, what has been said, where its request has not taken it.
+        lock: held by who takes tokens to a request.
     """
 
-    def __init__(self, lanes: int) -> None:
-        self.number = np.zeros(lanes, np.int64)
-        self.speaking, self.watched, self.fresh = np.zeros((3, lanes), bool)
-        self.base, self.limit, self.asked, self.said, self.reserved = np.zeros((5, lanes), np.int64)
+    def __init__(self, lanes: int, context: int) -> None:
+        self._counts = np.zeros((7, lanes), np.int64)
+        self.number, self.quiet, self.filled, self.left, *rest = self._counts
+        self.said, self.reserved, self.known = rest
+        self.tokens = np.zeros((context, lanes), np.int32)
+        self.lock = threading.RLock()
 
     def clear(self, lane: int) -> None:
         """Nobody sits there."""
-        for values in vars(self).values():
-            values[lane] = 0
-
-    def wants(self) -> np.ndarray:
-        """Lanes that may say more than they have been asked for, ``[W]``."""
-        return self.speaking & (self.asked < self.limit)
+        self._counts[:, lane] = 0
 
     def bounds(self, more: int) -> np.ndarray:
         """Tokens in the cache, at most, once each has been asked for `more`, ``[W]``."""
-        return self.base + np.minimum(self.asked + more, self.limit)
+        return self.filled + np.minimum(self.left, more)
+
+    def ask(self, more: int) -> np.ndarray:
+        """Lanes that may say more, in order; each is asked for so many, or what it has left."""
+        lanes = self.left.nonzero()[0]
+        asked = np.minimum(self.left, more)
+        self.filled += asked
+        self.left -= asked
+        return lanes
+
+    def hear(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
+        """These lanes said so many more each, ``[N, n]``."""
+        said = self.said[lanes]
+        for i, column in enumerate(tokens.T):
+            self.tokens[said + i, lanes] = column
+        # Only now: another thread may be reading.
+        self.said[lanes] = said + tokens.shape[1]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Seat:
     """A request in a lane."""
 
@@ -93,16 +107,37 @@ class Seat:
     ahead: int = 1  # 1 where its first token comes of the prefill, and is not in the cache yet
     cached: int = 0  # of its target, those that have been dispatched
     shown: int = 0  # and how many of them others can find
-    columns: list[int] = dataclasses.field(default_factory=list)  # of its tables, on the device
+    limit: int = 0  # tokens that it may say
+    before: int = 0  # tokens of its request that were said before it sat down
 
     def sit(self, number: int, limit: int) -> None:
         """Be counted, by a number of its own; it may say so many tokens."""
         tally, lane = self.tally, self.lane
-        tally.number[lane], tally.limit[lane] = number, limit
-        tally.base[lane] = self.target - self.ahead
-        tally.fresh[lane] = True
-        tally.watched[lane] = bool(self.request.stop_strings or self.request.on_token)
-        tally.speaking[lane] = not self.reading
+        self.limit, self.before = limit, len(self.request.tokens)
+        tally.number[lane], tally.filled[lane] = number, self.cached
+        tally.left[lane] = 0 if self.reading else limit
+
+    def absorbed(self, upto: int) -> None:
+        """So much of its target has been dispatched; with the last of it comes its first token."""
+        self.cached = self.tally.filled[self.lane] = upto
+        if not self.reading:
+            self.tally.left[self.lane] = self.limit - 1
+
+    def settle(self) -> None:
+        """What has been said in its lane into the request's list; any thread may ask for it."""
+        tally, heard = self.tally, self.request.heard
+        with tally.lock:
+            if self.request.seat is self:
+                done, said = len(heard) - self.before, int(tally.said[self.lane])
+                if done < said:
+                    heard += tally.tokens[done:said, self.lane].tolist()
+
+    def part(self) -> None:
+        """The request has what was said here, and will hear no more of this lane."""
+        with self.tally.lock:
+            self.settle()
+            if self.request.seat is self:
+                self.request.seat = None
 
     @property
     def reading(self) -> bool:
@@ -111,15 +146,13 @@ class Seat:
 
     def filled(self) -> int:
         """Tokens in the cache, with those that it has been asked for."""
-        if self.reading:
-            return self.cached
-        return int(self.tally.base[self.lane] + self.tally.asked[self.lane])
+        return int(self.tally.filled[self.lane])
 
     def written(self) -> int:
         """Tokens in the cache, by what has been read."""
         if self.reading:
             return self.cached
-        return int(self.tally.base[self.lane] + self.tally.said[self.lane])
+        return self.target - self.ahead + int(self.tally.said[self.lane])
 
 
 def shared_ahead(history: np.ndarray, tenant: str, seats: Iterable[Seat | None], page: int) -> bool:

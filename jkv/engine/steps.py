@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jkv.decoding.request import PAD, first_stop
+from jkv.engine import lanes as device
 from jkv.engine.batch import Batch, Part
 from jkv.engine.request import FINISHED, RUNNING, WAITING, Request
 from jkv.engine.scheduler import Queue, Seat, Tally, shared_ahead
@@ -35,8 +36,8 @@ class Steps:
         self.share, self.preemption, self.swap_bytes = share, preemption, swap_bytes
         self.waiting = Queue()
         self.seats: list[Seat | None] = [None] * batch.lanes
-        self.tally = Tally(batch.lanes)
-        self._tokens: list[list[int]] = [[]] * batch.lanes  # of their requests
+        self.tally = Tally(batch.lanes, batch.config.context)
+        self._reading: list[Seat] = []  # those who are at their prompts, and some who were
         self._seatings = 0
         self.figures = Stats()
         self._sent: list[Part] = []  # what was dispatched last and has not been read
@@ -51,8 +52,10 @@ class Steps:
         self.batch.reset()
         seated = [seat.request for seat in self.seats if seat]
         self.seats = [None] * self.batch.lanes
-        self.tally = Tally(self.batch.lanes)
+        self.tally = Tally(self.batch.lanes, self.batch.config.context)
         for request in dict.fromkeys([*seated, *self._popped]):
+            if request.seat is not None:
+                request.seat.part()
             if request.state == FINISHED or request in self.waiting:
                 continue
             request.state, request.preemptions = WAITING, request.preemptions + 1
@@ -82,7 +85,7 @@ class Steps:
             self.figures.counts["prefill_tokens"] - read,
         )
         if self.figures.counts["steps"] % SAMPLED == 0:
-            self.figures.filled(*self.batch.filled(s for s in self.seats if s))
+            self.figures.filled(*self.batch.filled(self.tally))
         return True
 
     def _flush(self) -> None:
@@ -111,8 +114,9 @@ class Steps:
             if seat is None:
                 break
             later.remove(request)
-            self.seats[seat.lane], self._tokens[seat.lane] = seat, request.tokens
+            self.seats[seat.lane] = request.seat = seat
             request.state = RUNNING
+            self._reading.append(seat)
         while later:
             self.waiting.push(later.pop())
 
@@ -170,7 +174,7 @@ class Steps:
                 if self.share and not self.batch.rounds:
                     self._show(seat, upto)
         if len(saying):
-            parts.append(self.batch.decode(saying, self.tally))
+            parts.append(self.batch.decode(saying, self.tally, self.seats))
         if self.batch.windowed:
             for seat in [*map(self._at, saying), *(seat for seat, _ in prompts)]:
                 self.batch.let_go(seat)
@@ -192,8 +196,10 @@ class Steps:
 
     def _prompts(self) -> list[tuple[Seat, int]]:
         """Seats that read their prompts, the first in rank, and up to where."""
-        reading = np.flatnonzero((self.tally.number > 0) & ~self.tally.speaking)
-        reading = sorted(map(self._at, reading.tolist()), key=_rank)
+        if not self._reading:
+            return []
+        reading = sorted((s for s in self._reading if s.reading and self._sits(s)), key=_rank)
+        self._reading = reading
         alone = len(reading) == 1 or self.batch.rows == 1
         most = self.batch.chunk if alone else self.batch.part
         if alone and reading and 2 * (reading[0].target - reading[0].cached) <= most:
@@ -208,12 +214,15 @@ class Steps:
     def _saying(self) -> np.ndarray:
         """Lanes that say tokens, with pages for them; the first in rank get theirs first."""
         tally = self.tally
-        chosen, upto = tally.wants(), tally.bounds(self.batch.block)
-        short = map(self._at, np.flatnonzero(chosen & (upto > tally.reserved)).tolist())
-        for seat in sorted(short, key=_rank):
-            if self._sits(seat) and not self._reserve(seat, int(upto[seat.lane])):
-                chosen[seat.lane] = False
-        return np.flatnonzero(chosen & tally.speaking)  # some may have left meanwhile
+        upto = tally.bounds(self.batch.block)
+        short = (upto > tally.reserved).nonzero()[0]
+        if self.batch.free_pages() >= len(short) * self.batch.pages_for(self.batch.block):
+            self.batch.extend(short, upto[short], tally, self.seats)
+        else:
+            for seat in sorted(map(self._at, short.tolist()), key=_rank):
+                if self._sits(seat):
+                    self._reserve(seat, int(upto[seat.lane]))
+        return tally.ask(self.batch.block)  # who got no pages has left its lane
 
     def _reserve(self, seat: Seat, upto: int) -> bool:
         """Pages for so many tokens, at the cost of those who come last; False if that is it."""
@@ -264,28 +273,27 @@ class Steps:
         said = speakers = 0
         tally = self.tally
         for part in parts:
-            tokens, active, broken = self.batch.read(part)
-            counts = np.sum(tokens != PAD, axis=1)
-            there = tally.number[part.lanes] == part.numbers  # others have left since
-            there &= broken | (counts > 0)
-            heed = ~active | broken | (counts < tokens.shape[1])
-            heed |= tally.watched[part.lanes] | tally.fresh[part.lanes]
-            # Most of them go on in silence.
-            plain = np.flatnonzero(there & ~heed)
-            tally.said[part.lanes[plain]] += counts[plain]
-            rows, lanes = tokens.tolist(), part.lanes.tolist()
-            for row in plain.tolist():
-                self._tokens[lanes[row]] += rows[row]
-            said, speakers = said + int(counts[plain].sum()), speakers + len(plain)
-            for row in np.flatnonzero(there & heed).tolist():
-                if tally.number[lanes[row]] != part.numbers[row]:
-                    continue  # a callback of another has cancelled it
-                seat = self._at(lanes[row])
-                if broken[row]:
-                    self._broke(seat)
-                else:
-                    said, speakers = said + int(counts[row]), speakers + 1
-                    self._heard(seat, rows[row][: counts[row]], bool(active[row]))
+            told, lanes = self.batch.read(part), part.lanes
+            tokens, marks = told[:, :-1], told[:, -1]
+            heed = marks | (tally.quiet[lanes] != part.numbers)
+            odd = heed.nonzero()[0].tolist()
+            # Most of them go on in silence, and have said as many as they could.
+            plain = (heed == 0).nonzero()[0] if odd else slice(None)
+            new = tokens[plain]
+            tally.hear(lanes[plain], new)
+            said, speakers = said + new.size, speakers + len(new)
+            for row in odd:
+                lane, mark = lanes[row], marks[row]
+                if tally.number[lane] != part.numbers[row]:
+                    continue  # it has left since
+                new = tokens[row][tokens[row] != PAD].tolist()
+                if mark & device.REFUSED:
+                    raise RuntimeError(f"lane {lane} had no page for a token: an error in jkv")
+                if mark & device.BROKEN:
+                    self._broke(self._at(lane))
+                elif new:
+                    said, speakers = said + len(new), speakers + 1
+                    self._heard(self._at(lane), new, not mark & device.ENDED)
         if said:
             self.figures.said(said, speakers, time.perf_counter())
 
@@ -300,15 +308,16 @@ class Steps:
 
     def _heard(self, seat: Seat, tokens: list[int], active: bool) -> None:
         request = seat.request
-        self.tally.fresh[seat.lane] = False
+        if not request.watched:
+            self.tally.quiet[seat.lane] = self.tally.number[seat.lane]
         if self.share and seat.shown < seat.target:
             self._show(seat, seat.target)
         if request.first_token is None:
             request.first_token = time.perf_counter()
             self.figures.first.append(request.first_token - request.submitted)
-        request.tokens += tokens
+        request.tokens.extend(tokens)
         self.tally.said[seat.lane] += len(tokens)
-        if request.stop_strings or request.on_token is not None:
+        if request.watched:
             try:
                 ended = self._told(request, len(tokens))
             except Exception as error:
@@ -336,6 +345,7 @@ class Steps:
             gone = len(request.tokens) - cut
             fresh -= gone
             self.figures.counts["tokens"] -= gone
+            request.seat.part()  # who would bring them back
             del request.tokens[cut:]
         if request.on_token is not None:
             for token in request.tokens[len(request.tokens) - fresh :]:
@@ -357,7 +367,7 @@ class Steps:
 
     def _free(self, seat: Seat) -> None:
         self.batch.close(seat.held)
-        self.batch.growing.pop(seat.lane, None)
+        seat.part()
         self.tally.clear(seat.lane)
         self.seats[seat.lane] = None
 

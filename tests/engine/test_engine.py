@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import sys
+import threading
 import time
 
 import jax
@@ -263,6 +264,44 @@ def test_tokens_as_they_come(engine, alone):
     engine.run()
 
 
+def test_tokens_may_be_read_at_any_moment(engine, alone, lm):
+    """Between steps, in another's callback, by a thread, and never before the end."""
+    asked, grew = [], []
+
+    def spying(request, token):
+        for other in asked:
+            grew.append((other, list(other.tokens)))
+
+    want = [alone(p, 24) for p in PROMPTS[4:8]]
+    text = lm.tokenizer.decode(want[1])[5:8]
+    for i, prompt in enumerate(PROMPTS[4:8]):
+        how = [{"on_token": spying}, {"stop": [text]}, {}, {}][i]
+        asked.append(engine.submit(prompt, max_new_tokens=24, **({"stop": ()} | how)))
+
+    over = threading.Event()
+
+    def watching():
+        while not over.wait(0.0005):
+            grew.append((asked[2], list(asked[2].tokens)))
+
+    thread = threading.Thread(target=watching)
+    thread.start()
+    try:
+        while engine.step():
+            grew.append((asked[2], list(asked[2].tokens)))
+    finally:
+        over.set()
+        thread.join()
+    cut = jkv.generate(lm, [PROMPTS[5]], max_new_tokens=24, stop=[text], slots=64)
+    want[1] = cut.tokens[0, : cut.lengths[0]].tolist()
+    assert len(want[1]) < 24
+    assert [request.tokens for request in asked] == want
+    for request, tokens in grew:
+        assert tokens == want[asked.index(request)][: len(tokens)]
+    for i in (2, 3):  # of which nobody hears, and yet they are seen to grow
+        assert len({len(tokens) for request, tokens in grew if request is asked[i]}) > 3
+
+
 def test_several_tasks_wait_for_tokens(engine, alone):
     async def say(prompt):
         return [token async for token in engine.submit(prompt, max_new_tokens=7, stop=())]
@@ -495,8 +534,12 @@ def test_a_step_that_is_interrupted_costs_time_and_no_tokens(engine, alone):
     requests.insert(1, engine.submit(PROMPTS[1], max_new_tokens=12, stop=(), on_token=interrupting))
     with pytest.raises(KeyboardInterrupt):
         engine.run()
+    prompts = [PROMPTS[3], PROMPTS[1], *PROMPTS[4:6]]
+    for request, prompt in zip(requests[:2], prompts, strict=False):  # one that nobody watches too
+        assert 0 < len(request.tokens) < 12
+        assert request.tokens == alone(prompt, 12)[: len(request.tokens)]
     engine.run()
-    for request, prompt in zip(requests, [PROMPTS[3], PROMPTS[1], *PROMPTS[4:6]], strict=True):
+    for request, prompt in zip(requests, prompts, strict=True):
         assert request.tokens == alone(prompt, 12)
 
 

@@ -622,6 +622,25 @@ def test_misuse_raises_and_changes_nothing():
             PagePool(pages=pages, page=page)
 
 
+def test_extending_is_reserving_where_nothing_is_in_the_way():
+    tables = []
+    for way in (PageSequence.reserve, PageSequence.extend):
+        pool = PagePool(pages=8, page=4)
+        old = pool.sequence()
+        old.reserve(8)
+        old.publish(list(range(8)))
+        old.close()  # two pages that are found, and go last
+        one, other = pool.sequence(), pool.sequence()
+        one.reserve(3)
+        other.reserve(4)
+        for seq, length in ((one, 4), (one, 5), (other, 5), (one, 13), (other, 14)):
+            way(seq, length)
+        pool.check()
+        tables.append((one.table, other.table, one.length, other.length, pool.stats()))
+    assert tables[0] == tables[1]
+    assert tables[0][-1]["evicted"] == 2
+
+
 def test_a_window_gives_pages_back():
     device = Device(pages=3, page=4)
     row = device.new()
