@@ -159,17 +159,18 @@ class Batch(Pages):
 
     @functools.cached_property
     def widths(self) -> tuple[int, ...]:
-        """How many lanes a pass may have: 1, 2, 4, 8, 32, 128, ..., and all."""
+        """How many lanes a pass may have: 1, 2, 4, ..., and all. Half of them sit at least."""
         widths = [1]
         while widths[-1] < self.lanes:
-            widths.append(min(widths[-1] * (2 if widths[-1] < 8 else 4), self.lanes))
+            widths.append(min(2 * widths[-1], self.lanes))
         return tuple(widths)
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """Rows and tokens of each that a pass over prompts may have."""
         part = self.part
-        return tuple(sorted({(1, part), (1, self.chunk), (self.rows, part)}))
+        alone = (min(size, self.chunk) for size in (part, 2 * part, self.chunk))
+        return tuple(sorted({(self.rows, part), *((1, size) for size in alone)}))
 
     def _who(
         self, lanes: np.ndarray, rows: int, tokens: int, tally: Tally, seats: Any

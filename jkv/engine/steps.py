@@ -202,8 +202,6 @@ class Steps:
         self._reading = reading
         alone = len(reading) == 1 or self.batch.rows == 1
         most = self.batch.chunk if alone else self.batch.part
-        if alone and reading and 2 * (reading[0].target - reading[0].cached) <= most:
-            most = self.batch.part  # two small pieces at most, and not one that is mostly padding
         chosen = []
         for seat in reading[: self.batch.rows]:
             upto = min(seat.cached + most, seat.target)
