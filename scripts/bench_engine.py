@@ -9,7 +9,8 @@ third of the prompts begin with one of four system prompts. Requests arrive at r
 (Poisson), by default faster than anybody serves them. The same trace for all, in turns: the engine;
 `jkv.generate` in batches of what has arrived, each as long as its longest answer; `transformers`
 likewise, and its own continuous batching, where it is installed with torch (the `compare` extra).
-Only tokens that were asked for count. Weights of `42m` are random.
+Only tokens that were asked for count. Weights of `42m` are random. With `--devices 2` jkv has each
+half of the heads on a device of its own, which on a CPU is a core; torch uses all cores by itself.
 
 Sections: trace, requests of mixed lengths; prefix, the first token after a prompt of 1000 tokens
 that is in the cache, and that is not; host, the engine's own work per step at 256 lanes.
@@ -41,7 +42,7 @@ from jkv.engine import lanes
 MEANS, SPREAD = (161, 338), (1.0, 0.8)  # tokens; standard deviations of the logarithms
 FULL = 2048  # tokens of context for which these are
 SYSTEM = 64  # tokens of a system prompt
-LONGEST = 300  # seconds that one may take for the trace
+LONGEST = 600  # seconds that one may take for the trace
 SECTIONS = ("trace", "prefix", "host")
 
 

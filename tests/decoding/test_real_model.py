@@ -12,6 +12,8 @@ import pytest
 import jkv
 from tests.decoding import oracle
 
+pytestmark = pytest.mark.slow  # once, not on each Python
+
 GOLDEN = json.loads(
     (Path(__file__).resolve().parent.parent / "golden" / "stories260k.json").read_text()
 )

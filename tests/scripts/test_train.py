@@ -19,6 +19,8 @@ import pytest
 import jkv
 import train
 
+pytestmark = pytest.mark.slow  # once, not on each Python
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = [
     *("--steps=48", "--warmup=4", "--learning-rate=0.01", "--layers=1", "--width=32"),
