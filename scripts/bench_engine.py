@@ -397,7 +397,7 @@ def main() -> None:
     add("--without", nargs="+", default=[], metavar="NAME", help="contestants to leave out")
     add("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    if options.devices > 1 and jax.config.jax_platforms in (None, "cpu"):
+    if options.devices > 1:
         jax.config.update("jax_num_cpu_devices", options.devices)
     console = Console()
     results: dict[str, Any] = {"machine": machine.describe(), "options": str(vars(options))}
