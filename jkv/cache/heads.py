@@ -16,6 +16,8 @@ from jaxtyping import Float
 
 from jkv._axes import Array
 from jkv.cache.protocol import Step
+from jkv.errors import UnsupportedError
+from jkv.ops.pages import Tiled
 
 
 def mesh_of(model: Any) -> Mesh | None:
@@ -39,10 +41,35 @@ def laid(layers: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
     """Layers in a program, each device with its own heads; as they are without a mesh."""
     if mesh is None:
         return layers
-    # Scales of pages as one TPU lays them are lines of all heads.
-    layers = tuple(x.plain() if getattr(x, "rounds", False) else x for x in layers)
-    there = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(layers, mesh))
-    return jax.tree.map(lax.with_sharding_constraint, layers, there)
+
+    def one(layer: Any) -> Any:
+        if not hasattr(layer, "attend"):
+            return layer  # tokens, of which a model makes keys and values anew
+        # Scales of pages as one TPU lays them are lines of all heads.
+        layer = layer.plain() if getattr(layer, "rounds", False) else layer
+        there = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(layer, mesh))
+        return jax.tree.map(lax.with_sharding_constraint, layer, there)
+
+    return tuple(map(one, layers))
+
+
+def _check(layer: Any) -> None:
+    """Refuse what cannot be parted.
+
+    Raises:
+        UnsupportedError: a score of several heads together, or pages whose scales lie together.
+    """
+    score = getattr(layer, "score", None)
+    if getattr(score, "across_heads", False):
+        raise UnsupportedError(
+            f"the score {score} compares all heads, of which each device sees its own; use one of "
+            "single heads, such as jkv.scores.h2o, or a model that is not sharded"
+        )
+    if isinstance(getattr(layer, "k_pages", None), Tiled) and layer.rounds:
+        raise UnsupportedError(
+            "these pages lie as one TPU wants them, the scales of all heads together; give the "
+            "sharded model a cache whose layers are layer.plain() of these"
+        )
 
 
 def attend(
@@ -64,9 +91,13 @@ def attend(
         v: values.
         step: as of `LayerCache.attend`.
         options: likewise.
+
+    Raises:
+        UnsupportedError: a layer that cannot be parted.
     """
     if mesh is None:
         return layer.attend(q, k, v, step, **options)
+    _check(layer)
     (axis,) = mesh.axis_names
     heads, held = PartitionSpec(None, None, axis), specs(layer, mesh)
 

@@ -64,13 +64,16 @@ def h2o(seen: Seen) -> Float[Array, "B K S"]:
 def tova(seen: Seen) -> Float[Array, "B K S"]:
     """The attention of the last query alone, averaged over all heads: they keep the same tokens.
 
-    A mesh that shards heads averages over each device's own. A `put` has no query: the newest are
-    kept. Source: Oren et al. 2024, arXiv:2401.06104.
+    Not for a model that `jkv.shard` has parted. A `put` has no query: the newest are kept. Source:
+    Oren et al. 2024, arXiv:2401.06104.
     """
     last = jnp.argmax(seen.queries, axis=1)[:, None, None, None, None]
     weights = jnp.take_along_axis(seen.weights, last, axis=3)[:, :, :, 0]
     mean = jnp.mean(weights, axis=(1, 2))
     return jnp.broadcast_to(mean[:, None], seen.positions.shape)
+
+
+tova.across_heads = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def recency(seen: Seen) -> Float[Array, "B K S"]:

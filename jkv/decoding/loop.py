@@ -258,8 +258,12 @@ def new_cache(
 ) -> Cache:
     """An empty cache, made in one program, where the model's devices want it."""
     cache = init_cache(config, kind, batch=batch, slots=slots, dtype=dtype)
-    if not isinstance(cache, Cache):
-        return cache
+    return replace(cache, layers=heads.laid(cache.layers, mesh))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def laid(cache: Cache, mesh: Any) -> Cache:
+    """A cache from elsewhere, where the model's devices want it."""
     return replace(cache, layers=heads.laid(cache.layers, mesh))
 
 

@@ -142,16 +142,16 @@ class Run:
         kept = kind if options.resume is None else options.resume.cache
         first = longest + 2 * self.size if getattr(kept, "grows", False) else self.needed
         slots = options.slots or room.slots_for(min(first, self.needed), kept)
+        mesh = heads.mesh_of(self.model)
         if options.resume is not None:
             old = options.resume.cache
-            if old.capacity is None or old.capacity >= slots:
-                return loop.copied(old)
-            return loop.resized(old, slots)
-        if any(row is not None for row in self.found):
-            return stored.joined(self.found, config, kind, slots)
-        batch = len(self.new)
-        mesh = heads.mesh_of(self.model)
-        return loop.new_cache(config, kind, batch, slots, config.dtype, mesh)
+            fits = old.capacity is None or old.capacity >= slots
+            cache = loop.copied(old) if fits else loop.resized(old, slots)
+        elif any(row is not None for row in self.found):
+            cache = stored.joined(self.found, config, kind, slots)
+        else:
+            return loop.new_cache(config, kind, len(self.new), slots, config.dtype, mesh)
+        return cache if mesh is None else loop.laid(cache, mesh)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """New tokens ``[B, t]`` as they come, the first alone; a row that has ended is -1."""

@@ -205,7 +205,7 @@ class Pages:
         for lane, most in zip(lanes.tolist(), upto.tolist(), strict=True):
             for seq in seats[lane].held:
                 seq.extend(most)
-        self._save_leaving()
+            self._save_leaving()
         tally.reserved[lanes] = -(-upto // self.page) * self.page
 
     def could(self, seat: Seat, upto: int) -> bool:

@@ -130,7 +130,8 @@ class Seat:
             if self.request.seat is self:
                 done, said = len(heard) - self.before, int(tally.said[self.lane])
                 if done < said:
-                    heard += tally.tokens[done:said, self.lane].tolist()
+                    # Not appended: who interrupts this and asks for the same does no harm.
+                    heard[self.before + done :] = tally.tokens[done:said, self.lane].tolist()
 
     def part(self) -> None:
         """The request has what was said here, and will hear no more of this lane."""

@@ -354,8 +354,10 @@ class Steps:
 
     def _leave(self, seat: Seat, reason: str) -> None:
         """A request's end: its pages go back, the full ones to be found again."""
+        self._popped.append(seat.request)
         self._vacate(seat)
         self._close(seat.request, reason)
+        self._popped.remove(seat.request)
 
     def _vacate(self, seat: Seat) -> None:
         """Pages back and the lane free; what they hold may still be found."""

@@ -18,7 +18,8 @@ def shard(lm: Any, mesh: Any) -> Any:
 
     Heads, the feed-forward's inner units and the vocabulary are parted, and two sums per layer
     bring the parts together (Shoeybi et al. 2019, arXiv:1909.08053). Whatever runs a model runs
-    this one, with any kind of cache: `generate`, `stream`, the engine, your own `jit`. On a CPU
+    this one, with any kind of cache: `generate`, `stream`, the engine, your own `jit`. Only scores
+    that compare heads, such as `jkv.scores.tova`, cannot: each device sees its own. On a CPU
     ``jax.config.update("jax_num_cpu_devices", 2)``, before JAX starts, makes two devices of two
     cores.
 
@@ -55,7 +56,7 @@ def shard(lm: Any, mesh: Any) -> Any:
     # What is between is parted by the compiler: axes of explicit type would ask the model how.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     (axis,) = mesh.axis_names
-    model = nnx.merge(*nnx.split(lm))  # variables of its own
+    model = nnx.clone(lm)  # with variables of its own
     outputs, inputs = PartitionSpec(axis), PartitionSpec(None, axis)
     where = {id(model.embedding): outputs}
     if model.head is not None:

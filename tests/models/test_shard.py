@@ -96,6 +96,7 @@ config = jkv.Config(
 model = jax.jit(lambda: jkv.Decoder(config, rngs=nnx.Rngs(0)))()
 two = jkv.shard(model, mesh)
 assert model.mesh is None and two.mesh is not None
+assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(model))  # as it was
 kernel = two.blocks[0].attention.q.kernel[...]
 assert kernel.sharding.shard_shape(kernel.shape) == (16, 32)
 assert two.head.kernel[...].sharding.is_fully_replicated  # 97 rows
@@ -110,6 +111,18 @@ np.testing.assert_array_equal(
 )
 held = jax.tree.leaves(got.cache.layers)[0]
 assert held.shape[1] == 2 and held.sharding.shard_shape(held.shape)[1] == 1
+
+# A score that compares heads would see half of them.
+for score in (jkv.scores.h2o, jkv.scores.tova):
+    kind = jkv.evicting(8, score)
+    try:
+        kept = jkv.generate(two, ids, max_new_tokens=8, cache=kind)
+    except jkv.UnsupportedError as error:
+        assert score is jkv.scores.tova and "compares all heads" in str(error), error
+    else:
+        assert score is jkv.scores.h2o
+        alone = jkv.generate(model, ids, max_new_tokens=8, cache=kind)
+        np.testing.assert_array_equal(kept.tokens, alone.tokens)
 
 hot = jkv.sampling.temperature(0.8)
 engine = jkv.Engine(two, pages=14, page=4, max_batch=3)

@@ -51,7 +51,8 @@ def _walked(mask, q, k_pages, v_pages, table, positions, lengths):
         return _row(mask, k_pages, v_pages, *own)
 
     def some_at_once(k_pages, v_pages, *rows):
-        return lax.map(lambda own: row(k_pages, v_pages, *own), rows, batch_size=some)
+        batch = some if some > 1 else None
+        return lax.map(lambda own: row(k_pages, v_pages, *own), rows, batch_size=batch)
 
     def at_once(k_pages, v_pages, *rows):
         return jax.vmap(row, in_axes=(None, None, 0, 0, 0, 0))(k_pages, v_pages, *rows)
