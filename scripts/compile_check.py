@@ -506,7 +506,7 @@ def parted_cases(target: str) -> dict[str, Case]:
     return {
         f"on 2 devices {name}": Case(kind, 8, dtype="bfloat16", **sizes)
         for name, kind in kinds_of(target, 4096, 4096).items()
-        if name in ("dense", "sinks", "int8", "paged")
+        if name in ("int8", "paged")
     }
 
 
