@@ -313,19 +313,6 @@ class Reads(Moves):
         self.scored(asked)
         return values
 
-    def has(self, ask: Ask) -> bool:
-        """Whether it would be found; that is no access."""
-        with self.lock:
-            record = self.index.get(ask.name)
-            if record is not None and record.version is not None:
-                same = ask.fingerprint is None or ask.fingerprint == record.fingerprint
-                return same and not self.expired(record)
-        self.take([ask])
-        with self.lock:
-            if ask.entry is not None and ask.record is not None:
-                self.release(ask.record)
-        return ask.entry is not None
-
     def matches(
         self,
         tokens: Sequence[Any],

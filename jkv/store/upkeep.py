@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jkv.errors import CorruptError, TierError
+from jkv.store.answers import Ask
 from jkv.store.entry import Entry
 from jkv.store.keys import split
 from jkv.store.moves import LIFELINE, store_meta
@@ -187,6 +188,27 @@ class Upkeep(Writes):
             mover.drain()
 
     # What users ask for.
+
+    def has(self, ask: Ask) -> bool:
+        """Whether it would be found; that is no access.
+
+        Of an entry that is only listed so far the header is read: to read all of it would count
+        as what its tier can do, and the `get` that follows might be declined for it.
+        """
+        with self.lock:
+            record = self.index.get(ask.name)
+        if record is not None and record.version is None:
+            self._describe(record)
+        with self.lock:
+            record = self.index.get(ask.name)
+            if record is not None and record.version is not None:
+                same = ask.fingerprint is None or ask.fingerprint == record.fingerprint
+                return same and not self.expired(record)
+        self.take([ask])
+        with self.lock:
+            if ask.entry is not None and ask.record is not None:
+                self.release(ask.record)
+        return ask.entry is not None
 
     def remove(self, name: str, sync: bool) -> bool:
         """See `Store.remove`."""

@@ -181,3 +181,8 @@ def check(store, accesses=None, exact=True):
         for record in inner.index.values():
             assert record.homes or record.moving is not None or inner.claimed(record.name), record
         return figures
+
+
+def names(tier):
+    """The keys that it has."""
+    return sorted(name.split(":")[-1] for name in tier.entries)
