@@ -143,8 +143,6 @@ def main() -> int:
     for name in ("PTX", "PTXAS", "RESOURCES"):
         os.environ[f"MOSAIC_GPU_DUMP_{name}"] = "1"
     os.environ |= {"MOSAIC_GPU_DUMP_TO": str(dump), "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-    sys.path.insert(0, str(ROOT))
-    sys.path.insert(0, str(ROOT / "scripts"))
     from compile_check import SKIPPED, devices
     from jkv.errors import UnsupportedError
 

@@ -5,15 +5,16 @@ For this machine's CPU; `scripts/compile_check.py` asks the same of compilers fo
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import compile_check
+from bench import cases
+from bench.loops import Case
 from jkv._pytree import pytree, static
 from jkv.cache.protocol import Step
 from tests.conftest import ROOT
@@ -23,24 +24,19 @@ pytestmark = [
     pytest.mark.usefixtures("optimised"),
 ]
 
-spec = importlib.util.spec_from_file_location("compile_check", ROOT / "scripts/compile_check.py")
-check: Any = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = check  # dataclasses look their module up
-spec.loader.exec_module(check)
-
-CASES = check.cases("cpu")
+CASES = cases.cases("cpu")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_decode_loop(name):
-    report = check.measure(CASES[name])
+    report = compile_check.measure(CASES[name])
     assert report.copies == 0, report
     assert report.share < 0.1, report
 
 
 @pytest.mark.parametrize(("form", "page"), [("exact", 16), ("int4", 64)])
 def test_pages(form, page):
-    report = check.measure(check.paged_cases("cpu")[f"{form} in pages of {page} B=8 G=4"])
+    report = compile_check.measure(cases.paged_cases("cpu")[f"{form} in pages of {page} B=8 G=4"])
     assert report.copies == 0, report
     assert report.share < 0.1, report
 
@@ -49,7 +45,7 @@ def test_pages(form, page):
 def test_prefill_copies_nothing(name):
     """A chunk's activations are temporaries, and no share of the cache; copies there are none."""
     kind = CASES[f"{name} B=1 G=1 float32 H=64"].kind
-    assert check.measure(check.Case(kind, 1, 4, new=32, slots=4096)).copies == 0
+    assert compile_check.measure(Case(kind, 1, 4, new=32, slots=4096)).copies == 0
 
 
 @pytree
@@ -80,7 +76,7 @@ class TextbookKind:
 
 def test_a_second_cache_is_seen():
     """The check itself: a loop that is known to copy does not pass it."""
-    report = check.measure(check.Case(TextbookKind(), 1, 1, slots=4096))
+    report = compile_check.measure(Case(TextbookKind(), 1, 1, slots=4096))
     assert not report.free, report
     assert report.copies or report.share > 0.5
 
@@ -93,8 +89,8 @@ def test_copies_are_counted():
       %copy.3 = f32[4,128]{1,0} copy(%r)
       %fusion = f32[4,128,64]{2,1,0} fusion(%p), calls=%copy_computation
     """
-    assert check.count_copies(text, 4 * 128 * 64) == 3
-    assert check.count_copies(text, 4 * 128) == 1
+    assert compile_check.count_copies(text, 4 * 128 * 64) == 3
+    assert compile_check.count_copies(text, 4 * 128) == 1
 
 
 def test_a_copy_that_is_none_is_not_counted():
@@ -109,7 +105,7 @@ def test_a_copy_that_is_none_is_not_counted():
   %f = u8[32,128]{1,0} fusion(%p), kind=kLoop, ALIASED, calls=%copy_fusion.1
   %g = u8[32,128]{1,0} fusion(%p), kind=kLoop, calls=%copy_fusion.2
     """.replace("ALIASED", "output_to_operand_aliasing={{}: (0, {})}")
-    assert check.count_copies(text, 32 * 128) == 1
+    assert compile_check.count_copies(text, 32 * 128) == 1
 
 
 @pytest.mark.tpu_compile
@@ -125,6 +121,6 @@ def test_other_compilers(target):
         timeout=900,
         check=False,
     )
-    if done.returncode == check.SKIPPED:
+    if done.returncode == compile_check.SKIPPED:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
-import sys
 from typing import Any
 
 import jax
@@ -19,14 +17,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import compile_check
 import jkv
+from bench.loops import Case
 from jkv._pytree import replace
 from jkv.cache import Dense, Step
 from jkv.cache.window import WindowKind
 from jkv.errors import UnsupportedError
 from jkv.models import Decoder, Rope
 from jkv.ops.rope import angles, rotate
-from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
 
@@ -432,17 +431,6 @@ def test_is_a_value():
 # The compiled loop.
 
 
-def _compile_check() -> Any:
-    name = "compile_check"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts/compile_check.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.mark.parametrize(
     ("kind", "batch", "groups"),
     [
@@ -453,12 +441,10 @@ def _compile_check() -> Any:
     ids=str,
 )
 def test_the_decode_loop_copies_nothing(kind, batch, groups):
-    check = _compile_check()
-    report = check.measure(check.Case(kind, batch, groups, slots=4096))
+    report = compile_check.measure(Case(kind, batch, groups, slots=4096))
     assert report.free, report
 
 
 def test_a_chunk_copies_nothing():
-    check = _compile_check()
-    case = check.Case(jkv.window(4096, 4), 1, 4, new=32, slots=4096)
-    assert check.measure(case).copies == 0
+    case = Case(jkv.window(4096, 4), 1, 4, new=32, slots=4096)
+    assert compile_check.measure(case).copies == 0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jkv
+from bench.loops import Case, program
+from compile_check import count_copies
 from jkv._pytree import nbytes, pytree, static
 from jkv.decoding import draft as drafts
 from jkv.decoding.stream import stream
 from jkv.errors import UnsupportedError
-from tests.conftest import ROOT
 from tests.decoding import oracle, texts
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
@@ -419,21 +418,14 @@ def test_no_second_cache():
     A chunk's scores are temporaries, of one layer at a time: with more heads to a group they are
     more, whatever the cache.
     """
-    spec = importlib.util.spec_from_file_location(
-        "compile_check", ROOT / "scripts/compile_check.py"
-    )
-    check = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = check
-    spec.loader.exec_module(check)
-    case = check.Case(jkv.dense(), 2, 1, slots=4096)
-    _, (model, state, *_), cache = check.program(case)
+    _, (model, state, *_), cache = program(Case(jkv.dense(), 2, 1, slots=4096))
     history = jax.ShapeDtypeStruct((2, 4096), jnp.int32)
     state = jax.eval_shape(drafts.drafting, state, history)
     ends = jax.ShapeDtypeStruct((2, 4), jnp.int32)
     how = (jkv.prompt_lookup(), None, None, ends, state.token)
     compiled = drafts.drafted.lower(32, model, state, *how).compile()
     biggest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
-    assert check.count_copies(compiled.as_text(), biggest) == 0
+    assert count_copies(compiled.as_text(), biggest) == 0
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * nbytes(cache)
 
 
