@@ -33,11 +33,11 @@ def specs(layers: Any, mesh: Mesh) -> Any:
         mesh: of one axis.
     """
     (axis,) = mesh.axis_names
-    parted = PartitionSpec(None, axis)
-    return jax.tree.map(lambda x: parted if x.ndim > 1 else PartitionSpec(), layers)
+    second = PartitionSpec(None, axis)
+    return jax.tree.map(lambda x: second if x.ndim > 1 else PartitionSpec(), layers)
 
 
-def laid(layers: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
+def parted(layers: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
     """Layers in a program, each device with its own heads; as they are without a mesh."""
     if mesh is None:
         return layers

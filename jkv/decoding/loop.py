@@ -258,13 +258,13 @@ def new_cache(
 ) -> Cache:
     """An empty cache, made in one program, where the model's devices want it."""
     cache = init_cache(config, kind, batch=batch, slots=slots, dtype=dtype)
-    return replace(cache, layers=heads.laid(cache.layers, mesh))
+    return replace(cache, layers=heads.parted(cache.layers, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def laid(cache: Cache, mesh: Any) -> Cache:
+def parted(cache: Cache, mesh: Any) -> Cache:
     """A cache from elsewhere, where the model's devices want it."""
-    return replace(cache, layers=heads.laid(cache.layers, mesh))
+    return replace(cache, layers=heads.parted(cache.layers, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=1)

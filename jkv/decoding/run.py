@@ -151,7 +151,7 @@ class Run:
             cache = stored.joined(self.found, config, kind, slots)
         else:
             return loop.new_cache(config, kind, len(self.new), slots, config.dtype, mesh)
-        return cache if mesh is None else loop.laid(cache, mesh)
+        return cache if mesh is None else loop.parted(cache, mesh)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """New tokens ``[B, t]`` as they come, the first alone; a row that has ended is -1."""

@@ -223,7 +223,7 @@ def absorbed(
 def _placed(model: Any, layers: tuple[Any, ...], lanes: Lanes) -> tuple[tuple[Any, ...], Lanes]:
     """What the next pass is given lies as what this one was given: it is the same program."""
     mesh = heads.mesh_of(model)
-    return heads.laid(layers, mesh), everywhere(lanes, mesh)
+    return heads.parted(layers, mesh), everywhere(lanes, mesh)
 
 
 def everywhere(lanes: Lanes, mesh: Any) -> Lanes:

@@ -312,19 +312,18 @@ class PageSequence:
             )
         if not self.table:
             self._generation = pool._generation
-        copies = []
-        taken = pool._take(needed)
-        if copy:
-            source, self.table[-1] = self.table[-1], taken.pop(0)
-            copies.append((source, self.table[-1]))
-            pool._leave(source)
-            pool._copies += 1
-        self.table += taken
-        self.length = length
-        return copies
+        last = len(self.table) - 1
+        self.extend(length)
+        if not copy:
+            return []
+        source, (target,) = self.table[last], pool._take(1)
+        self.table[last] = target
+        pool._leave(source)
+        pool._copies += 1
+        return [(source, target)]
 
     def extend(self, length: int) -> None:
-        """``reserve`` at half its cost, where there are pages and the last is nobody else's."""
+        """``reserve`` without its questions: there are pages, and the last one is nobody else's."""
         pool = self._pool
         self.table += pool._take(-(-length // pool.page) - len(self.table))
         self.length = length

@@ -192,7 +192,6 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config
-        self.mesh: Any = None  # see `jkv.shard`
         table = jax.random.normal(rngs.params(), (config.vocab, config.width), jnp.float32)
         self.embedding = nnx.Param((table * 0.02).astype(config.dtype))  # [V, D]
         # Assigned once: an attribute of an NNX module that was None cannot become a parameter.
@@ -210,6 +209,11 @@ class Decoder(nnx.Module):
             if config.tied
             else Linear(config.width, config.vocab, bias=False, dtype=config.dtype, rngs=rngs)
         )
+
+    @property
+    def mesh(self) -> Any:
+        """Of the devices that have the heads, None where one has all; see `jkv.shard`."""
+        return self.blocks[0].attention.mesh
 
     def __call__(
         self,

@@ -69,7 +69,6 @@ def shard(lm: Any, mesh: Any) -> Any:
                 where |= {id(linear.kernel): outputs, id(linear.bias): outputs}
         for linear in (attention.o, mlp.down):
             where[id(linear.kernel)] = inputs
-    model.mesh = mesh
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param):
             value = node.get_value()

@@ -16,6 +16,7 @@ from jkv.ops import choice
 from jkv.ops.encoded import Encoded
 from jkv.ops.encoded.affine import ByToken
 from jkv.ops.encoded.floats import Floats8
+from jkv.ops.write import distinct, scatter
 
 LANES = 128  # of a TPU's tile
 WORD = 4  # bytes: numbers of a column that are narrower share one
@@ -207,7 +208,7 @@ def write_tokens(
     def one_by_one(pages: Array, new: Array) -> Array:
         # XLA's CPU compiler turns the key of a token anew for each slot of its page.
         slot = jnp.argmax(at[:, 0] >= 0, axis=1)
-        return _set(pages, (_distinct(into[:, 0], len(pages)), slice(None), slot), new[:, 0])
+        return scatter(pages, (distinct(into[:, 0], len(pages)), slice(None), slot), new[:, 0])
 
     def whole(pages: Array, new: Array) -> Array:
         return _write_pages(pages, new, at, source, into)
@@ -276,32 +277,7 @@ def _sent(pages: Tiled, written: Tiled, into: Int[Array, " N"]) -> Tiled:
 
 
 def _scattered(pages: Any, written: Any, into: Int[Array, " N"]) -> Any:
-    def scattered(leaf: Array, new: Array) -> Array:
-        return _set(leaf, _distinct(into, leaf.shape[0]), new)
+    def one(leaf: Array, new: Array) -> Array:
+        return scatter(leaf, distinct(into, len(leaf)), new)
 
-    return jax.tree.map(scattered, pages, written)
-
-
-def _distinct(into: Int[Array, " N"], count: int) -> Int[Array, " N"]:
-    """Indices that are dropped, and not wrapped as JAX does, where there is none."""
-    nowhere = count + jnp.arange(len(into), dtype=into.dtype)
-    return jnp.where(into < 0, nowhere, into)
-
-
-def _set(leaf: Array, at: Any, new: Array) -> Array:
-    """The array with `new` at distinct places, those past the end dropped."""
-
-    def put(leaf: Array, new: Array) -> Array:
-        return leaf.at[at].set(new, mode="drop", unique_indices=True)
-
-    new = new.astype(leaf.dtype)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize == 4:
-        return put(leaf, new)
-    # XLA's CPU compiler would convert all of it to float32 and back, see `write`.
-    bits = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-
-    def put_bits(leaf: Array, new: Array) -> Array:
-        cast = lax.bitcast_convert_type
-        return cast(put(cast(leaf, bits), cast(new, bits)), leaf.dtype)
-
-    return lax.platform_dependent(leaf, new, cpu=put_bits, default=put)
+    return jax.tree.map(one, pages, written)

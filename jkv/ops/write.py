@@ -115,28 +115,43 @@ def _rows(buffer: Array, new: Array, slots: Array, run: int = 1) -> Array:
     if run > 1:
         each = jnp.arange(run, dtype=slots.dtype)[None, None]
         slots = (slots[:, :, None] * run + each).reshape(batch, -1)
-    # Negative indices wrap in JAX; past the end they are dropped. Distinct, to stay unique.
-    nowhere = size + jnp.arange(count, dtype=slots.dtype)[None, :]
-    slots = jnp.where(slots < 0, nowhere, slots)
-    slots = jnp.broadcast_to(slots[:, None], (batch, heads, count)).reshape(-1, count)
+    slots = jnp.broadcast_to(distinct(slots, size)[:, None], (batch, heads, count))
     lines = jnp.arange(batch * heads)[:, None]
-    tokens = jnp.swapaxes(new, 1, 2).reshape(-1, count, *rest).astype(buffer.dtype)
+    tokens = jnp.swapaxes(new, 1, 2).reshape(-1, count, *rest)
     merged = buffer.reshape(-1, size, *rest)
+    return scatter(merged, (lines, slots.reshape(-1, count)), tokens).reshape(buffer.shape)
 
-    def put(merged: Array, tokens: Array) -> Array:
-        return merged.at[lines, slots].set(tokens, mode="drop", unique_indices=True)
 
-    if jnp.issubdtype(buffer.dtype, jnp.floating) and buffer.dtype.itemsize < 4:
-        # XLA's CPU compiler has no updates of small floats: it converts all of the buffer to
-        # float32 and back at every step. Integers of the same bits it leaves alone, and TPUs
-        # copy those.
-        bits = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
+def distinct(at: Int[Array, "*B N"], size: int) -> Int[Array, "*B N"]:
+    """Indices into `size` places of which the negative ones are past the end, each for itself.
 
-        def put_bits(merged: Array, tokens: Array) -> Array:
-            cast = lax.bitcast_convert_type
-            return cast(put(cast(merged, bits), cast(tokens, bits)), merged.dtype)
+    JAX wraps negative indices, and drops those past the end; XLA is told that none comes twice.
+    """
+    nowhere = size + jnp.arange(at.shape[-1], dtype=at.dtype)
+    return jnp.where(at < 0, nowhere, at)
 
-        merged = lax.platform_dependent(merged, tokens, cpu=put_bits, default=put)
-    else:
-        merged = put(merged, tokens)
-    return merged.reshape(buffer.shape)
+
+def scatter(buffer: Array, at: Any, new: Array) -> Array:
+    """The buffer with `new` at distinct places, in place; those past the end are dropped.
+
+    Args:
+        buffer: of any shape.
+        at: what indexes it.
+        new: of the shape of ``buffer[at]``.
+    """
+
+    def put(buffer: Array, new: Array) -> Array:
+        return buffer.at[at].set(new, mode="drop", unique_indices=True)
+
+    new = new.astype(buffer.dtype)
+    if not jnp.issubdtype(buffer.dtype, jnp.floating) or buffer.dtype.itemsize >= 4:
+        return put(buffer, new)
+    # XLA's CPU compiler has no updates of small floats: it converts all of the buffer to float32
+    # and back at every step. Integers of the same bits it leaves alone, and TPUs copy those.
+    bits = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
+
+    def put_bits(buffer: Array, new: Array) -> Array:
+        cast = lax.bitcast_convert_type
+        return cast(put(cast(buffer, bits), cast(new, bits)), buffer.dtype)
+
+    return lax.platform_dependent(buffer, new, cpu=put_bits, default=put)

@@ -7,12 +7,17 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
 import jkv
+from jkv._pytree import replace
+from jkv.decoding import loop
+from jkv.ops import choice
+from jkv.ops.pages import Tiled
 from tests.conftest import ROOT
 
 START = """
@@ -181,3 +186,28 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match="got a int; expected a"):
         jkv.shard(model, 2)
     assert jkv.shard(model, mesh).mesh == mesh  # one device is a mesh too
+
+
+def test_rounded_pages_of_a_tpu_are_not_parted():
+    """Scales of all heads lie in one line of those, and a sharded model makes others."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("heads",))
+    config = jkv.Config(
+        vocab=9, layers=1, width=8, heads=2, kv_heads=2, head_dim=64, feed_forward=8, context=64
+    )
+    model = jkv.shard(jkv.Decoder(config, rngs=nnx.Rngs(0)), mesh)
+    run = jax.jit(lambda cache: model(jnp.array([[1, 2, 3]]), cache)[0])
+    kind = jkv.paged(32, bits=8)
+
+    def tiled(cache):
+        return isinstance(cache.layers[0].k_pages, Tiled)
+
+    with choice.target("tpu"):
+        cache = jkv.init_cache(config, kind, batch=1, slots=64)
+        own = jax.eval_shape(lambda: loop.new_cache(config, kind, 1, 64, "float32", mesh))
+    assert tiled(cache)
+    assert not tiled(own)
+    with pytest.raises(jkv.UnsupportedError, match="scales of all heads together"):
+        run(cache)
+    plain = replace(cache, layers=tuple(layer.plain() for layer in cache.layers))
+    here = jkv.init_cache(config, kind, batch=1, slots=64)
+    np.testing.assert_allclose(run(plain), run(here))
