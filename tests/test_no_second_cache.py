@@ -110,6 +110,7 @@ def test_a_copy_that_is_none_is_not_counted():
 
 @pytest.mark.tpu_compile
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 @pytest.mark.parametrize("target", ["tpu", "h200"])
 def test_other_compilers(target):
     """In a process of its own: a compiler for another device is loaded once and for good."""
@@ -118,7 +119,7 @@ def test_other_compilers(target):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=900,
+        timeout=1200,
         check=False,
     )
     if done.returncode == compile_check.SKIPPED:

@@ -114,6 +114,12 @@ more = jkv.generate(two, [[3], [4]], max_new_tokens=4, resume=got)
 np.testing.assert_array_equal(
     more.tokens, jkv.generate(model, [[3], [4]], max_new_tokens=4, resume=want).tokens
 )
+for how in (
+    lambda m: np.concatenate([b.tokens for b in jkv.stream(m, ids, max_new_tokens=20)], axis=1),
+    lambda m: jkv.beam_search(m, ids, beams=2, max_new_tokens=4).tokens,
+    lambda m: jkv.generate(m, ids, max_new_tokens=20, draft=jkv.prompt_lookup()).tokens,
+):
+    np.testing.assert_array_equal(how(two), how(model))
 held = jax.tree.leaves(got.cache.layers)[0]
 assert held.shape[1] == 2 and held.sharding.shard_shape(held.shape)[1] == 1
 
