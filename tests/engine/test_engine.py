@@ -378,6 +378,33 @@ def test_passes_are_no_wider_than_who_takes_part(engine, alone, monkeypatch):
     assert shapes == [(1, 8)] * 4  # 30 tokens
 
 
+def test_the_next_pass_is_dispatched_before_the_last_one_is_read(engine, alone, monkeypatch):
+    events = []
+
+    def watch(name):
+        run = getattr(engine.batch, name)
+
+        def watched(*given):
+            found = run(*given)
+            events.append((name == "read", given[0] if name == "read" else found))
+            return found
+
+        monkeypatch.setattr(engine.batch, name, watched)
+
+    for name in ("absorb", "decode", "read"):
+        watch(name)
+    request = engine.submit(PROMPTS[3], max_new_tokens=30, stop=())
+    engine.run()
+    assert request.tokens == alone(PROMPTS[3], 30)
+    sent = [(at, part) for at, (read, part) in enumerate(events) if not read]
+    reads = [(at, part) for at, (read, part) in enumerate(events) if read]
+    assert len(reads) == len(sent) > 4
+    # Two are under way whenever one is read, until there is nothing more to dispatch.
+    for n, (at, part) in enumerate(reads[:-1]):
+        assert sum(when < at for when, _ in sent) == n + 2
+        assert part is sent[n][1]
+
+
 def test_the_host_looks_at_no_lane_of_which_there_is_nothing_to_say(lm):
     engine = made(lm, page=64, max_batch=32, prefill_rows=8)
 
