@@ -16,9 +16,9 @@ from jkv.ops import choice
 from jkv.ops.encoded import Encoded
 from jkv.ops.encoded.affine import ByToken
 from jkv.ops.encoded.floats import Floats8
+from jkv.ops.tile import LANES
 from jkv.ops.write import distinct, scatter
 
-LANES = 128  # of a TPU's tile
 WORD = 4  # bytes: numbers of a column that are narrower share one
 
 

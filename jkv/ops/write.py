@@ -11,8 +11,8 @@ from jaxtyping import Int, Num
 
 from jkv._axes import Array
 from jkv.ops import choice
+from jkv.ops.tile import LANES
 
-LANES = 128  # of a TPU's tile: XLA lays the slots of arrays with fewer channels last
 FEW = 16  # tokens that are worth a pass of a kernel each
 
 
@@ -30,6 +30,7 @@ def write(
         slots: of the runs: run u goes to slots from ``slots[b, u] * run``.
         run: consecutive tokens that stay together.
     """
+    # XLA for a TPU lays the slots of arrays with fewer channels last.
     if buffer.ndim == 4 and buffer.shape[3] % LANES == 0:
         return _rows(buffer, new, slots, run)
     plain = functools.partial(_rows, run=run)

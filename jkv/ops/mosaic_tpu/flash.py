@@ -23,8 +23,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jkv._axes import Array
 from jkv.ops.masks import Mask
-from jkv.ops.mosaic_tpu.operands import LANES, Dense, Leaf, product, refusal, thirds, where_it_is
+from jkv.ops.mosaic_tpu.operands import Dense, Leaf, product, refusal, thirds
+from jkv.ops.mosaic_tpu.write import where_it_is
 from jkv.ops.partial import Partial
+from jkv.ops.tile import LANES
 
 # Sizes of blocks: bytes of keys that a step of the grid fetches (enough to hide what a step costs,
 # about a third of a microsecond), slots and heads that they are spread over.

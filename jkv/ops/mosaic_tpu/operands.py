@@ -20,15 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import tpu as pltpu
 
 from jkv._axes import Array
 from jkv.ops.encoded import Encoded
 from jkv.ops.encoded.affine import ByChannel, ByToken
 from jkv.ops.encoded.floats import Floats8
 from jkv.ops.pages import Tiled
+from jkv.ops.tile import LANES
 
-LANES = 128
 LEAST_UNIT = 32  # tokens; of smaller units too many are in a tile
 MOST_GROUPS = 8  # of a token's channels
 
@@ -54,11 +53,6 @@ def slots_last(x: Any) -> Leaf:
     if lies_last(x.shape[-1]):
         return Leaf(jnp.swapaxes(x, -1, -2), 3)
     return Leaf(x, 2)
-
-
-def where_it_is(x: Array, interpret: Any) -> Array:
-    """The same array, which XLA is not to carry into the chip's memory as a whole and out again."""
-    return x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def product(a: Array, b: Array, contract: int, precision: Any = None) -> Array:

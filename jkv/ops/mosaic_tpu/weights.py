@@ -18,7 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from jkv._axes import Array
-from jkv.ops.mosaic_tpu.operands import LANES, Dense, lies_last, refusal, where_it_is
+from jkv.ops.mosaic_tpu.operands import Dense, lies_last, refusal
+from jkv.ops.mosaic_tpu.write import where_it_is
+from jkv.ops.tile import LANES
 
 BYTES = 2**20  # of keys or values that a step of the grid fetches
 MOST_ROWS = 64  # queries of a key/value head

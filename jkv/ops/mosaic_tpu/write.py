@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jkv._axes import Array
-from jkv.ops.mosaic_tpu.operands import LANES, where_it_is
+from jkv.ops.tile import LANES
 
 SUBLANES = 8
 HEADS = 8
@@ -121,3 +121,8 @@ def write_pages(pages: Array, new: Array, at: Array, interpret: Any = False) -> 
         interpret=interpret,
         name="jkv_write_pages",
     )(at, new, where_it_is(pages, interpret))
+
+
+def where_it_is(x: Array, interpret: Any) -> Array:
+    """The same array, which XLA is not to carry into the chip's memory as a whole and out again."""
+    return x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
