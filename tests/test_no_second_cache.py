@@ -5,6 +5,7 @@ For this machine's CPU; `scripts/compile_check.py` asks the same of compilers fo
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -119,6 +120,7 @@ def test_other_compilers(target):
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=1200,
         check=False,
     )

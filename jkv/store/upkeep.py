@@ -88,6 +88,8 @@ class Upkeep(Writes):
 
     def _describe(self, record: Record) -> None:
         for at in sorted(record.homes):
+            if record.version is not None:
+                return  # somebody else has read it
             describe = getattr(self.shelves[at].tier, "describe", None)
             if describe is None:
                 continue

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-BOTH = ("test_tiers.py", "test_store.py", "test_store_prefix.py")  # a sample, for the newer Python
+# A sample, for the newer Python.
+BOTH = ("test_tiers.py", "test_store.py", "test_store_moves.py", "test_store_prefix.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

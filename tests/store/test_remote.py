@@ -88,7 +88,7 @@ def test_a_dead_remote_is_waited_for_and_then_left_alone(server):
     for call in (*calls, lambda: tier.delete("k"), tier.verify):
         with pytest.raises(TierError, match="not asked to"):
             call()
-    assert time.monotonic() - start < 0.1
+    assert time.monotonic() - start < 0.2  # none of them has waited
     now[0] = 10.0  # a trial, which is not answered either: twice as long
     with pytest.raises(TierError, match="no answer"):
         tier.read("k")
