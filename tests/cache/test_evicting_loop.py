@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import compile_check
 import jkv
+from bench.loops import Case
 from jkv import scores
 from jkv.cache import Step
 from tests.decoding import texts
-from tests.test_no_second_cache import check
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
 
@@ -158,7 +159,7 @@ def test_the_newest_are_a_window():
 )
 def test_no_second_cache(score, batch, groups):
     """Nothing is copied in the decode loop, whatever the score reads."""
-    report = check.measure(check.Case(jkv.evicting(4096, score), batch, groups, slots=4096))
+    report = compile_check.measure(Case(jkv.evicting(4096, score), batch, groups, slots=4096))
     assert report.copies == 0, report
     assert report.share < 0.1, report
 
