@@ -165,7 +165,10 @@ print("same")
 """
 
 
-@pytest.mark.parametrize("program", [KINDS, MODELS], ids=["kinds", "models"])
+@pytest.mark.parametrize(
+    "program",
+    [pytest.param(KINDS, id="kinds", marks=pytest.mark.slow), pytest.param(MODELS, id="models")],
+)
 def test_two_devices(program):
     """In a process of its own: how many devices a CPU is must be said before JAX begins."""
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
