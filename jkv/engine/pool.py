@@ -323,7 +323,7 @@ class PageSequence:
         return [(source, target)]
 
     def extend(self, length: int) -> None:
-        """``reserve`` without its questions: there are pages, and the last one is nobody else's."""
+        """What ``reserve`` takes, where there is so much and nothing has to be copied first."""
         pool = self._pool
         self.table += pool._take(-(-length // pool.page) - len(self.table))
         self.length = length

@@ -6,28 +6,18 @@ from typing import Any
 
 import jkv
 from bench.loops import Case, Paged, forms_of_pages
+from jkv.planning import PRESETS
 
-# Shapes of models that people run, 8 rows of 8192 tokens.
-SHAPES = {
-    "llama-3-8b": {
-        "groups": 4,
-        "kv_heads": 8,
-        "head_dim": 128,
-        "layers": 32,
-        "width": 4096,
-        "feed_forward": 14336,
-        "vocab": 128256,
-    },
-    "llama-3.2-1b": {
-        "groups": 4,
-        "kv_heads": 8,
-        "head_dim": 64,
-        "layers": 16,
-        "width": 2048,
-        "feed_forward": 8192,
-        "vocab": 128256,
-    },
-}
+
+def _sizes(name: str) -> dict[str, Any]:
+    """Of a published model, in the words of `Case`."""
+    config = PRESETS[name]
+    same = ("kv_heads", "head_dim", "layers", "width", "feed_forward", "vocab")
+    return {"groups": config.heads // config.kv_heads} | {x: getattr(config, x) for x in same}
+
+
+# Models that people run, 8 rows of 8192 tokens.
+SHAPES = {name: _sizes(name) for name in ("llama-3-8b", "llama-3.2-1b")}
 
 
 def kinds_of(target: str, slots: int, kept: int) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from jkv.ops import choice
 from jkv.ops.pages import Tiled
 from jkv.store import Disk, Memory, Store
 from tests.decoding import oracle
-from tests.engine.test_engine import HOT, PROMPTS, SHAPE, alone, empty, lm
-
-__all__ = ["alone", "lm"]  # fixtures
+from tests.engine.engines import HOT, PROMPTS, SHAPE, empty
 
 pytestmark = pytest.mark.slow  # programs for each engine
 

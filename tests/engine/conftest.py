@@ -1,0 +1,38 @@
+"""A tiny model for engines, what it says to one request alone, and an engine."""
+
+from __future__ import annotations
+
+import pytest
+
+import jkv
+from tests.decoding import oracle
+from tests.engine.engines import empty, made
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model):
+    return oracle.lm(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model):
+    """What a request says by itself, from `jkv.generate`."""
+    known = {}
+
+    def say(prompt, new, sampler=None, key=None, **how):
+        which = (tuple(prompt), new, id(sampler), None if key is None else str(key), str(how))
+        if which not in known:
+            how = {"slots": 64, "stop": (), "sampler": sampler, "key": key} | how
+            out = jkv.generate(tiny_model, [prompt], max_new_tokens=new, **how)
+            known[which] = out.tokens[0, : out.lengths[0]].tolist()
+        return known[which]
+
+    return say
+
+
+@pytest.fixture
+def engine(lm):
+    """One with pages for all; at the end nobody holds any."""
+    it = made(lm)
+    yield it
+    empty(it)
