@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from jkv.models import families
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder, Linear
 from jkv.models.families import Family, Place
-from jkv.models.settings import read_json, show
+from jkv.models.files import INDEX_LIMIT, read_json
+from jkv.models.settings import show
 from jkv.models.tensorfile import DTYPES, Tensor, read_header
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -106,9 +107,7 @@ def _report(directory: Path, problems: list[str]) -> str:
 
 def _read_config(directory: Path, problems: list[str]) -> tuple[Config | None, Family | None]:
     values = read_json(directory / "config.json", problems)
-    generation: Mapping[str, Any] = {}
-    if (directory / "generation_config.json").exists():
-        generation = read_json(directory / "generation_config.json", problems) or {}
+    generation = read_json(directory / "generation_config.json", problems, optional=True) or {}
     if values is None:
         return None, None
     family = families.find(values, problems)
@@ -139,7 +138,7 @@ def _find_tensors(directory: Path, problems: list[str]) -> dict[str, Tensor]:
 
 
 def _find_shards(directory: Path, problems: list[str]) -> dict[str, Tensor]:
-    index = read_json(directory / _INDEX, problems)
+    index = read_json(directory / _INDEX, problems, limit=INDEX_LIMIT)
     if index is None:
         return {}
     weight_map = index.get("weight_map")

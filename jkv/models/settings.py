@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 # What a decoder computes does not depend on these: names and versions, training, other heads than
@@ -188,22 +186,3 @@ def show(value: Any) -> str:
     """A value in an error message: one line, not too long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """The object in a JSON file, or None and a problem."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        problems.append(f"{path.name} is missing")
-        return None
-    except OSError as error:
-        problems.append(f"{path.name}: cannot be read: {error.strerror or error}")
-        return None
-    except (ValueError, RecursionError) as error:
-        problems.append(f"{path.name}: is not valid JSON: {show(str(error))}")
-        return None
-    if not isinstance(value, dict):
-        problems.append(f"{path.name}: holds {show(value)}; expected an object")
-        return None
-    return value

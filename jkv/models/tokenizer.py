@@ -12,7 +12,8 @@ import tokenizers
 
 from jkv.errors import UnsupportedError
 from jkv.models import template as _template
-from jkv.models.settings import read_json
+from jkv.models.files import TEMPLATE_LIMIT, TOKENIZER_LIMIT, parse_json, read_json, read_text
+from jkv.models.settings import show
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -155,27 +156,26 @@ def read_tokenizer(directory: Path, problems: list[str]) -> Tokenizer | None:
         directory: of the checkpoint.
         problems: what is wrong is added here.
     """
-    path = directory / "tokenizer.json"
-    if not path.exists() or read_json(path, problems) is None:
+    text = read_text(directory / "tokenizer.json", problems, limit=TOKENIZER_LIMIT, optional=True)
+    if text is None or parse_json(text, "tokenizer.json", problems) is None:
         return None
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+        tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the bare class is what tokenizers raises
-        problems.append(f"tokenizer.json: {error}")
+        problems.append(f"tokenizer.json: {show(str(error))}")
         return None
     special: dict[str, Any] = {}
     templates: dict[str, str] = {}
     # The older file first: what tokenizer_config.json says counts more.
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (directory / name).exists():
-            values = read_json(directory / name, problems) or {}
-            special |= _special(values)
-            templates |= _templates(values.get("chat_template"), problems)
-    if (directory / "chat_template.jinja").exists():
-        try:
-            templates["default"] = (directory / "chat_template.jinja").read_text("utf-8")
-        except (OSError, ValueError) as error:
-            problems.append(f"chat_template.jinja: cannot be read: {error}")
+        values = read_json(directory / name, problems, limit=TOKENIZER_LIMIT, optional=True) or {}
+        special |= _special(values)
+        templates |= _templates(values.get("chat_template"), problems)
+    own = read_text(
+        directory / "chat_template.jinja", problems, limit=TEMPLATE_LIMIT, optional=True
+    )
+    if own is not None:
+        templates["default"] = own
     return Tokenizer(tokenizer, special, templates)
 
 
