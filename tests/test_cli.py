@@ -175,7 +175,7 @@ def test_json_is_one_object_and_all_there_is(run, tiny, lm):
     assert report["cache_bytes"] == want.cache.nbytes
     said = int(want.lengths.sum()) - 2
     assert report["tokens_per_second"] == pytest.approx(said / report["decode_seconds"])
-    assert 0 < report["prefill_seconds"] < 60
+    assert report["prefill_seconds"] > 0
     assert report["compile_seconds"] > 0
     assert report["attention"] == "xla"
 
@@ -598,9 +598,18 @@ def test_bars_are_for_terminals(run, tiny, monkeypatch):
 
 
 def test_compiled_programs_are_kept_for_the_next_process(tiny, tmp_path):
+    code = (
+        "import atexit, collections, sys, jax.monitoring\n"
+        "from jkv.cli import main\n"
+        "events = collections.Counter()\n"
+        "jax.monitoring.register_event_listener(lambda name, **_: events.update([name]))\n"
+        "names = ['/jax/compilation_cache/cache_' + x for x in ('hits', 'misses')]\n"
+        "atexit.register(lambda: print(*(events[name] for name in names)))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
     clean = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
-    command = [sys.executable, "-m", "jkv", "generate", "--model", tiny, "--prompt", "x"]
-    reports = []
+    command = [sys.executable, "-c", code, "generate", "--model", tiny, "--prompt", "x"]
+    counts, outputs = [], []
     for _ in range(2):
         done = subprocess.run(
             [*command, "--max-new-tokens", "5", "--json"],
@@ -611,10 +620,14 @@ def test_compiled_programs_are_kept_for_the_next_process(tiny, tmp_path):
             check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")
-        reports.append(json.loads(done.stdout))
+        report, events = done.stdout.splitlines()
+        outputs.append(json.loads(report)["outputs"])
+        counts.append(tuple(map(int, events.split())))
+    (hits, compiled), again = counts
+    assert (hits, compiled > 0) == (0, True)
+    assert again == (compiled, 0)
     assert list((tmp_path / "jkv" / "programs").iterdir())
-    assert reports[0]["outputs"] == reports[1]["outputs"]
-    assert reports[1]["compile_seconds"] < 0.7 * reports[0]["compile_seconds"]
+    assert outputs[0] == outputs[1]
 
 
 @pytest.fixture
