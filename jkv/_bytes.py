@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from jkv._text import brief
+
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("KMGT", 1)
@@ -28,6 +30,7 @@ def parse_bytes(value: Any, what: str = "device_memory") -> int:
         count = value
     if count < 1:
         raise ValueError(
-            f"{what} got {value!r}; expected a number of bytes, or a text such as '80GB' or '24GiB'"
+            f"{what} got {brief(value)}; expected a number of bytes, or a text such as '80GB' "
+            "or '24GiB'"
         )
     return count

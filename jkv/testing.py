@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jkv._text import plural
 from jkv.cache import LayerCache, concat, init_cache
 from jkv.errors import UnsupportedError
 
@@ -173,7 +174,8 @@ class _Probe:
             raise AssertionError(
                 f"{what}: the token at position {query} asked for position {asked} and is off by "
                 f"{off:.3g}, more than {self.tolerance}; what it got is nearest to the tokens at "
-                f"positions {places}. It should see {len(seen)} tokens, {seen[:1]} to {seen[-1:]}"
+                f"positions {places}. It should see {plural(len(seen), 'token')}, {seen[:1]} to "
+                f"{seen[-1:]}"
             )
 
     def crop(self, cache: Any, lengths: np.ndarray) -> Any:
@@ -205,7 +207,7 @@ class _Probe:
         rows = _Rows(self.new(3), [[], [], []])
         for i, size in enumerate(chunks):
             counts = [size, max(size - i % 3, 0), size if i % 2 else 0]
-            rows = self.push(rows, counts, f"chunk {i} of {size} tokens")
+            rows = self.push(rows, counts, f"chunk {i} of {plural(size, 'token')}")
         return rows
 
     def padding_is_not_stored(self) -> None:

@@ -26,6 +26,7 @@ FLOORS = {
     "jkv._axes": 0,
     "jkv._bytes": 0,
     "jkv._pytree": 0,
+    "jkv._text": 0,
     "jkv._version": 0,
     "jkv.errors": 0,
     "jkv.ops": 1,

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from jkv import _pytree
 from jkv._axes import Array
 from jkv._pytree import pytree
+from jkv._text import brief, plural
 from jkv.cache import pages
 from jkv.cache.evicting import evicted
 from jkv.cache.protocol import Stack, Step, bound
@@ -100,7 +101,8 @@ class Cache:
         """
         if tokens.shape[0] != self.batch:
             raise ValueError(
-                f"the cache has {self.batch} rows and the tokens {tokens.shape[0]}; expected as "
+                f"the cache has {plural(self.batch, 'row')} and the tokens {tokens.shape[0]}; "
+                "expected as "
                 "many: make another with jkv.init_cache(..., batch=), or choose with cache.take"
             )
 
@@ -131,10 +133,11 @@ class Cache:
         """
         full = np.flatnonzero(np.asarray(self.overflowed))
         if len(full):
+            where = "" if self.capacity is None else f" in {plural(self.capacity, 'slot')}"
             raise CacheFullError(
-                f"the cache is full: rows {full.tolist()} had no room for their new tokens in "
-                f"{self.capacity} slots{', or no page was free' if self.tables else ''}; nothing "
-                "was written. Ask for more slots or fewer tokens"
+                f"the cache is full: rows {brief(full.tolist())} had no room for their new tokens"
+                f"{where}{', or no page was free' if self.tables else ''}; nothing was written. "
+                "Ask for more slots or fewer tokens"
             )
         for i, layer in enumerate(self.layers):
             broken = np.flatnonzero(self._broken(layer))
@@ -222,7 +225,7 @@ class Cache:
         """
         if not hasattr(to, "init"):
             raise UnsupportedError(
-                f"convert got {to!r:.60}; expected a kind that keeps keys and values, such as "
+                f"convert got {brief(to)}; expected a kind that keeps keys and values, such as "
                 "jkv.dense()"
             )
         pairs = self.to_legacy()
@@ -230,7 +233,9 @@ class Cache:
         room = self.capacity if self.capacity is not None else max(held, 1)
         slots = room if slots is None else _integer("convert", "slots", slots)
         if slots < held:
-            raise CacheFullError(f"convert got slots={slots} for rows of up to {held} tokens")
+            raise CacheFullError(
+                f"convert got slots={slots} for rows of up to {plural(held, 'token')}"
+            )
         layers = []
         for i, (keys, _) in enumerate(pairs):
             batch, heads, _, dim = keys.shape
@@ -307,12 +312,13 @@ class Cache:
             longest = int(np.max(np.asarray(self.lengths), initial=0))
             if slots < longest:
                 raise CacheFullError(
-                    f"resize got {slots} slots for rows of up to {longest} tokens; crop them first"
+                    f"resize got {plural(slots, 'slot')} for rows of up to "
+                    f"{plural(longest, 'token')}; crop them first"
                 )
         elif self.capacity is not None and slots < self.capacity:
             raise UnsupportedError(
-                f"resize got {slots} slots under jit, fewer than the {self.capacity} there are; "
-                "whether the rows still fit is only known outside of it"
+                f"resize got {plural(slots, 'slot')} under jit, fewer than the {self.capacity} "
+                "there are; whether the rows still fit is only known outside of it"
             )
         groups = pages.pools(self.layers)
         tables = [
@@ -352,14 +358,14 @@ def concat(caches: Any) -> Cache:
         ValueError: no cache, or caches of different models, kinds or dtypes.
     """
     if not isinstance(caches, Sequence) or not all(isinstance(c, Cache) for c in caches):
-        raise TypeError(f"concat got {caches!r:.60}; expected a list of caches")
+        raise TypeError(f"concat got {brief(caches)}; expected a list of caches")
     if not caches:
         raise ValueError("concat got no caches; expected at least one")
     slots = max((c.capacity for c in caches if c.capacity is not None), default=None)
     if slots is not None:
         caches = [c if c.capacity == slots else c.resize(slots) for c in caches]
     if len({_signature(c) for c in caches}) > 1:
-        raise ValueError(f"concat got caches of different kinds or shapes: {caches}")
+        raise ValueError(f"concat got caches of different kinds or shapes: {brief(caches)}")
     first, rest = caches[0], caches[1:]
     layers = [layer.concat([c.layers[i] for c in rest]) for i, layer in enumerate(first.layers)]
     tables = pages.joined([pages.pools(c.layers) for c in caches], [c.tables for c in caches])
@@ -376,7 +382,7 @@ def concat(caches: Any) -> Cache:
 
 def _integer(where: str, name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{where} got {name}={value!r}; expected an integer of at least 1")
+        raise ValueError(f"{where} got {name}={brief(value)}; expected an integer of at least 1")
     return int(value)
 
 
@@ -386,7 +392,7 @@ def _per_row(lengths: Any, batch: int, what: str) -> Array:
     if array.shape not in ((), (batch,)) or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(
             f"{what} got lengths of shape {array.shape} and dtype {array.dtype}; expected an "
-            f"integer or one integer for each of {batch} rows"
+            f"integer or one integer for each of {plural(batch, 'row')}"
         )
     if not isinstance(array, Tracer) and np.any(np.asarray(array) < 0):
         raise ValueError(f"{what} got a negative length in {np.asarray(array).tolist()}")

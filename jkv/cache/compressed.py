@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
+from jkv._text import brief
 from jkv.cache.dense import check_heads, write
 from jkv.cache.protocol import Step
 from jkv.cache.ring import Ring, chunk, with_past
@@ -161,7 +162,7 @@ class NearFar:
         """
         if not isinstance(to, NearFarKind):
             raise TypeError(
-                f"requantise got {to!r:.60}; expected a kind that rounds, such as "
+                f"requantise got {brief(to)}; expected a kind that rounds, such as "
                 "jkv.quantized(bits=4)"
             )
         keys, values = (jnp.swapaxes(x, 1, 2) for x in self.to_legacy(lengths))
@@ -282,7 +283,8 @@ class NearFarKind:
         recent = self.recent
         if isinstance(recent, bool) or not isinstance(recent, int) or recent < 0:
             raise ValueError(
-                f"got {recent!r} recent tokens to keep exact; expected an integer of at least 0"
+                f"got {brief(recent)} recent tokens to keep exact; expected an integer of at "
+                "least 0"
             )
 
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> NearFar:
@@ -376,7 +378,7 @@ def near_far(*, recent: Any = 128, far: Any) -> NearFarKind:
         return dataclasses.replace(far, recent=recent)
     if isinstance(far, type) or not (hasattr(far, "unit") and hasattr(far, "empty")):
         raise TypeError(
-            f"near_far got far={far!r:.60}; expected a kind that rounds, such as "
+            f"near_far got far={brief(far)}; expected a kind that rounds, such as "
             "jkv.quantized(bits=4), or a codec"
         )
     return NearFarKind(keys=far, values=far, recent=recent)

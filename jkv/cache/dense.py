@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
+from jkv._text import brief
 from jkv.cache.base import Cache
 from jkv.cache.protocol import Step, check_heads
 from jkv.cache.ring import apart, with_past
@@ -130,7 +131,7 @@ def dense(grow: Any = False) -> DenseKind:
         TypeError: `grow` is no bool.
     """
     if not isinstance(grow, bool):
-        raise TypeError(f"dense got grow={grow!r}; expected True or False")
+        raise TypeError(f"dense got grow={brief(grow)}; expected True or False")
     return DenseKind(grow)
 
 

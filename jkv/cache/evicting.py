@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
+from jkv._text import brief, plural
 from jkv.cache import scores as _scores
 from jkv.cache.protocol import Step, check_heads
 from jkv.errors import UnsupportedError
@@ -275,14 +276,14 @@ class Evicting:
         slots, most = max(budgets), self.keys.shape[2]
         if slots > most:
             raise ValueError(
-                f"evict got a budget of {slots} for a cache of {most} tokens; expected at most "
-                "that: what was evicted does not come back"
+                f"evict got a budget of {slots} for a cache of {plural(most, 'token')}; "
+                "expected at most that: what was evicted does not come back"
             )
         recent = min(self.recent, min(budgets) - self.sinks)
         if recent < 1:
             raise ValueError(
                 f"evict got a budget of {min(budgets)} for a cache that always keeps the first "
-                f"{self.sinks} tokens; expected more than that"
+                f"{plural(self.sinks, 'token')}; expected more than that"
             )
         smaller = replace(self, recent=recent)
         step = Step.after(held, jnp.zeros_like(held), 1)
@@ -393,7 +394,7 @@ def evicting(
     maker = score is _scores.snapkv
     if maker or not callable(score) or isinstance(score, type) or score.__hash__ is None:
         raise TypeError(
-            f"evicting got score={score!r:.60}; expected one of jkv.scores, such as "
+            f"evicting got score={brief(score)}; expected one of jkv.scores, such as "
             "jkv.scores.h2o, or a function like them that can be hashed"
             + ("; jkv.scores.snapkv(), with brackets, makes one" if maker else "")
         )
@@ -413,8 +414,8 @@ def evicted(cache: Any, budget: Any, score: Any = None) -> Any:
         if isinstance(layer, Evicting):
             if score is not None and score != layer.score:
                 raise ValueError(
-                    f"evict got score={score!r:.60} for layer {i}, whose tokens have been judged "
-                    f"by {layer.score!r:.60}; leave score out"
+                    f"evict got score={brief(score)} for layer {i}, whose tokens have been judged "
+                    f"by {brief(layer.score)}; leave score out"
                 )
             layers.append(layer.evict(cache.lengths, evicting(budget, layer.score).budget))
             continue
@@ -439,7 +440,7 @@ def count(name: str, value: Any, least: int) -> int:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least:
         raise ValueError(
-            f"an evicting cache got {name}={value!r}; expected an integer of at least {least}"
+            f"an evicting cache got {name}={brief(value)}; expected an integer of at least {least}"
         )
     return int(value)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jkv._text import brief
 from jkv.cache.base import Cache, _integer
 from jkv.cache.dense import dense
 from jkv.cache.protocol import Shape, bound
@@ -32,11 +33,13 @@ def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: 
             f"kv_heads and head_dim{hint}"
         )
     if isinstance(kind, type) or not (hasattr(kind, "init") or hasattr(kind, "init_cache")):
-        raise TypeError(f"init_cache got kind={kind!r:.60}; expected a kind such as jkv.dense()")
+        raise TypeError(f"init_cache got kind={brief(kind)}; expected a kind such as jkv.dense()")
     try:
         dtype = jnp.dtype(getattr(config, "dtype", jnp.float32) if dtype is None else dtype)
     except TypeError:
-        raise TypeError(f"init_cache got dtype={dtype!r}; expected one such as float32") from None
+        raise TypeError(
+            f"init_cache got dtype={brief(dtype)}; expected one such as float32"
+        ) from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"init_cache got dtype={dtype}; expected a floating one, such as float32 or bfloat16"

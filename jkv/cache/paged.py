@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
+from jkv._text import brief
 from jkv.cache import pages
 from jkv.cache.base import Cache
 from jkv.cache.compressed import NearFarKind
@@ -192,7 +193,7 @@ class Paged:
             return self
         if not isinstance(to, PagedKind) or to.keys is None:
             raise TypeError(
-                f"requantise got {to!r:.60} for pages; expected a kind of pages that rounds, such "
+                f"requantise got {brief(to)} for pages; expected a kind of pages that rounds, such "
                 "as jkv.paged(bits=4)"
             )
         count, heads, page, dim = self.k_pages.shape
@@ -300,11 +301,13 @@ def paged(
     for name, value in (("page", page), ("pages", pages)):
         plain = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not (plain and value >= 1) and not (value is None and name == "pages"):
-            raise ValueError(f"paged got {name}={value!r}; expected an integer of at least 1")
+            raise ValueError(f"paged got {name}={brief(value)}; expected an integer of at least 1")
     if not isinstance(managed, bool):
-        raise TypeError(f"paged got managed={managed!r}; expected True or False")
+        raise TypeError(f"paged got managed={brief(managed)}; expected True or False")
     if bits is not None and codec is not None:
-        raise ValueError(f"paged got bits={bits!r} and codec={codec!r:.60}; expected one of them")
+        raise ValueError(
+            f"paged got bits={brief(bits)} and codec={brief(codec)}; expected one of them"
+        )
     if bits is not None:
         # One step per token where that is fine enough: the kernel for GPUs has no more.
         codec = Affine(bits=bits, axis="token", group=None if bits >= 4 else 64)
@@ -320,14 +323,14 @@ def _codecs(codec: Any) -> tuple[Any, Any]:
     if not isinstance(codec, NearFarKind):
         if isinstance(codec, type) or not (hasattr(codec, "unit") and hasattr(codec, "empty")):
             raise TypeError(
-                f"paged got codec={codec!r:.60}; expected a kind that rounds, such as jkv.fp8(), "
+                f"paged got codec={brief(codec)}; expected a kind that rounds, such as jkv.fp8(), "
                 "or a codec"
             )
         kind = NearFarKind(keys=codec, values=codec)
     if kind.recent or kind.keys.unit > 1 or kind.values.unit > 1:
         together = max(kind.keys.unit, kind.values.unit)
         raise ValueError(
-            f"paged got codec={codec!r:.200}, which encodes {together} tokens together and keeps "
+            f"paged got codec={brief(codec)}, which encodes {together} tokens together and keeps "
             f"{kind.recent} exact; expected one for single tokens, of all of them. Use "
             "paged(bits=4), or jkv.quantized(bits=4, key_axis='token', residual=0)"
         )

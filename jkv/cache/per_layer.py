@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jkv._text import brief, plural
 from jkv.cache.dense import dense
 from jkv.cache.protocol import bound
 from jkv.errors import UnsupportedError
@@ -58,8 +59,8 @@ class ListedKind(_PerLayer):
         """
         if len(self.kinds) != config.layers:
             raise UnsupportedError(
-                f"per_layer got {len(self.kinds)} kinds for a model of {config.layers} layers; "
-                "expected one for each"
+                f"per_layer got {plural(len(self.kinds), 'kind')} for a model of "
+                f"{plural(config.layers, 'layer')}; expected one for each"
             )
         return bound(self.kinds[layer], config, layer)
 
@@ -85,7 +86,7 @@ class EndsKind(_PerLayer):
         if self.first + self.last > config.layers:
             raise UnsupportedError(
                 f"per_layer got first={self.first} and last={self.last} for a model of "
-                f"{config.layers} layers; expected no more than there are"
+                f"{plural(config.layers, 'layer')}; expected no more than there are"
             )
         between = self.first <= layer < config.layers - self.last
         return bound(self.default if between else self.exact, config, layer)
@@ -110,7 +111,9 @@ def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> A
     """
     for name, value in (("first", first), ("last", last)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-            raise ValueError(f"per_layer got {name}={value!r}; expected an integer of at least 0")
+            raise ValueError(
+                f"per_layer got {name}={brief(value)}; expected an integer of at least 0"
+            )
     if isinstance(kinds, list | tuple):
         if not kinds:
             raise ValueError("per_layer got no kinds; expected one for each layer")
@@ -127,7 +130,7 @@ def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> A
 def _checked(kind: Any) -> Any:
     if isinstance(kind, type) or not hasattr(kind, "init") or kind.__hash__ is None:
         raise TypeError(
-            f"per_layer got {kind!r:.60}; expected kinds that keep keys and values, such as "
+            f"per_layer got {brief(kind)}; expected kinds that keep keys and values, such as "
             "jkv.dense()"
         )
     return kind

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jkv._text import brief
 from jkv.cache import scores as _scores
 from jkv.cache.evicting import Evicting, EvictingKind, count, evicting
 from jkv.errors import UnsupportedError
@@ -72,6 +73,6 @@ def pyramid(
     budget, sinks = count("budget", budget, 1), count("sinks", sinks, 0)
     number = isinstance(ratio, int | float | np.number) and not isinstance(ratio, bool)
     if not number or not 1 <= ratio < np.inf:
-        raise ValueError(f"pyramid got ratio={ratio!r}; expected a number of at least 1")
+        raise ValueError(f"pyramid got ratio={brief(ratio)}; expected a number of at least 1")
     evicting(budget, score, recent, sinks)
     return PyramidKind(budget, float(ratio), score, recent, sinks)

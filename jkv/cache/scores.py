@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree
+from jkv._text import brief
 
 
 @pytree
@@ -119,7 +120,7 @@ def snapkv(window: Any = 32, pool: Any = 7) -> SnapKV:
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not whole or value < 1 or (name == "pool" and value % 2 == 0):
             raise ValueError(
-                f"snapkv got {name}={value!r}; expected an integer of at least 1"
+                f"snapkv got {name}={brief(value)}; expected an integer of at least 1"
                 + (", odd: a token and as many on either side" if name == "pool" else "")
             )
     return SnapKV(int(window), int(pool))

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jkv._text import brief
 from jkv.cache import scores
 from jkv.cache.compressed import fp8, near_far, quantized, sparse
 from jkv.cache.dense import dense
@@ -205,7 +206,7 @@ def parse(text: str) -> Any:
     name, colon, rest = text.strip().partition(":")
     form = FORMS.get(name)
     if form is None:
-        raise ValueError(f"cache got {text!r}; expected {grammar()}")
+        raise ValueError(f"cache got {brief(text)}; expected {grammar()}")
     arguments: dict[str, Any] = {}
     written = _split(text, rest) if colon else []
     for i, argument in enumerate(written):
@@ -218,7 +219,7 @@ def parse(text: str) -> Any:
             # What a kind within says about itself is told as it is.
             raise error if error.args else _refused(text, name, argument) from None
     if not all(key in arguments for key in list(form.arguments)[: form.needed]):
-        raise ValueError(f"cache got {text!r}; expected {usage(name)}")
+        raise ValueError(f"cache got {brief(text)}; expected {usage(name)}")
     return form.make(**arguments)
 
 
@@ -268,9 +269,13 @@ def _split(text: str, rest: str) -> list[str]:
         else:
             parts[-1] += letter
     if depth:
-        raise ValueError(f"cache got {text!r}; expected as many closing brackets as opening ones")
+        raise ValueError(
+            f"cache got {brief(text)}; expected as many closing brackets as opening ones"
+        )
     return [part.strip() for part in parts]
 
 
 def _refused(text: str, name: str, argument: str) -> ValueError:
-    return ValueError(f"cache got {text!r}, and in it {argument!r}; expected {usage(name)}")
+    return ValueError(
+        f"cache got {brief(text)}, and in it {brief(argument)}; expected {usage(name)}"
+    )

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
+from jkv._text import brief, plural
 from jkv.cache.dense import Dense, dense
 from jkv.cache.protocol import Step
 from jkv.cache.ring import Ring, with_past
@@ -144,7 +145,8 @@ class Window:
         most = self.first + self.ring.size
         if isinstance(lengths, Tracer) or (np.asarray(lengths) > most).any():
             raise UnsupportedError(
-                f"a window of {self.ring.size} tokens and {self.first} sinks has let go of what "
+                f"a window of {plural(self.ring.size, 'token')} and "
+                f"{plural(self.first, 'sink')} has let go of what "
                 "lay between, or, under jit, may have; to_legacy and convert need every token"
             )
         rows = self.ring.keys.shape[0]
@@ -233,7 +235,8 @@ class WindowKind:
         rope = getattr(config, "rope", None)
         if self._turns and rope is None:
             raise UnsupportedError(
-                f"window(sinks={self.sinks}, positions={self.positions!r}) turns the queries that "
+                f"window(sinks={self.sinks}, positions={brief(self.positions)}) turns the "
+                "queries that "
                 "look at the sinks, and this model has no rotary positions to turn: learned ones "
                 "are in the keys for good, and end with the context. Use positions='text' within "
                 "it, or no sinks"
@@ -289,11 +292,11 @@ def window(size: Any = None, sinks: Any = 0, positions: Any = "cache") -> Window
         plain = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not (plain and value >= least) and not (value is None and name == "size"):
             raise ValueError(
-                f"window got {name}={value!r}; expected an integer of at least {least}"
+                f"window got {name}={brief(value)}; expected an integer of at least {least}"
             )
     if positions not in get_args(Positions):
         raise ValueError(
-            f"window got positions={positions!r}; expected one of "
+            f"window got positions={brief(positions)}; expected one of "
             f"{', '.join(map(repr, get_args(Positions)))}"
         )
     return WindowKind(None if size is None else int(size), int(sinks), positions)

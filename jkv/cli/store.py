@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from jkv._bytes import parse_bytes
+from jkv._text import brief
 from jkv.cli import directory, options, process
 from jkv.cli.tables import columns
 from jkv.errors import UnsupportedError
@@ -143,7 +144,7 @@ def draw(outcomes: Sequence[Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     if path.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
         raise ValueError(
-            f"--plot got {str(path)!r}; expected a name such as rates.png or rates.svg"
+            f"--plot got {brief(str(path))}; expected a name such as rates.png or rates.svg"
         )
     axes = figure.add_subplot()
     for name in dict.fromkeys(outcome.policy for outcome in outcomes):
@@ -171,5 +172,5 @@ def _policies(names: Sequence[str] | None) -> dict[str, Any]:
 
     for name in names or ():
         if name not in POLICIES:
-            raise ValueError(f"--policy got {name!r}; expected one of {', '.join(POLICIES)}")
+            raise ValueError(f"--policy got {brief(name)}; expected one of {', '.join(POLICIES)}")
     return {"optimum": None} | {name: POLICIES[name] for name in names or POLICIES}

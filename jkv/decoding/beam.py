@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace
+from jkv._text import brief
 from jkv.cache.base import Cache
 from jkv.decoding import loop
 from jkv.decoding.options import Options
@@ -118,7 +119,7 @@ def beam_search(
     width = integer("beams", beams, 1)
     penalty = _finite("length_penalty", length_penalty)
     if not isinstance(early_stopping, bool | np.bool_):
-        raise TypeError(f"early_stopping got {early_stopping!r}; expected True or False")
+        raise TypeError(f"early_stopping got {brief(early_stopping)}; expected True or False")
     options = Options(
         max_new_tokens=max_new_tokens,
         cache=cache,
@@ -137,7 +138,7 @@ def beam_search(
     strings = [s for row in run.stops.strings for s in row]
     if strings:
         raise ValueError(
-            f"stop got the string {strings[0]!r}; beams end at token ids only: expected those"
+            f"stop got the string {brief(strings[0])}; beams end at token ids only: expected those"
         )
     last, copies = loop.forked(run.absorb(), run.cache, width)
     search = searched(
@@ -169,7 +170,7 @@ def _read(found: Found) -> Beams:
 def _finite(name: str, value: Any) -> float:
     plain = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not plain or not math.isfinite(value):
-        raise ValueError(f"{name} got {value!r}; expected a finite number")
+        raise ValueError(f"{name} got {brief(value)}; expected a finite number")
     return float(value)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jkv._text import brief, plural
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import loop, request, room, stored
@@ -97,7 +98,7 @@ class Chat:
                 f"context got {context}; expected at most the model's, which is {most}"
             )
         if on_full not in ("raise", "drop"):
-            raise ValueError(f"on_full got {on_full!r}; expected 'raise' or 'drop'")
+            raise ValueError(f"on_full got {brief(on_full)}; expected 'raise' or 'drop'")
         self._drop = on_full == "drop"
         loop.check_sampler(sampler, key, 1)
         stops = request.stops(stop, 1, config.vocab, config.end_ids, self._tokenizer)
@@ -116,7 +117,8 @@ class Chat:
         if sequence_id is not None:
             if self._shelf is None or not isinstance(sequence_id, str):
                 raise TypeError(
-                    f"sequence_id got {sequence_id!r:.60}; expected a text, and a store= to look in"
+                    f"sequence_id got {brief(sequence_id)}; expected a text, and a store= to "
+                    "look in"
                 )
             self._past = self._known(self._shelf, sequence_id)
 
@@ -223,7 +225,8 @@ class Chat:
             # Templates want turns in pairs: a question goes with its answer.
             if not self._drop or len(messages) <= first + 2:
                 raise CacheFullError(
-                    f"the conversation has {len(ids)} tokens and max_new_tokens={self._max_new} "
+                    f"the conversation has {plural(len(ids), 'token')} and "
+                    f"max_new_tokens={self._max_new} "
                     f"make {len(ids) + self._max_new}, more than the context of {self._context}; "
                     + (
                         "shorten the text or ask for fewer tokens"
@@ -236,7 +239,7 @@ class Chat:
 
 def _message(role: str, content: Any) -> Message:
     if not isinstance(content, str):
-        raise TypeError(f"the {role}'s message is {content!r:.60}; expected a text")
+        raise TypeError(f"the {role}'s message is {brief(content)}; expected a text")
     return {"role": role, "content": content}
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
+from jkv._text import brief, plural
 from jkv.cache.base import Cache
 from jkv.decoding import sampling
 from jkv.decoding.loop import State
@@ -121,13 +122,13 @@ def checked(draft: Any, batch: int, slots: int) -> Any:
     """
     if isinstance(draft, type) or not callable(draft):
         raise TypeError(
-            f"draft got {draft!r:.60}; expected jkv.prompt_lookup(), or a function of "
+            f"draft got {brief(draft)}; expected jkv.prompt_lookup(), or a function of "
             "(history [B, S], lengths [B]) that proposes tokens [B, k]"
         )
     if not all(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(draft)):
         if draft.__hash__ is None:
             raise TypeError(
-                f"draft got {draft!r:.60}, which is neither hashable nor a pytree of arrays; "
+                f"draft got {brief(draft)}, which is neither hashable nor a pytree of arrays; "
                 "expected a function or a frozen dataclass"
             )
         draft = _Function(draft)
@@ -137,7 +138,9 @@ def checked(draft: Any, batch: int, slots: int) -> Any:
     fits = shape is not None and len(shape) == 2 and shape[0] == batch and shape[1] > 0
     if not fits or not jnp.issubdtype(dtype, jnp.integer):
         got = f"{dtype}{list(shape)}" if shape is not None else type(found).__name__
-        raise TypeError(f"draft proposed {got} for {batch} rows; expected integers [{batch}, k]")
+        raise TypeError(
+            f"draft proposed {got} for {plural(batch, 'row')}; expected integers [{batch}, k]"
+        )
     return draft
 
 

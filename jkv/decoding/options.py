@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jkv._text import brief
 from jkv.cache.base import Cache
 
 Progress = Callable[[int, int], None]  # tokens of the longest prompt done, and in all
@@ -43,10 +44,12 @@ def check_plain(options: Options) -> None:
     """
     if options.progress is not None and not callable(options.progress):
         raise TypeError(
-            f"progress got {options.progress!r}; expected a function of (done, total) tokens"
+            f"progress got {brief(options.progress)}; expected a function of (done, total) tokens"
         )
     if not isinstance(options.return_logprobs, bool | np.bool_):
-        raise TypeError(f"return_logprobs got {options.return_logprobs!r}; expected True or False")
+        raise TypeError(
+            f"return_logprobs got {brief(options.return_logprobs)}; expected True or False"
+        )
 
 
 def checked_kind(kind: Any) -> Any:
@@ -63,7 +66,7 @@ def checked_kind(kind: Any) -> Any:
     known = hasattr(kind, "init") or hasattr(kind, "init_cache")
     if isinstance(kind, type) or not known or kind.__hash__ is None:
         raise TypeError(
-            f"cache got {kind!r:.60}; expected a kind such as jkv.dense() or jkv.none()"
+            f"cache got {brief(kind)}; expected a kind such as jkv.dense() or jkv.none()"
             + ("; jkv.cache.spec.parse makes one of a text" if isinstance(kind, str) else "")
         )
     return kind

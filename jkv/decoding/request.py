@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jkv._text import brief, plural
+
 PAD = -1  # what stands in the place of a token where there is none
 
 
@@ -61,7 +63,7 @@ def integer(name: str, value: Any, least: int) -> int:
     """
     plain = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not plain or value < least:
-        raise ValueError(f"{name} got {value!r}; expected an integer of at least {least}")
+        raise ValueError(f"{name} got {brief(value)}; expected an integer of at least {least}")
     return int(value)
 
 
@@ -82,7 +84,7 @@ def rows_of_tokens(
         ValueError: no rows, an empty row, or an id outside the vocabulary.
     """
     if isinstance(prompts, str | bytes):
-        raise TypeError(f"got the text {prompts!r:.40} as prompts; expected a list of prompts")
+        raise TypeError(f"got the text {brief(prompts)} as prompts; expected a list of prompts")
     if not isinstance(prompts, Sequence):
         # An array on the device would compile one program per shape to be cut into rows.
         prompts = _host_array("prompts", prompts)
@@ -187,8 +189,8 @@ def stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: 
     nested = [isinstance(s, Sequence) and not isinstance(s, str | bytes) for s in stop]
     if any(nested) and (not all(nested) or len(stop) != batch):
         raise ValueError(
-            f"stop got {len(stop)} entries, {sum(nested)} of them lists; expected ids and strings "
-            f"for all rows, or {batch} lists, one per row"
+            f"stop got {plural(len(stop), 'entry', 'entries')}, {sum(nested)} of them lists; "
+            f"expected ids and strings for all rows, or {batch} lists, one per row"
         )
     per_row = stop if any(nested) else (stop,) * batch
     ids, strings = [], []

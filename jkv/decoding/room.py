@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jkv._pytree import replace
+from jkv._text import plural
 from jkv.cache.base import Cache
 from jkv.cache.protocol import unbounded
 from jkv.decoding.request import bucket
@@ -40,7 +41,8 @@ def check_limit(config: Any, kept: Any, longest: int, new: int) -> None:
         else "a cache that keeps only the last ones, such as jkv.window(1020, sinks=4), goes on"
     )
     raise ValueError(
-        f"a prompt of {longest} tokens and max_new_tokens={new} make {longest + new}, more than "
+        f"a prompt of {plural(longest, 'token')} and max_new_tokens={new} make {longest + new}, "
+        "more than "
         f"the model's context of {most}; shorten the prompt or ask for fewer tokens ({hint})"
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jkv._text import plural
 from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
@@ -94,7 +95,8 @@ class Run:
             raise ValueError("resume goes on with the cache of its result; leave cache= out")
         if len(self.new) != len(resume.history):
             raise ValueError(
-                f"resume got {len(self.new)} prompts for {len(resume.history)} rows; expected one "
+                f"resume got {plural(len(self.new), 'prompt')} for "
+                f"{plural(len(resume.history), 'row')}; expected one "
                 "each, [] where there is nothing to add"
             )
         differ = differences(resume.config, self.model.config)
@@ -136,8 +138,8 @@ class Run:
         options, config = self.options, self.model.config
         if options.slots is not None and integer("slots", options.slots, 1) < self.needed:
             raise CacheFullError(
-                f"slots={options.slots} cannot hold {longest} prompt tokens and "
-                f"{self.max_new} new ones; expected at least {self.needed}"
+                f"slots={options.slots} cannot hold {plural(longest, 'prompt token')} and "
+                f"{plural(self.max_new, 'new one')}; expected at least {self.needed}"
             )
         kept = kind if options.resume is None else options.resume.cache
         first = longest + 2 * self.size if getattr(kept, "grows", False) else self.needed

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int, Key
 
 from jkv._axes import Array
 from jkv._pytree import pytree, static
+from jkv._text import brief
 
 
 @runtime_checkable
@@ -192,7 +193,7 @@ def top_k(k: Any) -> TopK:
         ValueError: k is not an integer of at least 1.
     """
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise ValueError(f"top_k got {k!r}; expected an integer of at least 1")
+        raise ValueError(f"top_k got {brief(k)}; expected an integer of at least 1")
     return TopK(int(k))
 
 
@@ -243,13 +244,13 @@ def check(sampler: Any) -> None:
     """
     if isinstance(sampler, type) or not isinstance(sampler, Transform):
         raise TypeError(
-            f"got {sampler!r} as a sampler; expected one of jkv.sampling's transforms, such as "
-            "jkv.sampling.temperature(0.8), or an object with init and update"
+            f"got {brief(sampler)} as a sampler; expected one of jkv.sampling's transforms, "
+            "such as jkv.sampling.temperature(0.8), or an object with init and update"
         )
     for leaf in jax.tree.leaves(sampler):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
             raise TypeError(
-                f"got a sampler that holds {leaf!r:.60}; expected a pytree of numbers and arrays, "
+                f"got a sampler that holds {brief(leaf)}; expected a pytree of numbers and arrays, "
                 "such as a dataclass registered with jax.tree_util.register_dataclass"
             )
 
@@ -269,7 +270,9 @@ def row_keys(key: Any, batch: int) -> Key[Array, " B"]:
         ValueError: keys of another shape.
     """
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"got key={key!r}; expected jax.random.key(seed), or one such key per row")
+        raise TypeError(
+            f"got key={brief(key)}; expected jax.random.key(seed), or one such key per row"
+        )
     if key.shape == ():
         return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
     if key.shape != (batch,):
@@ -311,5 +314,5 @@ def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 def _number(name: str, value: Any, expected: str, holds: Any) -> float:
     plain = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not plain or not math.isfinite(value) or not holds(value):
-        raise ValueError(f"{name} got {value!r}; expected {expected}")
+        raise ValueError(f"{name} got {brief(value)}; expected {expected}")
     return float(value)

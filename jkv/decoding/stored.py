@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jkv._text import brief
 from jkv.cache.base import Cache, concat
 from jkv.decoding import loop
 from jkv.errors import CorruptError, UnsupportedError
@@ -52,7 +53,7 @@ class Shelf:
     def __init__(self, store: Any, model: Any, kind: Any, tenant: Any = ""):
         check_store(store, ("open", "open_many", "longest_prefix_many", "put_many", "remove"))
         if not isinstance(tenant, str):
-            raise TypeError(f"tenant got {tenant!r:.60}; expected a text")
+            raise TypeError(f"tenant got {brief(tenant)}; expected a text")
         from jkv.store.packing import check_kind
 
         check_kind(kind)
@@ -179,9 +180,9 @@ def check_ids(ids: Any, batch: int) -> list[str | None]:
     if ids is None:
         return [None] * batch
     if isinstance(ids, str) or not isinstance(ids, Sequence):
-        raise TypeError(f"sequence_ids got {ids!r:.60}; expected a list of texts, one per row")
+        raise TypeError(f"sequence_ids got {brief(ids)}; expected a list of texts, one per row")
     if not all(isinstance(i, str) for i in ids):
-        raise TypeError(f"sequence_ids got {list(ids)!r:.60}; expected texts")
+        raise TypeError(f"sequence_ids got {brief(list(ids))}; expected texts")
     if len(ids) != batch or len(set(ids)) != batch:
         raise ValueError(
             f"sequence_ids got {len(ids)} ids, {len(set(ids))} of them different, for {batch} "

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jkv._text import brief
 from jkv.decoding import sampling
 from jkv.decoding.request import (
     integer,
@@ -84,7 +85,7 @@ class Engine(Steps):
         model, tokenizer = split_model(lm)
         if preemption not in ("auto", "recompute", "swap"):
             raise UnsupportedError(
-                f"Engine got preemption={preemption!r}; expected 'auto', 'recompute' or 'swap'"
+                f"Engine got preemption={brief(preemption)}; expected 'auto', 'recompute' or 'swap'"
             )
         batch = Batch(
             model,
@@ -152,11 +153,13 @@ class Engine(Steps):
         most = integer("max_new_tokens", max_new_tokens, 1)
         ending = stops(stop, 1, config.vocab, config.end_ids, self.tokenizer)
         if isinstance(priority, bool) or not isinstance(priority, int | np.integer):
-            raise TypeError(f"priority got {priority!r}; expected an integer")
+            raise TypeError(f"priority got {brief(priority)}; expected an integer")
         if not isinstance(tenant, str):
-            raise TypeError(f"tenant got {tenant!r}; expected a text")
+            raise TypeError(f"tenant got {brief(tenant)}; expected a text")
         if on_token is not None and not callable(on_token):
-            raise TypeError(f"on_token got {on_token!r}; expected a function of (request, token)")
+            raise TypeError(
+                f"on_token got {brief(on_token)}; expected a function of (request, token)"
+            )
         count = 1 if samples is None else integer("samples", samples, 1)
         keys = self._keys(sampler, key, count)
         self.batch.check_sampler(sampler)

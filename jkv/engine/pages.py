@@ -13,6 +13,7 @@ import numpy as np
 
 from jkv._axes import Array
 from jkv._pytree import nbytes, replace
+from jkv._text import brief, plural
 from jkv.cache import heads
 from jkv.cache.paged import PagedKind, paged
 from jkv.cache.pages import pools
@@ -114,14 +115,16 @@ class Pages:
         """
         if prompt + most > self.config.context:
             raise ValueError(
-                f"a prompt of {prompt} tokens and max_new_tokens={most} make {prompt + most}, more "
+                f"a prompt of {plural(prompt, 'token')} and max_new_tokens={most} make "
+                f"{prompt + most}, more "
                 f"than the model's context of {self.config.context}; shorten the prompt or ask for "
                 "fewer tokens"
             )
         needed = self.pages_for(prompt + most - 1)
         if needed > self.pages:
             raise PoolFullError(
-                f"a prompt of {prompt} tokens and max_new_tokens={most} need {needed} pages of "
+                f"a prompt of {plural(prompt, 'token')} and max_new_tokens={most} need "
+                f"{plural(needed, 'page')} of "
                 f"{self.page}, and the pool has {self.pages}; expected more pages, or a shorter "
                 "request"
             )
@@ -352,7 +355,7 @@ def _managed(kind: Any, page: int | None, pages: int) -> PagedKind:
     if kind is None:
         kind = paged() if page is None else paged(page)
     if not isinstance(kind, PagedKind):
-        raise TypeError(f"cache got {kind!r:.60}; expected a kind of pages, such as jkv.paged()")
+        raise TypeError(f"cache got {brief(kind)}; expected a kind of pages, such as jkv.paged()")
     if page not in (None, kind.page):
         raise ValueError(
             f"page={page} and a cache with pages of {kind.page}; expected one of them, or the same"

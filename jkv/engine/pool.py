@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from jkv._text import plural
 from jkv.errors import PoolFullError
 from jkv.store import digest
 from jkv.store.policy import LRU, Policy
@@ -257,7 +258,9 @@ class PageSequence:
         """
         self._must_be_open()
         if self.length:
-            raise ValueError(f"match got a sequence of {self.length} tokens; expected an empty one")
+            raise ValueError(
+                f"match got a sequence of {plural(self.length, 'token')}; expected an empty one"
+            )
         pool, page = self._pool, self._pool.page
         most = len(tokens) if limit is None else max(0, min(limit, len(tokens)))
         names: list[bytes] = []
@@ -307,7 +310,8 @@ class PageSequence:
         needed = -(-length // pool.page) - len(self.table) + copy
         if needed > pool.free_pages:
             raise PoolFullError(
-                f"{length} tokens need {needed} pages more, and {pool.free_pages} of {pool.pages} "
+                f"{plural(length, 'token')} need {plural(needed, 'page')} more, and "
+                f"{pool.free_pages} of {pool.pages} "
                 "are free; close or crop a sequence, or make the pool larger"
             )
         if not self.table:
@@ -341,8 +345,8 @@ class PageSequence:
         self._must_be_open()
         if len(tokens) > self.length:
             raise ValueError(
-                f"publish got {len(tokens)} tokens, and pages for {self.length} are reserved; "
-                "expected no more than that"
+                f"publish got {plural(len(tokens), 'token')}, and pages for {self.length} are "
+                "reserved; expected no more than that"
             )
         pool, page, known = self._pool, self._pool.page, len(self._names)
         names = self._names[-1:] or [self._root]
@@ -381,7 +385,7 @@ class PageSequence:
         self._must_be_open()
         page = self._pool.page
         if not 0 <= length <= self.length:
-            raise ValueError(f"crop got {length}; expected 0 to {self.length} tokens")
+            raise ValueError(f"crop got {length}; expected 0 to {plural(self.length, 'token')}")
         if 0 < length < self._dropped * page:
             raise ValueError(
                 f"crop got {length}, and the pages of the first {self._dropped * page} tokens were "

@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jkv._text import plural
+
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
 
@@ -136,6 +138,6 @@ class Request:
 
     def __repr__(self) -> str:
         """Where it stands."""
-        said = f"{len(self.tokens)} of {self.max_new_tokens} tokens"
+        said = f"{len(self.tokens)} of {plural(self.max_new_tokens, 'token')}"
         end = f", {self.finish_reason}" if self.finish_reason else ""
         return f"Request({self.number}, {self.state}, {said}{end})"

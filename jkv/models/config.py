@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from jkv._text import brief, plural
 from jkv.ops import rope as _rope
 
 Norm = Literal["layer", "rms"]
@@ -142,15 +143,18 @@ class Config:
         for name in (*sizes, "context"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Config got {name}={value!r}; expected an integer of at least 1")
+                raise ValueError(
+                    f"Config got {name}={brief(value)}; expected an integer of at least 1"
+                )
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"Config got {self.heads} heads over {self.kv_heads} kv_heads; expected a multiple"
+                f"Config got {plural(self.heads, 'head')} over {self.kv_heads} kv_heads; "
+                "expected a multiple"
             )
         if self.windows and len(self.windows) != self.layers:
             raise ValueError(
-                f"Config got {len(self.windows)} windows for {self.layers} layers; expected one "
-                "each"
+                f"Config got {plural(len(self.windows), 'window')} for "
+                f"{plural(self.layers, 'layer')}; expected one each"
             )
         if self.rope is not None and (self.rope.dims % 2 or self.rope.dims > self.head_dim):
             raise ValueError(

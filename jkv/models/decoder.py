@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
+from jkv._text import plural
 from jkv.cache import heads
 from jkv.cache.none import Chunk
 from jkv.cache.protocol import Step
@@ -270,8 +271,8 @@ class Decoder(nnx.Module):
         config = self.config
         if len(layers) != config.layers:
             raise ValueError(
-                f"the cache has {len(layers)} layers and the model {config.layers}; expected a "
-                "cache made from this model's configuration"
+                f"the cache has {plural(len(layers), 'layer')} and the model {config.layers}; "
+                "expected a cache made from this model's configuration"
             )
         x = self.embedding[...][tokens]
         if config.embed_scale != 1.0:

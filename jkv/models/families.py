@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from jkv._text import brief, plural
 from jkv.models.config import Config
 from jkv.models.positions import read_rope
 from jkv.models.settings import EXPECTED, IRRELEVANT, Settings
@@ -163,7 +164,7 @@ _GEMMA2 = (
 def _gpt2(s: Settings) -> dict[str, Any]:
     width, heads = s.integer("n_embd"), s.integer("n_head")
     if width % heads:
-        s.problem(f"n_embd is {width} for {heads} heads (n_head); expected a multiple")
+        s.problem(f"n_embd is {width} for {plural(heads, 'head')} (n_head); expected a multiple")
     head_dim = max(width // heads, 1)
     # They scale the weights in training precision, or belong to other heads.
     s.ignore(
@@ -262,7 +263,7 @@ def _qwen_windows(s: Settings, layers: int) -> tuple[int | None, ...]:
     window = s.integer("sliding_window", 4096, null=None)
     first = s.raw("max_window_layers", 28)
     if slides and (not isinstance(first, int) or isinstance(first, bool) or first < 0):
-        s.problem(f"max_window_layers is {first!r}; expected an integer of at least 0")
+        s.problem(f"max_window_layers is {brief(first)}; expected an integer of at least 0")
         first = 0
     kinds = s.words("layer_types", ("full_attention", "sliding_attention"), layers)
     if not slides:
@@ -352,13 +353,14 @@ def find(values: Mapping[str, Any], problems: list[str]) -> Family | None:
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         problems.append(
-            f"config.json: model_type is {kind!r}; the families known are {', '.join(FAMILIES)}"
+            f"config.json: model_type is {brief(kind)}; the families known are "
+            f"{', '.join(FAMILIES)}"
         )
         return None
     names = values.get("architectures")
     if names is not None and names != [family.architecture]:
         problems.append(
-            f"config.json: architectures is {names!r}; expected ['{family.architecture}'], "
+            f"config.json: architectures is {brief(names)}; expected ['{family.architecture}'], "
             "a model with a language-model head"
         )
     return family
@@ -399,7 +401,7 @@ def read_config(
 def _end_ids(s: Settings, value: Any, vocab: int) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        s.problem(f"eos_token_id is {value!r}; expected an integer, a list of them, or null")
+        s.problem(f"eos_token_id is {brief(value)}; expected an integer, a list of them, or null")
         return ()
     # An id that the model has no logit for never comes; tiny test models inherit such ids.
     return tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab))
@@ -413,6 +415,6 @@ def _dtype(s: Settings) -> str:
         return ""
     name = value.removeprefix("torch.") if isinstance(value, str) else value
     if name not in ("float32", "bfloat16", "float16"):
-        s.problem(f"dtype is {value!r}; expected float32, bfloat16 or float16")
+        s.problem(f"dtype is {brief(value)}; expected float32, bfloat16 or float16")
         return ""
     return name

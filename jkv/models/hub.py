@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jkv._text import brief
 from jkv.errors import CheckpointError
 
 BUILT_IN = ("shakespeare",)
@@ -36,27 +37,30 @@ def resolve(
     """
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise ValueError(
-            f"load got {source!r}; expected a built-in model ({', '.join(BUILT_IN)}), a directory, "
-            "or a hub id such as 'openai-community/gpt2'"
+            f"load got {brief(source)}; expected a built-in model ({', '.join(BUILT_IN)}), a "
+            "directory, or a hub id such as 'openai-community/gpt2'"
         )
     name = os.fspath(source)
     is_id = isinstance(source, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
     if name in BUILT_IN and isinstance(source, str):
         path = Path(__file__).parent.parent / "data" / name
         if not path.is_dir():
-            raise CheckpointError(f"the built-in model {name!r} is not part of this installation")
-    elif Path(name).is_dir():
+            raise CheckpointError(
+                f"the built-in model {brief(name)} is not part of this installation"
+            )
+    elif os.path.isdir(name):  # False for whatever can be no path
         path = Path(name)
     elif is_id and name not in (".", ".."):
         return _download(name, revision, show, wanted)
     else:
         raise CheckpointError(
-            f"load got {name!r}, which is neither a directory nor a hub id; the built-in models "
-            f"are {', '.join(BUILT_IN)}"
+            f"load got {brief(name)}, which is neither a directory nor a hub id; the built-in "
+            f"models are {', '.join(BUILT_IN)}"
         )
     if revision is not None:
         raise ValueError(
-            f"load got revision={revision!r} for {name!r}, which is not a repository of the hub"
+            f"load got revision={brief(revision)} for {brief(name)}, which is not a repository "
+            "of the hub"
         )
     return path
 
@@ -84,7 +88,7 @@ def _download(name: str, revision: str | None, show: bool, wanted: tuple[str, ..
             f"{name} is gated on the hub: accept its terms there, then log in with `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{name} has no revision {revision!r} on the hub") from error
+        raise CheckpointError(f"{name} has no revision {brief(revision)} on the hub") from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name} is neither a directory here, nor a repository of the hub that you may read; "
@@ -95,7 +99,7 @@ def _download(name: str, revision: str | None, show: bool, wanted: tuple[str, ..
             f"{name} is neither a directory here nor a valid hub id: {error}"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        which = "" if revision is None else f" at revision {revision!r}"
+        which = "" if revision is None else f" at revision {brief(revision)}"
         raise CheckpointError(
             f"{name}{which} is neither a directory here nor in the hub's cache, and the hub cannot "
             "be reached. Connect (and unset HF_HUB_OFFLINE), or download it where there is a "

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jkv._text import brief
 from jkv.errors import UnsupportedError
 from jkv.models import checkpoint, hub
 from jkv.models.checkpoint import Progress
@@ -167,5 +168,5 @@ def _dtype_name(dtype: Any) -> str:
     except TypeError:
         name = ""
     if name not in _DTYPES:
-        raise ValueError(f"load got dtype={dtype!r}; expected one of {', '.join(_DTYPES)}")
+        raise ValueError(f"load got dtype={brief(dtype)}; expected one of {', '.join(_DTYPES)}")
     return name

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jkv._text import plural
 from jkv.models.decoder import Decoder
 from jkv.models.lm import LM
 
@@ -50,8 +51,8 @@ def shard(lm: Any, mesh: Any) -> Any:
         )
     if lm.config.kv_heads % mesh.size:
         raise ValueError(
-            f"shard got {mesh.size} devices for {lm.config.kv_heads} key/value heads; expected a "
-            "number that divides them"
+            f"shard got {plural(mesh.size, 'device')} for "
+            f"{plural(lm.config.kv_heads, 'key/value head')}; expected a number that divides them"
         )
     # What is between is parted by the compiler: axes of explicit type would ask the model how.
     mesh = Mesh(mesh.devices, mesh.axis_names)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from jkv._text import brief
 from jkv.errors import UnsupportedError
 from jkv.models import template as _template
 from jkv.models.files import TEMPLATE_LIMIT, TOKENIZER_LIMIT, parse_json, read_json, read_text
@@ -102,8 +103,8 @@ class Tokenizer:
         if template not in self.templates:
             have = f"it has {', '.join(self.templates)}" if self.templates else "it has none"
             raise UnsupportedError(
-                f"the checkpoint has no chat template {template!r} ({have}): write the prompt as a "
-                "text, or load a checkpoint made for chat"
+                f"the checkpoint has no chat template {brief(template)} ({have}): write the "
+                "prompt as a text, or load a checkpoint made for chat"
             )
         return _template.render(
             self.templates[template],

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jkv._text import brief
 from jkv.errors import UnsupportedError
 
 # What is tried on a platform, best first. The last refuses nothing.
@@ -61,7 +62,7 @@ def target(platform: str) -> Iterator[None]:
         UnsupportedError: another platform.
     """
     if platform not in CANDIDATES:
-        raise UnsupportedError(f"target got {platform!r}; expected one of {tuple(CANDIDATES)}")
+        raise UnsupportedError(f"target got {brief(platform)}; expected one of {tuple(CANDIDATES)}")
     token = _target.set(platform)
     try:
         yield
@@ -112,7 +113,7 @@ def choose(operation: str, platform: str | None, arguments: dict[str, Any]) -> C
     platform = platforms()[0] if platform is None else platform
     if platform not in CANDIDATES:
         raise UnsupportedError(
-            f"{operation} got platform={platform!r}; expected one of {tuple(CANDIDATES)}"
+            f"{operation} got platform={brief(platform)}; expected one of {tuple(CANDIDATES)}"
         )
     refused = {}
     for name in candidates(operation, platform):
@@ -135,19 +136,19 @@ def run(operation: str, name: str | None, arguments: dict[str, Any]) -> Any:
             listed = {n for platform in CANDIDATES for n in candidates(operation, platform)}
             known = tuple(n for n in IMPLEMENTATIONS if n in listed or n in DIFFERENTIABLE)
             raise UnsupportedError(
-                f"{operation} got implementation={name!r}; expected one of {known}"
+                f"{operation} got implementation={brief(name)}; expected one of {known}"
             )
         if own and not set(own) & set(platforms()):
             raise UnsupportedError(
-                f"{operation} got implementation={name!r}, which runs on {own} and not on "
+                f"{operation} got implementation={brief(name)}, which runs on {own} and not on "
                 f"{platforms()[0]}; expected None for the best one that can, or "
                 "jkv.ops.choice.target to compile for hardware that is not there"
             )
         why = _why_not(operation, name, arguments)
         if why is not None:
             raise UnsupportedError(
-                f"{operation} got implementation={name!r}, which cannot do this: {why}; expected "
-                "None for the best one that can"
+                f"{operation} got implementation={brief(name)}, which cannot do this: {why}; "
+                "expected None for the best one that can"
             )
         note(name)
         return _function(operation, name)(**arguments)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jkv import _pytree
 from jkv._bytes import parse_bytes
+from jkv._text import brief
 from jkv.cache import spec
 from jkv.cache.dense import dense
 from jkv.decoding.options import Options, checked_kind
@@ -327,7 +328,7 @@ def _works(config: Config, kind: Any, batch: int, length: int) -> tuple[Work, ..
 def _size(name: str, value: Any) -> int:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or not 1 <= value <= memory.LONGEST:
-        raise ValueError(f"plan got {name}={value!r}; expected an integer of at least 1")
+        raise ValueError(f"plan got {name}={brief(value)}; expected an integer of at least 1")
     return int(value)
 
 

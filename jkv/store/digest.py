@@ -10,6 +10,8 @@ import hashlib
 import struct
 from collections.abc import Sequence
 
+from jkv._text import brief
+
 
 def root(*parts: bytes | str | int) -> bytes:
     """The key of no tokens at all, where everything in `parts` is the same; 32 bytes.
@@ -37,5 +39,5 @@ def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
     try:
         data = struct.pack(f"<{len(tokens)}q", *tokens)
     except struct.error:
-        raise TypeError(f"tokens got {list(tokens)!r:.80}; expected whole numbers") from None
+        raise TypeError(f"tokens got {brief(list(tokens))}; expected whole numbers") from None
     return hashlib.sha256(parent + data).digest()

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
+from jkv._text import brief
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
@@ -90,5 +92,5 @@ def check_store(store: Any, methods: Sequence[str]) -> None:
     missing = [name for name in methods if not callable(getattr(store, name, None))]
     if missing:
         raise TypeError(
-            f"store got {store!r:.60}, without {', '.join(missing)}; expected a jkv.store.Store"
+            f"store got {brief(store)}, without {', '.join(missing)}; expected a jkv.store.Store"
         )

@@ -6,6 +6,8 @@ import abc
 import math
 from collections.abc import Hashable
 
+from jkv._text import brief
+
 
 class Evictor(abc.ABC):
     """The order in which the entries of one tier go. What is refused changes nothing.
@@ -110,7 +112,7 @@ class Evictor(abc.ABC):
 
 def _capacity(capacity: int | float) -> int | float:
     if not 0 < capacity < math.inf:
-        raise ValueError(f"capacity got {capacity!r}; expected a number above 0")
+        raise ValueError(f"capacity got {brief(capacity)}; expected a number above 0")
     return capacity
 
 
@@ -121,7 +123,9 @@ def check_new(evictor: Evictor, key: Hashable, size: int | float, cost: int | fl
         ValueError: it is not so.
     """
     if key in evictor:
-        raise ValueError(f"add got {key!r}, which is here already; expected a new key, or touch")
+        raise ValueError(
+            f"add got {brief(key)}, which is here already; expected a new key, or touch"
+        )
     check_weight(key, size, cost)
 
 
@@ -144,26 +148,27 @@ def check_weight(key: Hashable, size: int | float, cost: int | float) -> None:
         ValueError: they cannot.
     """
     if not 0 < size < math.inf:
-        raise ValueError(f"size of {key!r} got {size!r}; expected a number above 0")
+        raise ValueError(f"size of {brief(key)} got {brief(size)}; expected a number above 0")
     if not 0 <= cost < math.inf:
-        raise ValueError(f"cost of {key!r} got {cost!r}; expected a number from 0")
+        raise ValueError(f"cost of {brief(key)} got {brief(cost)}; expected a number from 0")
 
 
 def unknown(key: Hashable) -> KeyError:
     """The error for a key that is not here."""
-    return KeyError(f"no entry {key!r}; expected a key that was added and has not gone")
+    return KeyError(f"no entry {brief(key)}; expected a key that was added and has not gone")
 
 
 def is_held(key: Hashable) -> ValueError:
     """The error where an entry would have to be free."""
-    return ValueError(f"{key!r} is held; release it first")
+    return ValueError(f"{brief(key)} is held; release it first")
 
 
 def not_held(key: Hashable) -> ValueError:
     """The error where an entry would have to be held."""
-    return ValueError(f"release got {key!r}, which is not held; expected one that was")
+    return ValueError(f"release got {brief(key)}, which is not held; expected one that was")
 
 
 def none_can_go(held: int) -> LookupError:
     """The error where there is no victim."""
-    return LookupError(f"nothing can go: {f'all {held} entries are held' if held else 'no entry'}")
+    held_ones = "the one entry is held" if held == 1 else f"all {held} entries are held"
+    return LookupError(f"nothing can go: {held_ones if held else 'no entry'}")

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jkv._pytree import replace
+from jkv._text import plural
 from jkv.cache.base import Cache
 from jkv.cache.paged import Paged
 from jkv.errors import CorruptError, UnsupportedError
@@ -43,7 +44,8 @@ def pack(cache: Any, **meta: Any) -> Entry:
         raise TypeError(f"the store got {type(cache).__name__}; expected a cache, or an Entry")
     if cache.batch != 1:
         raise ValueError(
-            f"the store got a cache of {cache.batch} rows; expected one: cache.take([row])"
+            f"the store got a cache of {plural(cache.batch, 'row')}; expected one: "
+            "cache.take([row])"
         )
     if any(isinstance(layer, Paged) and layer.managed for layer in cache.layers):
         raise UnsupportedError("the pages of an engine are its own; expected a cache of tokens")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 
+from jkv._text import brief
 from jkv.store._lines import _Adaptive, _Arrival, _Recency, _Segmented
 from jkv.store._ranks import _Ranked
 from jkv.store.evictor import Evictor
@@ -85,8 +86,8 @@ class SLRU(Policy):
     def __post_init__(self) -> None:
         if not 0 < self.protected < 1:
             raise ValueError(
-                f"protected got {self.protected!r}; expected a share of the capacity above 0 and "
-                "below 1"
+                f"protected got {brief(self.protected)}; expected a share of the capacity above "
+                "0 and below 1"
             )
 
     def start(self, capacity: int | float) -> Evictor:

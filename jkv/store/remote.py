@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jkv._text import brief
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store import codec, zstd
 from jkv.store.breaker import Breaker
@@ -77,7 +78,7 @@ class Remote:
                 spec["context"] = {service: waits, **spec.get("context", {})}
             self._kvstore = tensorstore.KvStore.open(spec).result(timeout=timeout)
         except (*_ERRORS, TypeError) as error:
-            raise TierError(f"no remote tier at {url!r}: {error}") from error
+            raise TierError(f"no remote tier at {brief(url)}: {error}") from error
         self.persistent = spec["driver"] != "memory"
         # For messages; a spec may hold credentials, which are nobody's to read there.
         place = "/".join(spec[part] for part in ("bucket", "path") if part in spec)
@@ -119,7 +120,7 @@ class Remote:
             UnsupportedError: blobs cannot hold it.
         """
         blob = b"".join(codec.encode(entry, key, compression=self.compression))
-        self._ask(f"write {key[:80]!r}", lambda: self._kvstore.write(name_of(key), blob))
+        self._ask(f"write {brief(key[:80])}", lambda: self._kvstore.write(name_of(key), blob))
         return len(blob)
 
     def read(self, key: str) -> Entry | None:
@@ -130,7 +131,7 @@ class Remote:
             TierError: it does not answer, or not in time.
         """
         name = name_of(key)
-        result = self._ask(f"read {key[:80]!r}", lambda: self._kvstore.read(name))
+        result = self._ask(f"read {brief(key[:80])}", lambda: self._kvstore.read(name))
         if result.state == "missing":
             return None
         try:
@@ -140,7 +141,7 @@ class Remote:
                 f"{self.url}{name}: {error}{self._put_aside(name, result)}"
             ) from None
         except UnsupportedError as error:  # no zstd in this process
-            raise TierError(f"{key[:80]!r} not read: {error}") from error
+            raise TierError(f"{brief(key[:80])} not read: {error}") from error
 
     def describe(self, key: str) -> Mapping[str, Any] | None:
         """The meta of an entry, from its header alone, in two requests; None if there is none.
@@ -163,7 +164,7 @@ class Remote:
         Raises:
             TierError: it does not answer, or not in time.
         """
-        self._ask(f"delete {key[:80]!r}", lambda: self._kvstore.write(name_of(key), None))
+        self._ask(f"delete {brief(key[:80])}", lambda: self._kvstore.write(name_of(key), None))
 
     def verify(self) -> dict[str, str]:
         """Reads everything there is; what is wrong, by name; what is damaged goes aside.
@@ -179,7 +180,7 @@ class Remote:
             try:
                 key = codec.read_header(result.value).key
                 if name_of(key) != name:
-                    raise CorruptError(f"it holds the key {key[:80]!r} of another name")
+                    raise CorruptError(f"it holds the key {brief(key[:80])} of another name")
                 codec.decode(result.value)
             except CorruptError as error:
                 problems[name] = f"{error}{self._put_aside(name, result)}"

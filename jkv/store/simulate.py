@@ -16,6 +16,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jkv._text import brief
 from jkv.store import digest
 from jkv.store.policy import Evictor, Policy
 
@@ -307,7 +308,7 @@ def _request(said: Any, block: int, bytes_per_token: int) -> Request:
         *("key", "tokens", "bytes", "cost", "tenant")
     }:
         raise ValueError(
-            f"got {said!r:.80}; expected an object with key or tokens, and bytes, cost and tenant "
+            f"got {brief(said)}; expected an object with key or tokens, and bytes, cost and tenant "
             "where wanted"
         )
     ids, tenant = said.get("tokens", 1), said.get("tenant", "")
@@ -316,12 +317,12 @@ def _request(said: Any, block: int, bytes_per_token: int) -> Request:
     cost = said.get("cost", tokens)
     if type(tokens) is not int or tokens < 1 or type(nbytes) is not int or nbytes < 1:
         raise ValueError(
-            f"got {tokens!r} tokens and {nbytes!r} bytes; expected whole numbers above 0"
+            f"got {brief(tokens)} tokens and {brief(nbytes)} bytes; expected whole numbers above 0"
         )
     if type(cost) not in (int, float) or not 0 <= cost < math.inf:
-        raise ValueError(f"got a cost of {cost!r}; expected a number from 0")
+        raise ValueError(f"got a cost of {brief(cost)}; expected a number from 0")
     if not isinstance(tenant, str):
-        raise ValueError(f"got the tenant {tenant!r}; expected a text")
+        raise ValueError(f"got the tenant {brief(tenant)}; expected a text")
     if "key" in said:
         if isinstance(ids, list) or not isinstance(said["key"], str | int):
             raise ValueError("with a key, which is a text or a number, tokens is their number")
@@ -330,7 +331,7 @@ def _request(said: Any, block: int, bytes_per_token: int) -> Request:
     if not isinstance(ids, list):
         raise ValueError("got neither a key nor a list of tokens; expected one of them")
     if not all(type(token) is int for token in ids):
-        raise ValueError(f"got the tokens {ids!r:.80}; expected whole numbers")
+        raise ValueError(f"got the tokens {brief(ids)}; expected whole numbers")
     name, blocks = digest.root(tenant, block), []
     for end in range(block, tokens + 1, block):
         name = digest.chain(name, ids[end - block : end])

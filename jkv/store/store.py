@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from jkv._text import brief
 from jkv.store import figures
 from jkv.store.answers import Handle, Match
 from jkv.store.entry import Entry
@@ -272,7 +273,7 @@ class Store:
         """
         handle = self.open_many([key], tenant=tenant, fingerprint=fingerprint)[0]
         if handle is None:
-            raise KeyError(f"no entry {key!r}, or none that can be read now")
+            raise KeyError(f"no entry {brief(key)}, or none that can be read now")
         return handle
 
     @operation
@@ -493,5 +494,7 @@ def _converted(entry: Entry, form: str) -> Entry:
 
 def _texts(keys: Iterable[str]) -> list[str]:
     if isinstance(keys, str):
-        raise TypeError(f"keys got the text {keys!r}; expected several, such as [{keys!r}]")
+        raise TypeError(
+            f"keys got the text {brief(keys)}; expected several, such as [{brief(keys)}]"
+        )
     return list(keys)

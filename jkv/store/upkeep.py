@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from jkv._text import brief
 from jkv.errors import CorruptError, TierError
 from jkv.store.answers import Ask
 from jkv.store.entry import Entry
@@ -244,7 +245,7 @@ class Upkeep(Writes):
         names = [shelf.name for shelf in self.shelves]
         at = names.index(tier) if tier in names else tier
         if not isinstance(at, int) or not 0 <= at < len(names):
-            raise ValueError(f"tier got {tier!r}; expected one of {names}, or its number")
+            raise ValueError(f"tier got {brief(tier)}; expected one of {names}, or its number")
         shelf = self.shelves[at]
         with self.lock:
             shelf.resize(

@@ -700,7 +700,7 @@ bad(
     "4 heads over 3 kv_heads",
     lambda w: Config(**{**SIZES, "kv_heads": 3}),
 )
-bad("Config windows", ValueError, "1 windows for 2 layers", lambda w: Config(**SIZES, windows=(4,)))
+bad("Config windows", ValueError, "1 window for 2 layers", lambda w: Config(**SIZES, windows=(4,)))
 bad(
     "Config rope",
     ValueError,

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
+from jkv._text import brief
 from jkv.ops import quantize
 from jkv.ops.encoded.base import PRODUCT, Stored, check_slots, halves, wide
 from jkv.ops.write import write, write_last, write_runs
@@ -344,14 +345,14 @@ class Affine:
     def __post_init__(self) -> None:
         """Refuse what there is no form for."""
         if isinstance(self.bits, bool) or self.bits not in (8, 4, 2):
-            raise ValueError(f"got bits={self.bits!r}; expected 8, 4 or 2")
+            raise ValueError(f"got bits={brief(self.bits)}; expected 8, 4 or 2")
         if self.axis not in ("token", "channel"):
-            raise ValueError(f"got axis={self.axis!r}; expected 'token' or 'channel'")
+            raise ValueError(f"got axis={brief(self.axis)}; expected 'token' or 'channel'")
         group = self.group
         if group is None and self.axis == "token":
             return
         if isinstance(group, bool) or not isinstance(group, int) or group < 1:
-            raise ValueError(f"got group={group!r}; expected an integer of at least 1")
+            raise ValueError(f"got group={brief(group)}; expected an integer of at least 1")
         if self.axis == "channel" and (group > 128 or group & (group - 1) or group < 2):
             raise ValueError(
                 f"got group={group} tokens that share a step; expected a power of two, 2 to 128"

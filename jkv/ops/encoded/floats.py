@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
+from jkv._text import brief
 from jkv.ops import quantize
 from jkv.ops.encoded.base import PRODUCT, Stored, check_slots, halves, wide
 from jkv.ops.write import write
@@ -150,11 +151,13 @@ class Cast:
         try:
             dtype = jnp.dtype(self.dtype)
         except TypeError:
-            raise ValueError(f"got dtype={self.dtype!r}; expected one such as 'bfloat16'") from None
+            raise ValueError(
+                f"got dtype={brief(self.dtype)}; expected one such as 'bfloat16'"
+            ) from None
         if dtype.name not in ("bfloat16", "float16", "float32"):
             raise ValueError(
-                f"got dtype={dtype.name!r}; expected 'bfloat16', 'float16' or 'float32' (a float "
-                "of 8 bits needs scales, which Float8 has)"
+                f"got dtype={brief(dtype.name)}; expected 'bfloat16', 'float16' or 'float32' (a "
+                "float of 8 bits needs scales, which Float8 has)"
             )
         object.__setattr__(self, "dtype", dtype.name)
 

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
+from jkv._text import brief
 from jkv.ops.encoded.affine import FEW, Affine, ByToken
 from jkv.ops.encoded.base import PRODUCT, Stored, check_slots
 from jkv.ops.encoded.floats import Cast, Plain
@@ -93,10 +94,10 @@ class Sparse:
         """Refuse what there is no form for."""
         number = isinstance(self.keep, int | float) and not isinstance(self.keep, bool)
         if not number or not 0 < self.keep <= 1:
-            raise ValueError(f"got keep={self.keep!r}; expected a share above 0 and at most 1")
+            raise ValueError(f"got keep={brief(self.keep)}; expected a share above 0 and at most 1")
         if self.inner is not None and (not isinstance(self.inner, Affine) or self.inner.unit != 1):
             raise ValueError(
-                f"got inner={self.inner!r}; expected an Affine codec per token, or None"
+                f"got inner={brief(self.inner)}; expected an Affine codec per token, or None"
             )
 
     def empty(self, batch: int, heads: int, slots: int, dim: int, dtype: Any) -> Some:
