@@ -22,6 +22,7 @@ _HOME = {
     "near_far": "jkv.cache",
     "none": "jkv.cache",
     "paged": "jkv.cache",
+    "parse": "jkv.cache.spec",
     "quantized": "jkv.cache",
     "sparse": "jkv.cache",
     "per_layer": "jkv.cache",
@@ -53,13 +54,16 @@ _HOME = {
 }
 _MODULES = {
     "cache": "jkv.cache",
+    "decoding": "jkv.decoding",
     "engine": "jkv.engine",
     "errors": "jkv.errors",
     "models": "jkv.models",
     "ops": "jkv.ops",
+    "planning": "jkv.planning",
     "sampling": "jkv.decoding.sampling",
     "scores": "jkv.cache.scores",
     "store": "jkv.store",
+    "testing": "jkv.testing",
 }
 
 __all__ = ["__version__", *_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -31,3 +31,19 @@ class TierError(JkvError, OSError):
 
 class CorruptError(JkvError, ValueError):
     """What a tier holds is not what was written: it was put aside, and is a miss."""
+
+
+__all__ = [
+    "CacheFullError",
+    "CheckpointError",
+    "CorruptError",
+    "JkvError",
+    "NonFiniteError",
+    "PoolFullError",
+    "TierError",
+    "UnsupportedError",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

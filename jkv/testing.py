@@ -17,6 +17,7 @@ import numpy as np
 
 from jkv._text import plural
 from jkv.cache import LayerCache, concat, init_cache
+from jkv.cache.protocol import as_kind
 from jkv.errors import UnsupportedError
 
 HEADS, DIM = 2, 16
@@ -42,7 +43,8 @@ def check_kind(
     """Run a kind of cache through everything that a layer cache must do.
 
     Args:
-        kind: with ``init(batch, slots, kv_heads, head_dim, dtype)``, or ``bind`` as well.
+        kind: with ``init(batch, slots, kv_heads, head_dim, dtype)``, or ``bind`` as well; or the
+            text of one of jkv's own.
         sees: whether the token at a position still sees another, (query, position) to bool: the
             mask that the kind means.
         tolerance: of what is found beside values between -1 and 1; 0.3 suits a kind that rounds.
@@ -52,11 +54,13 @@ def check_kind(
 
     Raises:
         AssertionError: a promise is broken; the message says which, where, and what was seen.
+        TypeError: something that is no kind.
+        ValueError: a text that names none.
 
     Example:
         >>> check_kind(jkv.window(8), sees=lambda q, p: q - 8 < p <= q, rolls_back=False)
     """
-    probe = _Probe(kind, sees, tolerance, slots, longest=max(chunks))
+    probe = _Probe(as_kind(kind), sees, tolerance, slots, longest=max(chunks))
     probe.is_a_value()
     rows = probe.fed(chunks)
     probe.padding_is_not_stored()
@@ -195,8 +199,18 @@ class _Probe:
         if not isinstance(layer, LayerCache):
             lacks = [n for n in dir(LayerCache) if n[0] != "_" and not hasattr(layer, n)]
             raise AssertionError(f"{type(layer).__name__} is no LayerCache: it lacks {lacks}")
-        hash(self.kind)
+        if type(self.kind).__hash__ is None:
+            raise AssertionError(
+                f"the kind {type(self.kind).__name__} is not hashable; make it a frozen dataclass"
+            )
         leaves, tree = jax.tree.flatten(cache)
+        for leaf in leaves:
+            if not isinstance(leaf, jax.Array):
+                raise AssertionError(
+                    f"a {type(leaf).__name__} is where arrays are expected: decorate its class "
+                    "with @jkv.cache.pytree, and declare fields that are no arrays with "
+                    "jkv.cache.static()"
+                )
         if jax.tree.structure(jax.tree.unflatten(tree, leaves)) != tree:
             raise AssertionError(f"{type(layer).__name__} changes when it is rebuilt as a pytree")
         if len({leaf.unsafe_buffer_pointer() for leaf in leaves}) < len(leaves):
@@ -282,3 +296,10 @@ class _Probe:
 
         flat = reversed_twice(rows.cache)
         self.holds(_Rows(flat, rows.tokens[::-1]), "after vmap")
+
+
+__all__ = ["check_kind", "everything"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

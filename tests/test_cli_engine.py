@@ -239,7 +239,7 @@ def test_lines_that_are_wrong_in_themselves(run, tmp_path, text, match):  # noqa
         ({"prompt": 3}, "line 2: prompt"),
         ({"prompt": [100_000]}, "line 2: prompt 0 has token 100000"),
         ({"prompt": "x", "max_new_tokens": "4"}, "line 2: max_new_tokens got '4'"),
-        ({"prompt": "x", "max_new_tokens": 200}, "line 2: a prompt of 1 tokens"),
+        ({"prompt": "x", "max_new_tokens": 200}, "line 2: a prompt of 1 token "),
         ({"prompt": "x" * 40, "max_new_tokens": 80}, "need 30 pages of 4, and the pool has 24"),
         ({"prompt": "x", "stop": [3.5]}, "line 2: stop got 3.5"),
         ({"prompt": "x", "tenant": 3}, "line 2: tenant got 3"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,52 @@ def test_public_names_resolve(name):
 def test_unknown_names_raise():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         jkv.nothing  # noqa: B018
+
+
+# What is meant to be looked at: `dir` and completion show the public names, and nothing else.
+LISTED = [
+    "jkv",
+    "jkv.cache",
+    "jkv.cache.scores",
+    "jkv.cache.spec",
+    "jkv.decoding",
+    "jkv.decoding.sampling",
+    "jkv.engine",
+    "jkv.errors",
+    "jkv.models",
+    "jkv.ops",
+    "jkv.planning",
+    "jkv.store",
+    "jkv.testing",
+]
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_dir_shows_public_names(name):
+    module = importlib.import_module(name)
+    assert dir(module) == sorted(module.__all__)
+    assert not [n for n in dir(module) if n.startswith("_") and n != "__version__"]
+    assert not {"Any", "np", "jnp", "jax", "annotations"} & set(dir(module))
+
+
+def test_names_in_texts_resolve_after_import_jkv():
+    """Docstrings and messages tell of `jkv.testing.check_kind`: one import must do."""
+    told = {
+        name
+        for path in [*FILES, PACKAGE.parent / "README.md"]
+        for name in re.findall(r"`(jkv(?:\.\w+)+)[`(]", path.read_text())
+    }
+    modules = {module_of(path) for path in FILES}  # comments name inner ones, which stay inner
+    told -= modules - set(LISTED)
+    assert len(told) > 20
+    code = (
+        "import functools, jkv\nmissing = []\n"
+        f"for name in {sorted(told | {'jkv.testing.check_kind', 'jkv.cache.spec.parse'})}:\n"
+        "    try: functools.reduce(getattr, name.split('.')[1:], jkv)\n"
+        "    except AttributeError: missing.append(name)\n"
+        "print(missing)"
+    )
+    assert run_python(code) == "[]"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=module_of)

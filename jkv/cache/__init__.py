@@ -1,6 +1,7 @@
 """Caches: one file per kind of storage, one protocol for all."""
 
 from jkv._pytree import pytree, replace, static
+from jkv.cache import scores, spec
 from jkv.cache.base import Cache, concat
 from jkv.cache.compressed import NearFar, fp8, near_far, quantized, sparse
 from jkv.cache.dense import Dense, dense, from_legacy
@@ -37,7 +38,13 @@ __all__ = [
     "pytree",
     "quantized",
     "replace",
+    "scores",
     "sparse",
+    "spec",
     "static",
     "window",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

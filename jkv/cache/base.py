@@ -17,7 +17,7 @@ from jkv._pytree import pytree
 from jkv._text import brief, plural
 from jkv.cache import pages
 from jkv.cache.evicting import evicted
-from jkv.cache.protocol import Stack, Step, bound
+from jkv.cache.protocol import Stack, Step, as_kind, bound
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 
 
@@ -215,7 +215,7 @@ class Cache:
         """The same tokens in a cache of another kind; what is kept of them is up to that kind.
 
         Args:
-            to: the kind, such as `jkv.quantized(bits=4)`.
+            to: the kind, such as `jkv.quantized(bits=4)`, or its text, "int4".
             config: the model's configuration, for kinds that depend on the model or the layer.
             slots: tokens that each row has room for, by default as many as now.
 
@@ -223,6 +223,7 @@ class Cache:
             UnsupportedError: a token's keys and values have not been kept, or the kind keeps none.
             CacheFullError: fewer slots than tokens.
         """
+        to = as_kind(to)
         if not hasattr(to, "init"):
             raise UnsupportedError(
                 f"convert got {brief(to)}; expected a kind that keeps keys and values, such as "
@@ -282,12 +283,13 @@ class Cache:
         """What has been rounded, rounded in another form; layers and tokens that are exact stay so.
 
         Args:
-            to: a kind that rounds, such as `jkv.quantized(bits=4)`.
+            to: a kind that rounds, such as `jkv.quantized(bits=4)`, or its text, "int4".
 
         Raises:
             TypeError: `to` is no such kind.
             UnsupportedError: no layer rounds what it keeps: `convert` is for those.
         """
+        to = as_kind(to)
         rounding = [hasattr(x, "requantise") and getattr(x, "rounds", True) for x in self.layers]
         if not any(rounding):
             raise UnsupportedError(

@@ -15,7 +15,7 @@ from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief
 from jkv.cache.dense import check_heads, write
-from jkv.cache.protocol import Step
+from jkv.cache.protocol import Step, as_kind
 from jkv.cache.ring import Ring, chunk, with_past
 from jkv.ops.encoded import Affine, Encoded, Float8, Sparse, finite
 from jkv.ops.order import after
@@ -367,13 +367,14 @@ def near_far(*, recent: Any = 128, far: Any) -> NearFarKind:
 
     Args:
         recent: newest tokens that stay exact.
-        far: a kind that rounds, such as `jkv.quantized(bits=4)`, or a codec of `jkv.ops.encoded`
-            for keys and values alike.
+        far: a kind that rounds, such as `jkv.quantized(bits=4)` or its text "int4", or a codec of
+            `jkv.ops.encoded` for keys and values alike.
 
     Raises:
         TypeError: `far` is neither.
         ValueError: a negative `recent`.
     """
+    far = as_kind(far)
     if isinstance(far, NearFarKind):
         return dataclasses.replace(far, recent=recent)
     if isinstance(far, type) or not (hasattr(far, "unit") and hasattr(far, "empty")):

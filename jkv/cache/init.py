@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jkv._text import brief
 from jkv.cache.base import Cache, _integer
 from jkv.cache.dense import dense
-from jkv.cache.protocol import Shape, bound
+from jkv.cache.protocol import Shape, as_kind, bound
 
 
 def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: Any = None) -> Any:
@@ -15,16 +15,17 @@ def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: 
 
     Args:
         config: the model's configuration (`layers`, `kv_heads`, `head_dim`, `dtype`).
-        kind: how tokens are kept: `jkv.dense()` by default, `jkv.none()`, ...
+        kind: how tokens are kept: `jkv.dense()` by default, `jkv.none()`, or a text ("int4").
         batch: rows.
         slots: tokens that each row has room for.
         dtype: of the keys and values, the model's by default.
 
     Raises:
         TypeError: something that is no configuration, kind or dtype.
-        ValueError: a batch or number of slots below 1, or a dtype that holds no fractions.
+        ValueError: a batch or number of slots below 1, a dtype that holds no fractions, or a text
+            that names no kind.
     """
-    kind = dense() if kind is None else kind
+    kind = dense() if kind is None else as_kind(kind)
     batch, slots = _integer("init_cache", "batch", batch), _integer("init_cache", "slots", slots)
     if not isinstance(config, Shape):
         hint = "; pass its .config" if hasattr(config, "config") else ""
@@ -33,7 +34,10 @@ def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: 
             f"kv_heads and head_dim{hint}"
         )
     if isinstance(kind, type) or not (hasattr(kind, "init") or hasattr(kind, "init_cache")):
-        raise TypeError(f"init_cache got kind={brief(kind)}; expected a kind such as jkv.dense()")
+        raise TypeError(
+            f"init_cache got kind={brief(kind)}; expected a kind such as jkv.dense(), or a text "
+            "such as 'int4'"
+        )
     try:
         dtype = jnp.dtype(getattr(config, "dtype", jnp.float32) if dtype is None else dtype)
     except TypeError:

@@ -20,7 +20,7 @@ from jkv.cache import pages
 from jkv.cache.base import Cache
 from jkv.cache.compressed import NearFarKind
 from jkv.cache.pages import Plan, Pool
-from jkv.cache.protocol import Step, check_heads
+from jkv.cache.protocol import Step, as_kind, check_heads
 from jkv.cache.ring import chunk
 from jkv.errors import UnsupportedError
 from jkv.ops.encoded import Affine, Encoded
@@ -319,7 +319,7 @@ def _codecs(codec: Any) -> tuple[Any, Any]:
     """Of keys and of values."""
     if codec is None:
         return None, None
-    kind = codec
+    kind = codec = as_kind(codec)
     if not isinstance(codec, NearFarKind):
         if isinstance(codec, type) or not (hasattr(codec, "unit") and hasattr(codec, "empty")):
             raise TypeError(

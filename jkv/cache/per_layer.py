@@ -9,7 +9,7 @@ import numpy as np
 
 from jkv._text import brief, plural
 from jkv.cache.dense import dense
-from jkv.cache.protocol import bound
+from jkv.cache.protocol import as_kind, bound
 from jkv.errors import UnsupportedError
 
 
@@ -96,7 +96,8 @@ def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> A
     """Another kind for each layer, or one kind with the layers at the ends kept in another.
 
     Args:
-        kinds: a list with one kind per layer; or the kind of all layers but those named next.
+        kinds: a list with one kind per layer, each a kind or its text ("int4"); or the kind of all
+            layers but those named next.
         first: layers at the start that are kept in `exact`.
         last: layers at the end that are.
         exact: their kind, `jkv.dense()` by default.
@@ -128,6 +129,7 @@ def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> A
 
 
 def _checked(kind: Any) -> Any:
+    kind = as_kind(kind)
     if isinstance(kind, type) or not hasattr(kind, "init") or kind.__hash__ is None:
         raise TypeError(
             f"per_layer got {brief(kind)}; expected kinds that keep keys and values, such as "

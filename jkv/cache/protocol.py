@@ -120,6 +120,19 @@ class Kind(Protocol):
         ...
 
 
+def as_kind(kind: Any) -> Any:
+    """Return the kind that a text names, such as "int4" or "window:252,sinks=4"; others as given.
+
+    Raises:
+        ValueError: a text that names no kind, or arguments that it does not take.
+    """
+    if not isinstance(kind, str):
+        return kind
+    from jkv.cache import spec  # its table holds every kind, and these read kinds within kinds
+
+    return spec.parse(kind)
+
+
 def bound(kind: Any, config: Any, layer: int) -> Any:
     """The kind that keeps the tokens of one layer of a model."""
     return kind.bind(config, layer) if hasattr(kind, "bind") else kind

@@ -143,3 +143,7 @@ def _pooled(
 
 
 __all__ = ["Score", "Seen", "SnapKV", "h2o", "key_norm", "recency", "snapkv", "tova"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

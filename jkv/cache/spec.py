@@ -11,6 +11,7 @@ it has several arguments of its own: ``near_far:recent=64,far=(int4:group=32,key
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -197,16 +198,28 @@ FORMS: dict[str, Form] = {
 }
 
 
-def parse(text: str) -> Any:
-    """The kind that a text names, such as "dense" or "window:252,sinks=4".
+def parse(text: Any) -> Any:
+    """Make the kind of cache that a text names; wherever a kind is taken, its text is too.
+
+    Args:
+        text: a name and its arguments; `jkv caches` lists them all.
 
     Raises:
+        TypeError: no text.
         ValueError: a name that does not exist, or arguments that it does not take.
+
+    Example:
+        >>> jkv.parse("window:252,sinks=4") == jkv.window(252, sinks=4)
+        True
     """
+    if not isinstance(text, str):
+        raise TypeError(f"parse got {brief(text)}; expected a text such as 'int4'")
     name, colon, rest = text.strip().partition(":")
     form = FORMS.get(name)
     if form is None:
-        raise ValueError(f"cache got {brief(text)}; expected {grammar()}")
+        near = difflib.get_close_matches(name.strip().lower(), FORMS, n=1)
+        hint = f", did you mean {near[0]!r}" if near else ""
+        raise ValueError(f"cache got {brief(text)}{hint}; expected {grammar()}")
     arguments: dict[str, Any] = {}
     written = _split(text, rest) if colon else []
     for i, argument in enumerate(written):
@@ -279,3 +292,10 @@ def _refused(text: str, name: str, argument: str) -> ValueError:
     return ValueError(
         f"cache got {brief(text)}, and in it {brief(argument)}; expected {usage(name)}"
     )
+
+
+__all__ = ["FORMS", "Form", "Reader", "examples", "grammar", "parse", "text", "usage"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -26,3 +26,7 @@ __all__ = [
     "sampling",
     "stream",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -102,7 +102,7 @@ def beam_search(
             still run could reach.
         stop: ids at which a hypothesis ends, or one list of them per prompt; None is the
             checkpoint's end-of-text ids, () is nothing.
-        cache: the kind, `jkv.dense()` by default.
+        cache: the kind or its text ("int4"), `jkv.dense()` by default.
         resume: an earlier `Result` to go on from.
         slots: tokens that each row's cache has room for.
         prefill_chunk: tokens per pass of the prefill, at least 16.

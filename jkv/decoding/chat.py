@@ -68,7 +68,7 @@ class Chat:
             lm: from `jkv.load`, a checkpoint with a tokenizer and a chat template.
             system: what the model is told before the first turn.
             max_new_tokens: per reply, at most.
-            cache: the kind, `jkv.dense()` by default.
+            cache: the kind or its text ("int4"), `jkv.dense()` by default.
             sampler: a transform of `jkv.sampling`; greedy by default.
             key: for samplers that draw at random; each turn draws with a key folded from it.
             stop: see `jkv.generate`. A string that ends a reply is left out of it.

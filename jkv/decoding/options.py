@@ -10,6 +10,7 @@ import numpy as np
 
 from jkv._text import brief
 from jkv.cache.base import Cache
+from jkv.cache.protocol import as_kind
 
 Progress = Callable[[int, int], None]  # tokens of the longest prompt done, and in all
 
@@ -53,11 +54,13 @@ def check_plain(options: Options) -> None:
 
 
 def checked_kind(kind: Any) -> Any:
-    """`kind`, if it says how tokens are kept.
+    """Return the kind, or the one that a text names.
 
     Raises:
-        TypeError: it does not.
+        TypeError: it does not say how tokens are kept.
+        ValueError: a text that names no kind.
     """
+    kind = as_kind(kind)
     if isinstance(kind, Cache):
         raise TypeError(
             f"cache got a {type(kind).__name__} that already holds tokens; expected a kind such as "
@@ -66,7 +69,7 @@ def checked_kind(kind: Any) -> Any:
     known = hasattr(kind, "init") or hasattr(kind, "init_cache")
     if isinstance(kind, type) or not known or kind.__hash__ is None:
         raise TypeError(
-            f"cache got {brief(kind)}; expected a kind such as jkv.dense() or jkv.none()"
-            + ("; jkv.cache.spec.parse makes one of a text" if isinstance(kind, str) else "")
+            f"cache got {brief(kind)}; expected a kind such as jkv.dense(), or a text such as "
+            "'int4'"
         )
     return kind

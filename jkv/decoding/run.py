@@ -339,7 +339,7 @@ def generate(
         model: `lm.model`, or `lm` where prompts or stops are texts.
         prompts: a list of rows, each a list or array of ids (or a text), or an array ``[B, T]``.
         max_new_tokens: per row, at most; an int.
-        cache: the kind, `jkv.dense()` by default.
+        cache: the kind or its text ("int4"), `jkv.dense()` by default.
         sampler: a transform of `jkv.sampling`; greedy by default.
         stop: ids and strings at which a row ends, or one list of them per row; None is the
             checkpoint's end-of-text ids, () is nothing. What stopped a row is part of its tokens.

@@ -316,3 +316,26 @@ def _number(name: str, value: Any, expected: str, holds: Any) -> float:
     if not plain or not math.isfinite(value) or not holds(value):
         raise ValueError(f"{name} got {brief(value)}; expected {expected}")
     return float(value)
+
+
+__all__ = [
+    "Chain",
+    "Greedy",
+    "MinP",
+    "RepetitionPenalty",
+    "Temperature",
+    "TopK",
+    "TopP",
+    "Transform",
+    "chain",
+    "greedy",
+    "min_p",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkv._text import brief
+from jkv._text import brief, plural
 from jkv.cache.base import Cache, concat
 from jkv.decoding import loop
 from jkv.errors import CorruptError, UnsupportedError
@@ -185,8 +185,8 @@ def check_ids(ids: Any, batch: int) -> list[str | None]:
         raise TypeError(f"sequence_ids got {brief(list(ids))}; expected texts")
     if len(ids) != batch or len(set(ids)) != batch:
         raise ValueError(
-            f"sequence_ids got {len(ids)} ids, {len(set(ids))} of them different, for {batch} "
-            "rows; expected another one for each"
+            f"sequence_ids got {len(ids)} ids, {len(set(ids))} of them different, for "
+            f"{plural(batch, 'row')}; expected another one for each"
         )
     return list(ids)
 

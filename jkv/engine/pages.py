@@ -17,6 +17,7 @@ from jkv._text import brief, plural
 from jkv.cache import heads
 from jkv.cache.paged import PagedKind, paged
 from jkv.cache.pages import pools
+from jkv.cache.protocol import as_kind
 from jkv.decoding import loop
 from jkv.decoding.request import bucket
 from jkv.engine.kept import Kept
@@ -46,7 +47,7 @@ class Pages:
         model: a decoder.
         pages: of each pool.
         page: tokens of each, None for those of the kind.
-        kind: a `jkv.paged` kind, or None.
+        kind: a `jkv.paged` kind, its text, or None.
         policy: which page that nobody owns goes first.
         store: where pages go that the pool gives away, or None.
 
@@ -354,6 +355,7 @@ def _managed(kind: Any, page: int | None, pages: int) -> PagedKind:
     """
     if kind is None:
         kind = paged() if page is None else paged(page)
+    kind = as_kind(kind)
     if not isinstance(kind, PagedKind):
         raise TypeError(f"cache got {brief(kind)}; expected a kind of pages, such as jkv.paged()")
     if page not in (None, kind.page):

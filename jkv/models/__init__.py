@@ -17,3 +17,7 @@ __all__ = [
     "read_config",
     "shard",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,3 +5,7 @@ from jkv.planning.presets import PRESETS
 from jkv.planning.work import Work
 
 __all__ = ["PRESETS", "Plan", "Refusal", "Work", "plan", "survey"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

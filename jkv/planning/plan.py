@@ -188,8 +188,7 @@ def find_config(model: Any, dtype: Any = None) -> tuple[str, Config]:
 def _plan(
     name: str, config: Config, batch: int, seq_len: int, cache: Any, there: int | None
 ) -> Plan:
-    kind = dense() if cache is None else spec.parse(cache) if isinstance(cache, str) else cache
-    kind = checked_kind(kind)
+    kind = dense() if cache is None else checked_kind(cache)
     parameters, weight_bytes = memory.weights(config)
     shape = memory.cache_shape(config, kind, batch, seq_len)
     size = memory.cache_sizer(config, kind)

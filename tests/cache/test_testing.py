@@ -38,6 +38,38 @@ class Broken:
         return self.layer(made.keys, made.values)
 
 
+class Undecorated(Dense):
+    """A class of its own that JAX has not been told of."""
+
+
+@pytree
+class Named(Dense):
+    """A text among the arrays."""
+
+    name: str = "mine"
+
+
+@dataclasses.dataclass
+class Thawed:
+    """A kind that is no value."""
+
+    def init(self, batch, slots, kv_heads, head_dim, dtype):
+        return jkv.dense().init(batch, slots, kv_heads, head_dim, dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (lambda: Broken(Undecorated), "a Undecorated is where arrays are expected: decorate its"),
+        (lambda: Broken(Named), r"a str is where arrays are expected: .* jkv\.cache\.static"),
+        (Thawed, "the kind Thawed is not hashable; make it a frozen dataclass"),
+    ],
+)
+def test_what_is_no_value_is_told(kind, message):
+    with pytest.raises(AssertionError, match=message):
+        check_kind(kind())
+
+
 @pytree
 class OffByOne(Dense):
     """Each token in the slot after its own."""

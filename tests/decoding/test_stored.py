@@ -335,7 +335,7 @@ def test_what_other_processes_would_not_know_is_refused_at_once(tiny_model, stor
         ({"store": None, "sequence_ids": ["a"]}, ValueError, "expected store="),
         ({"sequence_ids": "a"}, TypeError, "a list of texts"),
         ({"sequence_ids": [3]}, TypeError, "expected texts"),
-        ({"sequence_ids": ["a", "b"]}, ValueError, "for 1 rows"),
+        ({"sequence_ids": ["a", "b"]}, ValueError, "for 1 row"),
         ({"tenant": 3}, TypeError, "a text"),
     ],
 )
