@@ -14,7 +14,12 @@ class PoolFullError(JkvError, ValueError):
 
 
 class NonFiniteError(JkvError, ValueError):
-    """NaN or infinity was given to a cache that rounds what it stores."""
+    """NaN or infinity where only finite numbers mean something.
+
+    In the logits that a token is to be drawn from (those of the model, or what a sampler made of
+    them), or in the keys and values for a cache that rounds what it stores. The message names the
+    rows, the step, and where to look.
+    """
 
 
 class UnsupportedError(JkvError, ValueError):

@@ -19,6 +19,7 @@ from jkv._pytree import pytree, replace
 from jkv._text import brief
 from jkv.cache.base import Cache
 from jkv.decoding import loop
+from jkv.decoding.faults import Faults
 from jkv.decoding.options import Options
 from jkv.decoding.request import PAD, bucket, integer
 from jkv.decoding.run import Run
@@ -65,6 +66,7 @@ class Search:
     sums: Array  # [B, W] float32, of log-probabilities; -inf where nothing runs
     found: Found
     done: Array  # [B] bool
+    faults: Faults  # prompts that ended because a beam's logits could not be ranked
 
 
 def beam_search(
@@ -112,6 +114,7 @@ def beam_search(
         TypeError: prompts or stops of a wrong type, or `early_stopping` no bool.
         ValueError: numbers out of range, stop strings, or what `jkv.generate` refuses.
         CacheFullError: `slots` too small for what is asked.
+        NonFiniteError: the logits of a beam are NaN or infinite.
 
     Reference: Wu et al. 2016, arXiv:1609.08144 (section 7), with the length penalty of Hugging
     Face's `generate(num_beams=W, early_stopping="never")`, which finds the same.
@@ -153,6 +156,8 @@ def beam_search(
         np.bool_(early_stopping or width == 1),
     )
     search.cache.check()
+    prompts_end = np.asarray([len(row) for row in run.history])
+    search.faults.check(np.asarray(search.faults.position) - prompts_end)
     return _read(search.found)
 
 
@@ -213,6 +218,7 @@ def searched(
             stopped=jnp.zeros((batch, width), bool),
         ),
         done=jnp.zeros((batch,), bool),
+        faults=Faults.none(batch),
     )
 
     def chosen(i: Array, logits: Array, search: Search) -> tuple[Search, Array]:
@@ -251,6 +257,10 @@ def select(
 ) -> tuple[Search, Int[Array, "B W"]]:
     """Extend the beams by token number `i`: the next search, and which beam each comes from."""
     batch, width, vocab = logits.shape
+    # Beams that don't run are copies of others, or rows of a prompt that is done.
+    broken = ~jnp.isfinite(jax.nn.logsumexp(logits, axis=-1)) & ~jnp.isneginf(search.sums)
+    broken, position = jnp.any(broken, axis=1), search.cache.lengths.reshape(batch, width)[:, 0]
+    faults = search.faults.note(~search.done, broken, broken, position)
     sums = search.sums[:, :, None] + jax.nn.log_softmax(logits)
     at = jnp.where(ends < 0, vocab, ends)  # negative indices would wrap
     rows = jnp.arange(batch)[:, None]
@@ -282,8 +292,11 @@ def select(
     reach = jnp.where(penalty > 0, steps.astype(jnp.float32), length + 1)
     worst = found.scores[:, -1]
     done = search.done | final | (sums[:, 0] / reach**penalty <= worst)
-    done = done | (early & ~jnp.isneginf(worst))
-    return Search(cache=search.cache, tokens=sequences, sums=sums, found=found, done=done), parents
+    done = done | (early & ~jnp.isneginf(worst)) | (faults.position >= 0)
+    after = Search(
+        cache=search.cache, tokens=sequences, sums=sums, found=found, done=done, faults=faults
+    )
+    return after, parents
 
 
 def _better(old: Found, new: Found) -> Found:

@@ -23,6 +23,7 @@ from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache.base import Cache
 from jkv.decoding import sampling
+from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.loop import State
 from jkv.decoding.request import PAD, integer
 from jkv.errors import UnsupportedError
@@ -110,6 +111,7 @@ class Drafted:
     token: Array  # [B] int32, said, but not yet in the cache
     done: Array  # [B] bool
     sampling: Any  # of a sampler without memory: no leaves
+    faults: Faults  # rows that ended because there was nothing to draw from
     history: Array  # [B, S] int32, -1 past a row's end
     passes: Array  # [B] int32, in which each row took part
 
@@ -176,6 +178,7 @@ def drafting(state: State, history: Any) -> Drafted:
         token=state.token,
         done=state.done,
         sampling=state.sampling,
+        faults=state.faults,
         history=jnp.asarray(history),
         passes=jnp.zeros_like(state.token),
     )
@@ -191,11 +194,12 @@ def drafted(
     keys: Any,
     ends: Array,
     limits: Array,
-) -> tuple[Drafted, Array, Array, Array]:
+) -> tuple[Drafted, Array, Array, Array, Faults]:
     """Passes until a row has said all of `size` tokens that another pass might say, or all ended.
 
     Rows say different numbers of tokens. Returns the state, tokens and log-probabilities [B, size],
-    -1 and 0 after what a row has said, and which rows are done.
+    -1 and 0 after what a row has said, which rows are done, and which of them had nothing to draw
+    from.
 
     Args:
         size: tokens per row, at most.
@@ -236,7 +240,7 @@ def drafted(
     carry = (jnp.int32(0), state, jnp.zeros_like(state.token), tokens, logprobs)
     _, state, _, tokens, logprobs = lax.while_loop(going, body, carry)
     # The flags twice: the state is donated to the next call before the host has read these.
-    return state, tokens, logprobs, jnp.copy(state.done)
+    return state, tokens, logprobs, *jax.tree.map(jnp.copy, (state.done, state.faults))
 
 
 def verify(
@@ -263,29 +267,42 @@ def verify(
     hidden, cache = model.hidden(tokens, state.cache, counts)
     logits = model.logits(hidden)  # [B, T, V]
 
-    def choose(logits: Array, token: Array, position: Array) -> Array:
+    def choose(logits: Array, token: Array, position: Array) -> tuple[Array, Array]:
         if sampler is not None:
             logits, _ = sampler.update(logits, state.sampling, token)
-        return sampling.draw(logits, keys, position)
+        return sampling.draw(logits, keys, position), undrawable(logits)
 
-    chosen = jax.vmap(choose, in_axes=1, out_axes=1)(logits, tokens, held[:, None] + 1 + order)
+    positions = held[:, None] + 1 + order
+    chosen, masked = jax.vmap(choose, in_axes=1, out_axes=1)(logits, tokens, positions)
     logprobs = jnp.take_along_axis(logits, chosen[..., None], axis=2)[..., 0]
-    logprobs = logprobs - jax.nn.logsumexp(logits, axis=-1)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    logprobs, broken = logprobs - total, ~jnp.isfinite(total)
+    bad = broken | masked
     # A token is said if all proposals before it are what was chosen in their places, and no end.
     ended = jnp.any(chosen[..., None] == ends[:, None], axis=-1)
-    goes_on = known & (chosen[:, :-1] == proposed) & ~ended[:, :-1]
+    goes_on = known & (chosen[:, :-1] == proposed) & ~ended[:, :-1] & ~bad[:, :-1]
     said = jnp.cumprod(goes_on, axis=1) > 0
     said = jnp.concatenate([active[:, None], said & active[:, None]], axis=1)
     said = said & ~cache.overflowed[:, None]
+    # Of what would be said, at most the last is bad: none goes on after one.
+    at_fault = said & bad
+    faults = state.faults.note(
+        jnp.any(at_fault, axis=1),
+        jnp.any(at_fault & broken, axis=1),
+        jnp.any(at_fault & masked, axis=1),
+        held + jnp.sum(said, axis=1),
+    )
+    said = said & ~bad
     count = jnp.sum(said, axis=1)
     latest = jnp.take_along_axis(chosen, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-    at = jnp.where(said, held[:, None] + 1 + order, state.history.shape[1])
+    at = jnp.where(said, positions, state.history.shape[1])
     rows = jnp.arange(at.shape[0])[:, None]
     state = Drafted(
         cache=cache.crop(held + count),
         token=jnp.where(count > 0, latest, state.token),
-        done=state.done | cache.overflowed | jnp.any(said & ended, axis=1),
+        done=state.done | cache.overflowed | (faults.position >= 0) | jnp.any(said & ended, axis=1),
         sampling=state.sampling,
+        faults=faults,
         history=state.history.at[rows, at].set(chosen, mode="drop"),
         passes=state.passes + active,
     )

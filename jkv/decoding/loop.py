@@ -17,6 +17,7 @@ from jkv.cache import heads, pages
 from jkv.cache.base import Cache
 from jkv.cache.init import init_cache
 from jkv.decoding import sampling
+from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.request import PAD, integer
 
 
@@ -28,15 +29,28 @@ class State:
     token: Array  # [B] int32
     done: Array  # [B] bool
     sampling: Any  # the sampler's state
+    faults: Faults  # rows that ended because there was nothing to draw from
 
 
 @pytree
 class Rollout:
-    """What `rollout` returns."""
+    """What `rollout` returns; `check` it once you are out of `jit`."""
 
     tokens: Array  # [B, T] int32, -1 after a row's end
     logprobs: Array  # [B, T] float32 under the model itself, 0 after a row's end
     state: State
+
+    def check(self) -> Rollout:
+        """Return this rollout, unless a row ended because it could not go on. On the host.
+
+        Raises:
+            CacheFullError: a row had no slot left; its tokens are -1 from there on.
+            NonFiniteError: a row's logits were NaN or infinite, or its sampler left no token; its
+                tokens are -1 from there on.
+        """
+        self.state.cache.check()
+        self.state.faults.check(np.sum(np.asarray(self.tokens) != PAD, axis=1))
+        return self
 
 
 def prefill(
@@ -46,6 +60,10 @@ def prefill(
     counts: Any = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after each row's last new token, and the cache with all of them; pure.
+
+    A row without room for all its new tokens takes none of them: its part of the cache stays as it
+    was, ``cache.overflowed`` is set for it, and its logits mean nothing. Nothing is raised, since
+    this may be traced: call ``cache.check()`` on the host.
 
     Args:
         model: a decoder.
@@ -57,6 +75,11 @@ def prefill(
     Raises:
         TypeError: no decoder, no integers, or no cache.
         ValueError: shapes that do not fit together.
+
+    Example:
+        >>> cache = jkv.init_cache(lm.config, batch=2, slots=64)
+        >>> logits, cache = jax.jit(jkv.prefill)(lm.model, tokens, cache, counts)
+        >>> cache.check()  # raises CacheFullError if a row had no room
     """
     _check_pass("prefill", model, cache)
     tokens = _integers("prefill", "tokens", tokens, (cache.batch, None))
@@ -71,6 +94,10 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after one more token in each row, and the cache with it; pure.
 
+    A full row drops the token, keeps every bit and sets ``cache.overflowed``; its logits mean
+    nothing from there on. Nothing is raised, since this may be traced: call ``cache.check()`` on
+    the host.
+
     Args:
         model: a decoder.
         token: ``[B]`` integers, of each row.
@@ -80,6 +107,12 @@ def decode_step(
     Raises:
         TypeError: no decoder, no integers, or no cache.
         ValueError: shapes that do not fit together.
+
+    Example:
+        >>> step = jax.jit(jkv.decode_step, donate_argnums=2)
+        >>> for _ in range(8):
+        ...     logits, cache = step(lm.model, jnp.argmax(logits, axis=-1), cache)
+        >>> cache.check()  # raises CacheFullError if a row ran full
     """
     _check_pass("decode_step", model, cache)
     token = _integers("decode_step", "token", token, (cache.batch,))
@@ -105,6 +138,11 @@ def rollout(
 
     The last token drawn is not in the cache yet: `steps` tokens are `steps - 1` passes.
 
+    A row ends, with -1 for its tokens, where its cache is full (``out.state.cache.overflowed``)
+    and where its logits, or what the sampler makes of them, are NaN or infinite
+    (``out.state.faults``). Nothing is raised, since this may be traced: call ``out.check()`` on the
+    host.
+
     Args:
         model: a decoder.
         logits: ``[B, V]``, of the first token, from `prefill`.
@@ -119,6 +157,11 @@ def rollout(
         TypeError: no decoder, no cache, or arrays of another kind.
         ValueError: `steps` below 1, shapes that do not fit together, or a sampler that draws at
             random without a key.
+
+    Example:
+        >>> logits, cache = jkv.prefill(lm.model, tokens, cache)
+        >>> out = jax.jit(functools.partial(jkv.rollout, steps=16))(lm.model, logits, cache)
+        >>> out.check().tokens  # raises CacheFullError or NonFiniteError
     """
     _check_pass("rollout", model, cache)
     logits = _array("rollout", "logits", logits, (cache.batch, None), jnp.floating)
@@ -203,7 +246,13 @@ def begin(
     nothing = jnp.full((logits.shape[0],), PAD, jnp.int32)
     said = nothing[:, None] if said is None else said
     inner = () if sampler is None else sampler.init(said, logits.shape[-1])
-    state = State(cache=cache, token=nothing, done=cache.overflowed, sampling=inner)
+    state = State(
+        cache=cache,
+        token=nothing,
+        done=cache.overflowed,
+        sampling=inner,
+        faults=Faults.none(cache.batch),
+    )
     return _choose(logits, state, sampler, keys, ends)
 
 
@@ -223,20 +272,23 @@ def _choose(
     if sampler is not None:
         changed, inner = sampler.update(logits, inner, state.token)
     # The position of the drawn token; the cache holds all tokens before it by now.
-    token = sampling.draw(changed, keys, state.cache.lengths)
+    position = state.cache.lengths
+    token = sampling.draw(changed, keys, position)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    logprob = chosen - jax.nn.logsumexp(logits, axis=-1)
-    done = state.done
+    total = jax.nn.logsumexp(logits, axis=-1)
+    faults = state.faults.note(~state.done, ~jnp.isfinite(total), undrawable(changed), position)
+    silent = state.done | (faults.position >= 0)
+    done = silent
     if ends is not None:
         done = done | jnp.any(token[:, None] == ends, axis=1)
-    said = jnp.where(state.done, PAD, token)
     after = State(
         cache=state.cache,
-        token=jnp.where(state.done, state.token, token),
+        token=jnp.where(silent, state.token, token),
         done=done,
         sampling=inner,
+        faults=faults,
     )
-    return after, said, jnp.where(state.done, 0.0, logprob)
+    return after, jnp.where(silent, PAD, token), jnp.where(silent, 0.0, chosen - total)
 
 
 def _last(hidden: Array, counts: Array | None, before: Array | None = None) -> Array:
@@ -318,12 +370,12 @@ def begun(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def advanced(
     size: int, model: Any, state: State, sampler: Any, keys: Any, ends: Any, steps: Array
-) -> tuple[State, Array, Array, Array]:
+) -> tuple[State, Array, Array, Array, Faults]:
     """Up to `steps` of at most `size` tokens per row, ending early when all rows are done.
 
     A `while_loop` rather than a `scan`: the number of steps is an argument and not a program, and
     a batch whose rows have ended costs nothing more. Returns the state, tokens and
-    log-probabilities [B, size], and which rows are done.
+    log-probabilities [B, size], which rows are done, and which of them had nothing to draw from.
     """
     batch = state.token.shape[0]
     tokens = jnp.full((size, batch), PAD, jnp.int32)
@@ -343,4 +395,4 @@ def advanced(
     carry = (jnp.int32(0), state, tokens, logprobs)
     _, state, tokens, logprobs = lax.while_loop(going, body, carry)
     # The flags twice: the state is donated to the next call before the host has read these.
-    return state, tokens.T, logprobs.T, jnp.copy(state.done)
+    return state, tokens.T, logprobs.T, *jax.tree.map(jnp.copy, (state.done, state.faults))

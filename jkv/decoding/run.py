@@ -15,6 +15,7 @@ from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import draft, loop, room, stored
+from jkv.decoding.faults import Faults, raise_faults
 from jkv.decoding.options import Options, check_plain, checked_kind
 from jkv.decoding.request import (
     PAD,
@@ -82,6 +83,7 @@ class Run:
         self.rows = [_Row(strings) for strings in self.stops.strings]
         self.state: Any = None  # a loop.State from the prefill on
         self.exhausted = False  # all blocks have been read, rather than interrupted
+        self.faults: list[tuple[int, int, bool]] = []  # of the rows read so far, see `raise_faults`
 
     def _history(self, resume: Any) -> list[np.ndarray]:
         """All tokens of each row so far; a resumed row's waiting token joins its new ones."""
@@ -156,8 +158,13 @@ class Run:
         return cache if mesh is None else loop.parted(cache, mesh)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """New tokens ``[B, t]`` as they come, the first alone; a row that has ended is -1."""
+        """New tokens ``[B, t]`` as they come, the first alone; a row that has ended is -1.
+
+        Raises:
+            NonFiniteError: a row had nothing to draw from, once the tokens before have been given.
+        """
         yield self._accept(*self._prefill(), block_of=1)
+        raise_faults(self.faults)
         waiting, said = None, 1
         while True:
             ahead = None
@@ -168,6 +175,7 @@ class Run:
                 said += steps if self.draft is None else 0
             if waiting is not None:
                 yield self._accept(*waiting)
+                raise_faults(self.faults)
             if ahead is None:
                 self.exhausted = True
                 return
@@ -200,7 +208,7 @@ class Run:
                 progress(min(done, total), total)
         return last, cache
 
-    def _prefill(self) -> tuple[Any, Any, Any]:
+    def _prefill(self) -> tuple[Any, Any, Any, Faults]:
         """Each prompt once, a row for each of its samples, and the first token of each row."""
         last = self.absorb()
         if self.samples > 1:
@@ -214,9 +222,9 @@ class Run:
         if self.draft is not None:
             slots = bucket(max(map(len, self.history)) + self.max_new)
             self.state = draft.drafting(self.state, padded(self.history, slots))
-        return token[:, None], logprob[:, None], self.state.done
+        return token[:, None], logprob[:, None], self.state.done, self.state.faults
 
-    def _dispatch(self, steps: int) -> tuple[Any, Any, Any]:
+    def _dispatch(self, steps: int) -> tuple[Any, Any, Any, Faults]:
         """Start up to `steps` more tokens; nothing is waited for."""
         state = self.state
         if state.cache.grows and self.options.slots is None:
@@ -234,7 +242,7 @@ class Run:
         return tuple(out)
 
     def _accept(
-        self, tokens: Any, logprobs: Any, done: Any, block_of: int | None = None
+        self, tokens: Any, logprobs: Any, done: Any, faults: Faults, block_of: int | None = None
     ) -> np.ndarray:
         """Read a block from the device into the rows, and cut rows at their stop strings."""
         block = np.array(tokens)
@@ -260,6 +268,8 @@ class Run:
                 row.reason = "stop"
             elif len(row.tokens) >= self.max_new or ended[i]:
                 row.reason = "length"  # or no room, which `result` says
+                if len(row.tokens) < self.max_new and np.asarray(faults.position)[i] >= 0:
+                    self.faults.append((i, len(row.tokens), bool(np.asarray(faults.sampler)[i])))
         return block
 
     def _cropped(self, cache: Cache, rows: list[np.ndarray]) -> Cache:
@@ -275,6 +285,7 @@ class Run:
 
         Raises:
             CacheFullError: a row had no room.
+            NonFiniteError: a cache that rounds was given what it cannot hold.
         """
         cache = self.state.cache.check()
         lengths = np.asarray([len(row.tokens) for row in self.rows])
@@ -371,6 +382,8 @@ def generate(
             or a draft with a sampler that remembers.
         UnsupportedError: a draft with a kind of cache that cannot roll back in the decode loop.
         CacheFullError: `slots` too small for what is asked.
+        NonFiniteError: the model's logits are NaN or infinite, or the sampler left a row nothing to
+            draw from; with the row and the step. Nothing goes to the store.
     """
     options = Options(
         max_new_tokens=max_new_tokens,

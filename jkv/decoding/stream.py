@@ -186,6 +186,7 @@ def stream(
         ValueError: likewise.
         UnsupportedError: likewise.
         CacheFullError: likewise.
+        NonFiniteError: likewise, by the iterator once it has given all tokens before.
     """
     options = Options(
         max_new_tokens=max_new_tokens,

@@ -20,6 +20,7 @@ from jkv._pytree import pytree, replace
 from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.decoding import loop, sampling
+from jkv.decoding.faults import undrawable
 from jkv.decoding.request import PAD
 
 
@@ -40,9 +41,10 @@ class Lanes:
 
 
 # What the last column of a pass's result says of a row, together: that it is not active any more;
-# that it had no page for its token, which its keeper should have seen to; and that its pages were
-# given NaN or infinity that they cannot hold.
-ENDED, REFUSED, BROKEN = 1, 2, 4
+# that it had no page for its token, which its keeper should have seen to; that its pages were
+# given NaN or infinity that they cannot hold; and that there was nothing to draw its next token
+# from, by the model's logits or by what its sampler made of them.
+ENDED, REFUSED, BROKEN, NONFINITE, MASKED = 1, 2, 4, 8, 16
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -170,17 +172,18 @@ def decoded(
         return (i < size) & jnp.any(rows.active)
 
     def body(carry: Any) -> Any:
-        i, layers, rows, said, refused = carry
+        i, layers, rows, said, marks = carry
         cache = _cache(layers, rows)
         logits, cache = loop.decode_step(model, rows.token, cache, rows.active)
         rows = replace(rows, lengths=cache.lengths)
-        rows, token = _choose(logits, rows, rows.active, rows.token)
+        rows, token, faults = _choose(logits, rows, rows.active, rows.token)
         said = lax.dynamic_update_index_in_dim(said, token, i, 0)
-        return i + 1, cache.layers, rows, said, refused | cache.overflowed
+        marks = marks | faults | jnp.where(cache.overflowed, REFUSED, 0)
+        return i + 1, cache.layers, rows, said, marks
 
-    carry = (jnp.int32(0), layers, rows, said, jnp.zeros((width,), bool))
-    _, layers, rows, said, refused = lax.while_loop(going, body, carry)
-    told = _told(said.T, layers, rows, refused)
+    carry = (jnp.int32(0), layers, rows, said, jnp.zeros((width,), jnp.int32))
+    _, layers, rows, said, marks = lax.while_loop(going, body, carry)
+    told = _told(said.T, layers, rows, marks)
     return *_placed(model, layers, _with_rows(lanes, at, rows)), told
 
 
@@ -215,8 +218,9 @@ def absorbed(
     ending = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = model.logits(jnp.take_along_axis(hidden, ending, axis=1)[:, 0])
     rows = replace(rows, lengths=cache.lengths)
-    rows, token = _choose(logits, rows, last, jnp.full_like(rows.token, PAD))
-    told = _told(token[:, None], cache.layers, rows, cache.overflowed)
+    rows, token, marks = _choose(logits, rows, last, jnp.full_like(rows.token, PAD))
+    marks = marks | jnp.where(cache.overflowed, REFUSED, 0)
+    told = _told(token[:, None], cache.layers, rows, marks)
     return *_placed(model, cache.layers, _with_rows(lanes, who[:, 0], rows)), told
 
 
@@ -254,10 +258,10 @@ def _cache(layers: tuple[Any, ...], rows: Lanes) -> Cache:
     )
 
 
-def _told(said: Array, layers: tuple[Any, ...], rows: Lanes, refused: Array) -> Array:
+def _told(said: Array, layers: tuple[Any, ...], rows: Lanes, marks: Array) -> Array:
     """Tokens [R, n] and what there is to say of their rows, ``[R, n + 1]``."""
-    marks = jnp.where(rows.active, 0, ENDED) + jnp.where(refused, REFUSED, 0)
-    marks += jnp.where(_broken(layers, rows), BROKEN, 0)
+    marks = marks | jnp.where(rows.active, 0, ENDED)
+    marks = marks | jnp.where(_broken(layers, rows), BROKEN, 0)
     return jnp.concatenate([said, marks[:, None]], axis=1)
 
 
@@ -283,8 +287,11 @@ def _extended(table: Array, grown: Array) -> Array:
     return table.at[rows, columns].set(pages, mode="drop")
 
 
-def _choose(logits: Array, rows: Lanes, who: Array, after: Array) -> tuple[Lanes, Array]:
+def _choose(logits: Array, rows: Lanes, who: Array, after: Array) -> tuple[Lanes, Array, Array]:
     """Draw a token [R] for the lanes in `who`, each as it would alone; PAD for the others.
+
+    A lane that has nothing to draw from ends. The last result says so, ``[R]`` int32: 0, or
+    `NONFINITE`, or `MASKED`.
 
     Args:
         logits: ``[R, V]``.
@@ -306,13 +313,17 @@ def _choose(logits: Array, rows: Lanes, who: Array, after: Array) -> tuple[Lanes
         token = jnp.where(random, sampling.draw(changed, rows.keys, rows.lengths), token)
     left = rows.left - 1
     goes_on = (left > 0) & ~jnp.any(token[:, None] == rows.ends, axis=1)
-    return replace(
+    marks = jnp.where(undrawable(logits), NONFINITE, jnp.where(undrawable(changed), MASKED, 0))
+    marks = jnp.where(who, marks, 0).astype(jnp.int32)
+    said = who & (marks == 0)
+    rows = replace(
         rows,
-        token=jnp.where(who, token, rows.token),
-        left=jnp.where(who, left, rows.left),
-        active=jnp.where(who, goes_on, rows.active),
+        token=jnp.where(said, token, rows.token),
+        left=jnp.where(said, left, rows.left),
+        active=jnp.where(who, goes_on & said, rows.active),
         states=tuple(states),
-    ), jnp.where(who, token, PAD)
+    )
+    return rows, jnp.where(said, token, PAD), marks
 
 
 def _one(sampler: Any, logits: Array, state: Any, token: Array) -> tuple[Array, Any]:

@@ -189,6 +189,11 @@ class Pages:
             seq.reserve(len(ids))  # pages that it has, of which the pool has not heard how full
             seq.publish(ids)
 
+    def withdraw(self, seat: Seat) -> None:
+        """Remove the seat's pages from the prefix index: what they hold must not be reused."""
+        for seq in seat.held:
+            seq.withdraw()
+
     def reserve(self, seat: Seat, upto: int) -> None:
         """Pages for its first `upto` tokens.
 

@@ -208,6 +208,14 @@ class PagePool:
             self._evictor.add(name)
             self._evictor.hold(name)
 
+    def _withdraw(self, page: int) -> None:
+        """Remove an owned page from the index."""
+        name = self._names[page]
+        if name is not None:
+            self._names[page] = None
+            del self._index[name]
+            self._evictor.removed(name)
+
 
 class PageSequence:
     """One sequence's pages; made by `PagePool.sequence`.
@@ -357,6 +365,19 @@ class PageSequence:
             for at, name in enumerate(names[1:], known):
                 if self.table[at] >= 0:
                     pool._publish(self.table[at], name)
+
+    def withdraw(self) -> None:
+        """Remove all its pages from the index: sequences that have them keep them, none is found.
+
+        For pages whose contents turn out to be bad.
+
+        Raises:
+            ValueError: the sequence is closed.
+        """
+        self._must_be_open()
+        for page in self.table:
+            if page >= 0:
+                self._pool._withdraw(page)
 
     def fork(self) -> PageSequence:
         """Another sequence of the same tokens in the same pages, the last one too.

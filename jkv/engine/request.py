@@ -35,7 +35,8 @@ class Request:
         tenant: whose prefixes it may share.
         state: "waiting", "running" or "finished".
         finish_reason: "stop", "length", "cancelled" or "error", None before the end.
-        error: what its callback or its tokens' text raised.
+        error: what its callback or its tokens' text raised, or `NonFiniteError` where there was
+            nothing to draw its next token from.
         cached_tokens: of its prompt, found in the cache when it was first admitted.
         submitted: seconds on `time.perf_counter`.
         first_token: likewise, None before.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jkv.decoding import faults
 from jkv.decoding.request import PAD, first_stop
 from jkv.engine import lanes as device
 from jkv.engine.batch import Batch, Part
@@ -287,20 +288,43 @@ class Steps:
                 new = tokens[row][tokens[row] != PAD].tolist()
                 if mark & device.REFUSED:
                     raise RuntimeError(f"lane {lane} had no page for a token: an error in jkv")
+                seat = self._at(lane)
                 if mark & device.BROKEN:
-                    self._broke(self._at(lane))
-                elif new:
+                    self._broke(seat)
+                    continue
+                undrawable = bool(mark & (device.NONFINITE | device.MASKED))
+                if new:
                     said, speakers = said + len(new), speakers + 1
-                    self._heard(self._at(lane), new, not mark & device.ENDED)
+                    self._heard(seat, new, undrawable or not mark & device.ENDED)
+                if undrawable and self._sits(seat):
+                    self._undrawable(seat, by_sampler=bool(mark & device.MASKED))
         if said:
             self.figures.said(said, speakers, time.perf_counter())
 
     def _broke(self, seat: Seat) -> None:
-        """Its pages hold what no code can: nobody should find them."""
+        """End a request whose pages were given what no code can hold; they are not reused."""
         seat.request.error = NonFiniteError(
             "the model made NaN or infinity of this request's tokens, which no code of these pages "
             "can hold; jkv.paged() keeps them as they are"
         )
+        self.batch.withdraw(seat)
+        self._free(seat)
+        self._close(seat.request, "error")
+
+    def _undrawable(self, seat: Seat, *, by_sampler: bool) -> None:
+        """End a request that had nothing to draw its next token from.
+
+        Where it is the model's fault its pages may hold NaN, so they are not reused.
+        """
+        step = len(seat.request.tokens)
+        cause = faults.SAMPLER if by_sampler else faults.MODEL
+        seat.request.error = NonFiniteError(
+            f"a token could not be drawn, at step {step} (step 0 is the first new token): {cause}"
+        )
+        if by_sampler:
+            self._leave(seat, "error")
+            return
+        self.batch.withdraw(seat)
         self._free(seat)
         self._close(seat.request, "error")
 

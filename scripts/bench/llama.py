@@ -28,6 +28,7 @@ from bench.attention import Grid, copy_bandwidth, full
 from bench.runners import Transformers
 from jkv._pytree import nbytes, replace
 from jkv.decoding import loop
+from jkv.decoding.faults import Faults
 from jkv.models import Config, Decoder, Rope
 from jkv.ops import choice
 
@@ -133,6 +134,7 @@ def state_of(point: Point) -> loop.State:
         token=jnp.zeros((point.rows,), jnp.int32),
         done=jnp.zeros((point.rows,), bool),
         sampling=(),
+        faults=Faults.none(point.rows),
     )
 
 

@@ -16,6 +16,7 @@ import jkv
 from jkv._pytree import replace
 from jkv.cache import heads, init_cache
 from jkv.decoding import loop
+from jkv.decoding.faults import Faults
 from jkv.models import Config, Decoder, Rope
 from jkv.ops import paged_attention, pages
 from jkv.ops.encoded import Affine, Encoded, Float8
@@ -78,7 +79,8 @@ def program(case: Case) -> tuple[Any, Any, Any]:
             tokens = jnp.zeros((case.batch, case.new), jnp.int32)
             last = jnp.zeros((case.batch, config.width), case.dtype)
             return model, tokens, cache, rows, last
-        state = loop.State(cache=cache, token=rows, done=rows > 0, sampling=())
+        faults = Faults.none(case.batch)
+        state = loop.State(cache=cache, token=rows, done=rows > 0, sampling=(), faults=faults)
         ends = jnp.zeros((case.batch, 1), jnp.int32)
         return model, state, None, None, ends, jnp.int32(0)
 
