@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from rich.console import Console
 
 import jkv
+from jkv.cli import requests
 from jkv.engine import Engine
 from tests.test_cli import lm, run, tiny  # noqa: F401
 
@@ -103,7 +105,7 @@ def test_a_stop_goes_beside_the_checkpoints_own(serve, lm):  # noqa: F811
         (answer,) = [a for a in answers if a["line"] == 2]
         assert answer["tokens"] == tokens[: cut + 1]
         assert answer["finish_reason"] == "stop"
-    keywords = command._keywords({"prompt": "x", "stop": "y"}, 4)
+    keywords = requests._keywords({"prompt": "x", "stop": "y"}, 4)
     assert command.options.stops(keywords["stop"], lm.config) == [*lm.config.end_ids, "y"]
 
 
@@ -219,6 +221,11 @@ def test_every_so_often(monkeypatch):
         ('{"prompt": "x", "seed": "a"}\n', "line 1: seed got 'a'"),
         ('{"prompt": "x", "seed": -1, "temperature": 1}\n', "line 1: seed got -1"),
         ('{"prompt": "x"}\n{"prompt": "x", "top_k": 2.5}\n', "line 2: top_k got 2.5"),
+        ('{"prompt": "x", "id": 1.5}\n', "line 1: id got 1.5; expected a text or an integer"),
+        ('{"prompt": "x", "id": true}\n', "line 1: id got True"),
+        ('{"prompt": "x", "id": 7}\n{"prompt": "x", "id": 7}\n', "line 2: id 7 is line 1's"),
+        ("[" * 100_000, "line 1 is no JSON that can be read"),
+        ('{"prompt": "x", "seed": 1%s}' % ("0" * 5000), "line 1 is no JSON that can be read"),
         ("\n\n", "holds no requests"),
         ("\udcff", "is no text in UTF-8"),
     ],
@@ -238,8 +245,10 @@ def test_lines_that_are_wrong_in_themselves(run, tmp_path, text, match):  # noqa
     [
         ({"prompt": 3}, "line 2: prompt"),
         ({"prompt": [100_000]}, "line 2: prompt 0 has token 100000"),
+        ({"prompt": [10**30]}, "line 2: "),
+        ({"prompt": "\ud800"}, "line 2: "),
         ({"prompt": "x", "max_new_tokens": "4"}, "line 2: max_new_tokens got '4'"),
-        ({"prompt": "x", "max_new_tokens": 200}, "line 2: a prompt of 1 token "),
+        ({"prompt": "x", "max_new_tokens": 200}, "line 2: a prompt of 1 token and"),
         ({"prompt": "x" * 40, "max_new_tokens": 80}, "need 30 pages of 4, and the pool has 24"),
         ({"prompt": "x", "stop": [3.5]}, "line 2: stop got 3.5"),
         ({"prompt": "x", "tenant": 3}, "line 2: tenant got 3"),
@@ -250,6 +259,54 @@ def test_lines_that_are_wrong_for_the_model(serve, fields, match):
     assert (status, answers) == (2, [])
     assert match in err
     assert len(err.splitlines()) == 1
+
+
+# Faults that lines have by themselves and some that only the model can find, in any order.
+BAD = [
+    {"prompt": "x", "max_new_tokens": 200},
+    {"prompt": "x", "colour": 1},
+    HOT | {"id": "hot"},
+    {"prompt": "x", "top_k": 0},
+    {"prompt": 3},
+    {"prompt": "he wo", "max_new_tokens": 12, "id": 12},
+    {"max_new_tokens": 3},
+]
+
+
+def test_all_bad_lines_are_told_at_once(serve):
+    status, answers, err = serve(BAD)
+    assert (status, answers) == (2, [])
+    told = [int(line.split(" line ")[1].split(" ")[0].rstrip(":")) for line in err.splitlines()]
+    assert sorted(told) == [1, 2, 4, 5, 7]
+
+
+def test_the_good_ones_go_on_where_that_is_asked(serve):
+    status, answers, err = serve(BAD, "--skip-bad")
+    assert status == 0
+    assert {answer["id"]: answer["line"] for answer in answers} == {"hot": 3, 12: 6}
+    _, alone, _ = serve([None, None, BAD[2], None, None, BAD[5]])
+    assert answers == alone
+    assert "2 requests, " in err.splitlines()[-1]
+    assert len(err.splitlines()) == 5 + 1
+    status, answers, err = serve([BAD[1], BAD[4]], "--skip-bad")
+    assert (status, answers) == (2, [])
+    assert len(err.splitlines()) == 2
+
+
+def test_many_bad_lines_are_counted(serve):
+    err = serve([{}] * 150, model="nowhere")[2]
+    assert len(err.splitlines()) == 101
+    assert err.splitlines()[-1].endswith("has 50 bad lines more")
+
+
+def test_requests_from_standard_input(run, tiny, monkeypatch):  # noqa: F811
+    greedy = {"prompt": "he wo", "max_new_tokens": 12}
+    text = f"\ufeff{json.dumps(HOT)}\n{json.dumps(greedy)}\n{{"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), "ascii"))
+    status, out, err = run("engine", "--requests", "-", "--model", tiny, *SMALL, "--skip-bad")
+    assert status == 0
+    assert sorted(json.loads(line)["line"] for line in out.splitlines()) == [1, 2]
+    assert "standard input, line 3 is no JSON" in err
 
 
 def test_other_mistakes(run, serve, tmp_path):  # noqa: F811
@@ -264,15 +321,15 @@ def test_other_mistakes(run, serve, tmp_path):  # noqa: F811
 def test_texts_may_hold_any_end_of_line(tmp_path):
     file = tmp_path / "asked.jsonl"
     file.write_text('\ufeff{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\r\n', "utf-8")
-    asked = command.read_requests(file)
-    assert asked == [(1, {"prompt": "a\u2028b\x85c"}), (2, {"prompt": "d"})]
+    asked = requests.Requests(file, 4).asked
+    assert [asked[line].keywords["prompt"] for line in (1, 2)] == ["a\u2028b\x85c", "d"]
 
 
 def test_a_request_that_failed_says_why():
     fields = {"tokens": [4], "finish_reason": "error", "cached_tokens": 0}
     request = SimpleNamespace(error=KeyError("gone"), **fields)
-    answer = command._answer(7, request, SimpleNamespace(tokenizer=object()))
-    assert answer == {"line": 7, "text": None, "error": "KeyError('gone')"} | fields
+    answer = command._answer(7, "a", request, SimpleNamespace(tokenizer=object()))
+    assert answer == {"line": 7, "id": "a", "text": None, "error": "KeyError('gone')"} | fields
 
 
 def figures() -> dict[str, Any]:
@@ -305,6 +362,11 @@ def test_the_view_shows_the_figures():
     ):
         assert part in said
     assert ["between", "-"] in [line.split() for line in said.splitlines()]
+
+
+def test_one_is_no_plural():
+    one = figures() | {"finished": 1, "tokens": 1, "reasons": {"error": 0}}
+    assert command._summary(one).startswith("1 request, 1 token, 321 tokens/s")
 
 
 @pytest.mark.parametrize("both", [False, True])

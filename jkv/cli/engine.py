@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -10,30 +11,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jkv._text import plural
 from jkv.cli import options, process
 
-FIELDS = {
-    "prompt",
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "priority",
-    "tenant",
-}
+if TYPE_CHECKING:
+    from jkv.engine import Request
+
 WIDTH = 30  # of the bar of pages, in letters
 
 
 def engine(
-    requests: Annotated[Path, typer.Option(help="A file of JSON objects, one request per line.")],
+    requests: Annotated[
+        Path, typer.Option(help="A file of JSON objects, one request per line; - reads them here.")
+    ],
     model: options.Model = "shakespeare",
     pages: Annotated[int, typer.Option(help="Pages of the pool.")] = 512,
     max_batch: Annotated[int, typer.Option(help="Requests that run at once.")] = 8,
@@ -47,6 +41,9 @@ def engine(
     ] = "paged",
     max_new_tokens: Annotated[int, typer.Option(help="Of requests that do not say.")] = 64,
     dtype: options.Dtype = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Report bad lines and answer the others.")
+    ] = False,
     prometheus: Annotated[
         Path | None,
         typer.Option(help="A file to keep the figures in, second by second, for Prometheus."),
@@ -54,50 +51,65 @@ def engine(
     as_json: Annotated[
         bool, typer.Option("--json", help="The figures as an object, after the answers.")
     ] = False,
-) -> None:
+) -> int:
     """Answer the requests of a file over one pool of pages, and show how it goes.
 
-    A request is an object with prompt (a text, or token ids) and, where wanted, max_new_tokens,
+    A request is an object with prompt (a text, or token ids) and, where wanted, id, max_new_tokens,
     temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, priority and tenant; null is
-    as good as nothing. Answers come as they end, an object per line: the line's number, text,
-    tokens and why it ended. With --json the last line is {"stats": {...}}, the engine's figures.
+    as good as nothing. Answers come as they end, an object per line: the line's number, the
+    request's own id if it has one, text, tokens and why it ended. With --json the last line is
+    {"stats": {...}}, the engine's figures.
+
+    All bad lines are reported at once, and nothing is answered, unless --skip-bad is given.
     """
     from jkv.cache.spec import parse
+    from jkv.cli.requests import Requests
     from jkv.engine import Engine
     from jkv.engine.stats import prometheus as exposition
 
-    asked = {
-        line: _told(requests, line, _keywords, fields, max_new_tokens)
-        for line, fields in read_requests(requests)
-    }
+    lines = Requests(requests, max_new_tokens)
+    lines.report()
     kind = parse(cache)
     if prometheus is not None:
         replace_file(prometheus, "")  # where it cannot be written, that is better known now
-    lm = process.load(model, dtype)
+    if not lines.asked:
+        return 2
+    try:
+        lm = process.load(model, dtype)
+    except ValueError:
+        if lines.bad and not skip_bad:
+            return 2  # the lines come first; only with the model can the rest of them be checked
+        raise
     made = Engine(lm, pages=pages, max_batch=max_batch, cache=kind)
-    waiting = {}
-    for line, keywords in asked.items():
-        keywords["stop"] = options.stops(keywords.get("stop"), lm.config)
-        waiting[line] = _told(requests, line, made.submit, **keywords)
+    waiting: dict[int, Request] = {}
+    for line, asked in list(lines.asked.items()):
+        request = lines.attempt(line, functools.partial(made.submit, **asked.keywords))
+        if request is not None:
+            waiting[line] = request
+    lines.report()
+    if not waiting or (lines.bad and not skip_bad):
+        return 2
 
     def keep() -> None:
         if prometheus is not None:
             replace_file(prometheus, exposition(made.stats()))
 
     keep_sometimes = _every(1.0, keep)
+    samplers = [asked.keywords["sampler"] for asked in lines.asked.values()]
     try:
+        # Bad lines have been reported by now; the clock starts when the programs are there.
+        with process.spinner("compiling"):
+            made.warm([sampler for sampler in samplers if sampler])
+        for request in waiting.values():
+            request.submitted = time.perf_counter()
         with _live(made.stats) as show:
             show()
-            # Mistakes have been told by now; the clock starts when the programs are there.
-            made.warm([keywords["sampler"] for keywords in asked.values() if keywords["sampler"]])
-            for request in waiting.values():
-                request.submitted = time.perf_counter()
             more = True
             while more:
                 more = made.step()
                 for line, request in [x for x in waiting.items() if x[1].state == "finished"]:
                     del waiting[line]
-                    print(json.dumps(_answer(line, request, lm)), flush=True)
+                    print(json.dumps(_answer(line, lines.asked[line].id, request, lm)), flush=True)
                 show()
                 keep_sometimes()
     finally:
@@ -107,45 +119,7 @@ def engine(
         print(json.dumps({"stats": figures}))
     else:
         print(_summary(figures), file=sys.stderr)
-
-
-def read_requests(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The file's requests, each with the number of its line; fields that are null left out.
-
-    Raises:
-        ValueError: it cannot be read, or a line is no object with a prompt and known fields.
-    """
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")  # texts may hold other ends of lines
-    except OSError as error:
-        raise ValueError(f"--requests {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-    asked = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number} is no JSON: {error.msg} at character {error.pos + 1}"
-            ) from error
-        where = f"{path}, line {number}"
-        if not isinstance(fields, dict):
-            raise ValueError(f"{where} is {line:.80}; expected an object with prompt")
-        if unknown := sorted(set(fields) - FIELDS):
-            raise ValueError(
-                f"{where} has {', '.join(unknown)}; expected prompt and any of "
-                f"{', '.join(sorted(FIELDS - {'prompt'}))}"
-            )
-        fields = {name: value for name, value in fields.items() if value is not None}
-        if "prompt" not in fields:
-            raise ValueError(f"{where} has no prompt; expected a text, or token ids")
-        asked.append((number, fields))
-    if not asked:
-        raise ValueError(f"{path} holds no requests; expected one JSON object per line")
-    return asked
+    return 0
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -168,14 +142,6 @@ def replace_file(path: Path, text: str) -> None:
         raise ValueError(f"--prometheus {path}: {error.strerror}") from error
 
 
-def _told(path: Path, line: int, what: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    """What it returns; what it complains about comes with the line."""
-    try:
-        return what(*args, **keywords)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}, line {line}: {error}") from error
-
-
 def _every(seconds: float, do: Callable[[], None]) -> Callable[[], None]:
     """Does it when it was last done so long ago, or never."""
     due = -math.inf
@@ -189,25 +155,11 @@ def _every(seconds: float, do: Callable[[], None]) -> Callable[[], None]:
     return perhaps
 
 
-def _keywords(fields: dict[str, Any], most: int) -> dict[str, Any]:
-    """What `Engine.submit` gets, but for the model's own stops."""
-    draw = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    usual: dict[str, Any] = {"temperature": 0.0, "seed": 0}
-    chosen: list[Any] = [fields.get(name, usual.get(name)) for name in draw]
-    seed = chosen[-1]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed got {seed!r}; expected an integer from 0 to {2**32 - 1}")
-    keywords = {"max_new_tokens": most, **options.drawing(*chosen)}
-    keywords |= {k: v for k, v in fields.items() if k not in draw}
-    if "stop" in keywords and not isinstance(keywords["stop"], list):
-        keywords["stop"] = [keywords["stop"]]
-    return keywords
-
-
-def _answer(line: int, request: Any, lm: Any) -> dict[str, Any]:
+def _answer(line: int, own: str | int | None, request: Any, lm: Any) -> dict[str, Any]:
     failed = request.error is not None
     answer = {
         "line": line,
+        **({} if own is None else {"id": own}),
         "text": None if failed or lm.tokenizer is None else request.text,
         "tokens": request.tokens,
         "finish_reason": request.finish_reason,
@@ -252,7 +204,8 @@ def view(figures: dict[str, Any]) -> Any:
         "preempted": f"{preempted['recompute']} recomputed, {preempted['swap']} swapped",
         "first token": _milliseconds(figures["time_to_first_token"]),
         "between": _milliseconds(figures["time_between_tokens"]),
-        "speed": f"{figures['tokens_per_second']:.0f} tokens/s, {figures['tokens']} tokens",
+        "speed": f"{figures['tokens_per_second']:.0f} tokens/s, "
+        f"{plural(figures['tokens'], 'token')}",
     }
     for name, text in rows.items():
         table.add_row(Text(name, "dim"), Text(text))
@@ -268,8 +221,9 @@ def _milliseconds(quantiles: dict[str, float | None]) -> str:
 def _summary(figures: dict[str, Any]) -> str:
     failed = figures["reasons"]["error"]
     return (
-        f"{figures['finished']} requests{f', {failed} of them failed' if failed else ''}, "
-        f"{figures['tokens']} tokens, {figures['tokens_per_second']:.0f} tokens/s; "
+        f"{plural(figures['finished'], 'request')}"
+        f"{f', {failed} of them failed' if failed else ''}, "
+        f"{plural(figures['tokens'], 'token')}, {figures['tokens_per_second']:.0f} tokens/s; "
         f"{figures['hit_rate']:.0%} of prompt tokens found; first token after "
         f"{_milliseconds(figures['time_to_first_token'])}"
     )

@@ -102,6 +102,18 @@ def bar(what: str, unit: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
+@contextlib.contextmanager
+def spinner(what: str) -> Iterator[Callable[[], None]]:
+    """Show on a terminal that something is under way: the function that ends it sooner."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what) as status:
+        yield status.stop
+
+
 def size(count: int) -> str:
     """A number of bytes for people."""
     if count < 1024:
