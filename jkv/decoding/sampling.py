@@ -27,6 +27,8 @@ from jkv._axes import Array
 from jkv._pytree import pytree, static
 from jkv._text import brief
 
+THREEFRY = "threefry2x32"  # the implementation of the keys that rows draw with
+
 
 @runtime_checkable
 class Transform(Protocol):
@@ -265,6 +267,10 @@ def needs_key(sampler: Any) -> bool:
 def row_keys(key: Any, batch: int) -> Key[Array, " B"]:
     """One key per row: folded from a single key with the row's number, or given as ``[B]``.
 
+    They are threefry keys whatever implementation the given ones are of: `jax.vmap` over keys of
+    "rbg" and "unsafe_rbg" draws for the whole batch from its first key, and a row's tokens would
+    depend on its neighbours.
+
     Raises:
         TypeError: not a typed key.
         ValueError: keys of another shape.
@@ -273,6 +279,7 @@ def row_keys(key: Any, batch: int) -> Key[Array, " B"]:
         raise TypeError(
             f"got key={brief(key)}; expected jax.random.key(seed), or one such key per row"
         )
+    key = _threefry(key)
     if key.shape == ():
         return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
     if key.shape != (batch,):
@@ -280,6 +287,21 @@ def row_keys(key: Any, batch: int) -> Key[Array, " B"]:
             f"got keys of shape {key.shape}; expected one key, or {batch}, one per row"
         )
     return key
+
+
+def _threefry(keys: Key[Array, "..."]) -> Key[Array, "..."]:
+    """Threefry keys of all the bits that keys of another implementation have."""
+    if str(jax.random.key_impl(keys)) == THREEFRY:
+        return keys
+    words = jax.random.key_data(keys).reshape(*keys.shape, -1).astype(jnp.uint32)
+    made = jax.random.wrap_key_data(jnp.zeros((*keys.shape, 2), jnp.uint32), impl=THREEFRY)
+
+    def fold(key: Array, words: Array) -> Array:
+        for word in words:
+            key = jax.random.fold_in(key, word)
+        return key
+
+    return fold(made, words) if keys.ndim == 0 else jax.vmap(fold)(made, words)
 
 
 def draw(logits: Float[Array, "B V"], keys: Any, positions: Int[Array, " B"]) -> Int[Array, " B"]:

@@ -111,7 +111,7 @@ class Batch(Pages):
             "active": np.bool_(not seat.reading),
             "left": np.int32(limit),
             "ends": filled(request.stop_ids, ENDS, -2),
-            "keys": jax.random.key(0) if request.key is None else request.key,
+            "keys": np.zeros(2, np.uint32) if request.key is None else request.key,
         }
         if group >= 0:
             # Without the token that goes into the cache next: the sampler hears of that one then.
@@ -213,7 +213,7 @@ class Batch(Pages):
                 "active": np.bool_(False),
                 "left": np.int32(0),
                 "ends": filled((), ENDS, -2),
-                "keys": jax.random.key(0),
+                "keys": np.zeros(2, np.uint32),
             }
             if group >= 0:
                 some = jax.tree.map(lambda leaf: np.asarray(leaf[0]), self.state.samplers[group])

@@ -287,8 +287,8 @@ class Engine(Steps):
             finally:
                 self._inside = False
 
-    def _keys(self, sampler: Any, key: Any, count: int) -> Any:
-        """A key for each of the samples, as `jkv.generate` would give it to them."""
+    def _keys(self, sampler: Any, key: Any, count: int) -> np.ndarray | None:
+        """The data ``[count, 2]`` of each sample's key, as `jkv.generate` would give it to them."""
         if sampler is not None:
             sampling.check(sampler)
         if not sampling.needs_key(sampler):
@@ -300,9 +300,4 @@ class Engine(Steps):
             return None
         if key is None:
             raise ValueError("a sampler that draws at random needs key=jax.random.key(seed)")
-        keys = sampling.row_keys(key, count)
-        if keys.dtype != jax.random.key(0).dtype:
-            raise ValueError(
-                f"key got one of {keys.dtype}; expected jax.random.key(seed) of the default kind"
-            )
-        return keys
+        return jax.device_get(jax.random.key_data(sampling.row_keys(key, count)))

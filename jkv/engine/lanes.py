@@ -34,7 +34,7 @@ class Lanes:
     active: Array  # [W] bool, says tokens
     left: Array  # [W] int32, tokens that it may still say
     ends: Array  # [W, E] int32, tokens at which it ends
-    keys: Array  # [W] typed keys
+    keys: Array  # [W, 2] uint32, data of threefry keys: typed ones would count as drawn from twice
     group: Array  # [W] int32, its sampler's place in `samplers`, -1 for the likeliest token
     samplers: tuple[Any, ...] = ()  # one for each structure in use, its leaves [W, ...]
     states: tuple[Any, ...] = ()  # their states as for a batch of one, leaves [W, ...]
@@ -57,7 +57,7 @@ def empty(width: int, columns: tuple[int, ...], ends: int, mesh: Any) -> Lanes:
         active=jnp.zeros((width,), bool),
         left=jnp.zeros((width,), jnp.int32),
         ends=jnp.full((width, ends), -2, jnp.int32),
-        keys=jax.random.split(jax.random.key(0), width),
+        keys=jnp.zeros((width, 2), jnp.uint32),
         group=jnp.full((width,), -1, jnp.int32),
     )
     return everywhere(lanes, mesh)
@@ -310,7 +310,8 @@ def _choose(logits: Array, rows: Lanes, who: Array, after: Array) -> tuple[Lanes
             random = random | mine
     token = sampling.likeliest(changed)
     if any(map(sampling.needs_key, rows.samplers)):
-        token = jnp.where(random, sampling.draw(changed, rows.keys, rows.lengths), token)
+        keys = jax.random.wrap_key_data(rows.keys, impl=sampling.THREEFRY)
+        token = jnp.where(random, sampling.draw(changed, keys, rows.lengths), token)
     left = rows.left - 1
     goes_on = (left > 0) & ~jnp.any(token[:, None] == rows.ends, axis=1)
     marks = jnp.where(undrawable(logits), NONFINITE, jnp.where(undrawable(changed), MASKED, 0))

@@ -47,7 +47,7 @@ class Request:
     prompt: np.ndarray
     max_new_tokens: int
     sampler: Any
-    key: Any
+    key: np.ndarray | None  # [2] uint32, data of a threefry key
     stop_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
     priority: int

@@ -96,7 +96,7 @@ def test_a_request_that_could_never_fit_is_refused_at_once(lm, alone):
         ({"sampler": 0.7}, TypeError, "transforms"),
         ({"samples": 2}, ValueError, "would all be the same"),
         ({"sampler": HOT, "key": 3}, TypeError, "jax.random.key"),
-        ({"sampler": HOT, "key": jax.random.key(0, impl="rbg")}, ValueError, "default kind"),
+        ({"sampler": HOT, "key": jax.random.split(jax.random.key(0))}, ValueError, r"shape \(2,\)"),
     ],
 )
 def test_bad_requests_are_refused_at_once(lm, bad, error, match):
