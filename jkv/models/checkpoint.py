@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jkv._text import brief
 from jkv.errors import CheckpointError
 from jkv.models import families
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder, Linear
+from jkv.models.diagnose import quantization
 from jkv.models.families import Family, Place
 from jkv.models.files import INDEX_LIMIT, read_json
-from jkv.models.settings import show
+from jkv.models.settings import bare
 from jkv.models.tensorfile import DTYPES, Tensor, read_header
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -44,6 +46,7 @@ def read_checkpoint(
     directory: Path,
     *,
     dtype: str | None = None,
+    ignore: Sequence[str] = (),
     progress: Progress | None = None,
     problems: list[str] | None = None,
 ) -> tuple[Decoder, Config]:
@@ -54,6 +57,7 @@ def read_checkpoint(
     Args:
         directory: what to read.
         dtype: of the weights; by default float32 on the CPU, the checkpoint's own elsewhere.
+        ignore: keys of `config.json` to treat as absent.
         progress: called with the bytes read so far and those to read.
         problems: what was found before, in the tokenizer for one; reported with the rest.
 
@@ -61,68 +65,90 @@ def read_checkpoint(
         CheckpointError: anything is missing, left over, misshapen or unknown; it lists everything.
     """
     problems = [] if problems is None else problems
-    config, family = _read_config(directory, problems)
-    tensors = _find_tensors(directory, problems)
-    slots: list[_Slot] = []
-    model = None
-    if config is not None and family is not None:
-        config = dataclasses.replace(config, dtype=_choose_dtype(dtype, config, tensors))
-        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-        slots = _slots(model, config, family)
-        if tensors:
-            tensors = _match(slots, family, tensors, config, problems)
-    if problems or model is None or config is None:
+    values, config, family = _read_config(directory, ignore, problems)
+    tensors = _find_tensors(directory, family, problems)
+    if family is not None:
+        tensors = _named(tensors, family, problems)
+    # What is harmless in an unknown family is unknown too.
+    counted = {} if family is None else _without_harmless(tensors, family)
+    coded = quantization(values, directory, counted)
+    if coded is not None:
+        problems.append(coded)
+    elif config is not None and family is not None and tensors:
+        _match(config, family, tensors, problems)
+    if problems or config is None or family is None:
         raise CheckpointError(_report(directory, problems))
+    config = dataclasses.replace(config, dtype=_choose_dtype(dtype, config, tensors))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    slots = _slots(model, family)
     _fill(slots, tensors, config.dtype, progress)
     return model, config
 
 
 def read_config(
-    directory: Path, *, dtype: str | None = None, problems: list[str] | None = None
+    directory: Path,
+    *,
+    dtype: str | None = None,
+    ignore: Sequence[str] = (),
+    problems: list[str] | None = None,
 ) -> Config:
     """The configuration of a directory; its weights are not looked at, and need not be there.
 
     Args:
         directory: what to read.
         dtype: of the weights; by default the checkpoint's own, float32 where it does not say.
+        ignore: keys of `config.json` to treat as absent.
         problems: what was found before; reported with the rest.
 
     Raises:
         CheckpointError: the configuration is missing, broken or unknown; it lists everything.
     """
     problems = [] if problems is None else problems
-    config, _ = _read_config(directory, problems)
+    values, config, _ = _read_config(directory, ignore, problems)
+    coded = quantization(values, directory, {})
+    if coded is not None:
+        problems.append(coded)
     if problems or config is None:
         raise CheckpointError(_report(directory, problems))
     return dataclasses.replace(config, dtype=dtype or config.dtype or "float32")
 
 
+_MOST = 100  # problems in one message
+_LONGEST = 1000  # characters of one
+
+
 def _report(directory: Path, problems: list[str]) -> str:
-    lines = "\n".join(f"  - {problem}" for problem in problems)
-    return f"{directory} cannot be loaded:\n{lines}"
+    lines = [f"  - {problem[:_LONGEST]}" for problem in problems[:_MOST]]
+    if len(problems) > _MOST:
+        lines.append(f"and {len(problems) - _MOST} more problems")
+    return "\n".join([f"{directory} cannot be loaded:", *lines])
 
 
 # What is in the directory -------------------------------------------------------------------------
 
 
-def _read_config(directory: Path, problems: list[str]) -> tuple[Config | None, Family | None]:
+def _read_config(
+    directory: Path, ignore: Sequence[str], problems: list[str]
+) -> tuple[dict[str, Any], Config | None, Family | None]:
+    """The keys that are not ignored, and what they mean."""
     values = read_json(directory / "config.json", problems)
     generation = read_json(directory / "generation_config.json", problems, optional=True) or {}
     if values is None:
-        return None, None
+        return {}, None, None
     family = families.find(values, problems)
     if family is None:
-        return None, None
+        return values, None, None
     stops = generation.get("eos_token_id")
-    return families.read_config(values, family, problems, stops), family
+    config = families.read_config(values, family, problems, stops, ignore)
+    return {k: v for k, v in values.items() if k not in ignore}, config, family
 
 
-def _find_tensors(directory: Path, problems: list[str]) -> dict[str, Tensor]:
+def _find_tensors(directory: Path, family: Family | None, problems: list[str]) -> dict[str, Tensor]:
     """Every tensor of the checkpoint by name."""
     if (directory / _SINGLE).is_file():
         return read_header(directory / _SINGLE, problems)
     if (directory / _INDEX).is_file():
-        return _find_shards(directory, problems)
+        return _find_shards(directory, family, problems)
     names = sorted(path.name for path in directory.iterdir())
     pickles = [name for name in names if name.endswith(_PICKLES)]
     others = [name for name in names if name.endswith(".safetensors")]
@@ -137,34 +163,42 @@ def _find_tensors(directory: Path, problems: list[str]) -> dict[str, Tensor]:
     return {}
 
 
-def _find_shards(directory: Path, problems: list[str]) -> dict[str, Tensor]:
+def _find_shards(directory: Path, family: Family | None, problems: list[str]) -> dict[str, Tensor]:
     index = read_json(directory / _INDEX, problems, limit=INDEX_LIMIT)
     if index is None:
         return {}
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        problems.append(f"{_INDEX}: weight_map is {show(weight_map)}; expected an object")
+        problems.append(f"{_INDEX}: weight_map is {brief(weight_map)}; expected an object")
         return {}
     found: dict[str, Tensor] = {}
+    shards: set[str] = set()
     for shard in sorted({str(name) for name in weight_map.values()}):
         if not _plain(shard):
             problems.append(
-                f"{_INDEX}: {show(shard)} is no shard's name; expected that of a .safetensors file "
-                "in the directory itself"
+                f"{_INDEX}: {brief(shard)} is no shard's name; expected that of a .safetensors "
+                "file in the directory itself"
             )
             continue
         if not (directory / shard).is_file():
             problems.append(f"{shard} is missing, which {_INDEX} names")
             continue
+        shards.add(shard)
         for name, tensor in read_header(directory / shard, problems).items():
             if name in found:
-                problems.append(f"{shard}: {name} is in {found[name].path.name} too")
+                other = found[name].path.name
+                problems.append(f"{shard}: {bare(name)} is in {other} too")
             found[name] = tensor
-            if weight_map.get(name) != shard:
-                where = weight_map.get(name)
-                problems.append(f"{shard}: holds {name}, which {_INDEX} looks for in {where}")
-    lost = [name for name in weight_map if name not in found and _plain(str(weight_map[name]))]
-    lost = [name for name in lost if (directory / str(weight_map[name])).is_file()]
+            where = weight_map.get(name)
+            if where is None:
+                found[name] = dataclasses.replace(tensor, listed=False)
+            elif where != shard:
+                problems.append(
+                    f"{shard}: holds {bare(name)}, which {_INDEX} looks for in {brief(where)}"
+                )
+    lost = [name for name in weight_map if name not in found and str(weight_map[name]) in shards]
+    if family is not None:
+        lost = [name for name in lost if not _harmless(name.removeprefix(family.prefix), family)]
     problems.extend(f"{_INDEX}: {name} is not in its shard" for name in _grouped(lost))
     return found
 
@@ -177,17 +211,34 @@ def _plain(shard: str) -> bool:
 # What the model needs -----------------------------------------------------------------------------
 
 
-def _slots(model: Decoder, config: Config, family: Family) -> list[_Slot]:
+def _slots(model: Decoder, family: Family) -> list[_Slot]:
     """The rows of the family's table that this model has a place for."""
     slots = []
     for pattern, place in family.tensors.items():
-        layers = range(config.layers) if "*" in pattern else (0,)
+        layers = range(len(model.blocks)) if "*" in pattern else (0,)
         for layer in layers:
             paths = [target.replace("*", str(layer)) for target in place.targets]
             slot = _slot(model, pattern.replace("*", str(layer)), place, paths)
             if slot is not None:
                 slots.append(slot)
     return slots
+
+
+def _shapes(config: Config, family: Family) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors that the model needs, by name.
+
+    All layers have the same, so that a model of one is enough to tell: 1000 layers that a
+    configuration claims over a file of two are found out in no time.
+    """
+    one = dataclasses.replace(config, layers=1, windows=(), dtype="float32")
+    model = nnx.eval_shape(lambda: Decoder(one, rngs=nnx.Rngs(0)))
+    place = {pattern.replace("*", "0"): pattern for pattern in family.tensors}
+    shapes = {}
+    for slot in _slots(model, family):
+        pattern = place[slot.name]
+        for layer in range(config.layers) if "*" in pattern else (0,):
+            shapes[pattern.replace("*", str(layer))] = slot.shape
+    return shapes
 
 
 def _slot(model: Decoder, name: str, place: Place, paths: list[str]) -> _Slot | None:
@@ -221,73 +272,104 @@ def _walk(module: Any, path: str) -> Any:
     return module
 
 
-def _match(
-    slots: list[_Slot],
-    family: Family,
-    tensors: dict[str, Tensor],
-    config: Config,
-    problems: list[str],
-) -> dict[str, Tensor]:
-    """The tensors by the table's names, each wanted and of the right shape, or problems."""
+def _named(tensors: dict[str, Tensor], family: Family, problems: list[str]) -> dict[str, Tensor]:
+    """The tensors by the names of the family's table, which have no prefix."""
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = name.removeprefix(family.prefix)
         if short in named:
+            name = bare(name)
             problems.append(f"{name} is there with and without the prefix {family.prefix}")
         named[short] = tensor
-    wanted = {slot.name: slot for slot in slots}
-    problems.extend(f"missing tensor {name}" for name in _grouped(wanted.keys() - named.keys()))
-    extra = named.keys() - wanted.keys()
-    extra -= {name for name in extra if any(re.fullmatch(h, name) for h in family.harmless)}
+    return named
+
+
+def _without_harmless(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Without what old versions saved and nothing needs."""
+    return {name: t for name, t in tensors.items() if not _harmless(name, family)}
+
+
+def _harmless(name: str, family: Family) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in family.harmless)
+
+
+def _match(config: Config, family: Family, tensors: dict[str, Tensor], problems: list[str]) -> None:
+    """Report what is missing, left over or of another shape."""
+    shapes = _shapes(config, family)
+    problems.extend(f"missing tensor {name}" for name in _grouped(shapes.keys() - tensors.keys()))
+    extra = _without_harmless(tensors, family).keys() - shapes.keys()
     if config.tied and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
-        embedding = named.get(next(n for n, p in family.tensors.items() if p == _EMBEDDING))
-        if embedding is not None and not _same(embedding, named["lm_head.weight"]):
+        embedding = tensors.get(next(n for n, p in family.tensors.items() if p == _EMBEDDING))
+        if embedding is not None and not _same(embedding, tensors["lm_head.weight"]):
             problems.append(
                 "lm_head.weight differs from the embedding, and tie_word_embeddings is true"
             )
     problems.extend(f"unknown tensor {name}" for name in _grouped(extra))
-    for name, slot in wanted.items():
-        tensor = named.get(name)
-        if tensor is None:
-            continue
-        if tensor.shape != slot.shape:
+    for name, shape in shapes.items():
+        if name in tensors and not tensors[name].listed:
             problems.append(
-                f"tensor {name} has shape {list(tensor.shape)}; expected {list(slot.shape)}"
+                f"{tensors[name].path.name}: holds {name}, which {_INDEX} does not list"
             )
-        if tensor.dtype not in DTYPES:
+        if name in tensors and tensors[name].shape != shape:
             problems.append(
-                f"tensor {name} is {tensor.dtype}; expected {', '.join(DTYPES)} (quantized "
-                "checkpoints are not read)"
+                f"tensor {name} has shape {brief(list(tensors[name].shape))}; expected "
+                f"{list(shape)}"
             )
-    return named
 
 
 _EMBEDDING = Place("array", ("embedding",))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
+    """Compare two tensors, rounded to the coarser of their dtypes."""
+    if a.shape != b.shape:
         return False
-    if a.dtype not in DTYPES or (a.path, a.start) == (b.path, b.start):
+    if (a.path, a.start) == (b.path, b.start):
         return True
-    return bool(np.array_equal(a.read().view(np.uint8), b.read().view(np.uint8)))
+    if {a.dtype, b.dtype} == {"F16", "BF16"}:  # each has rounded the same number on its own
+        return all(
+            np.allclose(x.astype(np.float32), y.astype(np.float32), rtol=2**-8, atol=2**-24)
+            for x, y in zip(a.chunks(), b.chunks(), strict=True)
+        )
+    coarse = min(a, b, key=lambda tensor: tensor.nbytes).numpy_dtype
+    return all(
+        bool(np.array_equal(_bits(x.astype(coarse)), _bits(y.astype(coarse))))
+        for x, y in zip(a.chunks(), b.chunks(), strict=True)
+    )
 
 
-def _grouped(names: Any) -> list[str]:
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint8)
+
+
+def _grouped(names: Iterable[str]) -> list[str]:
     """Names in order, those that differ in the layer's number only as one: ``layers.{0,1}.x``."""
     groups: dict[str, list[int]] = {}
     for name in sorted(names):
-        match = re.search(r"(?<=\.)\d+(?=\.)", "." + name)
+        match = re.search(r"(?<=\.)\d{1,9}(?=\.)", "." + name)
         key = name if match is None else _star(name, match)
         groups.setdefault(key, [])
         if match is not None:
             groups[key].append(int(match.group()))
     lines = []
     for key, layers in groups.items():
-        numbers = ",".join(str(i) for i in sorted(layers))
-        lines.append(key.replace("\0", f"{{{numbers}}}" if len(layers) > 1 else numbers))
+        numbers = _ranges(sorted(layers))
+        line = key.replace("\0", f"{{{numbers}}}" if len(layers) > 1 else numbers)
+        lines.append(bare(line))
     return lines
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Numbers in order as 0,2-5,7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs]
+    return ",".join(parts)
 
 
 def _star(name: str, match: re.Match[str]) -> str:
@@ -307,7 +389,8 @@ def _choose_dtype(dtype: str | None, config: Config, tensors: dict[str, Tensor])
 def usual_dtype(stored: str) -> str:
     """The dtype in which weights stored in another are loaded, unless somebody asks."""
     # XLA's matrix products in bfloat16 are ten times slower than in float32 on the CPU.
-    return "float32" if jax.default_backend() == "cpu" else stored
+    cpu = jax.default_backend() == "cpu"
+    return "float32" if cpu or stored == "float64" else stored
 
 
 def _fill(

@@ -9,13 +9,14 @@ configuration describes has that place (a bias, an untied head); it is then requ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from jkv._text import brief, plural
 from jkv.models.config import Config
+from jkv.models.hf_keys import CONSTANTS, IRRELEVANT, QUANTIZATION, STATED, stated
 from jkv.models.positions import read_rope
-from jkv.models.settings import EXPECTED, IRRELEVANT, Settings
+from jkv.models.settings import Settings
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -162,24 +163,18 @@ _GEMMA2 = (
 
 
 def _gpt2(s: Settings) -> dict[str, Any]:
+    # The names that transformers takes for the same.
+    for name, other in (
+        ("n_embd", "hidden_size"),
+        ("n_layer", "num_hidden_layers"),
+        ("n_head", "num_attention_heads"),
+        ("n_positions", "max_position_embeddings"),
+    ):
+        s.alias(name, other)
     width, heads = s.integer("n_embd"), s.integer("n_head")
     if width % heads:
         s.problem(f"n_embd is {width} for {plural(heads, 'head')} (n_head); expected a multiple")
     head_dim = max(width // heads, 1)
-    # They scale the weights in training precision, or belong to other heads.
-    s.ignore(
-        "n_ctx",
-        "resid_pdrop",
-        "embd_pdrop",
-        "attn_pdrop",
-        "summary_type",
-        "summary_use_proj",
-        "summary_activation",
-        "summary_proj_to_labels",
-        "summary_first_dropout",
-        "reorder_and_upcast_attn",
-    )
-    s.expect("scale_attn_by_inverse_layer_idx", False)
     return {
         "layers": s.integer("n_layer", most=_LAYERS),
         "width": width,
@@ -204,6 +199,7 @@ def _rotary(
     s: Settings,
     *,
     head_dim: int | None = None,
+    kv_heads: int | None = None,
     activation: tuple[str, str] = ("hidden_act", "silu"),
     eps: float = 1e-6,
     tied: bool = False,
@@ -215,6 +211,7 @@ def _rotary(
     Args:
         s: the keys.
         head_dim: where the configuration names none; None divides the width by the heads.
+        kv_heads: where the configuration names none; None means as many as query heads.
         activation: the key's name and its default.
         eps: default of the norm's.
         tied: default of the output projection's.
@@ -225,17 +222,18 @@ def _rotary(
     default = head_dim or max(width // heads, 1)
     dim = s.integer("head_dim", default, null=default)
     context = s.integer("max_position_embeddings")
+    rope, context = read_rope(s, dim, context, partial=partial, interleaved=interleaved)
     return {
         "layers": s.integer("num_hidden_layers", most=_LAYERS),
         "width": width,
         "heads": heads,
-        "kv_heads": s.integer("num_key_value_heads", heads, null=heads),
+        "kv_heads": s.integer("num_key_value_heads", kv_heads or heads, null=heads),
         "head_dim": dim,
         "feed_forward": s.integer("intermediate_size"),
         "context": context,
         "norm_eps": s.number("rms_norm_eps", eps),
         "activation": s.choice(activation[0], _ACTIVATIONS, activation[1]),
-        "rope": read_rope(s, dim, context, partial=partial, interleaved=interleaved),
+        "rope": rope,
         "tied": s.flag("tie_word_embeddings", tied),
     }
 
@@ -250,7 +248,7 @@ def _llama(s: Settings) -> dict[str, Any]:
 
 
 def _mistral(s: Settings) -> dict[str, Any]:
-    shape = _rotary(s)
+    shape = _rotary(s, kv_heads=8)
     window = s.integer("sliding_window", 4096, null=None)
     every = "full_attention" if window is None else "sliding_attention"
     s.words("layer_types", (every,), shape["layers"])
@@ -276,13 +274,13 @@ def _qwen_windows(s: Settings, layers: int) -> tuple[int | None, ...]:
 
 
 def _qwen2(s: Settings) -> dict[str, Any]:
-    shape = _rotary(s)
+    shape = _rotary(s, kv_heads=32)
     s.expect("attention_bias", True)
     return shape | {"qkv_bias": True, "windows": _qwen_windows(s, shape["layers"])}
 
 
 def _qwen3(s: Settings) -> dict[str, Any]:
-    shape = _rotary(s, head_dim=128)
+    shape = _rotary(s, head_dim=128, kv_heads=32)
     bias = s.flag("attention_bias", False)
     return shape | {
         "qkv_bias": bias,
@@ -293,7 +291,7 @@ def _qwen3(s: Settings) -> dict[str, Any]:
 
 
 def _glm(s: Settings) -> dict[str, Any]:
-    shape = _rotary(s, head_dim=128, eps=1.5625e-7, partial=0.5, interleaved=True)
+    shape = _rotary(s, head_dim=128, kv_heads=2, eps=1.5625e-7, partial=0.5, interleaved=True)
     return shape | {"qkv_bias": s.flag("attention_bias", True)}
 
 
@@ -305,11 +303,11 @@ def _gemma2(s: Settings) -> dict[str, Any]:
     shape = _rotary(
         s,
         head_dim=256,
+        kv_heads=4,
         activation=("hidden_activation", "gelu_pytorch_tanh"),
         tied=True,
     )
     s.ignore("hidden_act")  # written beside hidden_activation, which is the one that counts
-    s.expect("use_bidirectional_attention", None, False)
     bias = s.flag("attention_bias", False)
     layers = shape["layers"]
     window = s.integer("sliding_window", 4096, null=None)
@@ -358,7 +356,7 @@ def find(values: Mapping[str, Any], problems: list[str]) -> Family | None:
         )
         return None
     names = values.get("architectures")
-    if names is not None and names != [family.architecture]:
+    if names not in (None, [], [family.architecture]):
         problems.append(
             f"config.json: architectures is {brief(names)}; expected ['{family.architecture}'], "
             "a model with a language-model head"
@@ -367,35 +365,48 @@ def find(values: Mapping[str, Any], problems: list[str]) -> Family | None:
 
 
 def read_config(
-    values: Mapping[str, Any], family: Family, problems: list[str], end_ids: Any = None
+    values: Mapping[str, Any],
+    family: Family,
+    problems: list[str],
+    end_ids: Any = None,
+    ignore: Iterable[str] = (),
 ) -> Config | None:
     """`Config` as the keys of `config.json` describe it, or None and problems.
+
+    Whether weights are quantized is not asked here: see `jkv.models.diagnose.quantization`.
 
     Args:
         values: of `config.json`.
         family: as `find` tells.
         problems: what is wrong is added here.
         end_ids: `eos_token_id` of `generation_config.json`, which outweighs `config.json`'s.
+        ignore: keys to treat as absent; ``rope_scaling.x`` is the key x of the object rope_scaling.
     """
-    s = Settings(values, problems)
-    s.ignore("model_type", "architectures", *IRRELEVANT)
-    for key, allowed in EXPECTED.items():
-        s.expect(key, *allowed)
+    ignored = set(ignore)
+    s = Settings(values, problems, ignored)
+    s.ignore("model_type", "architectures", *IRRELEVANT, *QUANTIZATION)
     fields = family.configure(s)
+    for key in sorted(CONSTANTS.keys() - s.seen):
+        s.expect(key, *CONSTANTS[key])
     vocab = s.integer("vocab_size")
     own = s.raw("eos_token_id")
     stops = _end_ids(s, own if end_ids is None else end_ids, vocab)
     dtype = _dtype(s)
-    s.finish()
-    if s.broken:
-        return None
-    try:
-        return Config(
-            family=str(values["model_type"]), vocab=vocab, end_ids=stops, dtype=dtype, **fields
-        )
-    except ValueError as error:
-        problems.append(f"config.json: {error}")
-        return None
+    config = None
+    if not s.broken:
+        try:
+            config = Config(
+                family=str(values["model_type"]), vocab=vocab, end_ids=stops, dtype=dtype, **fields
+            )
+        except ValueError as error:
+            problems.append(f"config.json: {error}")
+    if config is None:
+        s.ignore(*STATED)  # what the model does anyway is not known
+    s.finish({} if config is None else stated(config, s.values))
+    problems.extend(
+        f"config.json: has no key {brief(key)}, which ignore= names" for key in sorted(ignored)
+    )
+    return config
 
 
 def _end_ids(s: Settings, value: Any, vocab: int) -> tuple[int, ...]:
@@ -414,6 +425,8 @@ def _dtype(s: Settings) -> str:
     if value is None:
         return ""
     name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if name == "float64":
+        return "float32"
     if name not in ("float32", "bfloat16", "float16"):
         s.problem(f"dtype is {brief(value)}; expected float32, bfloat16 or float16")
         return ""

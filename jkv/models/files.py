@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from jkv.models.settings import show
+from jkv._text import brief
 
 # Bytes that a file of each sort may have. The largest that are published: config.json 0.1 MB,
 # tokenizer_config.json 1.2 MB, chat templates 0.1 MB, an index 15 MB, tokenizer.json 35 MB. Python
@@ -96,9 +96,9 @@ def parse_json(text: str, name: str, problems: list[str]) -> dict[str, Any] | No
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        problems.append(f"{name}: is not valid JSON: {show(str(error))}")
+        problems.append(f"{name}: is not valid JSON: {brief(str(error))}")
         return None
     if not isinstance(value, dict):
-        problems.append(f"{name}: holds {show(value)}; expected an object")
+        problems.append(f"{name}: holds {brief(value)}; expected an object")
         return None
     return value

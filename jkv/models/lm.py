@@ -17,6 +17,7 @@ from jkv.models import checkpoint, hub
 from jkv.models.checkpoint import Progress
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder
+from jkv.models.hf_keys import check_ignore
 from jkv.models.tokenizer import Tokenizer, read_tokenizer
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -88,6 +89,7 @@ def load(
     *,
     dtype: Any = None,
     revision: str | None = None,
+    ignore: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> LM:
     """Load a decoder and its tokenizer.
@@ -98,6 +100,8 @@ def load(
         dtype: of the weights: "float32", "bfloat16" or "float16". By default float32 on the CPU,
             where products in anything else are slow, and the checkpoint's own elsewhere.
         revision: branch, tag or commit of a hub repository.
+        ignore: keys of `config.json` to treat as absent, where an error names them and they are
+            known to change nothing.
         progress: called with the bytes read so far and those to read; nothing is shown without.
 
     Raises:
@@ -109,17 +113,22 @@ def load(
         >>> jkv.generate(lm, ["ROMEO:"], max_new_tokens=16)
     """
     name = None if dtype is None else _dtype_name(dtype)
+    keys = check_ignore(ignore)
     directory = hub.resolve(source, revision, show=progress is not None)
     problems: list[str] = []
     tokenizer = read_tokenizer(directory, problems)
     model, config = checkpoint.read_checkpoint(
-        directory, dtype=name, progress=progress, problems=problems
+        directory, dtype=name, ignore=keys, progress=progress, problems=problems
     )
     return LM(model=model, config=config, tokenizer=tokenizer, source=os.fspath(source))
 
 
 def read_config(
-    source: str | os.PathLike[str], *, dtype: Any = None, revision: str | None = None
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    revision: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> Config:
     """The configuration of a checkpoint, from its `config.json` alone.
 
@@ -128,18 +137,24 @@ def read_config(
         dtype: of the weights: "float32", "bfloat16" or "float16". By default the checkpoint's own,
             float32 where it does not say.
         revision: branch, tag or commit of a hub repository.
+        ignore: as of `load`.
 
     Raises:
         CheckpointError: it cannot be found or is refused; the message lists everything wrong.
         ValueError: a dtype or source of another kind.
     """
     name = None if dtype is None else _dtype_name(dtype)
+    keys = check_ignore(ignore)
     directory = hub.resolve(source, revision, wanted=hub.CONFIG)
-    return checkpoint.read_config(directory, dtype=name)
+    return checkpoint.read_config(directory, dtype=name, ignore=keys)
 
 
 def outline(
-    source: str | os.PathLike[str], *, dtype: Any = None, revision: str | None = None
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    revision: str | None = None,
+    ignore: Sequence[str] = (),
 ) -> LM:
     """What `load` returns, with shapes in place of the weights, which are neither read nor needed.
 
@@ -147,16 +162,18 @@ def outline(
         source: as of `load`.
         dtype: as of `load`.
         revision: branch, tag or commit of a hub repository.
+        ignore: as of `load`.
 
     Raises:
         CheckpointError: it cannot be found or is refused; the message lists everything wrong.
         ValueError: a dtype or source of another kind.
     """
     name = None if dtype is None else _dtype_name(dtype)
+    keys = check_ignore(ignore)
     directory = hub.resolve(source, revision, wanted=hub.ALL_BUT_WEIGHTS)
     problems: list[str] = []
     tokenizer = read_tokenizer(directory, problems)
-    config = checkpoint.read_config(directory, problems=problems)
+    config = checkpoint.read_config(directory, ignore=keys, problems=problems)
     config = dataclasses.replace(config, dtype=name or checkpoint.usual_dtype(config.dtype))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     return LM(model=model, config=config, tokenizer=tokenizer, source=os.fspath(source))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from jkv._text import brief
 from jkv.models.config import Rope
-from jkv.models.settings import Settings, show
+from jkv.models.settings import Settings
 
 _RULES = ("default", "linear", "llama3", "yarn")
 
@@ -18,7 +19,7 @@ def read_rope(
     *,
     partial: float | None = None,
     interleaved: bool = False,
-) -> Rope:
+) -> tuple[Rope, int]:
     """Rotary positions from `rope_parameters`, or from `rope_theta` and `rope_scaling`.
 
     Args:
@@ -27,13 +28,18 @@ def read_rope(
         context: `max_position_embeddings`.
         partial: share of each head that turns by default; None where all of it always does.
         interleaved: how the turning dimensions pair.
+
+    Returns:
+        The positions, and the tokens that the model is made for with them.
     """
     theta = s.number("rope_theta", 10000.0, null=10000.0)
+    # Read here whatever the rule: those that need no original context mean nothing by it.
+    original = s.integer("original_max_position_embeddings", None, null=None)
     inner = _scaling(s)
     dims = _dims(s, inner, head_dim, partial)
     plain = Rope(theta=theta, dims=dims, interleaved=interleaved)
     if inner is None:
-        return plain
+        return plain, context
     rule = _rule(inner)
     fields: dict[str, Any] = {
         "theta": inner.number("rope_theta", theta, null=theta),
@@ -41,12 +47,15 @@ def read_rope(
         "interleaved": interleaved,
         "rule": rule,
     }
-    if rule != "default":
-        fields["factor"] = inner.number("factor")
+    own = inner.integer("original_max_position_embeddings", None, null=None)
+    original = own if original is None else original  # in transformers, too, the outer one wins
     if rule in ("llama3", "yarn"):
-        fields["original_context"] = inner.integer(
-            "original_max_position_embeddings", context, null=context
-        )
+        fields["original_context"] = original or context
+    if rule == "yarn" and original is not None and inner.values.get("factor") is None:
+        inner.ignore("factor")
+        fields["factor"] = context / original
+    elif rule != "default":
+        fields["factor"] = inner.number("factor")
     if rule == "llama3":
         low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
         if high <= low:
@@ -54,9 +63,17 @@ def read_rope(
         fields |= {"low_freq_factor": low, "high_freq_factor": high}
     if rule == "yarn":
         fields |= _yarn(inner, fields["factor"])
-    inner.finish()
+    # Under the other rules nothing scales cosines and sines, and factor 1 scales nothing.
+    inner.finish(dict.fromkeys(("factor", "attention_factor", "mscale", "mscale_all_dim"), (1.0,)))
+    if rule == "yarn":
+        # Model cards turn YaRN on and leave max_position_embeddings as it was trained.
+        context = max(context, int(fields["factor"] * fields["original_context"]))
+        if context >= 2**31:
+            inner.problem(
+                f"factor is {fields['factor']}, for {brief(context)} tokens; expected fewer"
+            )
     s.broken |= inner.broken
-    return plain if inner.broken else Rope(**fields)
+    return (plain if inner.broken else Rope(**fields)), context
 
 
 def _scaling(s: Settings) -> Settings | None:
@@ -89,9 +106,9 @@ def _rule(inner: Settings) -> Any:
     name = old if new is None else new
     name = "default" if name is None else name
     if None not in (old, new) and old != new:
-        inner.problem(f"type is {show(old)} and rope_type {show(new)}; expected one")
+        inner.problem(f"type is {brief(old)} and rope_type {brief(new)}; expected one")
     if name not in _RULES:
-        inner.problem(f"rope_type is {show(name)}; expected one of {', '.join(_RULES)}")
+        inner.problem(f"rope_type is {brief(name)}; expected one of {', '.join(_RULES)}")
         inner.ignore(*inner.values)  # what else it holds means nothing under another rule
         return "default"
     return name
@@ -108,7 +125,7 @@ def _yarn(inner: Settings, factor: float) -> dict[str, Any]:
     scale, scale_all = inner.raw("mscale"), inner.raw("mscale_all_dim")
     for name, value in (("mscale", scale), ("mscale_all_dim", scale_all)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            inner.problem(f"{name} is {show(value)}; expected a number or null")
+            inner.problem(f"{name} is {brief(value)}; expected a number or null")
             scale = scale_all = None
     if magnitude is None:
         magnitude = _magnitude(factor, 1.0)

@@ -6,45 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-# What a decoder computes does not depend on these: names and versions, training, other heads than
-# the language model's, and how text is generated (the caller of `jkv.generate` says that).
-IRRELEVANT = frozenset(
-    # One word per line would be a screen and a half.
-    """
-    _name_or_path transformers_version _commit_hash tokenizer_class task_specific_params
-    finetuning_task torchscript tf_legacy_loss use_bfloat16 use_cache return_dict
-    return_dict_in_generate output_attentions output_hidden_states output_scores output_past
-    attn_implementation _attn_implementation _attn_implementation_autoset cache_implementation
-    chunk_size_feed_forward id2label label2id num_labels _num_labels problem_type is_decoder
-    initializer_range attention_dropout pretraining_tp bos_token_id pad_token_id sep_token_id
-    decoder_start_token_id prefix max_length min_length max_new_tokens do_sample early_stopping
-    num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    num_return_sequences remove_invalid_values tie_last_hidden_states max_sequence_length
-    is_llama_config unsloth_fixed unsloth_version transformers.js_config
-    """.split()  # noqa: SIM905
-)
-
-# These would matter: only the values that change nothing are accepted.
-EXPECTED: dict[str, tuple[Any, ...]] = {
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False,),
-    "pruned_heads": (None, {}),
-    "quantization_config": (None,),
-    "compression_config": (None,),
-    "auto_map": (None, {}),  # code of the checkpoint's own, never run
-    "per_layer_config": (None, {}),
-    "rope_interleaved": (None, False),
-    "use_mrope": (None, False),
-    "bad_words_ids": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
-    "exponential_decay_length_penalty": (None,),
-}
+from jkv._text import brief
+from jkv.models.hf_keys import equal
 
 _ABSENT: Any = object()
 
@@ -55,12 +18,30 @@ class Settings:
     A value that cannot be used is added to `problems`, and reading goes on with a stand-in, so
     that one look at a checkpoint finds everything that is wrong with it. `broken` says that a
     stand-in was given: what was read must not be used.
+
+    Args:
+        values: the object.
+        problems: what is wrong is added here.
+        ignored: keys to treat as absent; ``a.b`` is the key b of the object a. Each is removed
+            from this set once it has been met.
+        path: of the object within `config.json`, such as ``rope_scaling.``.
     """
 
-    def __init__(self, values: Mapping[str, Any], problems: list[str], where: str = "config.json"):
-        self.values, self.problems, self.where = values, problems, where
-        self.broken = False
-        self._seen: set[str] = set()
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        problems: list[str],
+        ignored: set[str] | None = None,
+        path: str = "",
+    ):
+        self.problems, self.broken = problems, False
+        self._ignored = set() if ignored is None else ignored
+        self._path = path
+        self.where = f"config.json: {path.rstrip('.')}".removesuffix(": ")
+        dropped = {key for key in values if path + key in self._ignored}
+        self._ignored -= {path + key for key in dropped}
+        self.values = {key: value for key, value in values.items() if key not in dropped}
+        self.seen: set[str] = set()
 
     def problem(self, text: str) -> None:
         """Something that makes the values unusable."""
@@ -69,8 +50,13 @@ class Settings:
 
     def raw(self, key: str, default: Any = None) -> Any:
         """The value as it stands; `default` where the key is absent."""
-        self._seen.add(key)
+        self.seen.add(key)
         return self.values.get(key, default)
+
+    def alias(self, key: str, other: str) -> None:
+        """Read a key under another name too, where it is absent under its own."""
+        if key not in self.values and other in self.values:
+            self.values[key] = self.values.pop(other)
 
     def integer(
         self, key: str, default: Any = _ABSENT, *, null: Any = _ABSENT, most: int = 2**31 - 1
@@ -97,10 +83,9 @@ class Settings:
         return float(value) if isinstance(value, int) else value
 
     def flag(self, key: str, default: Any = _ABSENT) -> bool:
-        """True or false."""
-        return self._read(
-            key, default, _ABSENT, "true or false", lambda v: isinstance(v, bool), False
-        )
+        """True or false; null where the default is false."""
+        null = False if default is False else _ABSENT
+        return self._read(key, default, null, "true or false", lambda v: isinstance(v, bool), False)
 
     def choice(self, key: str, options: Mapping[str, str], default: Any = _ABSENT) -> str:
         """What a word stands for."""
@@ -133,30 +118,42 @@ class Settings:
         if value is None:
             return None
         if not isinstance(value, dict):
-            self.problem(f"{key} is {show(value)}; expected an object or null")
+            self.problem(f"{key} is {brief(value)}; expected an object or null")
             return None
-        return Settings(value, self.problems, f"{self.where}: {key}")
+        return Settings(value, self.problems, self._ignored, f"{self._path}{key}.")
 
     def expect(self, key: str, *allowed: Any) -> None:
-        """Refuse any value of a key but these; absence is fine."""
-        value = self.raw(key, allowed[0])
-        # `in` would take 0 for False and 1 for True.
-        if not any(type(value) is type(a) and value == a for a in allowed):
-            wanted = " or ".join(show(a) for a in allowed)
+        """Refuse any value of a key but these; absence and null are fine."""
+        value = self.raw(key)
+        if value is not None and not any(equal(value, a) for a in allowed):
+            wanted = " or ".join(brief(a) for a in allowed)
             self.problems.append(
-                f"{self.where}: {key} is {show(value)}, which is not implemented; expected {wanted}"
+                f"{self.where}: {key} is {brief(value)}, which is not implemented; expected "
+                f"{wanted}{self._remedy(key)}"
             )
+
+    def _remedy(self, key: str) -> str:
+        return f" (to load it as if the key were absent: ignore=({brief(self._path + key)},))"
 
     def ignore(self, *keys: str) -> None:
         """Keys that do not matter here."""
-        self._seen.update(keys)
+        self.seen.update(keys)
 
-    def finish(self) -> None:
-        """Report every key that nothing has read."""
-        for key in sorted(set(self.values) - self._seen):
+    def finish(self, stated: Mapping[str, tuple[Any, ...]] | None = None) -> None:
+        """Report every key that nothing has read and that is not null.
+
+        Args:
+            stated: for keys that nothing reads, the values that change nothing.
+        """
+        for key in sorted(set(self.values) - self.seen):
+            value, allowed = self.values[key], (stated or {}).get(key, ())
+            if value is None or any(equal(value, a) for a in allowed):
+                continue
+            wanted = [brief(a) for a in allowed if a is not None]
+            what = f"; here only {' or '.join(wanted)} would change nothing" if wanted else ""
             self.problems.append(
-                f"{self.where}: unknown key {key} = {show(self.values[key])}; it may change what "
-                "the model computes"
+                f"{self.where}: unknown key {bare(key)} = {brief(value)}, which may change "
+                f"what the model computes{what}{self._remedy(key)}"
             )
 
     def _read(
@@ -177,12 +174,11 @@ class Settings:
         if value is None and null is not _ABSENT:
             return null
         if not fits(value):
-            self.problem(f"{key} is {show(value)}; expected {wanted}")
+            self.problem(f"{key} is {brief(value)}; expected {wanted}")
             return stand_in
         return value
 
 
-def show(value: Any) -> str:
-    """A value in an error message: one line, not too long."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def bare(name: str) -> str:
+    """A name in an error message: without quotes if it is one that people give."""
+    return name if len(name) <= 120 and name.isprintable() else brief(name)

@@ -6,17 +6,21 @@ count as this process's memory, and JAX on the CPU would make arrays that alias 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jkv._text import brief
 from jkv.errors import CheckpointError
-from jkv.models.settings import show
+from jkv.models.settings import bare
 
 # Bytes per element of what the format knows. Those with a name on the right can be read as weights.
 _SIZES = {
@@ -38,8 +42,11 @@ _SIZES = {
     "BOOL": 1,
     "C64": 8,
 }
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_HEADER_LIMIT = 100_000_000  # the format's own
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+# Bytes of a header. The format allows 100 MB, which take Python seconds and gigabytes to parse;
+# a thousand layers of 14 tensors need 2 MB.
+_HEADER_LIMIT = 8 << 20
+_CHUNK = 16 << 20  # bytes of a tensor that are compared at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Tensor:
         path: of the file.
         start: byte in the file.
         nbytes: as long as shape and dtype say.
+        listed: the index of a checkpoint in several files lists it.
     """
 
     name: str
@@ -61,22 +69,37 @@ class Tensor:
     path: Path
     start: int
     nbytes: int
+    listed: bool = True
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """Of `read`'s array."""
+        return np.dtype(jnp.dtype(DTYPES[self.dtype]))
 
     def read(self) -> np.ndarray:
-        """The tensor in memory of its own.
+        """Read the tensor into memory of its own.
 
         Raises:
             CheckpointError: the file has become shorter since its header was read.
         """
+        return self._read(0, self.nbytes).reshape(self.shape)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Read the tensor flat, in pieces of equally many elements whatever the dtype."""
+        step = _CHUNK // 8 * self.numpy_dtype.itemsize
+        for start in range(0, self.nbytes, step):
+            yield self._read(start, min(step, self.nbytes - start))
+
+    def _read(self, start: int, count: int) -> np.ndarray:
         with self.path.open("rb") as file:
-            file.seek(self.start)
-            raw = np.fromfile(file, np.uint8, self.nbytes)
-        if raw.size != self.nbytes:
+            file.seek(self.start + start)
+            raw = np.fromfile(file, np.uint8, count)
+        if raw.size != count:
             raise CheckpointError(
-                f"{self.path.name} ended inside of {self.name} while it was read; is it still "
-                "being written? Load it again when it is complete"
+                f"{self.path.name} ended inside of {bare(self.name)} while it was read; is "
+                "it still being written? Load it again when it is complete"
             )
-        return raw.view(jnp.dtype(DTYPES[self.dtype])).reshape(self.shape)
+        return raw.view(self.numpy_dtype)
 
 
 def read_header(path: Path, problems: list[str]) -> dict[str, Tensor]:
@@ -85,7 +108,12 @@ def read_header(path: Path, problems: list[str]) -> dict[str, Tensor]:
     A tensor is only reported when its bytes are inside of the file and its alone.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe is to wait for its other end
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+            problems.append(f"{path.name}: cannot be read: it is {kind}; expected a regular file")
+            return {}
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
@@ -95,7 +123,9 @@ def read_header(path: Path, problems: list[str]) -> dict[str, Tensor]:
                 )
                 return {}
             if length > _HEADER_LIMIT:
-                problems.append(f"{path.name}: a header of {length} bytes; expected at most 100 MB")
+                problems.append(
+                    f"{path.name}: a header of {length} bytes; expected at most {_HEADER_LIMIT}"
+                )
                 return {}
             raw = file.read(length)
     except OSError as error:
@@ -104,7 +134,7 @@ def read_header(path: Path, problems: list[str]) -> dict[str, Tensor]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        problems.append(f"{path.name}: its header is not valid: {show(str(error))}")
+        problems.append(f"{path.name}: its header is not valid: {brief(str(error))}")
         return {}
     if not isinstance(header, dict):
         problems.append(f"{path.name}: its header is not an object")
@@ -121,9 +151,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object without repeated keys: readers differ in which of two they believe."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"repeated keys {', '.join(twice)}")
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"repeated keys {', '.join(twice[:10])}")
     return result
 
 
@@ -135,22 +165,23 @@ def _tensor(name: str, entry: Any, path: Path, base: int, problems: list[str]) -
             isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in values
         )
 
-    where = f"{path.name}: {name}"
+    where = f"{path.name}: {bare(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        problems.append(f"{where}: expected dtype, shape and data_offsets, got {show(entry)}")
+        problems.append(f"{where}: expected dtype, shape and data_offsets, got {brief(entry)}")
         return None
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _SIZES:
-        problems.append(f"{where}: unknown dtype {show(dtype)}")
+        problems.append(f"{where}: unknown dtype {brief(dtype)}")
         return None
     if not whole(shape) or not whole(offsets) or len(offsets) != 2:
-        problems.append(f"{where}: shape {show(shape)} and offsets {show(offsets)} are not valid")
+        problems.append(f"{where}: shape {brief(shape)} and offsets {brief(offsets)} are not valid")
         return None
     start, stop = offsets
     nbytes = math.prod(shape) * _SIZES[dtype]
     if stop - start != nbytes:
         problems.append(
-            f"{where}: offsets {offsets} hold {stop - start} bytes; {dtype} {shape} takes {nbytes}"
+            f"{where}: offsets {offsets} hold {stop - start} bytes; {dtype} {brief(shape)} takes "
+            f"{brief(nbytes)}"
         )
         return None
     return Tensor(name, dtype, tuple(shape), path, base + start, nbytes)
@@ -162,7 +193,7 @@ def _tiled(tensors: list[Tensor], path: Path, base: int, size: int, problems: li
     for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
         if tensor.start != at:
             how = "overlaps" if tensor.start < at else "leaves a gap after"
-            problems.append(f"{path.name}: {tensor.name} {how} {before}")
+            problems.append(f"{path.name}: {bare(tensor.name)} {how} {bare(before)}")
             return False
         at, before = tensor.start + tensor.nbytes, tensor.name
     if at > size:

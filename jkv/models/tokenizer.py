@@ -14,7 +14,6 @@ from jkv._text import brief
 from jkv.errors import UnsupportedError
 from jkv.models import template as _template
 from jkv.models.files import TEMPLATE_LIMIT, TOKENIZER_LIMIT, parse_json, read_json, read_text
-from jkv.models.settings import show
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -163,7 +162,7 @@ def read_tokenizer(directory: Path, problems: list[str]) -> Tokenizer | None:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the bare class is what tokenizers raises
-        problems.append(f"tokenizer.json: {show(str(error))}")
+        problems.append(f"tokenizer.json: {brief(str(error))}")
         return None
     special: dict[str, Any] = {}
     templates: dict[str, str] = {}

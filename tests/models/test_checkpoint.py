@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import jkv
 from jkv.errors import CheckpointError
@@ -67,6 +68,8 @@ def test_more_layers_than_the_configuration_says(checkpoint):
     _refused(copy, "unknown tensor model.layers.2.mlp.up_proj.weight")
     copy.config(num_hidden_layers=4)
     _refused(copy, "missing tensor model.layers.3.mlp.up_proj.weight")
+    copy.config(num_hidden_layers=1000)
+    _refused(copy, "missing tensor model.layers.{3-999}.mlp.up_proj.weight")
     copy.config(num_hidden_layers=3)
     jkv.load(copy.path)
 
@@ -77,7 +80,7 @@ def test_transposed_tensor_is_misshapen(checkpoint):
     _refused(copy, f"tensor {Q} has shape [12, 24]; expected [24, 12]")
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.float64, np.uint8])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
 def test_dtypes_that_are_no_weights(dtype, checkpoint):
     copy = checkpoint()
     copy.tensors(lambda t: t.update({Q: t[Q].astype(dtype)}))
@@ -124,7 +127,44 @@ def test_tied_head_that_is_saved_too(checkpoint):
     _refused(copy, "missing tensor lm_head.weight")
 
 
-@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+FLOATS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head"),
+    [
+        (np.float32, ml_dtypes.bfloat16),
+        (ml_dtypes.bfloat16, np.float32),
+        (np.float16, ml_dtypes.bfloat16),
+        (np.float64, np.float16),
+    ],
+)
+def test_tied_head_in_another_dtype(embedding, head, checkpoint):
+    """Both are roundings of one matrix, or they are refused."""
+    copy = checkpoint("llama-mha")
+    name = "model.embed_tokens.weight"
+    values = np.random.default_rng(0).normal(size=(19, 12))
+
+    def tie(tensors):
+        # What is narrower was rounded from what is wider, or both from the same.
+        wide = values.astype(embedding) if np.dtype(embedding).itemsize > 2 else values
+        tensors[name] = wide.astype(embedding)
+        tensors["lm_head.weight"] = wide.astype(head)
+        if np.dtype(head).itemsize > np.dtype(embedding).itemsize:
+            tensors[name] = tensors["lm_head.weight"].astype(embedding)
+
+    def change(tensors):
+        tie(tensors)
+        tensors["lm_head.weight"][3, 4] *= 1.02
+
+    _cast(copy, tie)
+    assert jkv.load(copy.path).model.head is None
+    copy = checkpoint("llama-mha")
+    _cast(copy, change)
+    _refused(copy, "lm_head.weight differs from the embedding")
+
+
+@pytest.mark.parametrize("stored", FLOATS)
 @pytest.mark.parametrize("wanted", [None, "float32", "bfloat16", jnp.float16])
 def test_dtypes_on_disk_and_in_memory(stored, wanted, checkpoint):
     copy = checkpoint()
@@ -148,8 +188,6 @@ def test_dtypes_on_disk_and_in_memory(stored, wanted, checkpoint):
 
 def _cast(copy, change):
     """`safetensors.numpy` writes BF16, and cannot read it again: one way is enough here."""
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(copy.weights)
     change(tensors)
     save_file(tensors, copy.weights)
@@ -164,6 +202,11 @@ def test_the_checkpoints_own_dtype_where_products_are_fast(checkpoint, monkeypat
     assert jkv.load(copy.path).config.dtype == "float16"
     copy.config(torch_dtype=...)
     assert jkv.load(copy.path).config.dtype == "float32"  # as it lies on disk
+    copy.config(dtype="float64")
+    assert jkv.load(copy.path).config.dtype == "float32"
+    copy.config(dtype=...)
+    copy.tensors(lambda t: t.update({k: v.astype(np.float64) for k, v in t.items()}))
+    assert jkv.load(copy.path).config.dtype == "float32"
 
 
 def test_loaded_weights_do_not_alias_the_file(checkpoint):
@@ -269,6 +312,23 @@ def test_a_tensor_in_two_shards(checkpoint):
     copy.tensors(lambda t: t.update({first: extra}))
     copy.weights.rename(copy.path / "b.safetensors")
     _refused(copy, f"b.safetensors: {first} is in a.safetensors too")
+
+
+def test_harmless_tensors_that_the_index_and_the_shards_disagree_about(checkpoint):
+    copy = checkpoint("llama-mha")
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
+    index = copy.shard()
+    tensors = load_file(copy.path / "a.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    for extra in (buffer, buffer | head):
+        save_file(tensors | extra, copy.path / "a.safetensors")
+        jkv.load(copy.path)
+    index["weight_map"]["model.layers.1.self_attn.rotary_emb.inv_freq"] = "b.safetensors"
+    copy.index(index)
+    jkv.load(copy.path)
+    del index["weight_map"]["model.norm.weight"]
+    copy.index(index)
+    _refused(copy, "holds model.norm.weight, which model.safetensors.index.json does not list")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}'])

@@ -8,6 +8,7 @@ import pytest
 
 import jkv
 from jkv.errors import CheckpointError
+from jkv.models import families
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -98,3 +99,116 @@ def test_partial_rotation_has_two_places(checkpoint):
     copy.config(rope_parameters={"partial_rotary_factor": 0.4})
     with pytest.raises(CheckpointError, match="3 of each head's 8 dimensions"):
         jkv.load(copy.path)
+
+
+# As the Qwen2.5 card turns YaRN on: `max_position_embeddings` stays as the model was trained.
+_CARD = {
+    "model_type": "qwen2",
+    "vocab_size": 9,
+    "hidden_size": 3584,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+}
+_LLAMA31 = _CARD | {
+    "model_type": "llama",
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rope_scaling": _LLAMA3 | {"original_max_position_embeddings": 8192},
+}
+_PLACES = [0, 15, 25, 30, 35, 63]
+# Changes, the context, and from transformers 5.24: inverse frequencies at `_PLACES` and the factor
+# of cosines and sines.
+SCALED = {
+    "card": (
+        _CARD,
+        {},
+        131072,
+        [1.0, 0.0392418988, 0.0041317381, 0.00106436096, 0.000246258394, 3.10234441e-07],
+        1.138629436111989,
+    ),
+    "yarn under an outer original context": (
+        _CARD,
+        {"original_max_position_embeddings": 16384},
+        65536,
+        [1.0, 0.0392418988, 0.00353196962, 0.000860547181, 0.000176998234, 3.10234441e-07],
+        1.138629436111989,
+    ),
+    "yarn without a factor": (
+        _CARD,
+        {
+            "max_position_embeddings": 65536,
+            "rope_scaling": _CARD["rope_scaling"] | {"factor": None},
+        },
+        65536,
+        [1.0, 0.0392418988, 0.00426501967, 0.00122288277, 0.000338605285, 6.20468882e-07],
+        1.0693147180559945,
+    ),
+    "llama3": (
+        _LLAMA31,
+        {},
+        131072,
+        [1.0, 0.0461640507, 0.00594073068, 0.00137189368, 9.55621217e-05, 3.06892588e-07],
+        1.0,
+    ),
+    "llama3 under an outer original context": (
+        _LLAMA31,
+        {"original_max_position_embeddings": 4096},
+        131072,
+        [1.0, 0.0461640507, 0.00572024984, 0.000508353522, 9.55621217e-05, 3.06892588e-07],
+        1.0,
+    ),
+}
+
+
+def _read(values):
+    problems: list[str] = []
+    family = families.find(values, problems)
+    assert family is not None
+    return families.read_config(values, family, problems), problems
+
+
+@pytest.mark.parametrize("what", SCALED)
+def test_numbers_of_transformers(what):
+    base, changes, context, frequencies, magnitude = SCALED[what]
+    config, problems = _read(base | changes)
+    assert problems == []
+    assert config is not None
+    assert config.rope is not None
+    assert config.context == context
+    assert config.rope.magnitude == pytest.approx(magnitude, rel=1e-12)
+    assert config.rope.frequencies()[_PLACES] == pytest.approx(frequencies, rel=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}, {"type": "default"}])
+def test_original_context_where_no_rule_asks_for_it(scaling):
+    values = _CARD | {"rope_scaling": scaling}
+    plain, _ = _read(values)
+    again, problems = _read(values | {"original_max_position_embeddings": 4096})
+    assert problems == []
+    assert again == plain
+
+
+def test_yarn_where_the_context_is_the_longer_one():
+    """Most configurations give the context that YaRN makes."""
+    config, _ = _read(_CARD | {"max_position_embeddings": 163840})
+    assert config is not None
+    assert config.context == 163840
+
+
+@pytest.mark.parametrize("key", ["factor", "attention_factor", "mscale", "wobble"])
+def test_keys_of_scaling_that_scale_nothing(key):
+    for value, count in ((None, 0), (1, key == "wobble"), (2.0, 1)):
+        _, problems = _read(_CARD | {"rope_scaling": {"rope_type": "default", key: value}})
+        assert len(problems) == count
+
+
+def test_a_yarn_for_more_tokens_than_can_be():
+    scaling = {"type": "yarn", "factor": 1e200}
+    _, problems = _read(_CARD | {"rope_scaling": scaling})
+    assert len(problems) == 1
+    assert "factor is 1e+200" in problems[0]

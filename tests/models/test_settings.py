@@ -39,9 +39,8 @@ REFUSED = {
     "quantized": (
         "llama-mqa",
         {"quantization_config": {"quant_method": "gptq"}},
-        "quantization_config is {'quant_method': 'gptq'}, which is not implemented",
+        "the weights are quantized with gptq (quantization_config of config.json)",
     ),
-    "own code": ("llama-mqa", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map is"),
     "encoder": ("llama-mqa", {"is_encoder_decoder": True}, "is_encoder_decoder is True"),
     "partial rotation": ("llama-mqa", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "qwen without biases": ("qwen2-gqa", {"attention_bias": False}, "attention_bias is False"),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jkv.models import tensorfile
 from jkv.models.tensorfile import Tensor, read_header
 
 GOOD = {
@@ -115,11 +118,35 @@ def test_header_longer_than_the_file(length, tmp_path):
     assert "truncated" in problems[0]
 
 
-def test_header_longer_than_the_format_allows(tmp_path):
+def test_header_longer_than_any_model_needs(tmp_path):
+    """Parsed, 100 MB of brackets would take gigabytes."""
     with (tmp_path / "x").open("wb") as file:
-        file.write(struct.pack("<Q", 100_000_001))
+        file.write(struct.pack("<Q", (8 << 20) + 1))
         file.truncate(100_000_100)  # sparse
-    assert "expected at most 100 MB" in _read(tmp_path / "x")[1][0]
+    assert "a header of 8388609 bytes; expected at most 8388608" in _read(tmp_path / "x")[1][0]
+
+
+def test_a_key_repeated_over_and_over(tmp_path):
+    """Found in one pass: to count each name anew would take hours for these."""
+    entries = b",".join(b'"%d": 0, "%d": 0' % (i, i) for i in range(150_000))
+    _write(tmp_path / "x", b"{" + entries + b"}")
+    problem = _read(tmp_path / "x")[1][0]
+    assert "repeated keys 0, 1, 10," in problem
+    assert len(problem) < 300
+
+
+@pytest.mark.parametrize("what", ["name", "shape", "dtype", "entry"])
+def test_long_things_make_short_errors(what, tmp_path):
+    entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 25]}
+    name = "n" * 10**6 if what == "name" else "a"
+    if what == "shape":
+        entry["shape"] = [1] * 10**6
+    elif what == "dtype":
+        entry["dtype"] = "F" * 10**6
+    _write(tmp_path / "x", {name: entry if what != "entry" else ["e"] * 10**6})
+    problems = _read(tmp_path / "x")[1]
+    assert len(problems) == 1
+    assert len(problems[0]) < 400
 
 
 def test_truncated_anywhere(tmp_path):
@@ -151,7 +178,25 @@ def test_any_byte_changed(data, tmp_path_factory):
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
 
-def test_unreadable(tmp_path):
-    tensors, problems = _read(tmp_path)
-    assert tensors == {}
-    assert "cannot be read" in problems[0]
+def test_directories_pipes_and_devices(tmp_path):
+    """None is opened: a pipe would wait for its other end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in (
+        (tmp_path, "a directory"),
+        (tmp_path / "pipe", "a pipe or a device"),
+        (Path("/dev/zero"), "a pipe or a device"),
+    ):
+        tensors, problems = _read(path)
+        assert tensors == {}
+        assert f"cannot be read: it is {kind}" in problems[0]
+
+
+def test_a_tensor_in_pieces(tmp_path, monkeypatch):
+    """Pieces of two dtypes have the same elements."""
+    monkeypatch.setattr(tensorfile, "_CHUNK", 24)
+    _write(tmp_path / "x", GOOD)
+    tensors, _ = _read(tmp_path / "x")
+    assert [piece.size for piece in tensors["a"].chunks()] == [3, 3]
+    assert [piece.size for piece in tensors["b"].chunks()] == [3, 1]
+    whole = np.concatenate(list(tensors["a"].chunks()))
+    np.testing.assert_array_equal(whole, tensors["a"].read().reshape(-1))
