@@ -105,8 +105,6 @@ def test_a_stop_goes_beside_the_checkpoints_own(serve, lm):  # noqa: F811
         (answer,) = [a for a in answers if a["line"] == 2]
         assert answer["tokens"] == tokens[: cut + 1]
         assert answer["finish_reason"] == "stop"
-    keywords = requests._keywords({"prompt": "x", "stop": "y"}, 4)
-    assert command.options.stops(keywords["stop"], lm.config) == [*lm.config.end_ids, "y"]
 
 
 def test_json_ends_with_the_figures_that_prometheus_gets(serve, tmp_path):

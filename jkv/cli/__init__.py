@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands: `jkv --help` does not wait for
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    _replace_what_cannot_be_written()
     try:
         return app(args=arguments or ["--help"], prog_name="jkv", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -67,6 +69,16 @@ def _run(arguments: Sequence[str] | None) -> int:
         if not is_ours(error):
             raise
         return complain(str(error))
+
+
+def _replace_what_cannot_be_written() -> None:
+    """Have standard output write "?" for characters that its encoding lacks.
+
+    Anything else would lose a text that has been computed. Standard error does so by itself.
+    """
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and out.errors in ("strict", "surrogateescape"):
+        out.reconfigure(errors="replace")
 
 
 def _advice(error: Any) -> str:

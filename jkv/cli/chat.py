@@ -63,7 +63,7 @@ def chat(
         system=system,
         max_new_tokens=max_new_tokens,
         cache=kind,
-        stop=options.stops(stop, lm.config),
+        stop=stop or None,
         on_full=on_full,
         **drawing,
     )

@@ -42,10 +42,10 @@ def generate(
     asked = {
         "max_new_tokens": max_new_tokens,
         "cache": parse(cache),
+        "stop": stop or None,
         **options.drawing(temperature, top_k, top_p, min_p, repetition_penalty, seed),
     }
     lm = process.load(model, dtype)
-    asked["stop"] = options.stops(stop, lm.config)
     ids = lm.encode(prompt)
     screen = Screen(lm, prompt, ids, steps=show_steps, stream=stream, as_json=as_json)
     result, speed = _measured(lm, ids, asked, screen, warm=not (stream or show_steps))
@@ -55,11 +55,11 @@ def generate(
             "prompt": text,
             "prompt_tokens": list(prompt_tokens),
             "tokens": row,
-            "text": lm.decode(row),
+            "text": new,
             "finish_reason": reason,
         }
-        for text, prompt_tokens, row, reason in zip(
-            prompt, ids, rows, result.finish_reasons, strict=True
+        for text, prompt_tokens, row, new, reason in zip(
+            prompt, ids, rows, result.texts, result.finish_reasons, strict=True
         )
     ]
     model_of = {"model": lm.source, "cache": cache, "dtype": lm.config.dtype}
@@ -136,7 +136,7 @@ class Screen:
         stream: bool,
         as_json: bool,
     ):
-        from jkv.decoding.stream import Pieces
+        from jkv.decoding.detokenize import Pieces
 
         self._steps, self._stream, self._as_json = steps, stream and not steps, as_json
         self._texts, self._count = list(prompts), 0

@@ -60,8 +60,3 @@ def drawing(
     if temperature == 0:  # the likeliest token is in every cut
         return {"sampler": sampling.chain(*chosen, heat) if chosen else None, "key": None}
     return {"sampler": sampling.chain(*chosen, heat, *cuts), "key": jax.random.key(seed)}
-
-
-def stops(texts: list[Any] | None, config: Any) -> list[Any] | None:
-    """What `stop=` gets: texts and ids beside the checkpoint's end-of-text ids."""
-    return [*config.end_ids, *texts] if texts else None

@@ -22,6 +22,7 @@ from jkv.decoding import loop
 from jkv.decoding.faults import Faults
 from jkv.decoding.options import Options
 from jkv.decoding.request import PAD, bucket, integer
+from jkv.decoding.result import texts_of
 from jkv.decoding.run import Run
 
 
@@ -35,12 +36,28 @@ class Beams:
             length to the power of `length_penalty`.
         lengths: ``[B, W]``, new tokens of each, the one that ended it included.
         finish_reasons: per prompt and hypothesis "stop" or "length".
+        history: per prompt all its tokens, those of a resumed result included.
     """
 
     tokens: np.ndarray
     scores: np.ndarray
     lengths: np.ndarray
     finish_reasons: tuple[tuple[str, ...], ...]
+    history: tuple[np.ndarray, ...]
+    tokenizer: Any = None  # for `texts`; None where the search had none
+
+    @property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """The new text of each prompt's hypotheses, the best first; see `Result.texts`.
+
+        Raises:
+            UnsupportedError: no tokenizer took part.
+        """
+        found = []
+        for prompt, rows, lengths in zip(self.history, self.tokens, self.lengths, strict=True):
+            whole = [np.append(prompt, row[:n]) for row, n in zip(rows, lengths, strict=True)]
+            found.append(texts_of(self.tokenizer, whole, lengths))
+        return tuple(found)
 
     def __repr__(self) -> str:
         """Shapes rather than numbers."""
@@ -96,14 +113,14 @@ def beam_search(
 
     Args:
         model: `lm.model`, or `lm` where prompts are texts.
-        prompts: one row each, see `jkv.generate`.
+        prompts: one row each, or one text; see `jkv.generate`.
         max_new_tokens: per hypothesis, at most; an int.
         beams: W, at most the vocabulary. Another number compiles anew.
         length_penalty: 0 compares plain sums, which favours short hypotheses, 1 the mean per token.
         early_stopping: a prompt is done as soon as it has W hypotheses, whatever the beams that
             still run could reach.
-        stop: ids at which a hypothesis ends, or one list of them per prompt; None is the
-            checkpoint's end-of-text ids, () is nothing.
+        stop: ids at which a hypothesis ends beside the checkpoint's end-of-text ids, or one list of
+            them per prompt; () switches all off, and so does an empty list of a prompt.
         cache: the kind or its text ("int4"), `jkv.dense()` by default.
         resume: an earlier `Result` to go on from.
         slots: tokens that each row's cache has room for.
@@ -158,10 +175,10 @@ def beam_search(
     search.cache.check()
     prompts_end = np.asarray([len(row) for row in run.history])
     search.faults.check(np.asarray(search.faults.position) - prompts_end)
-    return _read(search.found)
+    return _read(search.found, run)
 
 
-def _read(found: Found) -> Beams:
+def _read(found: Found, run: Run) -> Beams:
     lengths = np.asarray(found.lengths)
     stopped = np.asarray(found.stopped).tolist()
     return Beams(
@@ -169,6 +186,8 @@ def _read(found: Found) -> Beams:
         scores=np.array(found.scores),
         lengths=lengths,
         finish_reasons=tuple(tuple("stop" if s else "length" for s in row) for row in stopped),
+        history=tuple(run.history),
+        tokenizer=run.tokenizer,
     )
 
 

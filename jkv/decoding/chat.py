@@ -13,8 +13,11 @@ from jkv._text import brief, plural
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import loop, request, room, stored
+from jkv.decoding.detokenize import Pieces
 from jkv.decoding.options import checked_kind
+from jkv.decoding.request import PAD
 from jkv.decoding.result import Result
+from jkv.decoding.stopping import first_stop
 from jkv.decoding.stream import Stream, stream
 from jkv.errors import CacheFullError, JkvError, UnsupportedError
 
@@ -71,7 +74,8 @@ class Chat:
             cache: the kind or its text ("int4"), `jkv.dense()` by default.
             sampler: a transform of `jkv.sampling`; greedy by default.
             key: for samplers that draw at random; each turn draws with a key folded from it.
-            stop: see `jkv.generate`. A string that ends a reply is left out of it.
+            stop: ids and strings at which a reply ends beside the checkpoint's end-of-text ids, ()
+                for none at all; see `jkv.generate`. A string that ends a reply is left out of it.
             context: tokens of the conversation and the reply at most; by default the model's, or
                 any number where the cache lets it run past that.
             on_full: when they do not fit: "raise", or "drop" the oldest turns for good; the system
@@ -103,6 +107,8 @@ class Chat:
         loop.check_sampler(sampler, key, 1)
         stops = request.stops(stop, 1, config.vocab, config.end_ids, self._tokenizer)
         self._strings = stops.strings[0]
+        self._begun = _beginnings(self._strings, self._tokenizer)
+        self._reach = max(map(len, self._strings), default=0)
         self._options = {"cache": cache, "sampler": sampler, "stop": stop}
         self._key = key
         self._system = () if system is None else (_message("system", system),)
@@ -178,7 +184,7 @@ class Chat:
             self._lm, [new], max_new_tokens=self._max_new, resume=start, key=key, **options
         )
         after = _Past(messages, None, past.turns + 1, reused, len(ids) - reused)
-        return self._reply(past, after, blocks)
+        return self._reply(past, after, blocks, ids)
 
     def _found(self, ids: list[int]) -> Result | None:
         """The beginning of a conversation that another one in the store has too."""
@@ -190,12 +196,23 @@ class Chat:
         held = np.asarray(ids[: found.length], np.int32)
         return _past_result(found.cache, held, self._config)
 
-    def _reply(self, past: _Past, after: _Past, blocks: Stream) -> Iterator[str]:
+    def _reply(self, past: _Past, after: _Past, blocks: Stream, prompt: list[int]) -> Iterator[str]:
         """Pieces of text; at their end the conversation goes from `past` to `after`."""
-        said, given = "", 0
+        # A message is a text of its own, as templates and other tokenizers' users take it: it does
+        # not begin with the space that there would be after the prompt.
+        pieces = Pieces(self._tokenizer)
+        tokens, said, given = [], "", 0
+        before = self._tokenizer.decode(prompt[-self._reach :]) if self._reach else ""
         for block in blocks:
-            said += "" if block.texts is None else block.texts[0]
-            settled = _until_stop(said, self._strings, last=bool(block.done[0]))
+            new = [token for token in block.tokens[0].tolist() if token != PAD]
+            tokens += new
+            last = bool(block.done[0])
+            said += pieces.push(new, last=last)
+            if last:
+                match = first_stop(self._tokenizer, self._strings, prompt, tokens, len(new))
+                settled = len(said) - len(match.visible if match else "")
+            else:
+                settled = len(said) - _held(before + said, self._begun)
             if settled > given:
                 yield said[given:settled]
                 given = settled
@@ -281,12 +298,15 @@ def _common(past: Result | None, ids: list[int]) -> tuple[Result | None, list[in
     return dataclasses.replace(past, cache=cache, history=history), ids[keep + 1 :]
 
 
-def _until_stop(text: str, strings: tuple[str, ...], *, last: bool) -> int:
-    """How much of a text may be shown: up to a stop string, or to what could become one."""
-    found = [at for at in (text.find(s) for s in strings) if at >= 0]
-    if found:
-        return min(found)
-    if last:
-        return len(text)
-    begun = (n for s in strings for n in range(len(s) - 1, 0, -1) if text.endswith(s[:n]))
-    return len(text) - max(begun, default=0)
+def _beginnings(strings: tuple[str, ...], tokenizer: Any) -> tuple[str, ...]:
+    """What a text ends with where a stop string has begun and is not complete, longest first."""
+    found = set()
+    for string in strings:
+        shown = tokenizer.without_special(string)  # a special token of it may be still to come
+        found |= {shown[:n] for n in range(1, len(shown) + (shown != string))}
+    return tuple(sorted(found, key=len, reverse=True))
+
+
+def _held(text: str, beginnings: tuple[str, ...]) -> int:
+    """How many characters at the end of a text may turn out to belong to a stop string."""
+    return next((len(begun) for begun in beginnings if text.endswith(begun)), 0)

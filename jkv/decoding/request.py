@@ -68,23 +68,26 @@ def integer(name: str, value: Any, least: int) -> int:
 
 
 def rows_of_tokens(
-    prompts: Any, vocab: int, *, tokenizer: Any = None, may_be_empty: bool = False
+    prompts: Any, vocab: int, *, tokenizer: Any = None, continued: bool = False
 ) -> list[np.ndarray]:
     """Prompts as one int32 array per row.
 
     Args:
-        prompts: a list of rows, each a list or array of ids or (with a tokenizer) a text; or an
-            array ``[B, T]``.
+        prompts: a list of rows, each a list or array of ids or (with a tokenizer) a text; one text,
+            which is one row; or an array ``[B, T]``.
         vocab: V.
         tokenizer: for texts.
-        may_be_empty: whether a row may have no token (a resumed row has one waiting).
+        continued: whether the rows go on from others. Then a row may be empty (one token of it is
+            waiting), and a text is encoded as a continuation, without special tokens.
 
     Raises:
         TypeError: something that holds no token ids.
         ValueError: no rows, an empty row, or an id outside the vocabulary.
     """
-    if isinstance(prompts, str | bytes):
-        raise TypeError(f"got the text {brief(prompts)} as prompts; expected a list of prompts")
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, bytes):
+        raise TypeError(f"got {brief(prompts)} as prompts; expected a text, or a list of prompts")
     if not isinstance(prompts, Sequence):
         # An array on the device would compile one program per shape to be cut into rows.
         prompts = _host_array("prompts", prompts)
@@ -94,17 +97,17 @@ def rows_of_tokens(
             )
     if len(prompts) == 0:
         raise ValueError("got no prompts; expected at least one row")
-    return [_row(i, row, vocab, tokenizer, may_be_empty) for i, row in enumerate(prompts)]
+    return [_row(i, row, vocab, tokenizer, continued) for i, row in enumerate(prompts)]
 
 
-def _row(i: int, row: Any, vocab: int, tokenizer: Any, may_be_empty: bool) -> np.ndarray:
+def _row(i: int, row: Any, vocab: int, tokenizer: Any, continued: bool) -> np.ndarray:
     if isinstance(row, str):
         if tokenizer is None:
             raise TypeError(
                 f"prompt {i} is a text, and there is no tokenizer: pass lm instead of lm.model, "
                 "or token ids"
             )
-        row = tokenizer.encode(row)
+        row = tokenizer.encode_continuation(row) if continued else tokenizer.encode(row)
     array = _host_array(f"prompt {i}", row)
     if array.ndim != 1:
         raise TypeError(
@@ -112,7 +115,7 @@ def _row(i: int, row: Any, vocab: int, tokenizer: Any, may_be_empty: bool) -> np
             "goes in a list of its own: [[1, 2, 3]])"
         )
     if array.size == 0:
-        if not may_be_empty:
+        if not continued:
             raise ValueError(f"prompt {i} is empty; expected at least one token")
         return np.zeros((0,), np.int32)
     if not np.issubdtype(array.dtype, np.integer):
@@ -161,11 +164,12 @@ def _named(value: Any) -> str:
 
 
 def stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: Any) -> Stops:
-    """What ends each row.
+    """What ends each row: what is asked for, and the checkpoint's end-of-text ids beside it.
 
     Args:
-        stop: None for the checkpoint's end-of-text ids, () for nothing, an id, a string, several
-            of them for all rows, or a list of such lists, one per row.
+        stop: None for the checkpoint's ids alone; an id, a string, or several of them for all rows,
+            or a list of such lists, one per row: they come beside the checkpoint's. () is nothing
+            at all, and so is an empty list of a row.
         batch: B.
         vocab: V.
         end_ids: the checkpoint's.
@@ -195,7 +199,9 @@ def stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: 
     per_row = stop if any(nested) else (stop,) * batch
     ids, strings = [], []
     for row in per_row:
-        ids.append(tuple(_stop_id(s, vocab) for s in row if not isinstance(s, str)))
+        own = [_stop_id(s, vocab) for s in row if not isinstance(s, str)]
+        # Nothing switches all of them off; what is asked for never does so by the way.
+        ids.append(tuple(dict.fromkeys([*own, *end_ids])) if len(row) else ())
         strings.append(tuple(s for s in row if isinstance(s, str)))
     if any("" in row for row in strings):
         raise ValueError("stop got an empty string, which every text contains")
@@ -218,29 +224,6 @@ def _stop_id(value: Any, vocab: int) -> int:
     if not 0 <= value < vocab:
         raise ValueError(f"stop got token {value}; expected ids from 0 to {vocab - 1}")
     return int(value)
-
-
-def first_stop(
-    tokenizer: Any, strings: Sequence[str], tokens: Sequence[int], fresh: int
-) -> int | None:
-    """How many tokens a row keeps if a stop string is complete in its text, else None.
-
-    Args:
-        tokenizer: of the row's tokens.
-        strings: at which it ends.
-        tokens: all that the row has said.
-        fresh: how many of them are new; the others held no stop string.
-    """
-    if not strings or not fresh:
-        return None
-
-    def complete(count: int) -> bool:
-        text = tokenizer.decode(tokens[:count])
-        return any(s in text for s in strings)
-
-    if not complete(len(tokens)):
-        return None
-    return next(n for n in range(len(tokens) - fresh + 1, len(tokens) + 1) if complete(n))
 
 
 def bucket(size: int, least: int = 64) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jkv.cache.base import Cache
+from jkv.decoding.detokenize import new_text
+from jkv.errors import UnsupportedError
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -40,6 +43,36 @@ class Result:
     config: Any = None  # of the model, so that another one does not resume with its keys
     passes: np.ndarray | None = None
     reused: np.ndarray | None = None
+    tokenizer: Any = None  # for `texts`; None where generation had none
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The new text of each row: what its new tokens add to the text of those before.
+
+        The text of the prompt (of all earlier turns, for a resumed row) and this make the decoded
+        text of `history`, special tokens left out; the blocks of a stream join to it. With
+        SentencePiece it begins with the space that the new tokens decoded alone would lose. A
+        character of which the prompt had only the first bytes stands here as a whole.
+
+        Raises:
+            UnsupportedError: no tokenizer took part.
+        """
+        return texts_of(self.tokenizer, self.history, self.lengths)
+
+    @property
+    def text(self) -> str:
+        """The new text of a result's only row; see `texts`.
+
+        Raises:
+            UnsupportedError: no tokenizer took part.
+            ValueError: the result has several rows.
+        """
+        if len(self.history) != 1:
+            raise ValueError(
+                f"text got a result of {len(self.history)} rows; expected one: use texts, which "
+                "has the text of each"
+            )
+        return self.texts[0]
 
     @property
     def tokens_per_pass(self) -> float:
@@ -53,6 +86,24 @@ class Result:
             f"Result(tokens=int32{list(self.tokens.shape)}, lengths={self.lengths.tolist()}, "
             f"finish_reasons={self.finish_reasons})"
         )
+
+
+def texts_of(
+    tokenizer: Any, rows: Sequence[np.ndarray], lengths: Sequence[int] | np.ndarray
+) -> tuple[str, ...]:
+    """The new text of rows whose last tokens are new, so many of each; see `Result.texts`.
+
+    Raises:
+        UnsupportedError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise UnsupportedError(
+            "a text needs the tokenizer: pass lm instead of lm.model, or decode the tokens"
+        )
+    cuts = [len(row) - int(length) for row, length in zip(rows, lengths, strict=True)]
+    return tuple(
+        new_text(tokenizer, row[:cut], row[cut:]) for row, cut in zip(rows, cuts, strict=True)
+    )
 
 
 # What keys and values depend on, beside the weights; the context may differ.

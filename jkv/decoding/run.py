@@ -21,7 +21,6 @@ from jkv.decoding.request import (
     PAD,
     Stops,
     bucket,
-    first_stop,
     integer,
     padded,
     rows_of_tokens,
@@ -29,6 +28,7 @@ from jkv.decoding.request import (
     stops,
 )
 from jkv.decoding.result import Result, differences
+from jkv.decoding.stopping import first_stop
 from jkv.errors import CacheFullError, UnsupportedError
 
 
@@ -55,7 +55,7 @@ class Run:
         integer("prefill_chunk", options.prefill_chunk, 16)
         check_plain(options)
         self.new = rows_of_tokens(
-            prompts, config.vocab, tokenizer=self.tokenizer, may_be_empty=resume is not None
+            prompts, config.vocab, tokenizer=self.tokenizer, continued=resume is not None
         )
         self.samples = integer("samples", options.samples, 1)
         batch = len(self.new) * self.samples
@@ -259,10 +259,10 @@ class Run:
             row.tokens.extend(fresh.tolist())
             if values is not None:
                 row.logprobs.extend(values[i, : len(fresh)].tolist())
-            cut = first_stop(self.tokenizer, row.strings, row.tokens, len(fresh))
-            if cut is not None:
-                block[i, len(fresh) - (len(row.tokens) - cut) :] = PAD
-                del row.tokens[cut:], row.logprobs[cut:]
+            match = first_stop(self.tokenizer, row.strings, self.history[i], row.tokens, len(fresh))
+            if match is not None:
+                block[i, len(fresh) - (len(row.tokens) - match.kept) :] = PAD
+                del row.tokens[match.kept :], row.logprobs[match.kept :]
                 row.reason = "stop"
             elif row.tokens and row.tokens[-1] in self.stops.ids[i]:
                 row.reason = "stop"
@@ -313,6 +313,7 @@ class Run:
             config=self.model.config,
             passes=lengths - 1 if self.draft is None else np.asarray(self.state.passes),
             reused=self.reused,
+            tokenizer=self.tokenizer,
         )
 
     def _keep(self, shelf: stored.Shelf, cache: Cache, history: list[np.ndarray]) -> None:
@@ -348,17 +349,22 @@ def generate(
 
     Args:
         model: `lm.model`, or `lm` where prompts or stops are texts.
-        prompts: a list of rows, each a list or array of ids (or a text), or an array ``[B, T]``.
+        prompts: a list of rows, each a list or array of ids (or a text), or an array ``[B, T]``;
+            one text is one row.
         max_new_tokens: per row, at most; an int.
         cache: the kind or its text ("int4"), `jkv.dense()` by default.
         sampler: a transform of `jkv.sampling`; greedy by default.
-        stop: ids and strings at which a row ends, or one list of them per row; None is the
-            checkpoint's end-of-text ids, () is nothing. What stopped a row is part of its tokens.
+        stop: ids and strings at which a row ends beside the checkpoint's end-of-text ids, or one
+            list of them per row; () switches all off, and so does an empty list of a row. Strings
+            are looked for in the text with its special tokens ("</s>" is one), as `transformers`
+            does: one may begin in the prompt, and the row ends with the token that completes it.
+            What stopped a row is part of its tokens.
         key: `jax.random.key(seed)`, or one key per row; for samplers that draw at random.
         return_logprobs: also the log-probability of each new token under the model.
         resume: an earlier `Result` to go on from: its last token of each row and the new prompts
-            are prefilled, nothing else. The earlier result stays valid. An empty prompt adds
-            nothing to a row.
+            are prefilled, nothing else. The earlier result stays valid. A text is encoded as a
+            continuation, without special tokens or a space put before it, so that the texts of
+            all turns join; an empty prompt, [] or "", adds nothing to a row.
         slots: tokens that each row's cache has room for; by default what is needed, rounded up so
             that few programs serve all requests.
         prefill_chunk: tokens per pass of the prefill, at least 16.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from jkv.decoding.detokenize import Pieces, incomplete
 from jkv.decoding.options import Options
 from jkv.decoding.request import PAD
 from jkv.decoding.result import Result
 from jkv.decoding.run import Run
 from jkv.errors import JkvError
-
-_UNREADABLE = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,59 +23,14 @@ class Block:
     Attributes:
         tokens: ``[B, t]`` int32, -1 after a row's end (with a draft, after what it has said yet).
         texts: per row the text that is new, "" while a character is incomplete; joined over all
-            blocks it is the decoded text of all the row's tokens. None without a tokenizer.
+            blocks it is the row's text in `Result.texts`, so that the prompt's text and these make
+            the decoded text of all tokens. None without a tokenizer.
         done: ``[B]`` bool, rows that have ended with this block or before.
     """
 
     tokens: np.ndarray
     texts: tuple[str, ...] | None
     done: np.ndarray
-
-
-class Pieces:
-    """Tokens to text a few at a time: only text that no later token can change is given out.
-
-    Joined, the pieces are the decoded text of all tokens: a character whose bytes are spread over
-    several tokens comes whole, with the last of them.
-    """
-
-    def __init__(self, tokenizer: Any, before: Sequence[int] = (), probe: int | None = None):
-        self._tokenizer = tokenizer
-        self._probe = incomplete(tokenizer) if probe is None else probe
-        self._window = list(before)  # the latest tokens: decoding them all would be quadratic
-        self._shown = len(tokenizer.decode(self._window)) if self._window else 0
-
-    def push(self, tokens: Sequence[int], *, last: bool = False) -> str:
-        """The text that `tokens` add; all that was held back too, where they are the last."""
-        fresh = list(tokens)
-        self._window += fresh
-        text = self._tokenizer.decode(self._window) if self._window else ""
-        settled = len(text) if last else self._settled(text)
-        piece = text[self._shown : settled]
-        self._shown = max(self._shown, settled)
-        if settled == len(text) and fresh:
-            tail = self._tokenizer.decode(fresh)
-            # Some decoders strip the first space of what they are given: there must be a text
-            # before the next token, or it would lose its own.
-            if tail:
-                self._window, self._shown = fresh, len(tail)
-        return piece
-
-    def _settled(self, text: str) -> int:
-        """How many characters stay as they are whatever follows."""
-        if self._probe >= 0:
-            # Followed by a lone byte, an unfinished character comes out differently (and, with
-            # byte-fallback decoders, so does the whole run of bytes that it belongs to).
-            other = self._tokenizer.decode([*self._window, self._probe])
-            same = (a == b for a, b in zip(text, other, strict=False))
-            text = text[: next((i for i, equal in enumerate(same) if not equal), len(text))]
-        return len(text.rstrip(_UNREADABLE))
-
-
-def incomplete(tokenizer: Any) -> int:
-    """A token that is part of a character, -1 where there is none among the first thousand."""
-    found = (i for i in range(1024) if _UNREADABLE in tokenizer.decode([i]))
-    return next(found, -1)
 
 
 class Stream(Iterator[Block]):
@@ -89,7 +43,7 @@ class Stream(Iterator[Block]):
         self._pieces: list[Pieces] | None = None
         if run.tokenizer is not None:
             probe = incomplete(run.tokenizer)
-            self._pieces = [Pieces(run.tokenizer, probe=probe) for _ in run.rows]
+            self._pieces = [Pieces(run.tokenizer, row, probe) for row in run.history]
 
     def __iter__(self) -> Stream:
         """Itself."""
@@ -162,12 +116,12 @@ def stream(
 
     Args:
         model: see `jkv.generate`, as for all that is not below.
-        prompts: one row each.
+        prompts: one row each, or one text.
         max_new_tokens: per row, at most.
         block: tokens per row that are computed at a time, at most.
         cache: the kind.
         sampler: a transform of `jkv.sampling`.
-        stop: ids and strings at which a row ends.
+        stop: ids and strings at which a row ends, beside the checkpoint's.
         key: for samplers that draw at random.
         return_logprobs: in the `result`.
         resume: an earlier result to go on from.

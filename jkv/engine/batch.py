@@ -19,7 +19,7 @@ from jkv.engine import lanes as device
 from jkv.engine.pages import Pages, filled
 from jkv.engine.scheduler import Seat, Tally
 
-ENDS = 16  # stop ids of a request, at most
+ENDS = 16  # stop ids of a request beside the checkpoint's, at most
 
 
 @dataclasses.dataclass
@@ -50,7 +50,8 @@ class Batch(Pages):
         self.lanes, self.block = lanes, block
         self.chunk, self.rows = min(chunk, self.config.context), rows
         self.part = -(-self.chunk // rows)  # tokens of each where there are several
-        self.state = device.empty(lanes, self.columns, ENDS, heads.mesh_of(model))
+        self.ends = ENDS + len(self.config.end_ids)
+        self.state = device.empty(lanes, self.columns, self.ends, heads.mesh_of(model))
         self.groups: dict[Any, int] = {}
         self.waited = 0.0  # seconds for the device, in all
 
@@ -58,7 +59,7 @@ class Batch(Pages):
         """Empty pages and lanes."""
         super().reset()
         self.groups = {}
-        self.state = device.empty(self.lanes, self.columns, ENDS, heads.mesh_of(self.model))
+        self.state = device.empty(self.lanes, self.columns, self.ends, heads.mesh_of(self.model))
 
     def check_ends(self, ends: tuple[int, ...]) -> None:
         """Refuse more stop ids than a lane has room for.
@@ -66,8 +67,12 @@ class Batch(Pages):
         Raises:
             ValueError: too many.
         """
-        if len(ends) > ENDS:
-            raise ValueError(f"stop got {len(ends)} ids; an engine takes at most {ENDS}")
+        if len(ends) > self.ends:
+            own = len(self.config.end_ids)
+            raise ValueError(
+                f"stop got {len(ends) - own} ids; an engine takes at most {ENDS} of them beside "
+                f"the {own} of the checkpoint"
+            )
 
     def group_of(self, sampler: Any) -> int:
         """The sampler's place among the structures that the lanes know."""
@@ -110,7 +115,7 @@ class Batch(Pages):
             "token": np.int32(0 if seat.reading else history[-1]),
             "active": np.bool_(not seat.reading),
             "left": np.int32(limit),
-            "ends": filled(request.stop_ids, ENDS, -2),
+            "ends": filled(request.stop_ids, self.ends, -2),
             "keys": np.zeros(2, np.uint32) if request.key is None else request.key,
         }
         if group >= 0:
@@ -212,7 +217,7 @@ class Batch(Pages):
                 "token": np.int32(0),
                 "active": np.bool_(False),
                 "left": np.int32(0),
-                "ends": filled((), ENDS, -2),
+                "ends": filled((), self.ends, -2),
                 "keys": np.zeros(2, np.uint32),
             }
             if group >= 0:

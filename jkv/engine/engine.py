@@ -19,6 +19,7 @@ import numpy as np
 
 from jkv._text import brief
 from jkv.decoding import sampling
+from jkv.decoding.detokenize import new_text
 from jkv.decoding.request import (
     integer,
     rows_of_tokens,
@@ -133,7 +134,8 @@ class Engine(Steps):
                 engine has not seen compiles its programs anew.
             key: `jax.random.key(seed)`, for samplers that draw at random: the tokens are those of
                 `jkv.generate` with the same key.
-            stop: ids and strings at which it ends, as of `jkv.generate`.
+            stop: ids and strings at which it ends beside the checkpoint's, as of `jkv.generate`;
+                at most 16 ids. () switches all off.
             priority: an integer; higher is sooner.
             tenant: requests share prefixes with those of their tenant only.
             on_token: called with (request, token) as tokens come. What it raises ends the request.
@@ -223,15 +225,15 @@ class Engine(Steps):
                 seat = next(s for s in self.seats if s is not None and s.request is request)
                 self._leave(seat, "cancelled")
 
-    def text(self, tokens: list[int]) -> str:
-        """Text of ids.
+    def text(self, request: Request) -> str:
+        """The new text of a request.
 
         Raises:
             UnsupportedError: the model has no tokenizer.
         """
         if self.tokenizer is None:
             raise UnsupportedError("there is no tokenizer: use request.tokens, which are ids")
-        return self.tokenizer.decode(tokens)
+        return new_text(self.tokenizer, request.prompt, request.tokens)
 
     def stats(self) -> dict[str, Any]:
         """Figures since the engine was made; seconds, pages, tokens. See `Stats`."""

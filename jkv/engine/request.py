@@ -20,7 +20,7 @@ class Driver(Protocol):
 
     def advance(self, request: Request, seen: int) -> None: ...  # noqa: D102
     def cancel(self, request: Request) -> None: ...  # noqa: D102
-    def text(self, tokens: list[int]) -> str: ...  # noqa: D102
+    def text(self, request: Request) -> str: ...  # noqa: D102
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -77,12 +77,12 @@ class Request:
 
     @property
     def text(self) -> str:
-        """What has been said, as text.
+        """The new text so far, which goes on from the prompt's; see `jkv.Result.texts`.
 
         Raises:
             UnsupportedError: the engine's model has no tokenizer.
         """
-        return self.engine.text(self.tokens)
+        return self.engine.text(self)
 
     @property
     def watched(self) -> bool:

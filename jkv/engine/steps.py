@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from jkv.decoding import faults
-from jkv.decoding.request import PAD, first_stop
+from jkv.decoding.request import PAD
+from jkv.decoding.stopping import first_stop
 from jkv.engine import lanes as device
 from jkv.engine.batch import Batch, Part
 from jkv.engine.request import FINISHED, RUNNING, WAITING, Request
@@ -362,7 +363,10 @@ class Steps:
         """Cut the tokens at a stop string and tell the callback; whether there was one."""
         cut = None
         if request.stop_strings:
-            cut = first_stop(self.tokenizer, request.stop_strings, request.tokens, fresh)
+            match = first_stop(
+                self.tokenizer, request.stop_strings, request.prompt, request.tokens, fresh
+            )
+            cut = None if match is None else match.kept
         if cut is not None:
             gone = len(request.tokens) - cut
             fresh -= gone

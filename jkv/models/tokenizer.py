@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import tokenizers
 from jkv._text import brief
 from jkv.errors import UnsupportedError
 from jkv.models import template as _template
+from jkv.models.continuation import Continuation
 from jkv.models.files import TEMPLATE_LIMIT, TOKENIZER_LIMIT, parse_json, read_json, read_text
+from jkv.models.token_bytes import TokenBytes
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -53,19 +57,66 @@ class Tokenizer:
         return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a text.
+        """Encode a text that begins a row.
+
+        A text that already begins with what the checkpoint puts first, as a rendered chat template
+        mostly does, does not get it twice.
 
         Args:
             text: any.
             special: add what the checkpoint puts around a text, mostly a start token.
+
+        Raises:
+            ValueError: something else than a text, or one that is not valid Unicode.
         """
-        if not isinstance(text, str):
-            raise ValueError(f"encode got {type(text).__name__}; expected a text")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"encode got a text that is not valid Unicode: {error}") from error
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        _check_text(text)
+        encoding = self._tokenizer.encode(text, add_special_tokens=special)
+        ids, added = encoding.ids, encoding.special_tokens_mask
+        first = added.index(0) if 0 in added else 0
+        if first and ids[first : 2 * first] == ids[:first]:
+            return ids[first:]
+        return ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Encode a text that goes on from another one.
+
+        No special tokens are added, and none of the spaces that a tokenizer puts before a text:
+        what comes before, decoded together with these ids, goes on with exactly this text.
+
+        Args:
+            text: any; "" has no ids.
+
+        Raises:
+            ValueError: something else than a text, or one that is not valid Unicode.
+        """
+        _check_text(text)
+        return self._continuation.encode(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds to a text that has begun, also where it is a special one."""
+        return self._bytes[token]
+
+    def is_special(self, token: int) -> bool:
+        """Whether `decode` leaves a token out."""
+        return token in self._special_texts
+
+    def without_special(self, text: str) -> str:
+        """A text without the texts of special tokens: what `decode` would make of its ids."""
+        texts = sorted(self._special_texts.values(), key=len, reverse=True)
+        return re.sub("|".join(map(re.escape, texts)), "", text) if texts else text
+
+    @functools.cached_property
+    def _continuation(self) -> Continuation:
+        return Continuation(self._tokenizer)
+
+    @functools.cached_property
+    def _bytes(self) -> TokenBytes:
+        return TokenBytes(self._tokenizer)
+
+    @functools.cached_property
+    def _special_texts(self) -> dict[int, str]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {i: token.content for i, token in added.items() if token.special}
 
     def decode(self, ids: Any, *, skip_special: bool = True) -> str:
         """The text of a row of ids; -1 (padding) is left out.
@@ -125,6 +176,15 @@ class Tokenizer:
             messages, add_generation_prompt=add_generation_prompt, template=template, **values
         )
         return self.encode(text, special=False)
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"encode got {type(text).__name__}; expected a text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"encode got a text that is not valid Unicode: {error}") from error
 
 
 def _ids(values: Any) -> list[int]:

@@ -143,8 +143,16 @@ class Letters:
     def encode(self, text: str) -> list[int]:
         return [self.pieces.index(letter) for letter in text]
 
+    encode_continuation = encode
+
     def decode(self, tokens: Any) -> str:
         return "".join(self.pieces[t] for t in tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.pieces[token].encode()
+
+    def is_special(self, token: int) -> bool:
+        return False
 
 
 def lm(model: Any) -> SimpleNamespace:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import jkv
-from jkv._pytree import pytree
 from jkv.decoding.run import Run
 from tests.decoding import texts
 
@@ -23,26 +22,9 @@ def lm(tiny_config: Any) -> jkv.LM:
     return texts.noise(tiny_config, layers=1)
 
 
-@pytree
-class Script:
-    """A sampler that says given tokens whatever the logits."""
-
-    tokens: Any  # [T]
-
-    def init(self, tokens: Any, vocab: int) -> Any:
-        del tokens, vocab
-        return jnp.int32(0)
-
-    def update(self, logits: Any, state: Any, token: Any) -> tuple[Any, Any]:
-        del token
-        want = self.tokens[state]
-        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        return jnp.where(ids == want, 1e9, logits), state + 1
-
-
 def scripted(*tokens: int) -> Any:
     filled = [*tokens, *[texts.END] * (NEW - len(tokens))]
-    return jkv.sampling.chain(Script(jnp.asarray(filled, jnp.int32)), jkv.sampling.greedy())
+    return jkv.sampling.chain(texts.Script(jnp.asarray(filled, jnp.int32)), jkv.sampling.greedy())
 
 
 def alone(lm: jkv.LM, messages: list[dict[str, str]], **options: Any) -> str:

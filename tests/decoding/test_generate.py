@@ -174,13 +174,22 @@ def test_stop_ids_of_each_row(tiny_model, varied):
     check(tiny_model, out, want)
 
 
-def test_the_end_of_text_ids_are_the_default(tiny_model, varied):
+def test_stops_come_beside_the_end_of_text_ids(tiny_model, varied):
+    """Nothing else switches these off than (), or an empty list of a row."""
     ending = nnx.clone(tiny_model)
     ending.config = dataclasses.replace(tiny_model.config, end_ids=(4, 9))
     rows = [row.tolist() for row in varied.tokens]
     check(tiny_model, stopped(ending, None), [cut(row, {4, 9}) for row in rows])
     check(tiny_model, stopped(ending, ()), [(row, "length") for row in rows])
-    check(tiny_model, stopped(ending, 2), [cut(row, {2}) for row in rows])
+    check(tiny_model, stopped(ending, []), [(row, "length") for row in rows])
+    check(tiny_model, stopped(ending, 2), [cut(row, {2, 4, 9}) for row in rows])
+    lm = oracle.lm(ending)
+    check(tiny_model, stopped(lm, "no such text"), [cut(row, {4, 9}) for row in rows])
+    check(
+        tiny_model,
+        stopped(lm, [[], [2], ["no such text"]]),
+        [(rows[0], "length"), cut(rows[1], {2, 4, 9}), cut(rows[2], {4, 9})],
+    )
 
 
 def test_a_stop_as_the_last_token_is_a_stop(tiny_model, varied):
@@ -273,13 +282,19 @@ def test_stop_strings_end_the_work_within_a_block(spy, varied):
     assert max(out.lengths) - 1 <= len(steps) <= 57  # one block of 32 read, one under way
 
 
-def test_a_stop_string_does_not_look_into_the_prompt(tiny_model):
+def test_a_stop_string_in_the_prompt_is_no_stop_but_one_that_begins_there_is(tiny_model):
     lm = oracle.lm(tiny_model)
-    free = jkv.generate(lm, ["abc", "abc", "abc"], max_new_tokens=5, stop=())
-    out = jkv.generate(lm, ["abc", "abc", "abc"], max_new_tokens=5, stop="abc")
+    free = jkv.generate(lm, ["abc"], max_new_tokens=5, stop=())
+    out = jkv.generate(lm, ["abc"], max_new_tokens=5, stop="abc")
     want = cut_text(free.tokens[0].tolist(), ["abc"])
     assert oracle.said(out)[0] == want[0]
     assert out.lengths[0] > 1
+    # The row's first token with text completes this one, as it does for transformers.
+    first = next(n for n, t in enumerate(oracle.said(free)[0]) if lm.tokenizer.decode([t]))
+    letter = lm.tokenizer.decode(free.tokens[0])[0]
+    out = jkv.generate(lm, ["abc"], max_new_tokens=5, stop="bc" + letter)
+    assert out.finish_reasons == ("stop",)
+    assert oracle.said(out)[0] == oracle.said(free)[0][: first + 1]
 
 
 # Log-probabilities

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jkv
+from jkv.decoding.detokenize import Pieces
 from jkv.decoding.run import Run
-from jkv.decoding.stream import Pieces, Stream, stream
+from jkv.decoding.stream import Stream, stream
 from tests.decoding import texts
 
 PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
@@ -186,7 +187,7 @@ BAD = [
     ({"sampler": jkv.sampling.temperature(1.0)}, ValueError, "needs key"),
     ({"stop": ["text"]}, ValueError, "need the tokenizer"),
     ({"slots": 3}, jkv.CacheFullError, "slots=3"),
-    ({"prompts": "text"}, TypeError, "expected a list of prompts"),
+    ({"prompts": "text"}, TypeError, "prompt 0 is a text, and there is no tokenizer"),
 ]
 
 

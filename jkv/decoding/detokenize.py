@@ -1,0 +1,95 @@
+"""Tokens to text, where what came before has been shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_UNREADABLE = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
+
+
+def new_text(
+    tokenizer: Any, before: Sequence[int] | np.ndarray, new: Sequence[int] | np.ndarray
+) -> str:
+    """What new tokens add to the text of those before them.
+
+    It is the text of all of them from where it differs from the text of those before: with a
+    decoder that strips the first space of what it is given, the new tokens alone would lose theirs.
+    A character of which `before` has only the first bytes is in the new text as a whole.
+
+    Args:
+        tokenizer: of both.
+        before: ids ``[S]``.
+        new: ids ``[T]``.
+    """
+    old = [int(token) for token in before]
+    text = tokenizer.decode([*old, *(int(token) for token in new)])
+    return text[_shared(tokenizer.decode(old), text) :]
+
+
+class Pieces:
+    """Tokens to text a few at a time: only text that no later token can change is given out.
+
+    Joined, the pieces are the `new_text` of all tokens: a character whose bytes are spread over
+    several tokens comes whole, with the last of them.
+
+    Args:
+        tokenizer: of all tokens.
+        before: the tokens whose text has been shown.
+        probe: as of `incomplete`, if that is known.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        before: Sequence[int] | np.ndarray = (),
+        probe: int | None = None,
+    ):
+        self._tokenizer = tokenizer
+        self._probe = incomplete(tokenizer) if probe is None else probe
+        # The latest tokens, and the text of them that has been shown: decoding all of them each
+        # time would be quadratic.
+        self._window = [int(token) for token in before]
+        self._shown = tokenizer.decode(self._window) if self._window else ""
+
+    def push(self, tokens: Sequence[int], *, last: bool = False) -> str:
+        """The text that `tokens` add; all that was held back too, where they are the last."""
+        fresh = list(tokens)
+        self._window += fresh
+        text = self._tokenizer.decode(self._window) if self._window else ""
+        settled = text if last else self._settled(text)
+        piece = settled[_shared(self._shown, text) :]
+        if piece:
+            self._shown = settled
+        if settled == text and fresh:
+            tail = self._tokenizer.decode(fresh)
+            # Some decoders strip the first space of what they are given: there must be a text
+            # before the next token, or it would lose its own.
+            if tail:
+                self._window, self._shown = fresh, tail
+        return piece
+
+    def _settled(self, text: str) -> str:
+        """As much of a text as stays as it is whatever follows."""
+        if self._probe >= 0:
+            # Followed by a lone byte, an unfinished character comes out differently (and, with
+            # byte-fallback decoders, so does the whole run of bytes that it belongs to).
+            other = self._tokenizer.decode([*self._window, self._probe])
+            text = text[: _shared(text, other)]
+        return text.rstrip(_UNREADABLE)
+
+
+def incomplete(tokenizer: Any) -> int:
+    """A token that is part of a character, -1 where there is none among the first thousand."""
+    found = (i for i in range(1024) if _UNREADABLE in tokenizer.decode([i]))
+    return next(found, -1)
+
+
+def _shared(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    if b.startswith(a):
+        return len(a)
+    same = (x == y for x, y in zip(a, b, strict=False))
+    return next((i for i, equal in enumerate(same) if not equal), min(len(a), len(b)))
