@@ -23,6 +23,7 @@ from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache.base import Cache
 from jkv.decoding import sampling
+from jkv.decoding.apply import apply
 from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.loop import State
 from jkv.decoding.request import PAD, integer
@@ -269,7 +270,7 @@ def verify(
 
     def choose(logits: Array, token: Array, position: Array) -> tuple[Array, Array]:
         if sampler is not None:
-            logits, _ = sampler.update(logits, state.sampling, token)
+            logits, _ = apply(sampler, logits, state.sampling, token)
         return sampling.draw(logits, keys, position), undrawable(logits)
 
     positions = held[:, None] + 1 + order

@@ -16,7 +16,7 @@ from jkv._pytree import pytree, replace
 from jkv.cache import heads, pages
 from jkv.cache.base import Cache
 from jkv.cache.init import init_cache
-from jkv.decoding import sampling
+from jkv.decoding import apply, sampling
 from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.request import PAD, integer
 
@@ -245,7 +245,7 @@ def begin(
     """Draw each row's first token: the state, the token [B] and its log-probability [B]."""
     nothing = jnp.full((logits.shape[0],), PAD, jnp.int32)
     said = nothing[:, None] if said is None else said
-    inner = () if sampler is None else sampler.init(said, logits.shape[-1])
+    inner = () if sampler is None else apply.init_state(sampler, said, logits.shape[-1])
     state = State(
         cache=cache,
         token=nothing,
@@ -270,7 +270,7 @@ def _choose(
 ) -> tuple[State, Array, Array]:
     inner, changed = state.sampling, logits
     if sampler is not None:
-        changed, inner = sampler.update(logits, inner, state.token)
+        changed, inner = apply.apply(sampler, logits, inner, state.token)
     # The position of the drawn token; the cache holds all tokens before it by now.
     position = state.cache.lengths
     token = sampling.draw(changed, keys, position)

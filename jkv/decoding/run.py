@@ -15,6 +15,7 @@ from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import draft, loop, room, stored
+from jkv.decoding.apply import check_updates
 from jkv.decoding.faults import Faults, raise_faults
 from jkv.decoding.options import Options, check_plain, checked_kind
 from jkv.decoding.request import (
@@ -61,6 +62,7 @@ class Run:
         batch = len(self.new) * self.samples
         self.history = [row for row in self._history(resume) for _ in range(self.samples)]
         self.keys = loop.check_sampler(options.sampler, options.key, batch)
+        check_updates(options.sampler, batch, config.vocab)
         if self.samples > 1 and self.keys is None:
             raise ValueError(
                 f"samples={self.samples} of a sampler that draws nothing at random would all be "

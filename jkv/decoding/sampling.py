@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int, Key
 from jkv._axes import Array
 from jkv._pytree import pytree, static
 from jkv._text import brief
+from jkv.decoding.apply import apply, init_state
 
 THREEFRY = "threefry2x32"  # the implementation of the keys that rows draw with
 
@@ -159,7 +160,7 @@ class Chain:
 
     def init(self, tokens: Int[Array, "B T"], vocab: int) -> tuple[Any, ...]:
         """The state of each."""
-        return tuple(t.init(tokens, vocab) for t in self.transforms)
+        return tuple(init_state(t, tokens, vocab) for t in self.transforms)
 
     def update(
         self, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
@@ -167,7 +168,7 @@ class Chain:
         """Each on the result of the one before."""
         after = []
         for transform, inner in zip(self.transforms, state, strict=True):
-            logits, inner = transform.update(logits, inner, token)
+            logits, inner = apply(transform, logits, inner, token)
             after.append(inner)
         return logits, tuple(after)
 

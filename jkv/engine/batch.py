@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jkv._axes import Array
 from jkv.cache import heads
 from jkv.decoding import sampling
+from jkv.decoding.apply import check_updates
 from jkv.decoding.request import PAD, bucket
 from jkv.engine import lanes as device
 from jkv.engine.pages import Pages, filled
@@ -88,19 +88,11 @@ class Batch(Pages):
         """Refuse one that cannot be run, before it is in a program that others share.
 
         Raises:
-            Exception: whatever it raises.
+            Exception: whatever it raises, and what `jkv.decoding.apply` does.
         """
-        if sampler is None:
-            return
-        plain = _plain(sampler)
-        if _signature(plain) not in self.groups:
-            vocab = self.config.vocab
-
-            def once(sampler: Any, said: Any) -> Any:
-                state = sampler.init(said[None], vocab)
-                return sampler.update(jnp.zeros((1, vocab)), state, said[:1])
-
-            jax.eval_shape(once, plain, np.full(bucket(self.config.context), PAD, np.int32))
+        if sampler is not None:
+            tokens = bucket(self.config.context)
+            check_updates(_plain(sampler), 1, self.config.vocab, tokens)
 
     def install(self, seat: Seat, limit: int) -> None:
         """The request's state in its lane, where it may say so many tokens."""

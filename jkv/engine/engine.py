@@ -265,7 +265,7 @@ class Engine(Steps):
         """Compile all that is needed for requests with these samplers, and greedy ones."""
         with self._stepping():
             for sampler in samplers:
-                sampling.check(sampler)
+                self.batch.check_sampler(sampler)
                 self.batch.group_of(sampler)
             self.batch.warm(swaps=self.preemption != "recompute")
 

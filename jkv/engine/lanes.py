@@ -20,6 +20,7 @@ from jkv._pytree import pytree, replace
 from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.decoding import loop, sampling
+from jkv.decoding.apply import apply, init_state
 from jkv.decoding.faults import undrawable
 from jkv.decoding.request import PAD
 
@@ -76,7 +77,7 @@ def with_sampler(lanes: Lanes, sampler: Any, vocab: int) -> Lanes:
     return replace(
         lanes,
         samplers=(*lanes.samplers, jax.tree.map(wide, sampler)),
-        states=(*lanes.states, jax.tree.map(wide, sampler.init(nothing, vocab))),
+        states=(*lanes.states, jax.tree.map(wide, init_state(sampler, nothing, vocab))),
     )
 
 
@@ -102,7 +103,7 @@ def installed(lanes: Lanes, group: int, vocab: int, at: Array, what: dict[str, A
     changes["group"] = put(lanes.group, group)
     if group >= 0:
         sampler = what["sampler"]
-        state = sampler.init(what["said"][None], vocab)
+        state = init_state(sampler, what["said"][None], vocab)
         changes["samplers"] = _with(lanes.samplers, group, put, sampler)
         changes["states"] = _with(lanes.states, group, put, state)
     return replace(lanes, **changes)
@@ -328,7 +329,7 @@ def _choose(logits: Array, rows: Lanes, who: Array, after: Array) -> tuple[Lanes
 
 
 def _one(sampler: Any, logits: Array, state: Any, token: Array) -> tuple[Array, Any]:
-    changed, state = sampler.update(logits[None], state, token[None])
+    changed, state = apply(sampler, logits[None], state, token[None])
     return changed[0], state
 
 

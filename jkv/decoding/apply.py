@@ -1,0 +1,110 @@
+"""Call a sampling transform and check what it returns, while it is traced: free of cost later."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jkv._axes import Array
+from jkv._text import brief
+
+_NUMBERS = (jax.Array, np.ndarray, np.generic, int, float)
+
+
+def init_state(transform: Any, tokens: Int[Array, "B T"], vocab: int) -> Any:
+    """Make a transform's state from the tokens so far.
+
+    Raises:
+        ValueError: the state is no pytree of numbers and arrays.
+    """
+    state = transform.init(tokens, vocab)
+    _shapes(transform, "init", state)
+    return state
+
+
+def apply(
+    transform: Any, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
+) -> tuple[Float[Array, "B V"], Any]:
+    """Change the logits, and bring the state up to date.
+
+    Logits in another float dtype are converted: a token is drawn from float32.
+
+    Raises:
+        TypeError: `update` did not return a pair.
+        ValueError: logits of another shape or no floats, or a state of another structure, shape or
+            dtype than the one it was given, which `init` made.
+    """
+    name, found = type(transform).__name__, transform.update(logits, state, token)
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        got = f"{len(found)} values" if isinstance(found, tuple | list) else _described(found)
+        raise TypeError(
+            f"the transform {name} returned {got} from update; expected a pair: the changed logits "
+            f"{_described(logits)} and the next state"
+        )
+    changed, after = found
+    shape = getattr(changed, "shape", None)
+    if shape != logits.shape or not jnp.issubdtype(changed.dtype, jnp.floating):
+        raise ValueError(
+            f"the transform {name} made {_described(changed)} of the logits; expected "
+            f"{_described(logits)}, a score for each token of the vocabulary"
+        )
+    expected, got = _shapes(transform, "init", state), _shapes(transform, "update", after)
+    if got != expected:
+        raise ValueError(
+            f"the transform {name} returned the state {_listed(after)} from update; expected "
+            f"{_listed(state)} as it was given, and as init made it: the decode loop carries it"
+        )
+    return changed.astype(logits.dtype), after
+
+
+def check_updates(transform: Any, batch: int, vocab: int, tokens: int = 1) -> None:
+    """Trace one step of a transform, before any work is done with it.
+
+    Args:
+        transform: None is fine.
+        batch: B.
+        vocab: V.
+        tokens: T, what `init` is given of each row.
+
+    Raises:
+        TypeError: see `apply`, as for all that it raises.
+        ValueError: likewise.
+    """
+    if transform is not None:
+        _step.eval_shape(batch, vocab, tokens, transform)
+
+
+# Compiled never; `jit` remembers what it has traced.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _step(batch: int, vocab: int, tokens: int, transform: Any) -> Any:
+    state = init_state(transform, jnp.full((batch, tokens), -1, jnp.int32), vocab)
+    logits, token = jnp.zeros((batch, vocab), jnp.float32), jnp.full((batch,), -1, jnp.int32)
+    return apply(transform, logits, state, token)
+
+
+def _shapes(transform: Any, method: str, state: Any) -> tuple[Any, ...]:
+    """The structure, shapes and dtypes of a state."""
+    leaves, tree = jax.tree.flatten(state)
+    if not all(isinstance(leaf, _NUMBERS) for leaf in leaves):
+        raise ValueError(
+            f"the transform {type(transform).__name__} returned the state {brief(state)} from "
+            f"{method}; expected a pytree of numbers and arrays"
+        )
+    return tree, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
+def _listed(state: Any) -> str:
+    """A state by the shapes of its arrays."""
+    return str(jax.tree.map(lambda leaf: f"{_described(leaf)}", state)).replace("'", "")
+
+
+def _described(value: Any) -> str:
+    """An array as ``float32[2, 11]``, anything else as it is."""
+    if isinstance(value, _NUMBERS):
+        return f"{jnp.result_type(value)}{list(jnp.shape(value))}"
+    return brief(value)
