@@ -497,3 +497,19 @@ def test_bad_questions(asked, error, message):
 def test_presets_are_found_by_name_only():
     for name, config in PRESETS.items():
         assert find_config(name) == (name, config)
+
+
+def test_what_is_kept_of_a_row():
+    kept = {
+        text: jkv.plan("gemma-2-2b", seq_len=5000, cache=text).kept_tokens
+        for text in ("dense", "none", "window:64", "window", "evict:32", "pyramid:64", "int4")
+    }
+    assert kept == {
+        "dense": None,
+        "none": None,
+        "window:64": 64,
+        "window": None,  # every other layer sees all
+        "evict:32": 32,
+        "pyramid:64": 64,
+        "int4": None,
+    }

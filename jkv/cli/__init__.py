@@ -23,7 +23,9 @@ from jkv.cli.plan import plan
 from jkv.cli.store import store
 from jkv.errors import JkvError
 
-app = typer.Typer(name="jkv", add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="jkv", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 for command in (generate, chat, engine, info, plan, caches):
     app.command()(command)
 app.add_typer(store)

@@ -18,7 +18,7 @@ def caches(
     dtype: plan.PlannedDtype = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """The kinds of cache, how they are written, and what they take in a model."""
+    """List the kinds of cache, and what they take in a model."""
     from jkv import planning
     from jkv.cache import spec
 

@@ -22,7 +22,7 @@ Directory = Annotated[
 
 
 def stats(path: Directory, as_json: options.AsJson = False) -> None:
-    """How much is there, and whose."""
+    """Tell how much is there, and whose."""
     found = entries(path)
     now = time.time()
     by_tenant: dict[str, dict[str, int]] = collections.defaultdict(collections.Counter)  # pyright: ignore[reportAssignmentType]
@@ -62,7 +62,7 @@ def ls(
     tenant: Annotated[str | None, typer.Option(help="Only those of this tenant.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Every entry, the oldest first."""
+    """List the entries, the oldest first."""
     found = [e for e in entries(path) if tenant is None or e["tenant"] == tenant]
     if as_json:
         print(json.dumps({"entries": found}))
@@ -103,9 +103,9 @@ def gc(
     max_entries: Annotated[int | None, typer.Option(help="Entries to keep.", min=0)] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Remove what is expired, too old or too much, and what was of a process that has ended.
+    """Remove entries that are expired, too old or too many.
 
-    Pinned entries stay.
+    What belonged to a process that has ended goes too. Pinned entries stay.
     """
     from jkv.store import Disk, Store
 

@@ -52,7 +52,7 @@ def engine(
         bool, typer.Option("--json", help="The figures as an object, after the answers.")
     ] = False,
 ) -> int:
-    """Answer the requests of a file over one pool of pages, and show how it goes.
+    """Answer the requests of a file over one pool of pages.
 
     A request is an object with prompt (a text, or token ids) and, where wanted, id, max_new_tokens,
     temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, priority and tenant; null is
@@ -60,7 +60,8 @@ def engine(
     request's own id if it has one, text, tokens and why it ended. With --json the last line is
     {"stats": {...}}, the engine's figures.
 
-    All bad lines are reported at once, and nothing is answered, unless --skip-bad is given.
+    All bad lines are reported at once, and nothing is answered; with --skip-bad the others are. On
+    a terminal a table shows how it goes.
     """
     from jkv.cache.spec import parse
     from jkv.cli.requests import Requests

@@ -10,11 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
+from jkv._text import plural
 from jkv.cli import options, process
 
 
 def generate(
-    prompt: Annotated[list[str], typer.Option(help="What to continue; repeatable.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="What to continue; several are one batch."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A prompt too; repeatable.")
+    ] = None,
     model: options.Model = "shakespeare",
     max_new_tokens: Annotated[int, typer.Option(help="New tokens per prompt, at most.")] = 64,
     temperature: options.Temperature = 0.0,
@@ -30,15 +37,21 @@ def generate(
     stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Continue one or several prompts.
+    """Continue one or several prompts, as in jkv generate ROMEO:
 
     With --json, prompt_tokens and tokens are lists of ids, tokens the new ones only; times leave
     compilation out, which is compile_seconds; attention is the implementation of a decode step.
     """
     from jkv.cache.spec import parse
 
-    if stream and len(prompt) > 1:
-        raise typer.BadParameter("--stream shows one text as it comes: give one --prompt.")
+    texts = [*(prompts or ()), *(prompt or ())]
+    if not texts:
+        raise ValueError(
+            "Missing option '--prompt', or an argument: expected a text to continue, as in "
+            "jkv generate ROMEO:"
+        )
+    if stream and len(texts) > 1:
+        raise ValueError("--stream shows one text as it comes: give one --prompt, or one argument")
     asked = {
         "max_new_tokens": max_new_tokens,
         "cache": parse(cache),
@@ -46,8 +59,8 @@ def generate(
         **options.drawing(temperature, top_k, top_p, min_p, repetition_penalty, seed),
     }
     lm = process.load(model, dtype)
-    ids = lm.encode(prompt)
-    screen = Screen(lm, prompt, ids, steps=show_steps, stream=stream, as_json=as_json)
+    ids = lm.encode(texts)
+    screen = Screen(lm, texts, ids, steps=show_steps, stream=stream, as_json=as_json)
     result, speed = _measured(lm, ids, asked, screen, warm=not (stream or show_steps))
     rows = [row[:n].tolist() for row, n in zip(result.tokens, result.lengths, strict=True)]
     outputs = [
@@ -59,7 +72,7 @@ def generate(
             "finish_reason": reason,
         }
         for text, prompt_tokens, row, new, reason in zip(
-            prompt, ids, rows, result.texts, result.finish_reasons, strict=True
+            texts, ids, rows, result.texts, result.finish_reasons, strict=True
         )
     ]
     model_of = {"model": lm.source, "cache": cache, "dtype": lm.config.dtype}
@@ -94,7 +107,7 @@ def _measured(
     from jkv.decoding.stream import stream
 
     clock = process.clock()
-    with process.bar("prefill", "tokens") as progress:
+    with process.bar("compiling, prefill", "tokens") as progress:
         # Given even when nobody looks: only chunks that are waited for can be told from compiling.
         asked = asked | {"progress": progress or (lambda done, total: None)}
         if warm:
@@ -105,10 +118,12 @@ def _measured(
             del blocks
         marks = [time.perf_counter()]
         blocks = stream(lm, ids, **asked)
-        first = next(blocks)
+        begin = [next(blocks)]
         marks.append(time.perf_counter())
-    screen.block(first)
-    for block in blocks:
+        if not warm:
+            # Its program is compiled now, while nothing has been written but the bar.
+            begin += itertools.islice(blocks, 1)
+    for block in itertools.chain(begin, blocks):
         screen.block(block)
     marks.append(time.perf_counter())
     result = blocks.result
@@ -140,17 +155,19 @@ class Screen:
 
         self._steps, self._stream, self._as_json = steps, stream and not steps, as_json
         self._texts, self._count = list(prompts), 0
+        self._begun = False
         self._pieces = [Pieces(lm.tokenizer, before=row) for row in ids]
         # With --json nothing but the object goes to standard output.
         self._out = sys.stderr if as_json else sys.stdout
-        if self._stream:
-            print(prompts[0], end="", file=self._out, flush=True)
 
     def block(self, block: Any) -> None:
         """Show what is new, where that is wanted while it comes."""
         if self._steps:
             self._show_steps(block)
         elif self._stream:
+            if not self._begun:
+                print(self._texts[0], end="", file=self._out)
+                self._begun = True
             tokens = block.tokens[0][block.tokens[0] >= 0].tolist()
             piece = self._pieces[0].push(tokens, last=bool(block.done[0]))
             print(piece, end="", file=self._out, flush=True)
@@ -185,7 +202,8 @@ class Screen:
         said = sum(len(output["tokens"]) for output in outputs)
         speed = report["tokens_per_second"]
         print(
-            f"{read} tokens read in {report['prefill_seconds']:.3f} s, {said} said in "
+            f"{plural(read, 'prompt token')} in {report['prefill_seconds']:.3f} s, {said} "
+            "generated in "
             f"{report['decode_seconds']:.3f} s{f' ({speed:.0f} tokens/s)' if speed else ''}; "
             f"cache {report['cache']}, {process.size(report['cache_bytes'])}; "
             f"{report['compile_seconds']:.1f} s of compilation not counted",

@@ -16,7 +16,7 @@ def info(
     dtype: options.Dtype = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """What a checkpoint is, and what its cache takes."""
+    """Tell what a checkpoint is, and what its cache takes."""
     from jkv.cache.spec import parse
     from jkv.models import outline
 

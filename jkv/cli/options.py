@@ -21,10 +21,14 @@ Penalty = Annotated[
     float | None,
     typer.Option("--repetition-penalty", help="Above 1: push down tokens already said."),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what is drawn at random.")]
+Seed = Annotated[
+    int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of what is drawn at random.")
+]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(help="A text at which to end, beside the checkpoint's own ends; repeatable."),
+    typer.Option(
+        metavar="TEXT", help="A text at which to end, beside the checkpoint's own ends; repeatable."
+    ),
 ]
 SPEC_HELP = "The kind of cache, such as dense, none or window:256; `jkv caches` lists all."
 CacheSpec = Annotated[str, typer.Option("--cache", metavar="SPEC", help=SPEC_HELP)]

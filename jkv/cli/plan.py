@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jkv._text import plural
 from jkv.cli import options, process
 from jkv.cli.tables import columns, operations
 
@@ -41,7 +42,7 @@ def plan(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """What a model and its cache will take, before anything is allocated.
+    """Tell what a model and its cache take, allocating nothing.
 
     Bytes, what fits into a device, and the operations of a step with and without a cache: all for
     one --cache, a table for several or none.
@@ -65,7 +66,7 @@ def report(plan: Any) -> str:
     lines = [heading(plan), f"cache {plan.cache}, {_rows(plan)}", ""]
     memory = [
         ("weights", plan.weight_bytes, ""),
-        ("cache", plan.cache_bytes, f"{plan.bytes_per_token:,} per token"),
+        ("cache", plan.cache_bytes, _growth(plan)),
         ("activations", plan.activation_bytes, "about"),
         ("total", plan.total_bytes, ""),
     ]
@@ -106,7 +107,7 @@ def heading(plan: Any) -> str:
     """The model in a line."""
     return (
         f"{plan.model}: {plan.parameters:,} parameters in {plan.dtype}, "
-        f"made for {plan.context:,} tokens"
+        f"made for {plural(plan.context, 'token', commas=True)}"
     )
 
 
@@ -139,11 +140,29 @@ def table(plans: list[Any]) -> str:
         rows.append([*row, operations(entry.step.flops)])
     more = f", of {first.device_memory / 1e9:.4g} GB" if limits else ""
     about = f"{_rows(first)}; weights {process.size(first.weight_bytes)}{more}"
-    return "\n".join([heading(first), about, "", *columns(rows)])
+    return "\n".join([heading(first), about, "", *columns(rows), *_roomier(plans)])
+
+
+def _roomier(plans: list[Any]) -> list[str]:
+    """Kinds that have room for more than the rows, which makes them larger than they need be."""
+    more = [
+        f"  {entry.cache}: for {entry.kept_tokens:,}"
+        for entry in plans
+        if not hasattr(entry, "why") and (entry.kept_tokens or 0) > entry.seq_len
+    ]
+    return ["", "room for more tokens than the rows have:", *more] if more else []
 
 
 def _rows(plan: Any) -> str:
-    return f"{plan.batch:,} row{'s' * (plan.batch != 1)} of {plan.seq_len:,} tokens"
+    rows = plural(plan.batch, "row", commas=True)
+    return f"{rows} of {plural(plan.seq_len, 'token', commas=True)}"
+
+
+def _growth(plan: Any) -> str:
+    """What a cache takes with each token, or the room that it has from the start."""
+    if plan.kept_tokens is None or plan.bytes_per_token:
+        return f"{plan.bytes_per_token:,} per token"
+    return f"0 per token, room for {plan.kept_tokens:,} from the start"
 
 
 def _count(number: int | None) -> str:
@@ -151,9 +170,11 @@ def _count(number: int | None) -> str:
 
 
 def _fit(plan: Any) -> str:
-    longest = "rows of any length" if plan.max_seq_len is None else f"{plan.max_seq_len:,} tokens"
+    longest = "rows of any length"
+    if plan.max_seq_len is not None:
+        longest = plural(plan.max_seq_len, "token", commas=True)
     return (
         f"{plan.device_memory / 1e9:.4g} GB of memory: {'fits' if plan.fits else 'does not fit'}; "
-        f"at most {longest} in each of {plan.batch:,}, or {plan.max_batch:,} rows of "
-        f"{plan.seq_len:,}"
+        f"at most {longest} in each of {plan.batch:,}, or "
+        f"{plural(plan.max_batch, 'row', commas=True)} of {plan.seq_len:,}"
     )

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jkv._text import plural
+
 _BACKEND = "/jax/core/compile/backend_compile_duration"
 _COMPILING = (
     _BACKEND,
@@ -117,7 +119,7 @@ def spinner(what: str) -> Iterator[Callable[[], None]]:
 def size(count: int) -> str:
     """A number of bytes for people."""
     if count < 1024:
-        return f"{count} bytes"
+        return plural(count, "byte")
     value, units = count / 1024, ["KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]

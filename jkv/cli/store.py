@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from jkv._bytes import parse_bytes
-from jkv._text import brief
+from jkv._text import brief, plural
 from jkv.cli import directory, options, process
 from jkv.cli.tables import columns
 from jkv.errors import UnsupportedError
 
-store = typer.Typer(name="store", help="Sequences' caches that are kept between requests.")
+store = typer.Typer(
+    name="store", rich_markup_mode=None, help="Sequences' caches that are kept between requests."
+)
 
 
 @store.callback()
@@ -37,11 +39,17 @@ def simulate(
     ],
     capacity: Annotated[
         list[str] | None,
-        typer.Option(help="Bytes, such as 512MiB; repeatable. By default 1/32 of all to all."),
+        typer.Option(
+            metavar="BYTES",
+            help="Bytes, such as 512MiB; repeatable. By default 1/32 of all to all.",
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="fifo, lru, lfu, slru, arc or cost-aware; repeatable, by default all."),
+        typer.Option(
+            metavar="NAME",
+            help="fifo, lru, lfu, slru, arc or cost-aware; repeatable, by default all.",
+        ),
     ] = None,
     target: Annotated[
         float | None, typer.Option(help="A share of the tokens: what capacity finds so many?")
@@ -57,11 +65,13 @@ def simulate(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """What a store would find of a trace, by policy and capacity, beside the optimum.
+    """Simulate what a store would find of a trace.
+
+    By policy and capacity, beside the optimum, which knows what comes.
 
     A request is an object: {"key": "chat-7", "tokens": 512} for an entry by its name, which may
     grow, or {"tokens": [5, 6, ...]} for whatever begins alike, within a "tenant" if there is one;
-    "bytes" and "cost" (say, seconds to make it) where they are known. The optimum knows what comes.
+    "bytes" and "cost" (say, seconds to make it) where they are known.
     """
     from jkv.store import simulate as simulation
 
@@ -106,7 +116,8 @@ def report(
 ) -> str:
     """Hit rates by policy and capacity, and the capacities that reach a target."""
     lines = [
-        f"{facts['requests']:,} requests, {facts['tokens']:,} tokens, "
+        f"{plural(facts['requests'], 'request', commas=True)}, "
+        f"{plural(facts['tokens'], 'token', commas=True)}, "
         f"{process.size(facts['bytes'])}; {process.size(facts['distinct_bytes'])} hold all of it"
     ]
     rates = {

@@ -37,6 +37,8 @@ class Plan:
         parameters: numbers in the weights.
         bytes_per_token: of cache, that one more token takes in one row of S: the average over the
             next 1024. 0 where the cache has stopped growing.
+        kept_tokens: of a row, however long, on average over the layers; None where all are kept. A
+            kind that keeps so many has room for them from the start, in shorter rows too.
         cache_bytes: what `jkv.init_cache(config, kind, batch=B, slots=S).nbytes` says. Unless given
             `slots`, `jkv.generate` makes a cache of the next size for which it has a program: at
             most a quarter of a large one more. A cache that grows is there twice while it does.
@@ -62,6 +64,7 @@ class Plan:
     context: int
     parameters: int
     bytes_per_token: int | float
+    kept_tokens: int | None
     cache_bytes: int
     weight_bytes: int
     activation_bytes: int
@@ -220,6 +223,7 @@ def _plan(
         context=config.context,
         parameters=parameters,
         bytes_per_token=memory.bytes_per_token(config, kind, seq_len),
+        kept_tokens=None if whole else _kept_tokens(config, kind, batch, seq_len),
         cache_bytes=cache_bytes,
         weight_bytes=weight_bytes,
         activation_bytes=needed,
@@ -232,6 +236,17 @@ def _plan(
         step_without=without_cache(config, batch, seq_len, 1),
         prompt=prompt,
     )
+
+
+def _kept_tokens(config: Config, kind: Any, batch: int, length: int) -> int | None:
+    """Tokens of a row that layers keep on average, None where one of them keeps all."""
+    total = 0
+    for layers in memory.distinct(config, kind):
+        keeps = getattr(layers.shape(config, batch, length), "keeps", None)
+        if keeps is None:
+            return None
+        total += layers.count * keeps
+    return round(total / config.layers)
 
 
 @dataclasses.dataclass(frozen=True)
