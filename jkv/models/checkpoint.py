@@ -15,16 +15,14 @@ from flax import nnx
 
 from jkv._text import brief
 from jkv.errors import CheckpointError
-from jkv.models import families
+from jkv.models import diagnose, families
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder, Linear
-from jkv.models.diagnose import quantization
 from jkv.models.families import Family, Place
 from jkv.models.files import INDEX_LIMIT, read_json
 from jkv.models.settings import bare
 from jkv.models.tensorfile import DTYPES, Tensor, read_header
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Called with the bytes read so far and those to read.
@@ -71,7 +69,7 @@ def read_checkpoint(
         tensors = _named(tensors, family, problems)
     # What is harmless in an unknown family is unknown too.
     counted = {} if family is None else _without_harmless(tensors, family)
-    coded = quantization(values, directory, counted)
+    coded = diagnose.quantization(values, directory, counted)
     if coded is not None:
         problems.append(coded)
     elif config is not None and family is not None and tensors:
@@ -105,7 +103,7 @@ def read_config(
     """
     problems = [] if problems is None else problems
     values, config, _ = _read_config(directory, ignore, problems)
-    coded = quantization(values, directory, {})
+    coded = diagnose.quantization(values, directory, {})
     if coded is not None:
         problems.append(coded)
     if problems or config is None:
@@ -131,7 +129,10 @@ def _read_config(
     directory: Path, ignore: Sequence[str], problems: list[str]
 ) -> tuple[dict[str, Any], Config | None, Family | None]:
     """The keys that are not ignored, and what they mean."""
-    values = read_json(directory / "config.json", problems)
+    values = read_json(directory / "config.json", problems, optional=True)
+    if not (directory / "config.json").exists():
+        what = diagnose.directory(directory)
+        problems.append("config.json is missing" + ("" if what is None else f": {what}"))
     generation = read_json(directory / "generation_config.json", problems, optional=True) or {}
     if values is None:
         return {}, None, None
@@ -145,21 +146,13 @@ def _read_config(
 
 def _find_tensors(directory: Path, family: Family | None, problems: list[str]) -> dict[str, Tensor]:
     """Every tensor of the checkpoint by name."""
-    if (directory / _SINGLE).is_file():
+    if (directory / _SINGLE).exists():
         return read_header(directory / _SINGLE, problems)
-    if (directory / _INDEX).is_file():
+    if (directory / _INDEX).exists():
         return _find_shards(directory, family, problems)
-    names = sorted(path.name for path in directory.iterdir())
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    others = [name for name in names if name.endswith(".safetensors")]
-    found = f"found {', '.join(others)}" if others else "found no safetensors file"
-    problem = f"{_SINGLE} or {_INDEX} is missing; {found}"
-    if pickles:
-        problem += (
-            f". {', '.join(pickles)} would run code when opened, and never is: convert the weights "
-            "to safetensors (with transformers: model.save_pretrained(directory))"
-        )
-    problems.append(problem)
+    if not (directory / "config.json").exists() and diagnose.directory(directory) is not None:
+        return {}  # said where the configuration was looked for
+    problems.append(f"{_SINGLE} or {_INDEX} is missing; {diagnose.weights(directory)}")
     return {}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jkv._text import brief
 from jkv.errors import CheckpointError
+from jkv.models import diagnose
 
 BUILT_IN = ("shakespeare",)
 
@@ -41,21 +42,24 @@ def resolve(
             "directory, or a hub id such as 'openai-community/gpt2'"
         )
     name = os.fspath(source)
-    is_id = isinstance(source, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)
+    path = Path(os.path.expanduser(name))
+    is_path = not isinstance(source, str) or name.startswith((".", "~", os.sep))
     if name in BUILT_IN and isinstance(source, str):
         path = Path(__file__).parent.parent / "data" / name
         if not path.is_dir():
             raise CheckpointError(
                 f"the built-in model {brief(name)} is not part of this installation"
             )
-    elif os.path.isdir(name):  # False for whatever can be no path
-        path = Path(name)
-    elif is_id and name not in (".", ".."):
+    elif os.path.isdir(path):  # False for whatever can be no path
+        pass
+    elif os.path.exists(path):
+        raise CheckpointError(diagnose.file(path))
+    elif not is_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII):
         return _download(name, revision, show, wanted)
     else:
         raise CheckpointError(
             f"load got {brief(name)}, which is neither a directory nor a hub id; the built-in "
-            f"models are {', '.join(BUILT_IN)}"
+            f"models are {', '.join(BUILT_IN)}{diagnose.suggestion(name, BUILT_IN)}"
         )
     if revision is not None:
         raise ValueError(
@@ -75,6 +79,7 @@ def _download(name: str, revision: str | None, show: bool, wanted: tuple[str, ..
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **(kwargs | {"disable": True}))
 
+    near = diagnose.suggestion(name, BUILT_IN)
     try:
         path = snapshot_download(
             name,
@@ -92,18 +97,18 @@ def _download(name: str, revision: str | None, show: bool, wanted: tuple[str, ..
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name} is neither a directory here, nor a repository of the hub that you may read; "
-            "log in with `hf auth login` if it is private"
+            f"log in with `hf auth login` if it is private{near}"
         ) from error
     except errors.HFValidationError as error:
         raise CheckpointError(
-            f"{name} is neither a directory here nor a valid hub id: {error}"
+            f"{name} is neither a directory here nor a valid hub id: {error}{near}"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         which = "" if revision is None else f" at revision {brief(revision)}"
         raise CheckpointError(
             f"{name}{which} is neither a directory here nor in the hub's cache, and the hub cannot "
             "be reached. Connect (and unset HF_HUB_OFFLINE), or download it where there is a "
-            f"connection with `hf download {name}` and load that directory"
+            f"connection with `hf download {name}` and load that directory{near}"
         ) from error
     except errors.HfHubHTTPError as error:
         raise CheckpointError(f"the hub refused {name}: {error}") from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from flax import nnx
 
 from jkv._text import brief
 from jkv.errors import UnsupportedError
-from jkv.models import checkpoint, hub
+from jkv.models import checkpoint, diagnose, hub
 from jkv.models.checkpoint import Progress
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder
@@ -32,12 +34,16 @@ class LM:
         config: its shape and mathematics.
         tokenizer: None where the checkpoint has none; ids work without it.
         source: what it was loaded from.
+        directory: where that lies; None for a model that was not loaded.
+        ignored: keys of its `config.json` that were treated as absent.
     """
 
     model: Decoder
     config: Config
     tokenizer: Tokenizer | None
     source: str
+    directory: Path | None = None
+    ignored: tuple[str, ...] = ()
 
     def encode(self, texts: Any) -> list[list[int]]:
         """Ids of each text, one list per text, with the special tokens the checkpoint adds.
@@ -79,7 +85,8 @@ class LM:
     def _tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
             raise UnsupportedError(
-                f"{what} needs a tokenizer, and {self.source} has no tokenizer.json: use ids"
+                f"{what} needs a tokenizer, and {self.source} has no tokenizer.json: "
+                f"{diagnose.tokenizer(self.directory)}"
             )
         return self.tokenizer
 
@@ -120,7 +127,7 @@ def load(
     model, config = checkpoint.read_checkpoint(
         directory, dtype=name, ignore=keys, progress=progress, problems=problems
     )
-    return LM(model=model, config=config, tokenizer=tokenizer, source=os.fspath(source))
+    return LM(model, config, tokenizer, os.fspath(source), directory, keys)
 
 
 def read_config(
@@ -176,7 +183,7 @@ def outline(
     config = checkpoint.read_config(directory, ignore=keys, problems=problems)
     config = dataclasses.replace(config, dtype=name or checkpoint.usual_dtype(config.dtype))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    return LM(model=model, config=config, tokenizer=tokenizer, source=os.fspath(source))
+    return LM(model, config, tokenizer, os.fspath(source), directory, keys)
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -185,5 +192,10 @@ def _dtype_name(dtype: Any) -> str:
     except TypeError:
         name = ""
     if name not in _DTYPES:
-        raise ValueError(f"load got dtype={brief(dtype)}; expected one of {', '.join(_DTYPES)}")
+        short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+        near = difflib.get_close_matches(str(dtype)[:50], [*_DTYPES, *short], 1, 0.8)
+        meant = f"; did you mean {short.get(near[0], near[0])!r}?" if near else ""
+        raise ValueError(
+            f"load got dtype={brief(dtype)}; expected one of {', '.join(_DTYPES)}{meant}"
+        )
     return name
