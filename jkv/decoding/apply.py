@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from jkv._axes import Array
 from jkv._text import brief
+from jkv.decoding.transform import Function
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float)
 
@@ -39,7 +40,7 @@ def apply(
         ValueError: logits of another shape or no floats, or a state of another structure, shape or
             dtype than the one it was given, which `init` made.
     """
-    name, found = type(transform).__name__, transform.update(logits, state, token)
+    name, found = _name(transform), transform.update(logits, state, token)
     if not isinstance(found, tuple | list) or len(found) != 2:
         got = f"{len(found)} values" if isinstance(found, tuple | list) else _described(found)
         raise TypeError(
@@ -92,10 +93,15 @@ def _shapes(transform: Any, method: str, state: Any) -> tuple[Any, ...]:
     leaves, tree = jax.tree.flatten(state)
     if not all(isinstance(leaf, _NUMBERS) for leaf in leaves):
         raise ValueError(
-            f"the transform {type(transform).__name__} returned the state {brief(state)} from "
+            f"the transform {_name(transform)} returned the state {brief(state)} from "
             f"{method}; expected a pytree of numbers and arrays"
         )
     return tree, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
+def _name(transform: Any) -> str:
+    """The transform's class, or the user's function."""
+    return transform.name if isinstance(transform, Function) else type(transform).__name__
 
 
 def _listed(state: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from jkv._text import brief, plural
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
-from jkv.decoding import loop, request, room, stored
+from jkv.decoding import loop, request, room, sampling, stored
 from jkv.decoding.apply import check_updates
 from jkv.decoding.detokenize import Pieces
 from jkv.decoding.options import checked_kind
@@ -106,7 +106,7 @@ class Chat:
             raise ValueError(f"on_full got {brief(on_full)}; expected 'raise' or 'drop'")
         self._drop = on_full == "drop"
         loop.check_sampler(sampler, key, 1)
-        check_updates(sampler, 1, config.vocab)
+        check_updates(sampling.bind(sampler, config.vocab), 1, config.vocab)
         stops = request.stops(stop, 1, config.vocab, config.end_ids, self._tokenizer)
         self._strings = stops.strings[0]
         self._begun = _beginnings(self._strings, self._tokenizer)

@@ -167,8 +167,9 @@ def check_goes_with(cache: Any, sampler: Any, vocab: int) -> None:
     said = jax.ShapeDtypeStruct((cache.batch, 1), jnp.int32)
     if jax.tree.leaves(jax.eval_shape(lambda s, t: s.init(t, vocab), sampler, said)):
         raise ValueError(
-            "draft looks several tokens ahead, which a sampler that remembers what was said cannot "
-            "(a repetition_penalty does); expected one without memory, or no draft"
+            "draft looks several tokens ahead, which a sampler that remembers the tokens before "
+            "cannot (penalties, min_new_tokens and no_repeat_ngram do); expected one without "
+            "memory, or no draft"
         )
 
 

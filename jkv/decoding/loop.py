@@ -148,7 +148,7 @@ def rollout(
         logits: ``[B, V]``, of the first token, from `prefill`.
         cache: from `prefill`.
         steps: tokens per row, an int.
-        sampler: a transform of `jkv.sampling`; greedy by default.
+        sampler: a transform of `jkv.sampling`, or a function of the logits; greedy by default.
         key: a typed key, or one per row; needed where the sampler draws at random.
         ends: ``[B, M]`` integers, tokens at which a row ends, -1 for none.
         said: ``[B, T]`` integers, the tokens so far, for samplers that look back; -1 is padding.
@@ -171,6 +171,10 @@ def rollout(
     if said is not None:
         said = _integers("rollout", "said", said, (cache.batch, None))
     keys = check_sampler(sampler, key, logits.shape[0])
+    sampler = sampling.bind(sampler, logits.shape[-1], ends)
+    if sampler is not None:  # room for all tokens that one that looks back will see
+        said = jnp.zeros((cache.batch, 0), jnp.int32) if said is None else said
+        said = jnp.pad(said, ((0, 0), (0, steps)), constant_values=PAD)
     state, token, logprob = begin(logits, cache, said, sampler, keys, ends)
 
     def body(state: State, _: None):
@@ -222,6 +226,12 @@ def _array(name: str, what: str, value: Any, shape: tuple[int | None, ...], kind
     return jnp.asarray(value)
 
 
+NEEDS_KEY = (
+    "a sampler that draws at random needs key=jax.random.key(seed); one that ends with "
+    "jkv.sampling.greedy(), in a chain, takes the likeliest token and needs none"
+)
+
+
 def check_sampler(sampler: Any, key: Any, batch: int) -> Any:
     """The rows' keys, None where nothing is drawn at random.
 
@@ -235,7 +245,7 @@ def check_sampler(sampler: Any, key: Any, batch: int) -> Any:
         keys = sampling.row_keys(key, batch)
         return keys if sampling.needs_key(sampler) else None
     if sampling.needs_key(sampler):
-        raise ValueError("a sampler that draws at random needs key=jax.random.key(seed)")
+        raise ValueError(NEEDS_KEY)
     return None
 
 

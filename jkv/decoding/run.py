@@ -14,7 +14,7 @@ from jkv._text import plural
 from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
-from jkv.decoding import draft, loop, room, stored
+from jkv.decoding import draft, loop, room, sampling, stored
 from jkv.decoding.apply import check_updates
 from jkv.decoding.faults import Faults, raise_faults
 from jkv.decoding.options import Options, check_plain, checked_kind
@@ -62,7 +62,6 @@ class Run:
         batch = len(self.new) * self.samples
         self.history = [row for row in self._history(resume) for _ in range(self.samples)]
         self.keys = loop.check_sampler(options.sampler, options.key, batch)
-        check_updates(options.sampler, batch, config.vocab)
         if self.samples > 1 and self.keys is None:
             raise ValueError(
                 f"samples={self.samples} of a sampler that draws nothing at random would all be "
@@ -71,6 +70,8 @@ class Run:
         stopping = stops(options.stop, len(self.new), config.vocab, config.end_ids, self.tokenizer)
         self.stops: Stops = stopping.repeated(self.samples)
         self.ends = self.stops.matrix()
+        self.sampler = sampling.bind(options.sampler, config.vocab, self.ends)
+        check_updates(self.sampler, batch, config.vocab)
         longest = max(map(len, self.history))
         kind = dense() if options.cache is None else checked_kind(options.cache)
         room.check_limit(config, kind if resume is None else resume.cache, longest, self.max_new)
@@ -81,7 +82,7 @@ class Run:
         self.draft = None
         if options.draft is not None:
             self.draft = draft.checked(options.draft, batch, longest + self.max_new)
-            draft.check_goes_with(self.cache, options.sampler, config.vocab)
+            draft.check_goes_with(self.cache, self.sampler, config.vocab)
         self.rows = [_Row(strings) for strings in self.stops.strings]
         self.state: Any = None  # a loop.State from the prefill on
         self.exhausted = False  # all blocks have been read, rather than interrupted
@@ -215,11 +216,11 @@ class Run:
         last = self.absorb()
         if self.samples > 1:
             last, self.cache = loop.forked(last, self.cache, self.samples)
-        # Only samplers look back; another width is another program.
-        looks = self.options.sampler is not None
-        said = padded(self.history, bucket(max(map(len, self.history)))) if looks else None
+        said = None
+        if self.sampler is not None:  # only samplers look back; another width is another program
+            said = padded(self.history, bucket(max(map(len, self.history)) + self.max_new))
         self.state, token, logprob = loop.begun(
-            self.model, last, self.cache, said, self.options.sampler, self.keys, self.ends
+            self.model, last, self.cache, said, self.sampler, self.keys, self.ends
         )
         if self.draft is not None:
             slots = bucket(max(map(len, self.history)) + self.max_new)
@@ -235,7 +236,7 @@ class Run:
             wanted = room.slots_for(min(held + 2 * self.size, self.needed), state.cache)
             if state.cache.capacity < wanted:
                 state = dataclasses.replace(state, cache=room.grown(state.cache, wanted))
-        how = (self.options.sampler, self.keys, self.ends)
+        how = (self.sampler, self.keys, self.ends)
         if self.draft is None:
             self.state, *out = loop.advanced(self.size, self.model, state, *how, np.int32(steps))
         else:
@@ -355,7 +356,8 @@ def generate(
             one text is one row.
         max_new_tokens: per row, at most; an int.
         cache: the kind or its text ("int4"), `jkv.dense()` by default.
-        sampler: a transform of `jkv.sampling`; greedy by default.
+        sampler: a transform of `jkv.sampling`, or a function of the logits ``[B, V]``; greedy by
+            default.
         stop: ids and strings at which a row ends beside the checkpoint's end-of-text ids, or one
             list of them per row; () switches all off, and so does an empty list of a row. Strings
             are looked for in the text with its special tokens ("</s>" is one), as `transformers`

@@ -1,71 +1,57 @@
 """Sampling as a chain of small transforms of the logits, in the manner of optax.
 
-A transform is a pair: `init(tokens, vocab)` makes its state from what has been said so far, and
+A transform is a pair: `init(tokens, vocab)` makes its state from the prompts, and
 `update(logits, state, token)` changes the logits of the next token, `token` being the one that
-these logits follow. Any pytree with the two methods is a transform. Parameters are leaves, so
-that another temperature compiles nothing.
+these logits follow. Any pytree with the two methods is a transform, and so is a plain function of
+the logits ``[B, V]`` that returns as many. Parameters are leaves, so that another temperature
+compiles nothing; they may be traced, or arrays ``[B]`` of one per row.
 
     hot = chain(temperature(0.8), top_k(50), top_p(0.95))
+    no_newline = chain(lambda logits: logits.at[:, 10].set(-jnp.inf), greedy())
+
+A function is known by itself: one that is made anew for each call is compiled for each.
 
 After the last transform a token is drawn with the row's own key, folded with its position: what a
-row says does not depend on the batch it is in, nor on where a call was cut in two.
+row says does not depend on the batch it is in, nor on where a call was cut in two. A chain with
+`greedy()` draws nothing, and needs no key.
 """
 
 from __future__ import annotations
 
-import abc
-import math
-import numbers
-from typing import Any, Protocol, runtime_checkable
+import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Float, Int, Key
 
 from jkv._axes import Array
 from jkv._pytree import pytree, static
 from jkv._text import brief
 from jkv.decoding.apply import apply, init_state
+from jkv.decoding.constraints import LogitBias, MinNewTokens, NoRepeatNgram
+from jkv.decoding.constraints import logit_bias as logit_bias
+from jkv.decoding.constraints import min_new_tokens as min_new_tokens
+from jkv.decoding.constraints import no_repeat_ngram as no_repeat_ngram
+from jkv.decoding.penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
+from jkv.decoding.penalties import frequency_penalty as frequency_penalty
+from jkv.decoding.penalties import presence_penalty as presence_penalty
+from jkv.decoding.penalties import repetition_penalty as repetition_penalty
+from jkv.decoding.transform import Function, Parameter, Stateless, Transform, number, per_row
 
 THREEFRY = "threefry2x32"  # the implementation of the keys that rows draw with
 
+# Of a share of probability: sums in float32 miss a boundary by as much on either side.
+ROUNDING = 2e-6
+LEAST_TEMPERATURE = 1e-6
 
-@runtime_checkable
-class Transform(Protocol):
-    """One step from the model's logits to those that are drawn from."""
-
-    def init(self, tokens: Int[Array, "B T"], vocab: int) -> Any:
-        """State after the tokens so far (-1 is padding)."""
-        ...
-
-    def update(
-        self, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B V"], Any]:
-        """The changed logits, and the state after `token` (-1: none since `init`)."""
-        ...
-
-
-class _Stateless(abc.ABC):
-    def init(self, tokens: Int[Array, "B T"], vocab: int) -> tuple[()]:
-        """Nothing to remember."""
-        del tokens, vocab
-        return ()
-
-    def update(
-        self, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B V"], Any]:
-        """See the class."""
-        del token
-        return self.apply(logits), state
-
-    @abc.abstractmethod
-    def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """The changed logits."""
+# What is defined there makes transforms; given itself, it was not called.
+_MODULES = (__name__, "jkv.decoding.constraints", "jkv.decoding.penalties")
 
 
 @pytree
-class Greedy(_Stateless):
+class Greedy(Stateless):
     """All weight on the likeliest token, the first of equals."""
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
@@ -75,18 +61,23 @@ class Greedy(_Stateless):
 
 
 @pytree
-class Temperature(_Stateless):
+class Temperature(Stateless):
     """Logits divided by a temperature."""
 
-    value: Any  # float, or an array broadcastable to [B, V]
+    value: Any  # float, or an array [], [B] or broadcastable to [B, V]
+    may_be_zero: bool = static(default=False)
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Flatter above 1, sharper below."""
-        return logits / self.value
+        """Flatter above 1, sharper below; a row at 0 keeps its likeliest token alone."""
+        value = per_row("temperature", self.value, logits)
+        if not self.may_be_zero:
+            return logits / value
+        cold = value < LEAST_TEMPERATURE
+        return jnp.where(cold, Greedy().apply(logits), logits / jnp.where(cold, 1, value))
 
 
 @pytree
-class TopK(_Stateless):
+class TopK(Stateless):
     """The k likeliest tokens; those that equal the last of them stay too."""
 
     k: int = static()
@@ -98,58 +89,49 @@ class TopK(_Stateless):
 
 
 @pytree
-class TopP(_Stateless):
+class TopKArray(Stateless):
+    """`TopK` with k as an array, traced or one per row: sorts all tokens instead of finding k."""
+
+    k: Any  # int [] or [B]
+
+    def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """Minus infinity below each row's k-th."""
+        order = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        at = jnp.clip(per_row("top_k", self.k, logits, jnp.int32) - 1, 0, logits.shape[-1] - 1)
+        at = jnp.broadcast_to(at, (logits.shape[0], 1))
+        return jnp.where(logits < jnp.take_along_axis(order, at, axis=1), -jnp.inf, logits)
+
+
+@pytree
+class TopP(Stateless):
     """The nucleus: the likeliest tokens that together reach probability p (arXiv:1904.09751)."""
 
     p: Any
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """Minus infinity outside; the likeliest token always stays."""
+        p = per_row("top_p", self.p, logits)
         order = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         probabilities = jax.nn.softmax(order, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        # Rounding carries the sum of all past 1, where everything is inside.
-        inside = ((before < self.p) | (jnp.float32(self.p) >= 1)).at[:, 0].set(True)
+        # Tokens before that sum to p exactly are enough. Rounding carries the sum of all past 1,
+        # where everything is inside.
+        inside = ((before < p * (1 - ROUNDING)) | (p >= 1)).at[:, 0].set(True)
         least = jnp.min(jnp.where(inside, order, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(logits < least, -jnp.inf, logits)
 
 
 @pytree
-class MinP(_Stateless):
+class MinP(Stateless):
     """Tokens at least p times as likely as the likeliest (arXiv:2407.01082)."""
 
     p: Any
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Minus infinity below."""
-        floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(jnp.float32(self.p))
-        return jnp.where(logits < floor, -jnp.inf, logits)
-
-
-@pytree
-class RepetitionPenalty:
-    """Logits of tokens already said divided by a penalty where positive, multiplied where not.
-
-    As in CTRL (Keskar et al. 2019, arXiv:1909.05858); the prompt counts as said.
-    """
-
-    penalty: Any
-
-    def init(self, tokens: Int[Array, "B T"], vocab: int) -> Bool[Array, "B V"]:
-        """Which tokens have been said."""
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        said = jnp.zeros((tokens.shape[0], vocab), bool)
-        return said.at[rows, jnp.where(tokens < 0, vocab, tokens)].set(True, mode="drop")
-
-    def update(
-        self, logits: Float[Array, "B V"], state: Bool[Array, "B V"], token: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B V"], Bool[Array, "B V"]]:
-        """Push down what has been said, the last token included."""
-        vocab = logits.shape[-1]
-        at = jnp.where(token < 0, vocab, token)
-        state = state.at[jnp.arange(token.shape[0]), at].set(True, mode="drop")
-        pushed = jnp.where(logits > 0, logits / self.penalty, logits * self.penalty)
-        return jnp.where(state, pushed, logits), state
+        """Minus infinity below; exactly p times as likely is likely enough."""
+        best = jnp.max(logits, axis=-1, keepdims=True)
+        floor = jnp.log(per_row("min_p", self.p, logits)) - ROUNDING
+        return jnp.where(logits - best < floor, -jnp.inf, logits)
 
 
 @pytree
@@ -178,84 +160,145 @@ def greedy() -> Greedy:
     return Greedy()
 
 
-def temperature(value: Any) -> Greedy | Temperature:
+def temperature(value: Parameter) -> Greedy | Temperature:
     """Divide the logits by `value`; 0 is greedy, as is what is too small to divide by (1e-6).
+
+    Args:
+        value: a number; or an array, traced or ``[B]`` with one per row. Only a plain 0 is known
+            to draw nothing: with arrays a key is needed.
 
     Raises:
         ValueError: a value below 0, or not finite.
     """
-    value = _number("temperature", value, "a finite number of at least 0", lambda x: x >= 0)
+    value = number("temperature", value, "a finite number of at least 0", lambda x: x >= 0)
+    if not isinstance(value, float):
+        return Temperature(value, may_be_zero=True)
     # Logits divided by less overflow float32, and the likeliest token would be one of many.
-    return Greedy() if value < 1e-6 else Temperature(value)
+    return Greedy() if value < LEAST_TEMPERATURE else Temperature(value)
 
 
-def top_k(k: Any) -> TopK:
-    """Keep the k likeliest tokens. Another k compiles anew.
+def top_k(k: Parameter) -> TopK | TopKArray:
+    """Keep the k likeliest tokens.
+
+    Args:
+        k: an int, of which another compiles anew; or an array, traced or ``[B]`` with one per row,
+            for which all tokens are sorted.
 
     Raises:
         ValueError: k is not an integer of at least 1.
     """
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise ValueError(f"top_k got {brief(k)}; expected an integer of at least 1")
-    return TopK(int(k))
+    k = number("top_k", k, "an integer of at least 1", lambda x: x >= 1, whole=True)
+    return TopK(k) if isinstance(k, int) else TopKArray(k)
 
 
-def top_p(p: Any) -> TopP:
+def top_p(p: Parameter) -> TopP:
     """Keep the likeliest tokens that together reach probability p.
 
+    Args:
+        p: a number above 0 and at most 1; or an array, traced or ``[B]`` with one per row.
+
     Raises:
         ValueError: p outside (0, 1].
     """
-    return TopP(_number("top_p", p, "a number above 0 and at most 1", lambda x: 0 < x <= 1))
+    return TopP(number("top_p", p, "a number above 0 and at most 1", lambda x: 0 < x <= 1))
 
 
-def min_p(p: Any) -> MinP:
+def min_p(p: Parameter) -> MinP:
     """Keep tokens at least p times as likely as the likeliest.
 
+    Args:
+        p: a number above 0 and at most 1; or an array, traced or ``[B]`` with one per row.
+
     Raises:
         ValueError: p outside (0, 1].
     """
-    return MinP(_number("min_p", p, "a number above 0 and at most 1", lambda x: 0 < x <= 1))
-
-
-def repetition_penalty(penalty: Any) -> RepetitionPenalty:
-    """Push down tokens already said; 1 changes nothing, below 1 encourages them.
-
-    Raises:
-        ValueError: a penalty of 0 or below, or not finite.
-    """
-    value = _number("repetition_penalty", penalty, "a finite number above 0", lambda x: x > 0)
-    return RepetitionPenalty(value)
+    return MinP(number("min_p", p, "a number above 0 and at most 1", lambda x: 0 < x <= 1))
 
 
 def chain(*transforms: Any) -> Chain:
-    """Several transforms as one, applied from left to right.
+    """Make several transforms into one, applied from left to right.
+
+    Args:
+        transforms: of this module, of your own, or plain functions of the logits ``[B, V]``.
 
     Raises:
         TypeError: something that is no transform.
+
+    Example:
+        >>> chain(repetition_penalty(1.1), temperature(0.8), top_p(0.95))
     """
-    for transform in transforms:
-        check(transform)
-    return Chain(tuple(transforms))
+    return Chain(tuple(check(transform) for transform in transforms))
 
 
-def check(sampler: Any) -> None:
-    """Refuse what is no transform.
+def check(sampler: Any) -> Any:
+    """Make a transform of what a user gave: a plain function is one of the logits.
 
     Raises:
-        TypeError: `init` or `update` is missing, or it is no pytree of numbers.
+        TypeError: `init` or `update` is missing, it is a function of something else, or it is no
+            pytree of numbers.
     """
-    if isinstance(sampler, type) or not isinstance(sampler, Transform):
+    maker = getattr(sampler, "__module__", "") in _MODULES and inspect.isfunction(sampler)
+    known = isinstance(sampler, Transform) or callable(sampler)
+    if isinstance(sampler, type) or maker or not known:
         raise TypeError(
-            f"got {brief(sampler)} as a sampler; expected one of jkv.sampling's transforms, "
-            "such as jkv.sampling.temperature(0.8), or an object with init and update"
+            f"got {brief(sampler)} as a sampler; expected one of jkv.sampling's transforms, such "
+            "as jkv.sampling.temperature(0.8), a function of the logits [B, V], or an object with "
+            "init and update"
         )
+    if not isinstance(sampler, Transform):
+        return _function(sampler)
     for leaf in jax.tree.leaves(sampler):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
             raise TypeError(
                 f"got a sampler that holds {brief(leaf)}; expected a pytree of numbers and arrays, "
                 "such as a dataclass registered with jax.tree_util.register_dataclass"
             )
+    return sampler
+
+
+def _function(function: Any) -> Function:
+    """A user's function as a transform; what it holds as a pytree of arrays stays arguments."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        raise TypeError(
+            f"got {brief(function)} as a sampler, which cannot be called with one argument; "
+            "expected a function of the logits [B, V] that returns as many. What looks back at "
+            "tokens is an object with init and update, see jkv.sampling.Transform"
+        ) from None
+    except ValueError:  # written in C, and silent about its arguments
+        pass
+    if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(function)):
+        if function.__hash__ is None:
+            raise TypeError(
+                f"got {brief(function)} as a sampler, which is neither hashable nor a pytree of "
+                "arrays; expected a function or a frozen dataclass"
+            )
+        function = jax.tree_util.Partial(function)
+    return Function(function)
+
+
+def bind(sampler: Any, vocab: int, ends: Any = None) -> Any:
+    """Make a transform of what a user gave, for rows of one model that end at `ends`.
+
+    Args:
+        sampler: see `check`; None stays None.
+        vocab: V.
+        ends: ``[B, M]`` or ``[1, M]`` token ids at which rows end, negative ones are none. None:
+            they end nowhere.
+
+    Raises:
+        TypeError: see `check`.
+        ValueError: tokens outside the vocabulary.
+    """
+    if sampler is None:
+        return None
+    sampler = check(sampler)
+    if isinstance(sampler, Chain):
+        return Chain(tuple(bind(transform, vocab, ends) for transform in sampler.transforms))
+    if isinstance(sampler, LogitBias | MinNewTokens):
+        return sampler.bind(vocab, ends)
+    return sampler
 
 
 def needs_key(sampler: Any) -> bool:
@@ -334,25 +377,28 @@ def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     return jnp.min(jnp.where(best, tokens, logits.shape[-1]), axis=-1)
 
 
-def _number(name: str, value: Any, expected: str, holds: Any) -> float:
-    plain = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not plain or not math.isfinite(value) or not holds(value):
-        raise ValueError(f"{name} got {brief(value)}; expected {expected}")
-    return float(value)
-
-
 __all__ = [
     "Chain",
+    "FrequencyPenalty",
     "Greedy",
+    "LogitBias",
+    "MinNewTokens",
     "MinP",
+    "NoRepeatNgram",
+    "PresencePenalty",
     "RepetitionPenalty",
     "Temperature",
     "TopK",
     "TopP",
     "Transform",
     "chain",
+    "frequency_penalty",
     "greedy",
+    "logit_bias",
+    "min_new_tokens",
     "min_p",
+    "no_repeat_ngram",
+    "presence_penalty",
     "repetition_penalty",
     "temperature",
     "top_k",

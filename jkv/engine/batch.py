@@ -80,9 +80,14 @@ class Batch(Pages):
             return -1
         signature = _signature(_plain(sampler))
         if signature not in self.groups:
-            self.state = device.with_sampler(self.state, _plain(sampler), self.config.vocab)
+            vocab, room = self.config.vocab, bucket(self.config.context)
+            self.state = device.with_sampler(self.state, _plain(sampler), vocab, room)
             self.groups[signature] = len(self.groups)
         return self.groups[signature]
+
+    def bind(self, sampler: Any, ends: tuple[int, ...]) -> Any:
+        """A user's sampler for a request that ends at these ids, see `sampling.bind`."""
+        return sampling.bind(sampler, self.config.vocab, filled(ends, ENDS, -2)[None])
 
     def check_sampler(self, sampler: Any) -> None:
         """Refuse one that cannot be run, before it is in a program that others share.
@@ -104,16 +109,20 @@ class Batch(Pages):
                 filled(seq.table, width) for seq, width in zip(seat.held, self.columns, strict=True)
             ),
             "lengths": np.int32(seat.cached),
-            "token": np.int32(0 if seat.reading else history[-1]),
+            # A request that begins has none; one that was preempted goes on after its last.
+            "token": np.int32(history[-1] if request.tokens else PAD),
             "active": np.bool_(not seat.reading),
             "left": np.int32(limit),
             "ends": filled(request.stop_ids, self.ends, -2),
             "keys": np.zeros(2, np.uint32) if request.key is None else request.key,
         }
         if group >= 0:
-            # Without the token that goes into the cache next: the sampler hears of that one then.
-            said = history[: seat.target]
-            what["said"] = filled(said, bucket(self.config.context), PAD)
+            # The sampler's state is that of a row which was never preempted: of the prompt, and one
+            # update for each token but the last, which the next pass tells it.
+            room, told = bucket(self.config.context), history[len(request.prompt) : -1]
+            what["prompt"] = filled(request.prompt, room, PAD)
+            what["generated"] = filled(told, room, PAD)
+            what["updates"] = np.int32(len(request.tokens))
             what["sampler"] = _plain(request.sampler)
         slots = len(seat.held[0].table) * self.page
         seat.tally.reserved[seat.lane] = seat.tally.known[seat.lane] = slots
@@ -206,7 +215,7 @@ class Batch(Pages):
             what = {
                 "tables": tuple(filled((), width) for width in self.columns),
                 "lengths": np.int32(0),
-                "token": np.int32(0),
+                "token": np.int32(PAD),
                 "active": np.bool_(False),
                 "left": np.int32(0),
                 "ends": filled((), self.ends, -2),
@@ -214,7 +223,9 @@ class Batch(Pages):
             }
             if group >= 0:
                 some = jax.tree.map(lambda leaf: np.asarray(leaf[0]), self.state.samplers[group])
-                what |= {"said": filled((), context, PAD), "sampler": some}
+                nothing = filled((), context, PAD)
+                what |= {"prompt": nothing, "generated": nothing, "updates": np.int32(0)}
+                what["sampler"] = some
             # A lane past the last is nobody's.
             self.state = device.installed(
                 self.state, group, self.config.vocab, np.int32(self.lanes), what
@@ -241,7 +252,6 @@ class Batch(Pages):
 
 def _plain(sampler: Any) -> Any:
     """A sampler whose parameters are arrays of 32 bits."""
-    sampling.check(sampler)
 
     def array(leaf: Any) -> Any:
         if isinstance(leaf, int):

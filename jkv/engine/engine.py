@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jkv._text import brief
-from jkv.decoding import sampling
+from jkv.decoding import loop, sampling
 from jkv.decoding.detokenize import new_text
 from jkv.decoding.request import (
     integer,
@@ -130,8 +130,9 @@ class Engine(Steps):
         Args:
             prompt: a text, or token ids.
             max_new_tokens: at most.
-            sampler: a transform of `jkv.sampling`, greedy by default. One of a structure that the
-                engine has not seen compiles its programs anew.
+            sampler: a transform of `jkv.sampling`, or a function of the logits ``[1, V]``; greedy
+                by default. One of a structure that the engine has not seen, or another function,
+                compiles its programs anew.
             key: `jax.random.key(seed)`, for samplers that draw at random: the tokens are those of
                 `jkv.generate` with the same key.
             stop: ids and strings at which it ends beside the checkpoint's, as of `jkv.generate`;
@@ -165,8 +166,9 @@ class Engine(Steps):
             )
         count = 1 if samples is None else integer("samples", samples, 1)
         keys = self._keys(sampler, key, count)
-        self.batch.check_sampler(sampler)
         self.batch.check_ends(ending.ids[0])
+        sampler = self.batch.bind(sampler, ending.ids[0])
+        self.batch.check_sampler(sampler)
         self.batch.check_fits(len(tokens), most)
         with self._lock:
             requests = []
@@ -265,6 +267,7 @@ class Engine(Steps):
         """Compile all that is needed for requests with these samplers, and greedy ones."""
         with self._stepping():
             for sampler in samplers:
+                sampler = self.batch.bind(sampler, ())
                 self.batch.check_sampler(sampler)
                 self.batch.group_of(sampler)
             self.batch.warm(swaps=self.preemption != "recompute")
@@ -301,5 +304,5 @@ class Engine(Steps):
                 )
             return None
         if key is None:
-            raise ValueError("a sampler that draws at random needs key=jax.random.key(seed)")
+            raise ValueError(loop.NEEDS_KEY)
         return jax.device_get(jax.random.key_data(sampling.row_keys(key, count)))

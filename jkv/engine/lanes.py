@@ -31,7 +31,7 @@ class Lanes:
 
     tables: tuple[Array, ...]  # per group of layers [W, M] int32
     lengths: Array  # [W] int32, tokens in the cache
-    token: Array  # [W] int32, said last and not in the cache yet
+    token: Array  # [W] int32, generated last, PAD before the first
     active: Array  # [W] bool, says tokens
     left: Array  # [W] int32, tokens that it may still say
     ends: Array  # [W, E] int32, tokens at which it ends
@@ -64,11 +64,11 @@ def empty(width: int, columns: tuple[int, ...], ends: int, mesh: Any) -> Lanes:
     return everywhere(lanes, mesh)
 
 
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def with_sampler(lanes: Lanes, sampler: Any, vocab: int) -> Lanes:
-    """Lanes that know one more structure of samplers."""
+@functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
+def with_sampler(lanes: Lanes, sampler: Any, vocab: int, context: int) -> Lanes:
+    """Lanes that know one more structure of samplers, for rows of at most `context` tokens."""
     width = lanes.lengths.shape[0]
-    nothing = jnp.full((1, 1), PAD, jnp.int32)
+    nothing = jnp.full((1, context), PAD, jnp.int32)
 
     def wide(leaf: Any) -> Array:
         leaf = jnp.asarray(leaf)
@@ -90,8 +90,8 @@ def installed(lanes: Lanes, group: int, vocab: int, at: Array, what: dict[str, A
         group: its sampler's place in `lanes.samplers`, -1 for the likeliest token.
         vocab: V.
         at: the lane, int32.
-        what: the lane's values of the fields of `Lanes` up to `keys`; and with a sampler `sampler`
-            and `said` [T], the tokens so far, -1 after them.
+        what: the lane's values of the fields of `Lanes` up to `keys`; and with a sampler `sampler`,
+            `prompt` [T], `generated` [T], -1 after each, and how many `updates` the sampler had.
     """
 
     def put(old: Array, new: Any) -> Array:
@@ -103,10 +103,21 @@ def installed(lanes: Lanes, group: int, vocab: int, at: Array, what: dict[str, A
     changes["group"] = put(lanes.group, group)
     if group >= 0:
         sampler = what["sampler"]
-        state = init_state(sampler, what["said"][None], vocab)
+        state = _state_after(sampler, what["prompt"], what["generated"], what["updates"], vocab)
         changes["samplers"] = _with(lanes.samplers, group, put, sampler)
         changes["states"] = _with(lanes.states, group, put, state)
     return replace(lanes, **changes)
+
+
+def _state_after(sampler: Any, prompt: Array, generated: Array, updates: Array, vocab: int) -> Any:
+    """A sampler's state after a prompt [T] and so many updates, the first of which has no token."""
+    nothing = jnp.zeros((1, vocab), jnp.float32)
+    after = jnp.concatenate([jnp.full((1,), PAD, generated.dtype), generated])
+
+    def body(i: Array, state: Any) -> Any:
+        return apply(sampler, nothing, state, after[i][None])[1]
+
+    return lax.fori_loop(0, updates, body, init_state(sampler, prompt[None], vocab))
 
 
 def _with(parts: tuple[Any, ...], i: int, put: Any, new: Any) -> tuple[Any, ...]:
@@ -219,7 +230,7 @@ def absorbed(
     ending = jnp.maximum(counts - 1, 0)[:, None, None]
     logits = model.logits(jnp.take_along_axis(hidden, ending, axis=1)[:, 0])
     rows = replace(rows, lengths=cache.lengths)
-    rows, token, marks = _choose(logits, rows, last, jnp.full_like(rows.token, PAD))
+    rows, token, marks = _choose(logits, rows, last, rows.token)
     marks = marks | jnp.where(cache.overflowed, REFUSED, 0)
     told = _told(token[:, None], cache.layers, rows, marks)
     return *_placed(model, cache.layers, _with_rows(lanes, who[:, 0], rows)), told
@@ -298,7 +309,7 @@ def _choose(logits: Array, rows: Lanes, who: Array, after: Array) -> tuple[Lanes
         logits: ``[R, V]``.
         rows: their lengths are the positions of what is drawn.
         who: ``[R]`` bool.
-        after: ``[R]``, the token that the logits follow, PAD where the sampler knows it.
+        after: ``[R]``, the generated token that the logits follow, PAD where there is none.
     """
     changed, states = logits, []
     random = jnp.zeros(who.shape, bool)
