@@ -55,7 +55,7 @@ class Stateless(abc.ABC):
 
     def update(
         self, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B V"], Any]:
+    ) -> tuple[Any, Any]:  # a user's function may return anything: `apply` looks at it
         """See the class."""
         del token
         return self.apply(logits), state
