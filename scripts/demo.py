@@ -55,7 +55,7 @@ def main() -> int:
 
     plain, cached = results.values()
     slow, fast = seconds.values()
-    print(f"\n{args.prompt}{lm.decode(cached.tokens[0])}\n")
+    print(f"\n{args.prompt}{cached.text}\n")
     if not np.array_equal(plain.tokens, cached.tokens):
         print("The two runs said different things: that is a fault of jkv.", file=sys.stderr)
         return 1

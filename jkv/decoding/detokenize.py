@@ -56,7 +56,8 @@ class Pieces:
 
     def push(self, tokens: Sequence[int], *, last: bool = False) -> str:
         """The text that `tokens` add; all that was held back too, where they are the last."""
-        fresh = list(tokens)
+        # Special tokens have no text: a row of them would make the window ever longer.
+        fresh = [token for token in tokens if not self._tokenizer.is_special(token)]
         self._window += fresh
         text = self._tokenizer.decode(self._window) if self._window else ""
         settled = text if last else self._settled(text)

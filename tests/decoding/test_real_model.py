@@ -66,6 +66,23 @@ def test_texts_and_small_chunks(lm):
     assert lm.decode(out.tokens)[0] == lm.decode(TOKENS[0])
 
 
+def test_texts_of_turns_join(lm):
+    """README's way: text prompts, resumed with texts, read from the results and from a stream."""
+    prompts, turns = ["Once upon a time", "<s>Tom had a"], [" there was a", ""]
+    asked = {"max_new_tokens": 9, "stop": (), "slots": SLOTS}
+    out = jkv.generate(lm, prompts, **asked)
+    more = jkv.stream(lm, turns, resume=out, **asked)
+    pieces = ["".join(texts) for texts in zip(*(block.texts for block in more), strict=True)]
+    assert tuple(pieces) == more.result.texts
+    for row, prompt in enumerate(("Once upon a time", "Tom had a")):
+        history = more.result.history[row].tolist()
+        assert history.count(lm.tokenizer.token_id("<s>")) == 1
+        assert prompt + out.texts[row] + turns[row] + pieces[row] == lm.decode(history)
+    # Nothing added is the same row, told on.
+    at_once = jkv.generate(lm, [prompts[1]], max_new_tokens=18, stop=(), slots=SLOTS)
+    assert at_once.text == out.texts[1] + pieces[1]
+
+
 def test_resumed_in_pieces(lm, kind):
     out, said = None, [[] for _ in IDS]
     for new in (1, 15, 2, NEW - 18):

@@ -237,3 +237,16 @@ def test_pieces_after_a_prompt_join_to_the_new_text(name, before, blocks):
     assert whole.endswith(text)
     if whole.startswith(old):  # no character was cut in two
         assert old + text == whole
+
+
+def test_pieces_look_back_a_little_only(monkeypatch):
+    """Also where special tokens follow each other, which have no text to look back at."""
+    tokenizer = texts.sentencepiece()
+    pieces = Pieces(tokenizer, tokenizer.encode("ab" * 500))
+    assert pieces.push(ids("b")) == "b"
+    sizes = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda t: (sizes.append(len(t)), decode(t))[1])
+    for token in [texts.EOS, *ids("c"), texts.BOS] * 100:
+        pieces.push([token])
+    assert max(sizes) <= 4
