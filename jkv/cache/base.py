@@ -17,7 +17,7 @@ from jkv._pytree import pytree
 from jkv._text import brief, plural
 from jkv.cache import pages
 from jkv.cache.evicting import evicted
-from jkv.cache.protocol import Stack, Step, as_kind, bound
+from jkv.cache.protocol import Stack, Step, as_kind, bound, furthest
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 
 
@@ -66,8 +66,12 @@ class Cache:
 
     @property
     def unbounded(self) -> bool:
-        """Whether a model may run past its context: no layer needs to look further back."""
+        """Whether every layer lets go of all but so many tokens, however long a row is."""
         return all(getattr(layer, "unbounded", False) for layer in self.layers)
+
+    def reach(self, new: int) -> int | None:
+        """How far back a token sees in a pass of `new`, itself included; None: without limit."""
+        return furthest(self.layers, new)
 
     @property
     def nbytes(self) -> int:

@@ -58,6 +58,10 @@ class Evicting:
         """Whether no token looks back without limit; see `EvictingKind.unbounded`."""
         return _is_window(self.score, self.sinks)
 
+    def reach(self, new: int) -> int | None:
+        """How far back a token sees, itself included: of several new ones, each sees all before."""
+        return self.keeps + new - 1 if self.unbounded else None
+
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -332,6 +336,10 @@ class EvictingKind:
         from a distance that the model was never trained for.
         """
         return _is_window(self.score, self.sinks)
+
+    def reach(self, new: int) -> int | None:
+        """How far back a token sees, itself included: of several new ones, each sees all before."""
+        return int(np.max(self.budget)) + new - 1 if self.unbounded else None
 
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Evicting:
         """An empty layer: zeros.

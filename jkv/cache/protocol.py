@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -111,8 +111,10 @@ class Kind(Protocol):
 
     A kind that depends on the model or on the layer has a method ``bind(config, layer)`` too, which
     returns the kind for that layer and raises `UnsupportedError` for a model that it cannot serve.
-    One that grows with its rows says ``grows = True``, and one with which a model may run past its
-    context, since no token looks further back than the kind keeps, ``unbounded = True``.
+    One that grows with its rows says ``grows = True``. One that lets go of what no token looks back
+    at says ``unbounded = True``, and has a method ``reach(new)``, as its layers do: the positions
+    that a token may look back at in a pass of `new` tokens, itself included; None where that grows
+    with the row. A model may run past its context where no layer reaches further than that.
     """
 
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> LayerCache:
@@ -142,6 +144,22 @@ def unbounded(kind: Any, config: Any) -> bool:
     """Whether a model may run past its context with this kind, in all its layers."""
     layers = range(config.layers)
     return all(getattr(bound(kind, config, i), "unbounded", False) for i in layers)
+
+
+def furthest(parts: Iterable[Any], new: int) -> int | None:
+    """How far a token may look back in any of these kinds or layers, None where without limit.
+
+    Args:
+        parts: kinds, each bound to its layer, or layers of a cache.
+        new: tokens of a pass.
+    """
+    most = 0
+    for part in parts:
+        reach = part.reach(new) if getattr(part, "unbounded", False) else None
+        if reach is None:
+            return None
+        most = max(most, reach)
+    return most
 
 
 @runtime_checkable

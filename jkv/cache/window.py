@@ -51,6 +51,11 @@ class Window:
         """Tokens that are kept of a row, however long."""
         return self.first + self.ring.size
 
+    def reach(self, new: int) -> int | None:
+        """How far back a token sees, itself included; None: as far as the row is long."""
+        del new
+        return _reach(self.ring.size, self.first, self.positions)
+
     @property
     def first(self) -> int:
         """How many sinks there are: s."""
@@ -160,6 +165,13 @@ class Window:
         )
 
 
+def _reach(size: int, sinks: int, positions: Positions) -> int | None:
+    """How far back a token sees, itself included, as the model's positions tell it."""
+    if not sinks:
+        return size
+    return {"cache": sinks + size, "clamped": size + 1, "text": None}[positions]
+
+
 def _where(chosen: Array, positions: Array) -> Array:
     """The positions of the tokens chosen, all others as padding."""
     return jnp.where(chosen, positions, -1)
@@ -212,8 +224,13 @@ class WindowKind:
 
     @property
     def unbounded(self) -> bool:
-        """A model with this may run past its context."""
+        """Whether it lets go of all but so many tokens, however long a row is."""
         return self.size is not None
+
+    def reach(self, new: int) -> int | None:
+        """How far back a token sees, itself included; None: as far as the row is long."""
+        del new
+        return None if self.size is None else _reach(self.size, self.sinks, self.positions)
 
     @property
     def _turns(self) -> bool:
@@ -283,7 +300,7 @@ def window(size: Any = None, sinks: Any = 0, positions: Any = "cache") -> Window
         positions: how far the sinks are. "cache": positions are counted within the cache, as in
             StreamingLLM (Xiao et al. 2023, arXiv:2309.17453). "clamped": `size` tokens at most, as
             in LM-Infinite (Han et al. 2023, arXiv:2308.16137). "text": as far as in the text, a
-            distance that grows past all that the model was trained for.
+            distance that grows with the text, so that it ends with the model's context.
 
     Raises:
         ValueError: a size below 1, sinks below 0, or another rule.

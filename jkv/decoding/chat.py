@@ -15,7 +15,7 @@ from jkv.cache.dense import dense
 from jkv.decoding import loop, request, room, sampling, stored
 from jkv.decoding.apply import check_updates
 from jkv.decoding.detokenize import Pieces
-from jkv.decoding.options import checked_kind
+from jkv.decoding.options import Options, checked_kind
 from jkv.decoding.request import PAD
 from jkv.decoding.result import Result
 from jkv.decoding.stopping import first_stop
@@ -96,7 +96,8 @@ class Chat:
         config = decoder.config
         self._lm = lm
         self._max_new = request.integer("max_new_tokens", max_new_tokens, 1)
-        most = room.limit(config, dense() if cache is None else checked_kind(cache))
+        kind = dense() if cache is None else checked_kind(cache)
+        most = room.limit(config, kind, Options.prefill_chunk)
         self._context = most if context is None else request.integer("context", context, 2)
         if most is not None and self._context is not None and self._context > most:
             raise ValueError(

@@ -10,40 +10,81 @@ import jax
 from jkv._pytree import replace
 from jkv._text import plural
 from jkv.cache.base import Cache
-from jkv.cache.protocol import unbounded
+from jkv.cache.protocol import bound, furthest
 from jkv.decoding.request import bucket
 
+SINKS = 4  # of the window that is recommended (Xiao et al. 2023, arXiv:2309.17453)
 
-def limit(config: Any, kept: Any) -> int | None:
+
+def limit(config: Any, kept: Any, new: int) -> int | None:
     """Tokens that a row may have in all, None where the model may run past its context.
+
+    It may where no token looks further back than the context: not all that is past it has to be
+    kept, but what is looked at must be at distances that the model was trained for.
 
     Args:
         config: of the model.
         kept: the kind of cache, or a cache to go on with.
+        new: tokens of a pass of the prefill.
     """
-    endless = kept.unbounded if isinstance(kept, Cache) else unbounded(kept, config)
     # A learned table of positions has no row for what is past it, whatever the cache keeps.
-    return None if endless and config.rope is not None else config.context
+    if config.rope is None:
+        return config.context
+    reach = _reach(config, kept, new)
+    return None if reach is not None and reach <= config.context else config.context
 
 
-def check_limit(config: Any, kept: Any, longest: int, new: int) -> None:
+def _reach(config: Any, kept: Any, new: int) -> int | None:
+    """How far a token may look back, see `Cache.reach`."""
+    if isinstance(kept, Cache):
+        return kept.reach(new)
+    return furthest([bound(kept, config, i) for i in range(config.layers)], new)
+
+
+def check_limit(config: Any, kept: Any, longest: int, new: int, chunk: int) -> None:
     """Refuse more tokens than the model can take.
+
+    Args:
+        config: of the model.
+        kept: the kind of cache, or a cache to go on with.
+        longest: tokens of the longest row so far.
+        new: tokens that it is to get.
+        chunk: tokens of a pass of the prefill.
 
     Raises:
         ValueError: the prompt and its continuation are longer than that.
     """
-    most = limit(config, kept)
+    most = limit(config, kept, chunk)
     if most is None or longest + new <= most:
         return
-    hint = (
-        "the model's positions are learned, and there are no more of them"
-        if config.rope is None
-        else "a cache that keeps only the last ones, such as jkv.window(1020, sinks=4), goes on"
-    )
+    asked = f" and max_new_tokens={new} make {longest + new}," if new else ","
     raise ValueError(
-        f"a prompt of {plural(longest, 'token')} and max_new_tokens={new} make {longest + new}, "
-        "more than "
-        f"the model's context of {most}; shorten the prompt or ask for fewer tokens ({hint})"
+        f"a prompt of {plural(longest, 'token')}{asked} more than the model's context of {most}; "
+        f"shorten the prompt or ask for fewer tokens ({_hint(config, _reach(config, kept, chunk))})"
+    )
+
+
+def _hint(config: Any, reach: int | None) -> str:
+    """What would let a model go on past its context, in its own numbers."""
+    context = config.context
+    if config.rope is None:
+        return "the model's positions are learned, and there are no more of them"
+    own = [config.window(i) for i in range(config.layers)]
+    if all(size is not None and size <= context for size in own):
+        code, text = "jkv.window()", "window"
+    elif context > 2 * SINKS:
+        size = context - SINKS
+        code, text = f"jkv.window({size}, sinks={SINKS})", f"window:{size},sinks={SINKS}"
+    else:
+        code, text = f"jkv.window({context})", f"window:{context}"
+    why = (
+        f"with this cache tokens look back at up to {reach}, which the model was not trained for; "
+        if reach is not None
+        else ""
+    )
+    return (
+        f"{why}a cache that keeps only the last {context} tokens, or fewer, goes on: {code}, as "
+        f"text {text}"
     )
 
 

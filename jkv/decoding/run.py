@@ -74,7 +74,9 @@ class Run:
         check_updates(self.sampler, batch, config.vocab)
         longest = max(map(len, self.history))
         kind = dense() if options.cache is None else checked_kind(options.cache)
-        room.check_limit(config, kind if resume is None else resume.cache, longest, self.max_new)
+        chunk = min(options.prefill_chunk, max(map(len, self.new)))
+        kept = kind if resume is None else resume.cache
+        room.check_limit(config, kept, longest, self.max_new, chunk)
         self.needed = longest + self.max_new - 1
         self.reused = np.zeros(len(self.new), np.int64)
         self._stored(kind)

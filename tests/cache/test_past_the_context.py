@@ -70,21 +70,68 @@ def test_what_needs_the_whole_text_is_refused(model, learned):
 
 
 def test_the_limit(model, learned):
-    """The same for a kind and for the caches that are of it."""
+    """The same for a kind and for the caches that are of it: what no token looks back past goes on.
+
+    With sinks a token looks back at those too, at the distance that the rule of positions says.
+    """
     local = dataclasses.replace(model.config, windows=(6, 6))
+    wide = dataclasses.replace(model.config, windows=(CONTEXT + 1, 6))
+    recency = jkv.scores.recency
     for config, kind, want in (
         (model.config, jkv.window(8), None),
+        (model.config, jkv.window(CONTEXT), None),
+        (model.config, jkv.window(CONTEXT + 1), CONTEXT),
+        (model.config, jkv.window(CONTEXT - 4, sinks=4), None),
+        (model.config, jkv.window(CONTEXT - 3, sinks=4), CONTEXT),
+        (model.config, jkv.window(CONTEXT - 1, 4, "clamped"), None),
+        (model.config, jkv.window(CONTEXT, 4, "clamped"), CONTEXT),
+        (model.config, jkv.window(8, 4, "text"), CONTEXT),
+        (model.config, jkv.window(8, 0, "text"), None),
+        (model.config, jkv.evicting(8, recency), None),
+        (model.config, jkv.evicting(CONTEXT - 15, recency), None),
+        (model.config, jkv.evicting(CONTEXT - 14, recency), CONTEXT),  # chunks of 16 see as many
+        (model.config, jkv.evicting(8), CONTEXT),
         (model.config, jkv.per_layer(jkv.window(8)), None),
+        (model.config, jkv.per_layer([jkv.window(8), jkv.window(CONTEXT)]), None),
+        (model.config, jkv.per_layer([jkv.window(8), jkv.window(CONTEXT + 1)]), CONTEXT),
         (model.config, jkv.per_layer([jkv.window(8), jkv.dense()]), CONTEXT),
+        (model.config, jkv.near_far(recent=8, far=jkv.quantized(bits=8)), CONTEXT),
         (model.config, jkv.dense(), CONTEXT),
         (model.config, jkv.none(), CONTEXT),
         (learned.config, jkv.window(8), CONTEXT),
         (local, jkv.window(), None),
+        (local, jkv.window(1000), None),  # no longer than the model's own
+        (wide, jkv.window(), CONTEXT),
+        (wide, jkv.window(CONTEXT), None),
         (dataclasses.replace(local, windows=(6, None)), jkv.window(), CONTEXT),
         (local, jkv.dense(), CONTEXT),
     ):
         cache = jkv.init_cache(config, kind, batch=1, slots=1)
-        assert room.limit(config, kind) == room.limit(config, cache) == want
+        assert room.limit(config, kind, 16) == room.limit(config, cache, 16) == want, kind
+
+
+def test_the_hint_is_in_the_models_own_numbers(model, tiny_config):
+    """And what it recommends is taken, by all that generates."""
+    lm = texts.noise(dataclasses.replace(tiny_config, context=48), layers=1)
+    large = jkv.window(60, sinks=4)
+    calls = (
+        lambda kind: jkv.generate(lm, ["ab"], max_new_tokens=60, cache=kind, stop=()),
+        lambda kind: list(jkv.stream(lm, ["ab"], max_new_tokens=60, cache=kind, stop=())),
+        lambda kind: jkv.beam_search(lm, ["ab"], beams=2, max_new_tokens=60, cache=kind),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"at up to 64.*jkv\.window\(44, sinks=4\), as text"):
+            call(large)
+        call("window:44,sinks=4")
+    with pytest.raises(ValueError, match="at most the model's, which is 48"):
+        jkv.Chat(lm, cache=large, context=100)
+    jkv.Chat(lm, cache="window:44,sinks=4", context=100)
+    local = dataclasses.replace(model.config, windows=(6, 6))
+    with pytest.raises(ValueError, match=r"goes on: jkv\.window\(\), as text window\)"):
+        room.check_limit(local, jkv.dense(), 30, 3, 16)
+    small = dataclasses.replace(model.config, context=8)
+    with pytest.raises(ValueError, match=r"goes on: jkv\.window\(8\), as text window:8\)"):
+        room.check_limit(small, jkv.dense(), 8, 1, 16)
 
 
 def test_chat_goes_on(tiny_config):
