@@ -45,6 +45,23 @@ def test_chat_replaces_what_cannot_be_written(tiny, narrow, say, monkeypatch):  
     assert narrow("chat", "--model", tiny, *NEW) == (0, b"h?llo\n")
 
 
+@pytest.mark.parametrize("line", ["h\u20acllo", "h\xe9llo"])
+def test_chat_reads_what_its_input_has_no_encoding_for(tiny, narrow, monkeypatch, line):  # noqa: F811
+    heard = []
+    monkeypatch.setattr(jkv.Chat, "stream", lambda self, text: (heard.append(text), iter("ok"))[1])
+    typed = io.TextIOWrapper(io.BytesIO(f"{line}\n".encode()), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert narrow("chat", "--model", tiny, *NEW) == (0, b"ok\n")
+    assert heard == [line]
+
+
+def test_chat_refuses_what_is_no_text(tiny, narrow, monkeypatch, capsys):  # noqa: F811
+    typed = io.TextIOWrapper(io.BytesIO(b"h\xe9llo\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert narrow("chat", "--model", tiny, *NEW)[0] == 2
+    assert "no text in UTF-8" in capsys.readouterr().err
+
+
 def test_texts_go_on_from_their_prompts(run, shared, tmp_path):  # noqa: F811
     """With SentencePiece, whose decoder strips the first space of what it is given."""
     source = str(shared / "models" / "stories260k")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import re
 import sys
@@ -67,6 +68,9 @@ def chat(
         on_full=on_full,
         **drawing,
     )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # What its encoding lacks is told apart line by line, and need not end the conversation.
+        sys.stdin.reconfigure(errors="surrogateescape")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         note(f"{lm.source}, cache {cache}. {_HELP}")
@@ -107,8 +111,13 @@ def _said(line: str) -> str:
     """The message that a line stands for.
 
     Raises:
-        ValueError: a command that there is not.
+        ValueError: a command that there is not, or a line that is no text.
     """
+    try:
+        # As UTF-8 where standard input has an encoding that lacks what was written to it.
+        line = line.encode(errors="surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"got a line that is no text in UTF-8: {error}") from error
     if re.fullmatch(r"/\w*(\s.*)?", line):
         raise ValueError(f"got {brief(line)}; expected one of these commands: {_HELP}")
     return line.removeprefix("/") if line.startswith("//") else line

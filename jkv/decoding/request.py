@@ -201,7 +201,7 @@ def stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: 
     for row in per_row:
         own = [_stop_id(s, vocab) for s in row if not isinstance(s, str)]
         # Nothing switches all of them off; what is asked for never does so by the way.
-        ids.append(tuple(dict.fromkeys([*own, *end_ids])) if len(row) else ())
+        ids.append((*own, *(end for end in end_ids if end not in own)) if len(row) else ())
         strings.append(tuple(s for s in row if isinstance(s, str)))
     if any("" in row for row in strings):
         raise ValueError("stop got an empty string, which every text contains")

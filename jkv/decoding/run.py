@@ -396,6 +396,12 @@ def generate(
         CacheFullError: `slots` too small for what is asked.
         NonFiniteError: the model's logits are NaN or infinite, or the sampler left a row nothing to
             draw from; with the row and the step. Nothing goes to the store.
+
+    Example:
+        >>> lm = jkv.load("shakespeare")
+        >>> out = jkv.generate(lm, "ROMEO:", max_new_tokens=16)
+        >>> more = jkv.generate(lm, " Juliet", max_new_tokens=16, resume=out)
+        >>> print("ROMEO:" + out.text + " Juliet" + more.text)
     """
     options = Options(
         max_new_tokens=max_new_tokens,

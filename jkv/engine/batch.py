@@ -68,10 +68,9 @@ class Batch(Pages):
             ValueError: too many.
         """
         if len(ends) > self.ends:
-            own = len(self.config.end_ids)
             raise ValueError(
-                f"stop got {len(ends) - own} ids; an engine takes at most {ENDS} of them beside "
-                f"the {own} of the checkpoint"
+                f"stop got {len(ends)} ids with the checkpoint's own; an engine takes at most "
+                f"{ENDS} beside those"
             )
 
     def group_of(self, sampler: Any) -> int:
@@ -87,7 +86,7 @@ class Batch(Pages):
 
     def bind(self, sampler: Any, ends: tuple[int, ...]) -> Any:
         """A user's sampler for a request that ends at these ids, see `sampling.bind`."""
-        return sampling.bind(sampler, self.config.vocab, filled(ends, ENDS, -2)[None])
+        return sampling.bind(sampler, self.config.vocab, filled(ends, self.ends, -2)[None])
 
     def check_sampler(self, sampler: Any) -> None:
         """Refuse one that cannot be run, before it is in a program that others share.
