@@ -11,13 +11,15 @@ bytes        what
 16 to 24     length of the payload
 24 to 40     checksum of the payload, as it lies there
 40 to 56     SHA-256 of bytes 0 to 40 and of 56 to the payload, the first sixteen bytes
-56 to 64     zero
+56 to 64     version of the put, as ``meta`` says it in hexadecimals; zero where it says none
 64 on        JSON: ``key``, ``arrays`` (name, dtype, shape), ``meta``, ``compression``, ``nbytes``
 payload      at the next multiple of 64, as is each array in it; zeros in between
 ===========  =================================================================================
 
 Nothing in it is executed, and nothing is believed: sizes must add up to what is there before any
-memory is taken.
+memory is taken, the JSON may not be longer than the payload and 1 MiB (tokens take six bytes each
+in it), name a thing twice or nest deeper than 100, and what a store wrote into ``meta`` must be
+what a store writes.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,16 +35,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jkv._text import brief
 from jkv.errors import CorruptError, UnsupportedError
 from jkv.store import zstd
 from jkv.store.checksum import SIZE, checksum
 from jkv.store.entry import Entry
+from jkv.store.schema import META, put_meta
 
 VERSION = 1
 PREFIX = 64  # bytes before the JSON
 _MAGIC = b"jkvblob\n"
 _FIXED = struct.Struct("<8sIIQ16s")
-_MAX_JSON = 1 << 28
+_MAX_JSON = 1 << 20  # bytes, and as many more as the payload has
+_MAX_AXES = 32
+_MAX_DEPTH = 100  # of the JSON; that of a cache's description takes 20
+_STAMP = re.compile("[0-9a-f]{16}")
 _as_json = json.JSONEncoder(separators=(",", ":")).encode
 
 _PLAIN = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
@@ -73,7 +81,7 @@ class Header:
             CorruptError: it was not.
         """
         if self.key != key:
-            raise CorruptError(f"it holds the key {self.key[:80]!r} and not {key[:80]!r}")
+            raise CorruptError(f"it holds the key {brief(self.key[:80])} and not {brief(key[:80])}")
 
 
 def _aligned(offset: int) -> int:
@@ -103,7 +111,7 @@ def prepare(
     for name, array in value.arrays.items():
         if (dtype := _NAMES.get(array.dtype)) is None:
             raise UnsupportedError(
-                f"array {name!r} is of dtype {array.dtype.str!r}, which blobs do not hold; "
+                f"array {brief(name)} is of dtype {array.dtype.str}, which blobs do not hold; "
                 "they hold numbers and bools, little-endian"
             )
         if gap := _aligned(end) - end:
@@ -116,7 +124,7 @@ def prepare(
     nbytes, stored, packed = end, end, None
     if compression is not None:
         smaller = memoryview(zstd.compress(b"".join(pieces), compression))
-        if len(smaller) < nbytes:
+        if len(smaller) < nbytes <= zstd.largest(len(smaller)):
             pieces, stored, packed = [smaller], len(smaller), compression
     said = {
         "key": key,
@@ -127,16 +135,35 @@ def prepare(
     }
     try:
         text = _as_json(said).encode()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UnsupportedError(f"an entry's meta must be what JSON can say: {error}") from error
+    if len(text) > _MAX_JSON + stored:
+        raise UnsupportedError(
+            f"an entry of {stored} bytes with {len(text)} of meta and names; expected at most "
+            f"{_MAX_JSON} more than the arrays take: put large values into arrays"
+        )
     start = _aligned(PREFIX + len(text))
 
     def header() -> memoryview:
         fixed = _FIXED.pack(_MAGIC, VERSION, len(text), stored, checksum(pieces))
-        rest = bytes(8) + text + bytes(start - PREFIX - len(text))
+        rest = _stamp(value.meta) + text + bytes(start - PREFIX - len(text))
         return memoryview(fixed + hashlib.sha256(fixed + rest).digest()[:SIZE] + rest)
 
     return start, pieces, header
+
+
+def _stamp(meta: Mapping[str, Any]) -> bytes:
+    put = meta.get(META)
+    version = put.get("version") if isinstance(put, dict) else None
+    if isinstance(version, str) and _STAMP.fullmatch(version):
+        return bytes.fromhex(version)
+    return bytes(8)
+
+
+def version_of(prefix: bytes | memoryview) -> str | None:
+    """The version of the put, from a blob's first 64 bytes; None where they do not say it."""
+    stamp = bytes(prefix[56:64])
+    return stamp.hex() if len(stamp) == 8 and any(stamp) else None
 
 
 def measure(prefix: bytes | memoryview) -> tuple[int, int]:
@@ -149,10 +176,10 @@ def measure(prefix: bytes | memoryview) -> tuple[int, int]:
         raise CorruptError(f"{len(prefix)} bytes, which is less than the {PREFIX} of any header")
     magic, version, json_bytes, stored, _ = _FIXED.unpack_from(prefix)
     if magic != _MAGIC:
-        raise CorruptError(f"no blob of jkv: it begins with {bytes(magic)!r}")
+        raise CorruptError(f"no blob of jkv: it begins with {brief(bytes(magic))}")
     if version > VERSION:
         raise CorruptError(f"written in format {version} by a newer jkv; this one reads {VERSION}")
-    if version != VERSION or json_bytes > _MAX_JSON:
+    if version != VERSION or json_bytes > _MAX_JSON + stored:
         raise CorruptError(f"a damaged header: format {version}, {json_bytes} bytes of JSON")
     start = _aligned(PREFIX + json_bytes)
     return start, start + stored
@@ -174,37 +201,68 @@ def read_header(data: bytes | memoryview) -> Header:
         raise CorruptError("the header is damaged: its checksum is another")
     # Sealed from here on: what is still wrong was written so, by accident or on purpose.
     try:
-        said = json.loads(str(head[PREFIX : PREFIX + json_bytes], "utf-8"))
+        said = json.loads(
+            str(head[PREFIX : PREFIX + json_bytes], "utf-8"), object_pairs_hook=_object
+        )
+        _check_depth(said)
         key, meta, packed = said["key"], said["meta"], said["compression"]
         listed = [(name, _DTYPES[dtype], tuple(shape)) for name, dtype, shape in said["arrays"]]
         nbytes = said["nbytes"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptError(f"the header says nothing that makes sense: {error!r}") from error
+        raise CorruptError(f"the header says nothing that makes sense: {brief(error)}") from None
     arrays, names, end = [], set(), 0
     for name, dtype, shape in listed:
         if type(name) is not str or name in names:
             raise CorruptError("two arrays have one name, or names that are no texts")
         names.add(name)
+        if len(shape) > _MAX_AXES:
+            raise CorruptError(f"array {brief(name)} has {len(shape)} axes")
         numbers = room = 1
         for size in shape:
             if type(size) is not int or size < 0:
-                raise CorruptError(f"array {name!r} has the shape {shape}")
+                raise CorruptError(f"array {brief(name)} has the shape {brief(shape)}")
             numbers *= size
             room *= size or 1  # numpy takes no huge axes beside an empty one either
-        if room > 1 << 48 or len(shape) > 32:
-            raise CorruptError(f"array {name!r} has the shape {shape}")
+        if room > 1 << 48:
+            raise CorruptError(f"array {brief(name)} has the shape {brief(shape)}")
         offset = _aligned(end)
         end = offset + numbers * dtype.itemsize
         arrays.append((name, dtype, shape, offset))
     if not isinstance(key, str) or not isinstance(meta, dict):
         raise CorruptError("the key is no text, or meta no object")
+    put_meta(meta)
     if type(nbytes) is not int or nbytes != end:
-        raise CorruptError(f"the arrays take {end} bytes and the payload is said to have {nbytes}")
+        raise CorruptError(
+            f"the arrays take {end} bytes and the payload is said to have {brief(nbytes)}"
+        )
     if packed not in (None, "zstd"):
-        raise CorruptError(f"a payload compressed by {packed!r}, which there is not")
+        raise CorruptError(f"a payload compressed by {brief(packed)}, which there is not")
     if packed is None and stored != nbytes:
         raise CorruptError(f"a payload of {nbytes} bytes is stored in {stored}")
     return Header(key, tuple(arrays), meta, packed, nbytes, start, stored, payload)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no name stands twice."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return made
+
+
+def _check_depth(said: Any) -> None:
+    """Refuse what nests so deep that others' recursion would end at it."""
+    level = [said]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            part
+            for value in level
+            if isinstance(value, dict | list)
+            for part in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it nests deeper than {_MAX_DEPTH}")
 
 
 def decode(data: bytes | memoryview, key: str | None = None) -> Entry:

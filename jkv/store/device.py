@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jkv.errors import TierError
 from jkv.store.entry import Entry
-from jkv.store.memory import Memory
+from jkv.store.memory import Memory, copied_meta
 
 
 class Device(Memory):
@@ -38,6 +38,6 @@ class Device(Memory):
                 name: stay[name] if name in stay else jax.numpy.array(array)
                 for name, array in entry.arrays.items()
             }
-            return Entry(jax.block_until_ready(arrays), entry.meta)
+            return Entry(jax.block_until_ready(arrays), copied_meta(entry))
         except jax.errors.JaxRuntimeError as error:
             raise TierError(f"the device does not take {entry.nbytes} bytes: {error}") from error

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jkv._text import brief
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store import codec, files, zstd
+from jkv.store.checks import Limit, check_count, check_limit
 from jkv.store.entry import Entry
 from jkv.store.names import SUFFIX, is_name, key_of, name_of
+from jkv.store.schema import META
 
 QUARANTINE = "quarantine"
 _KEPT_ASIDE = 32  # files in quarantine; the oldest go
+_ASIDE = re.compile(r"\d{20}-(.+)", re.DOTALL)  # their names: when it was, in nanoseconds, and what
 _FOREIGN_LOCK = SUFFIX + ".__lock"  # what tensorstore's file driver writes to before it renames
 _HEADER = 1 << 14  # bytes that most headers fit into
 _BATCH = 64  # files open at once in a batch
@@ -30,7 +36,11 @@ class Disk:
     what it says. A reader sees an entry whole or not. `delete` does not wait for the disk: until
     `purge` a power cut may bring back what it deleted. Names are those of `jkv.store.names`; blobs
     carry their key and a checksum, and what is not as it was written is moved to ``quarantine/``,
-    where the newest 32 are kept. Files of other names are left alone.
+    where the newest 32 are kept. Files of other names are left alone, and no link is followed.
+
+    Caches tell what was said: files are their owner's alone (0600, whatever the umask), and so are
+    directories that are made (0700). One that is there stays as it is. For several accounts to
+    share a directory, pass ``mode=0o660`` (a group) or ``0o644`` (others may read).
 
     The layout is that of tensorstore's file driver, so ``Remote("file:///...")`` reads and writes
     the same directory. It is not used here since it reads 64 MB at a third of a file's speed and
@@ -40,9 +50,14 @@ class Disk:
         path: created if it is not there.
         max_bytes, max_entries: limits that a store is to keep; nothing is refused here.
         compression: None, or "zstd" (lossless) for what is written from now on.
+        mode: permissions of the files; directories that are made can be entered by whom may read.
+
+    Example:
+        >>> store = jkv.store.Store([jkv.store.Memory(2**30), jkv.store.Disk("caches", 2**34)])
 
     Raises:
         TierError: there is no such directory and none can be made.
+        TypeError, ValueError: a limit or mode that cannot be.
         UnsupportedError: no zstd is installed, or the system is Windows.
     """
 
@@ -52,10 +67,11 @@ class Disk:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        max_bytes: int | None = None,
-        max_entries: int | None = None,
+        max_bytes: Limit = None,
+        max_entries: Limit = None,
         *,
         compression: str | None = None,
+        mode: int = files.PRIVATE,
     ) -> None:
         if os.name != "posix":
             raise UnsupportedError(
@@ -66,13 +82,17 @@ class Disk:
         self._directory = str(self.path)  # joining paths as texts takes a fifth of the time
         self._lifeline: files.Temporary | None = None
         self._lock = threading.Lock()
-        self.max_bytes = max_bytes
-        self.max_entries = max_entries
+        self.max_bytes = check_limit("max_bytes", max_bytes)
+        self.max_entries = check_limit("max_entries", max_entries)
         self.compression = compression
+        self.mode = check_count("mode", mode)
+        if mode & ~0o666 or mode & files.PRIVATE != files.PRIVATE:
+            raise ValueError(
+                f"mode got {mode:#o}; expected permissions of files that their owner can read and "
+                "write, such as 0o600, 0o660 or 0o644"
+            )
         try:
-            if not self.path.is_dir():
-                self.path.mkdir(parents=True, exist_ok=True)
-                files.sync_directory(str(self.path.parent))
+            files.make_directory(self._directory, mode)
         except OSError as error:
             raise TierError(error.errno, f"no directory for the disk tier: {error}") from error
 
@@ -133,7 +153,7 @@ class Disk:
             for key, entry in items:
                 blob = codec.prepare(entry, key, compression=self.compression)
                 try:
-                    written.append((key, files.Temporary(self._directory, *blob)))
+                    written.append((key, files.Temporary(self._directory, *blob, mode=self.mode)))
                 except OSError as error:
                     results[key] = self._failed("written", key, error)
             for key, file in written:  # all were begun, so that the disk has enough to do
@@ -189,7 +209,7 @@ class Disk:
         except OSError as error:
             raise self._failed("read", key, error) from error
         except (MemoryError, UnsupportedError) as error:  # no room, or no zstd, in this process
-            raise TierError(f"{key[:80]!r} not read in {self.path}: {error}") from error
+            raise TierError(f"{brief(key[:80])} not read in {self.path}: {error}") from error
 
     def describe(self, key: str) -> Mapping[str, Any] | None:
         """The meta of an entry, from its header alone; None if there is none.
@@ -233,24 +253,63 @@ class Disk:
         except OSError as error:
             raise self._failed("deleted", key, error) from error
 
+    def version_of(self, key: str) -> str | None:
+        """Which put is there, in 64 bytes; None where there is none, or one that does not say it.
+
+        Raises:
+            TierError: it cannot be read now.
+        """
+        try:
+            with files.opened(self._file(key)) as file:
+                return None if file is None else codec.version_of(os.pread(file, codec.PREFIX, 0))
+        except OSError as error:
+            raise self._failed("looked at", key, error) from error
+
+    def delete_put(self, key: str, version: str) -> bool:
+        """Drop one put of a key; whether it has gone, and is not another process's by now.
+
+        Raises:
+            TierError: it could not be dropped, and may still be there.
+        """
+        path = self._file(key)
+        try:
+            with files.opened(path) as file:
+                if file is None:
+                    return True
+                there = codec.version_of(os.pread(file, codec.PREFIX, 0))
+                if there is None:  # of a jkv that wrote no stamp: the meta says it
+                    meta = self.describe(key) or {}
+                    put = meta.get(META) or {}
+                    there = put.get("version")
+                if there not in (None, version) or not _same(path, file):
+                    return False
+                os.unlink(path)
+        except CorruptError:
+            return False  # `read` puts it aside
+        except FileNotFoundError:
+            pass
+        except IsADirectoryError:
+            self._put_aside(name_of(key))
+        except OSError as error:
+            raise self._failed("deleted", key, error) from error
+        return True
+
     def purge(self, keys: Sequence[str]) -> None:
         """What was deleted of these keys stays so after a power cut, and leaves quarantine too.
 
         Raises:
             TierError: something of them may still be there, or come back.
         """
-        aside = os.path.join(self._directory, QUARANTINE)
         names = {name_of(key) for key in keys}
         try:
-            if os.path.isdir(aside):
-                with os.scandir(aside) as items:
-                    # After the time, which has as many digits in every name.
-                    found = [i.path for i in items if i.name.partition("-")[2] in names]
-                for path in found:
-                    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                        os.unlink(path)
-                if found:
-                    files.sync_directory(aside)
+            with self._quarantine() as aside:
+                if aside is not None:
+                    found = [name for name, of in _aside_names(aside) if of in names]
+                    for name in found:
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(name, dir_fd=aside)
+                    if found:
+                        os.fsync(aside)
             files.sync_directory(self._directory)
         except OSError as error:
             raise TierError(
@@ -266,7 +325,7 @@ class Disk:
         with self._lock:
             try:
                 if self._lifeline is None:
-                    self._lifeline = files.Temporary(self._directory)
+                    self._lifeline = files.Temporary(self._directory, mode=self.mode)
             except OSError as error:
                 raise TierError(error.errno, f"no file in {self.path}: {error.strerror}") from error
             return os.path.basename(self._lifeline.path)
@@ -303,7 +362,7 @@ class Disk:
                     try:
                         key = files.contents(file)[0].key
                         if name_of(key) != name:
-                            raise CorruptError(f"it holds the key {key[:80]!r} of another file")
+                            raise CorruptError(f"it holds the key {brief(key)} of another file")
                     except CorruptError as error:
                         self._put_aside(name, file)
                         problems[name] = str(error)
@@ -354,16 +413,60 @@ class Disk:
 
     def _put_aside(self, name: str, file: int | None = None) -> None:
         """Into quarantine, unless the name has meanwhile been given to another file."""
-        path = self.path / name
-        aside = self.path / QUARANTINE
+        path = os.path.join(self._directory, name)
         # What cannot be moved stays and is looked at again: the caller's error is the one to tell.
         with contextlib.suppress(OSError):
-            if file is not None and not os.path.samestat(os.lstat(path), os.fstat(file)):
+            if file is not None and not _same(path, file):
                 return
-            aside.mkdir(exist_ok=True)
-            os.rename(path, aside / f"{time.time_ns():020d}-{name}")
-            for old in sorted(item for item in aside.iterdir() if not item.is_dir())[:-_KEPT_ASIDE]:
-                old.unlink()
+            with contextlib.suppress(FileExistsError):
+                files.make_directory(os.path.join(self._directory, QUARANTINE), self.mode)
+            with self._quarantine() as aside:
+                if aside is None:
+                    return
+                os.rename(path, f"{time.time_ns():020d}-{name}", dst_dir_fd=aside)
+                for old, _ in _aside_names(aside)[:-_KEPT_ASIDE]:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(old, dir_fd=aside)
+
+    @contextlib.contextmanager
+    def _quarantine(self) -> Iterator[int | None]:
+        """The directory of what was put aside; None where there is none, or a link to elsewhere.
+
+        Raises:
+            OSError: as the system said.
+        """
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            aside = os.open(os.path.join(self._directory, QUARANTINE), flags)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            yield None
+            return
+        try:
+            yield aside
+        finally:
+            with contextlib.suppress(OSError):  # it was only listed
+                os.close(aside)
 
     def _failed(self, what: str, key: str, error: OSError) -> TierError:
-        return TierError(error.errno, f"{key[:80]!r} not {what} in {self.path}: {error.strerror}")
+        return TierError(error.errno, f"{brief(key)} not {what} in {self.path}: {error.strerror}")
+
+
+def _same(path: str, file: int) -> bool:
+    """Whether a path still names an open file."""
+    return os.path.samestat(os.lstat(path), os.fstat(file))
+
+
+def _aside_names(directory: int) -> list[tuple[str, str]]:
+    """Files in quarantine, the oldest first, with the names that they had.
+
+    Only what this tier has put there: other files, links and directories are not its own.
+    """
+    with os.scandir(directory) as items:
+        named = [
+            (item.name, match[1])
+            for item in items
+            if (match := _ASIDE.fullmatch(item.name)) and item.is_file(follow_symlinks=False)
+        ]
+    return sorted((name, of) for name, of in named if is_name(of))

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from jkv._text import brief
 
 
@@ -34,12 +36,21 @@ class Entry:
         return sum(array.nbytes for array in self.arrays.values())
 
 
+class Private(np.ndarray):
+    """Memory that a tier of this library has made, and that nothing else refers to."""
+
+
 @runtime_checkable
 class Tier(Protocol):
     """A place for entries: plain, slow perhaps, and without an opinion on what should go.
 
     Keys are texts of any characters. Limits, policies, counters and what moves where are the
     store's affair. Methods may be called from several threads at once.
+
+    Others are optional: `write_many` and `read_many`; `describe`, an entry's meta without its
+    arrays; `version_of`, which put is there, for a tier that tells it in microseconds;
+    `delete_put`, of one put and no other of its key; `purge`, which waits for what was deleted;
+    `lifeline` and `lives`. `jkv.store.Disk` has them all.
     """
 
     name: str  # of its kind: "device", "memory", "disk", "remote"

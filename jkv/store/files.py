@@ -18,12 +18,13 @@ import numpy as np
 from jkv.errors import CorruptError
 from jkv.store import codec
 from jkv.store.checksum import PIECE, Checksum
-from jkv.store.entry import Entry
+from jkv.store.entry import Entry, Private
 
 if sys.platform != "win32":
     import fcntl
 
 TEMPORARY = ".tmp-"
+PRIVATE = 0o600  # conversations can be read from caches
 _PIECES = 512  # buffers in one writev; POSIX promises 16, Linux and macOS take 1024
 _FIRST = 1 << 16  # bytes read first: while they are looked at, the system fetches what follows
 _BELIEVED = 1 << 26  # bytes of memory that a file may take before it is looked at
@@ -36,6 +37,7 @@ class Temporary:
 
     Args:
         start, payload, header: as `codec.prepare` has them; empty without.
+        mode: permissions of the file, whatever the umask.
 
     Attributes:
         path: of the file; `file`: its descriptor.
@@ -52,6 +54,8 @@ class Temporary:
         start: int = 0,
         payload: Sequence[memoryview] = (),
         header: Callable[[], memoryview] | None = None,
+        *,
+        mode: int = PRIVATE,
     ) -> None:
         self.nbytes = start + sum(map(len, payload))
         self.renamed = False
@@ -59,10 +63,13 @@ class Temporary:
         while not complete:
             self.path = os.path.join(directory, TEMPORARY + secrets.token_hex(12))
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self.file = os.open(self.path, flags, 0o666)
+            self.file = os.open(self.path, flags, mode)
             try:
                 _lock(self.file)
-                if os.fstat(self.file).st_nlink:  # else a `scan` came between, and removed it
+                status = os.fstat(self.file)
+                if stat.S_IMODE(status.st_mode) != mode:  # the umask took some
+                    os.fchmod(self.file, mode)
+                if status.st_nlink:  # else a `scan` came between, and removed it
                     _write_all(self.file, payload, start)
                     if header is not None:
                         _begin_to_sync(self.file, start)
@@ -141,9 +148,10 @@ def contents(file: int) -> tuple[codec.Header, Entry]:
     nbytes = status.st_size
     if nbytes > _BELIEVED:  # else it is as cheap to read on at once
         _check_length(os.pread(file, codec.PREFIX, 0), nbytes)
-    room = np.empty(nbytes + 64, np.uint8)
+    room = Private((nbytes + 64,), np.uint8)
     skipped = -room.__array_interface__["data"][0] % 64
-    view = room[skipped : skipped + nbytes].data
+    inside = room[skipped : skipped + nbytes]
+    view = inside.data
     done = _fill(file, view, 0, min(nbytes, _FIRST))
     start = _check_length(view[:done], nbytes)
     done = _fill(file, view, done, start)
@@ -152,6 +160,7 @@ def contents(file: int) -> tuple[codec.Header, Entry]:
     for at in range(start, nbytes, PIECE):
         done = _fill(file, view, done, min(at + PIECE, nbytes))
         sums.update(view[at : min(at + PIECE, nbytes)])
+    inside.flags.writeable = room.flags.writeable = False  # nor can it be made so again
     return header, codec.entry(header, view[start:].toreadonly(), sums.finish())
 
 
@@ -216,6 +225,30 @@ def remove_if_abandoned(path: str) -> None:
             os.unlink(path)
     finally:
         os.close(file)
+
+
+def make_directory(path: str, mode: int) -> None:
+    """Make a directory where there is none, and those that it is in, for whom `mode` says.
+
+    Args:
+        mode: permissions of the files in it; who may read those may look into it.
+
+    Raises:
+        OSError: as the system said.
+    """
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+        if path == os.path.dirname(path):
+            break
+    for made in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.mkdir(made, 0o700)
+            os.chmod(made, mode | (mode & 0o444) >> 2)
+            sync_directory(os.path.dirname(made))
+    if missing and not os.path.isdir(missing[0]):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), missing[0])
 
 
 def sync_directory(path: str) -> None:

@@ -13,13 +13,20 @@ from typing import Any
 import numpy as np
 
 from jkv.store import digest
+from jkv.store.checks import Key, check_text
 
 PEERS = 256  # entries with the same mark that are looked at, the latest
 
 
-def name_of(tenant: str, key: str) -> str:
-    """The name of a tenant's entry: no two tenants share one."""
-    return f"{len(tenant)}:{tenant}:{key}"
+def name_of(tenant: Key, key: Key) -> str:
+    """The name of a tenant's entry: no two tenants share one, nor do two keys of one tenant.
+
+    Raises:
+        TypeError: a key or a tenant that is no text: 1 and "1" would be one.
+    """
+    check_text("tenant", tenant)
+    check_text("key", key)
+    return "".join((str(len(tenant)), ":", tenant, ":", key))
 
 
 def split(name: str) -> tuple[str, str]:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from jkv.store.evictor import Evictor
 from jkv.store.keys import Prefixes
 from jkv.store.policy import Policy
+from jkv.store.schema import PutMeta
 from jkv.store.shelf import Record, Shelf
 
 
@@ -192,14 +192,17 @@ class Ledger:
         self.tenant(record.tenant).reserved -= record.reserved
         record.reserved = 0
 
-    def forget(self, record: Record, reason: str, *, heir_at: int | None = None) -> None:
+    def forget(
+        self, record: Record, reason: str, *, heir_at: int | None = None, any_put: bool = False
+    ) -> None:
         """It is out of the index; what shelves still have of it is rubbish there.
 
-        On the shelf `heir_at` its name keeps its standing, for the record that comes after it.
+        On the shelf `heir_at` its name keeps its standing, for the record that comes after it. With
+        `any_put` whatever is there under its name is rubbish, and not this put alone.
         """
         for at, size in list(record.homes.items()):
             self.drop_home(record, at, heir=at == heir_at)
-            self.add_rubbish(at, record.name, size)
+            self.add_rubbish(at, record.name, size, None if any_put else record.version)
         tenant = self.tenant(record.tenant)
         tenant.bytes -= record.nbytes
         tenant.entries -= 1
@@ -239,10 +242,13 @@ class Ledger:
         if not record.homes and record.moving is None and self.current(record):
             self.forget(record, "lost")
 
-    def add_rubbish(self, at: int, name: str, size: int) -> None:
-        """A shelf has bytes that nobody wants."""
+    def add_rubbish(self, at: int, name: str, size: int, version: str | None = None) -> None:
+        """A shelf has bytes that are to be deleted: of one put, or whatever is under the name."""
+        self.drop_rubbish(at, name)
         shelf = self.shelves[at]
         shelf.rubbish[name] = size
+        if version is not None:
+            shelf.rubbish_versions[name] = version
         shelf.bytes += size
         shelf.entries += 1
 
@@ -250,14 +256,15 @@ class Ledger:
         """It has them no more."""
         shelf = self.shelves[at]
         size = shelf.rubbish.pop(name, None)
+        shelf.rubbish_versions.pop(name, None)
         if size is not None:
             shelf.bytes -= size
             shelf.entries -= 1
 
-    def learn(self, record: Record, meta: Mapping[str, Any]) -> None:
+    def learn(self, record: Record, put: PutMeta) -> None:
         """What a blob from before says of its record, which was only listed until now."""
         pinned = record.pinned
-        record.learn(meta)
+        record.learn(put)
         if self.current(record):
             self.prefixes.add(record)
             if record.pinned and not pinned:

@@ -14,10 +14,9 @@ from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store.entry import Entry
 from jkv.store.ledger import Ledger
 from jkv.store.mover import Mover
+from jkv.store.schema import META, check_entry
 from jkv.store.shelf import Record, Shelf
 
-META = "store"  # where a stored entry's meta has what the store wrote
-LIFELINE = "lifeline"  # and in that, of an ephemeral one, what ends with its process
 KEPT, REFUSED, FAILED = "kept", "refused", "failed"
 
 
@@ -67,7 +66,7 @@ class Moves(Ledger):
                 with self.lock:
                     left = record.homes[at]
                     self.drop_home(record, at)
-                    self.add_rubbish(at, record.name, left)
+                    self.add_rubbish(at, record.name, left, record.version)
                     shelf.counts["refused"] += 1
                 self.clean(at, record.name)
                 said[i] = REFUSED
@@ -84,14 +83,14 @@ class Moves(Ledger):
                     shelf.counts["unconverted"] += 1
         # What a device tier had is JAX's.
         arrays = {name: np.asarray(array) for name, array in entry.arrays.items()}
-        said = record.meta()
+        lifeline = None
         if record.ephemeral and hasattr(shelf.tier, "lifeline"):
             try:
-                said[LIFELINE] = shelf.tier.lifeline()
+                lifeline = shelf.tier.lifeline()
             except TierError:  # only its time to live will end it
                 with self.lock:
                     shelf.counts["errors"] += 1
-        return Entry(arrays, {**entry.meta, META: said})
+        return Entry(arrays, {**entry.meta, META: record.meta(lifeline)})
 
     def _write(self, shelf: Shelf, items: list[tuple[str, Entry]]) -> list[int | None]:
         """The bytes that each takes; None where it failed."""
@@ -240,7 +239,7 @@ class Moves(Ledger):
                 answer = FAILED
             elif shelf.persistent:  # what is safe here stays until it is safe below
                 answer, entry = self.sink(record, entry, at + 1), None
-        if not self._delete(at, record.name):
+        if not self._delete(at, record.name, record.version):
             with self.lock:
                 record.leaving = None
                 shelf.place(record, record.homes[at])
@@ -269,6 +268,8 @@ class Moves(Ledger):
         for at in range(start, len(self.shelves)):
             if at in record.homes and at not in record.doubtful:
                 return KEPT
+            if self.newer_put(at, record) is not None:
+                return REFUSED  # of another process: what would be written is what it replaced
             answer = self.place(at, [(record, entry)])[0]
             if answer == KEPT:
                 return KEPT
@@ -321,6 +322,8 @@ class Moves(Ledger):
             if entry is None:
                 return
             for at in range(top):
+                if self.newer_put(at, record) is not None:
+                    return
                 if self.place(at, [(record, entry)])[0] == KEPT:
                     with self.lock:
                         self.shelves[at].counts["promotions"] += 1
@@ -331,11 +334,23 @@ class Moves(Ledger):
 
     # Out.
 
+    def read(self, at: int, name: str) -> Entry | None:
+        """What a tier has of a name, None if nothing.
+
+        Raises:
+            CorruptError: it is damaged, or says of itself what no store has written.
+            TierError: it cannot be read now.
+        """
+        entry = self.shelves[at].tier.read(name)
+        if entry is not None:
+            check_entry(entry)
+        return entry
+
     def fetch(self, at: int, record: Record) -> Entry | None:
         """Read what a shelf has, for a move. None: it cannot now, or is not there any more."""
         shelf = self.shelves[at]
         try:
-            entry = shelf.tier.read(record.name)
+            entry = self.read(at, record.name)
         except TierError:
             with self.lock:
                 shelf.counts["errors"] += 1
@@ -353,19 +368,67 @@ class Moves(Ledger):
 
     def verify(self, record: Record, at: int, entry: Entry) -> bool:
         """Whether what was read is of this record; of one that was only listed, what it is."""
-        meta = store_meta(entry)
-        if record.version is None and meta is not None:
-            self.learn(record, meta)
-        same = record.version == (None if meta is None else meta["version"])
+        put = check_entry(entry)
+        if record.version is None and put is not None:
+            self.learn(record, put)
+        same = record.version == (None if put is None else put.version)
         if same:
             record.doubtful.discard(at)
         return same
 
+    def version_at(self, at: int, name: str) -> str | None:
+        """Which put a shelf has that other processes write to too.
+
+        None where it has none, or cannot say it in an instant.
+        """
+        shelf = self.shelves[at]
+        look = getattr(shelf.tier, "version_of", None)
+        if look is None or not shelf.persistent:
+            return None
+        try:
+            return look(name)
+        except TierError:  # who reads it will know, and count it
+            return None
+
+    def newer_put(self, at: int, record: Record) -> str | None:
+        """The version of a put on a shelf that came after this record's, None where none did.
+
+        What was there before it has been replaced by it, or is known to be of no use: anything
+        else has come since. No clock is asked: those of two machines differ.
+        """
+        found = self.version_at(at, record.name)
+        old = self.shelves[at].rubbish_versions.get(record.name)
+        known = (None, record.version, old)
+        return None if found in known or at in record.doubtful else found
+
+    def discard_older(self, record: Record) -> None:
+        """What other processes have put under its name until now is of no use any more."""
+        for at in range(1, len(self.shelves)):
+            old = self.version_at(at, record.name)
+            if old in (None, record.version):
+                continue
+            with self.lock:
+                known = self.index.get(record.name)
+                if known is not None and known.version == old:
+                    continue  # it goes when the new one has come
+                if known is not None and at in known.homes:
+                    self.forget(known, "replaced")
+                self.add_rubbish(at, record.name, 0, old)  # how much is not known
+
+    def of_no_use(self, at: int, name: str) -> bool:
+        """Whether a shelf has of a name only what is to be deleted."""
+        shelf = self.shelves[at]
+        if name not in shelf.rubbish:
+            return False
+        version = shelf.rubbish_versions.get(name)
+        return version is None or self.version_at(at, name) in (None, version)
+
     def clean(self, at: int, name: str) -> bool:
         """Delete what a shelf has of a name and nobody wants; False: it could not be."""
-        if name not in self.shelves[at].rubbish:
+        shelf = self.shelves[at]
+        if name not in shelf.rubbish:
             return True
-        if not self._delete(at, name):
+        if not self._delete(at, name, shelf.rubbish_versions.get(name)):
             return False
         with self.lock:
             self.drop_rubbish(at, name)
@@ -376,17 +439,19 @@ class Moves(Ledger):
         for at in range(len(self.shelves)):
             self.clean(at, name)
 
-    def _delete(self, at: int, name: str) -> bool:
+    def _delete(self, at: int, name: str, version: str | None = None) -> bool:
+        """Delete one put of a name, or whatever is there; False: it could not be.
+
+        What another process has put since stays, and is no longer this one's affair.
+        """
+        tier = self.shelves[at].tier
         try:
-            self.shelves[at].tier.delete(name)
+            if version is not None and hasattr(tier, "delete_put"):
+                tier.delete_put(name, version)
+            else:
+                tier.delete(name)
         except TierError:
             with self.lock:
                 self.shelves[at].counts["errors"] += 1
             return False
         return True
-
-
-def store_meta(entry: Entry) -> Any:
-    """What the store wrote into an entry; None where it did not."""
-    meta = entry.meta.get(META)
-    return meta if isinstance(meta, dict) and meta.get("format") == 1 else None

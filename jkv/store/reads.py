@@ -9,9 +9,11 @@ from typing import Any
 
 from jkv.errors import CorruptError, TierError
 from jkv.store.answers import Ask, Handle, Match, Search, value_of
+from jkv.store.checks import Limit, check_bytes, check_limit, check_text
 from jkv.store.entry import Entry
 from jkv.store.keys import as_tokens, name_of, split
-from jkv.store.moves import META, Moves, store_meta
+from jkv.store.moves import Moves
+from jkv.store.schema import META, check_entry
 from jkv.store.shelf import Record
 
 _CANDIDATES = 8  # entries that a search tries to read, the longest prefix first
@@ -53,6 +55,8 @@ class Reads(Moves):
         while todo:
             reads: dict[int, list[Ask]] = {}
             unknown = []
+            for ask in todo:
+                self._look_below(ask)
             with self.lock:
                 for ask in todo:
                     at = self._look(ask)
@@ -71,6 +75,22 @@ class Reads(Moves):
                 if ask.wait:
                     self.wait_unclaimed(ask.name)
                     ask.wait = False
+
+    def _look_below(self, ask: Ask) -> None:
+        """Let go of what another process has put anew, where a tier tells so in an instant.
+
+        Without it a tier in memory would serve for ever what it has. What is found by its tokens
+        is right whatever was put since.
+        """
+        with self.lock:
+            record = self.index.get(ask.name)
+            if record is None or record.version is None or ask.only is not None:
+                return
+            top = min(record.homes, default=len(self.shelves))
+        for at in range(top + 1, len(self.shelves)):
+            if self.newer_put(at, record) is not None:
+                self.drop([ask.name], "replaced", lambda known: known is record, wait=False)
+                return
 
     @contextlib.contextmanager
     def given_back(self, asked: Iterable[Ask]) -> Iterator[None]:
@@ -177,13 +197,13 @@ class Reads(Moves):
         if many is not None and len(asks) > 1:
             try:
                 said = many(list(dict.fromkeys(ask.name for ask in asks)))
-                found = [said[ask.name] for ask in asks]
+                found = [_checked(said[ask.name]) for ask in asks]
             except TierError as error:
                 found = [error] * len(asks)
         else:
             for ask in asks:
                 try:
-                    found.append(shelf.tier.read(ask.name))
+                    found.append(self.read(at, ask.name))
                 except (TierError, CorruptError) as error:
                     found.append(error)
         seconds = self.timer() - begun
@@ -221,25 +241,26 @@ class Reads(Moves):
             if self.claimed(ask.name) or not self.current(record):
                 ask.wait = True
             elif isinstance(found, Entry):
-                self._overtaken(record, at, found)
+                self._overtaken(ask, record, at, found)
             else:
                 self.lose(record, at)
         self.release(record)
         ask.record = None
         return nbytes
 
-    def _overtaken(self, record: Record, at: int, entry: Entry) -> None:
-        """A shelf has another put of this name, of another process or from before."""
-        meta = store_meta(entry)
-        if meta is not None and meta["updated"] > record.updated:
-            self.forget(record, "replaced")
-            self.drop_rubbish(at, record.name)
-            self._adopt(record.name, at, entry)
+    def _overtaken(self, ask: Ask, record: Record, at: int, entry: Entry) -> None:
+        """A shelf has another put of this name: of another process, since that one was written.
+
+        The order of puts is that in which they reach the shelf; clocks differ between machines.
+        One that was only listed may be older as well: it stays, and is not served, while there is
+        another.
+        """
+        if at in record.doubtful and record.homes.keys() - record.doubtful:
+            ask.tried.add(at)
             return
-        size = record.homes.get(at)
-        self.lose(record, at)
-        if size is not None:
-            self.add_rubbish(at, record.name, size)
+        self.forget(record, "replaced")
+        self.drop_rubbish(at, record.name)
+        self._adopt(record.name, at, entry)
 
     def _adopt(self, name: str, at: int, entry: Entry) -> Record:
         """An entry that somebody else put, or this machine before. Under the lock."""
@@ -259,11 +280,11 @@ class Reads(Moves):
             if ask.name in self.index:
                 return
             for at, shelf in enumerate(self.shelves):
-                if not shelf.persistent or ask.name in shelf.rubbish:
+                if not shelf.persistent or self.of_no_use(at, ask.name):
                     continue
                 entry = None
                 try:
-                    entry = shelf.tier.read(ask.name)
+                    entry = self.read(at, ask.name)
                 except TierError:
                     with self.lock:
                         shelf.counts["errors"] += 1
@@ -284,9 +305,11 @@ class Reads(Moves):
 
     # What users ask for.
 
-    def asked(self, keys: Iterable[str], tenant: str, fingerprint: bytes | None) -> list[Ask]:
+    def asked(self, keys: Iterable[Any], tenant: Any, fingerprint: Any) -> list[Ask]:
         """Questions for keys."""
         fingerprint = (self.fingerprint or None) if fingerprint is None else fingerprint
+        if fingerprint is not None:
+            check_bytes("fingerprint", fingerprint)
         return [Ask(name_of(tenant, key), tenant, fingerprint) for key in keys]
 
     def scored(self, asked: Sequence[Ask], *, release: bool = True) -> None:
@@ -316,17 +339,20 @@ class Reads(Moves):
     def matches(
         self,
         tokens: Sequence[Any],
-        limits: Sequence[int | None],
-        tenant: str,
-        fingerprint: bytes | None,
+        limits: Sequence[Limit],
+        tenant: Any,
+        fingerprint: Any,
         recompute_seconds: int | float | None,
     ) -> list[Match | None]:
         """For each the entry that shares the most first tokens; one that fails gives way."""
+        check_text("tenant", tenant)
+        limits = [check_limit("limit", limit) for limit in limits]
         searched = [
             Search(as_tokens(ids), limit, Ask("", tenant, why="absent"))
             for ids, limit in zip(tokens, limits, strict=True)
         ]
         fingerprint = self.fingerprint if fingerprint is None else fingerprint
+        check_bytes("fingerprint", fingerprint)
         with self.lock:
             for one in searched:
                 wanted = one.tokens[: one.limit]
@@ -362,19 +388,28 @@ class Reads(Moves):
     # Away.
 
     def drop(
-        self, names: Sequence[str], reason: str, condition: Callable[[Record], bool], **claim: Any
+        self,
+        names: Sequence[str],
+        reason: str,
+        condition: Callable[[Record], bool],
+        *,
+        wait: bool = True,
+        any_put: bool = False,
     ) -> int:
-        """Entries go from everywhere, those for which the condition holds then."""
+        """Entries go from everywhere, those for which the condition holds then.
+
+        What another process has put under their names since stays, but with `any_put`.
+        """
         dropped = 0
         for name in names:
-            if not self.claim([name], **claim):
+            if not self.claim([name], wait=wait):
                 continue
             try:
                 with self.lock:
                     record = self.index.get(name)
                     if record is None or not condition(record):
                         continue
-                    self.forget(record, reason)
+                    self.forget(record, reason, any_put=any_put)
                     dropped += 1
                 self.clean_all(name)
             finally:
@@ -391,7 +426,7 @@ class Reads(Moves):
             with self.lock:
                 record = self.index.get(name)
                 if record is not None:
-                    self.forget(record, "removed")
+                    self.forget(record, "removed", any_put=True)
             for at, shelf in enumerate(self.shelves):
                 if name in shelf.rubbish:
                     self.clean(at, name)
@@ -429,3 +464,13 @@ class Reads(Moves):
 def _nearness(record: Record) -> tuple[int, int]:
     """Of entries with as long a prefix, the one in the fastest tier, then the smallest."""
     return (0 if record.moving is not None else min(record.homes, default=99)), record.nbytes
+
+
+def _checked(found: Any) -> Any:
+    """What a tier has read, or the error of an entry that says what no store has written."""
+    try:
+        if isinstance(found, Entry):
+            check_entry(found)
+    except CorruptError as error:
+        return error
+    return found

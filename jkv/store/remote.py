@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jkv._text import brief
 from jkv.errors import CorruptError, TierError, UnsupportedError
-from jkv.store import codec, zstd
+from jkv.store import codec, files, zstd
 from jkv.store.breaker import Breaker
+from jkv.store.checks import Limit, Seconds, check_count, check_limit, check_seconds
 from jkv.store.entry import Entry
 from jkv.store.names import is_name, key_of, name_of
 
@@ -22,6 +24,13 @@ _ERRORS = (ValueError, OSError, KeyError, IndexError, NotImplementedError, Runti
 
 class Remote:
     """Entries as objects of a bucket, or files of a directory, that others read and write too.
+
+    Nothing that others share is removed because of one reply: what comes damaged is asked for
+    again, and moved to ``quarantine/`` only if it comes the same again. Otherwise it is a miss
+    here, and stays.
+
+    Of ``file:///dir/`` tensorstore makes the files, by the umask; a directory that is not there is
+    made for its owner alone (0700). Make it beforehand for several accounts to share it.
 
     Every call ends after ``timeout`` seconds at most; after several failures in a row nothing is
     asked for a while (`jkv.store.breaker`). A write that timed out may still arrive: entries under
@@ -39,6 +48,7 @@ class Remote:
 
     Raises:
         TierError: tensorstore cannot open that.
+        TypeError, ValueError: a limit, a timeout or a number of retries that cannot be.
         UnsupportedError: no zstd is installed.
     """
 
@@ -48,23 +58,25 @@ class Remote:
         self,
         url: str | Mapping[str, Any],
         *,
-        timeout: float = 5.0,
-        retries: int = 2,
+        timeout: Seconds = 5.0,
+        retries: int | Any = 2,
         endpoint: str | None = None,
         region: str | None = None,
-        max_bytes: int | None = None,
-        max_entries: int | None = None,
+        max_bytes: Limit = None,
+        max_entries: Limit = None,
         compression: str | None = None,
         breaker: Breaker | None = None,
     ) -> None:
         import tensorstore  # 40 ms and its threads, for those who have a remote tier
 
-        if not timeout > 0:
-            raise ValueError(f"timeout is {timeout}; expected seconds above 0")
+        seconds = check_seconds("timeout", timeout, positive=True)
+        if seconds is None:
+            raise TypeError("timeout got None; expected seconds above 0")
+        check_count("retries", retries)
         zstd.check(compression)
-        self.timeout = timeout
-        self.max_bytes = max_bytes
-        self.max_entries = max_entries
+        self.timeout = seconds
+        self.max_bytes = check_limit("max_bytes", max_bytes)
+        self.max_entries = check_limit("max_entries", max_entries)
         self.compression = compression
         self.breaker = breaker or Breaker()
         try:
@@ -76,6 +88,8 @@ class Remote:
                 waits = {"max_retries": retries, "initial_delay": "100ms", "max_delay": "1s"}
                 service = f"{spec['driver']}_request_retries"
                 spec["context"] = {service: waits, **spec.get("context", {})}
+            if spec["driver"] == "file":
+                files.make_directory(os.path.dirname(os.path.abspath(spec["path"] + "x")), 0o600)
             self._kvstore = tensorstore.KvStore.open(spec).result(timeout=timeout)
         except (*_ERRORS, TypeError) as error:
             raise TierError(f"no remote tier at {brief(url)}: {error}") from error
@@ -127,21 +141,42 @@ class Remote:
         """The entry, None if there is none.
 
         Raises:
-            CorruptError: what is there is not what was written; it was moved to ``quarantine/``.
+            CorruptError: what is there is not what was written; it was moved to ``quarantine/``, if
+                two replies agree on it.
             TierError: it does not answer, or not in time.
         """
         name = name_of(key)
-        result = self._ask(f"read {brief(key[:80])}", lambda: self._kvstore.read(name))
-        if result.state == "missing":
-            return None
         try:
-            return codec.decode(result.value, key)
+            return self._read(name, lambda blob: codec.decode(blob, key))
         except CorruptError as error:
-            raise CorruptError(
-                f"{self.url}{name}: {error}{self._put_aside(name, result)}"
-            ) from None
+            raise CorruptError(f"{self.url}{name}: {error}") from None
         except UnsupportedError as error:  # no zstd in this process
             raise TierError(f"{brief(key[:80])} not read: {error}") from error
+
+    def _read(self, name: str, decode: Callable[[bytes], Entry]) -> Entry | None:
+        """An object, asked for again where it came damaged: others share what would be removed.
+
+        Raises:
+            CorruptError: it was damaged twice; where both replies are alike it was put aside.
+            TierError: it does not answer, or not in time.
+            UnsupportedError: it is compressed by what is not installed.
+        """
+        before = None
+        while True:
+            result = self._ask(f"read {brief(name[:80])}", lambda: self._kvstore.read(name))
+            if result.state == "missing":
+                return None
+            try:
+                return decode(result.value)
+            except CorruptError as error:
+                if before is None:
+                    before = result.value
+                    continue
+                if before == result.value:
+                    said = self._put_aside(name, result)
+                else:
+                    said = "; it is still there, since another reply was another"
+                raise CorruptError(f"{error}{said}") from None
 
     def describe(self, key: str) -> Mapping[str, Any] | None:
         """The meta of an entry, from its header alone, in two requests; None if there is none.
@@ -166,24 +201,43 @@ class Remote:
         """
         self._ask(f"delete {brief(key[:80])}", lambda: self._kvstore.write(name_of(key), None))
 
+    def delete_put(self, key: str, version: str) -> bool:
+        """Drop one put of a key; whether it has gone, and is not another process's by now.
+
+        Raises:
+            TierError: it does not answer, or not in time.
+        """
+        name = name_of(key)
+        part = slice(0, codec.PREFIX)
+        (found,) = self._ask_all("look", lambda: self._kvstore.read(name, byte_range=part))
+        if found is not None and found.state == "missing":
+            return True
+        if found is not None and codec.version_of(found.value) not in (None, version):
+            return False
+        stamp = {} if found is None else {"if_equal": found.stamp.generation}
+        what = f"delete {brief(key[:80])}"
+        self._ask(what, lambda: self._kvstore.write(name, None, **stamp))
+        return True
+
     def verify(self) -> dict[str, str]:
-        """Reads everything there is; what is wrong, by name; what is damaged goes aside.
+        """Read everything there is; what is wrong, by name; what is damaged goes aside.
 
         Raises:
             TierError: it does not answer, or not in time.
         """
         problems = {}
         for name in filter(is_name, self._names()):
-            result = self._ask(f"read {name}", lambda name=name: self._kvstore.read(name))
-            if result.state == "missing":
-                continue
-            try:
-                key = codec.read_header(result.value).key
+
+            def decode(blob: bytes, name: str = name) -> Entry:
+                key = codec.read_header(blob).key
                 if name_of(key) != name:
                     raise CorruptError(f"it holds the key {brief(key[:80])} of another name")
-                codec.decode(result.value)
+                return codec.decode(blob)
+
+            try:
+                self._read(name, decode)
             except CorruptError as error:
-                problems[name] = f"{error}{self._put_aside(name, result)}"
+                problems[name] = str(error)
             except UnsupportedError as error:  # left where it is
                 problems[name] = f"cannot be read: {error}"
         return problems

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import collections
 import dataclasses
 from typing import Any
 
 import numpy as np
 
+from jkv.store.checks import Limit, check_limit
 from jkv.store.entry import Entry
 from jkv.store.policy import Policy
+from jkv.store.schema import PutMeta
 
 _BOUNDLESS = 1 << 62
 _SPOILS_AFTER = 60.0  # seconds, then a measured bandwidth says nothing any more
@@ -51,38 +52,31 @@ class Record:
         """Of making it again, in seconds; where nobody said, of moving its bytes at 1 GB/s."""
         return 1e-9 * self.nbytes if self.seconds is None else self.seconds
 
-    def meta(self) -> dict[str, Any]:
+    def meta(self, lifeline: str | None = None) -> dict[str, Any]:
         """What is stored with the entry, for the next process."""
-        return {
-            "format": 1,
-            "version": self.version,
-            "created": self.created,
-            "updated": self.updated,
-            "expires": self.expires,
-            "seconds": self.seconds,
-            "fingerprint": self.fingerprint.hex(),
-            "tokens": None if self.tokens is None else _text(self.tokens),
-            "whole": self.whole,
-            "packed": self.packed,
-            "pinned": self.pinned,
-        }
+        return PutMeta(
+            version=self.version,
+            created=self.created,
+            updated=self.updated,
+            expires=self.expires,
+            seconds=self.seconds,
+            fingerprint=self.fingerprint,
+            tokens=self.tokens,
+            whole=self.whole,
+            packed=self.packed,
+            pinned=self.pinned,
+            lifeline=lifeline,
+        ).to_json()
 
-    def learn(self, meta: Any) -> None:
+    def learn(self, put: PutMeta) -> None:
         """What `meta` said."""
-        self.version = meta["version"]
-        self.created, self.updated = meta["created"], meta["updated"]
+        self.version = put.version
+        self.created, self.updated = put.created, put.updated
         if self.hits == 0:  # when it was last used before is not known
             self.accessed = self.updated
-        self.expires, self.seconds = meta["expires"], meta["seconds"]
-        self.fingerprint = bytes.fromhex(meta["fingerprint"])
-        if meta["tokens"] is not None:
-            self.tokens = np.frombuffer(base64.b64decode(meta["tokens"]), "<i4").astype(np.int32)
-        self.whole, self.packed = meta["whole"], meta["packed"]
-        self.pinned = meta["pinned"]
-
-
-def _text(tokens: np.ndarray) -> str:
-    return base64.b64encode(tokens.astype("<i4").tobytes()).decode()
+        self.expires, self.seconds = put.expires, put.seconds
+        self.fingerprint, self.tokens = put.fingerprint, put.tokens
+        self.whole, self.packed, self.pinned = put.whole, put.packed, put.pinned
 
 
 class Shelf:
@@ -101,6 +95,7 @@ class Shelf:
         self.bytes = 0  # with what is being written, and what could not be deleted
         self.entries = 0
         self.rubbish: dict[str, int] = {}  # blobs that count and are not served
+        self.rubbish_versions: dict[str, str] = {}  # of which put, where no other may be deleted
         self.counts: collections.Counter[str] = collections.Counter()
         self._rate: tuple[float, float] | None = None  # bytes per second, and when
 
@@ -109,8 +104,10 @@ class Shelf:
             return max(self.max_bytes or 1, 1)
         return max(self.max_entries or 1, 1) if self.max_entries is not None else _BOUNDLESS
 
-    def resize(self, max_bytes: int | None, max_entries: int | None) -> None:
+    def resize(self, max_bytes: Limit, max_entries: Limit) -> None:
         """Other limits."""
+        max_bytes = check_limit("max_bytes", max_bytes)
+        max_entries = check_limit("max_entries", max_entries)
         self.max_bytes = self.tier.max_bytes = max_bytes
         self.max_entries = self.tier.max_entries = max_entries
         if self._by_bytes == (max_bytes is not None):

@@ -15,6 +15,17 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from jkv._text import brief
 from jkv.store import figures
 from jkv.store.answers import Handle, Match
+from jkv.store.checks import (
+    Key,
+    Limit,
+    Seconds,
+    check_bytes,
+    check_count,
+    check_flag,
+    check_limit,
+    check_seconds,
+    check_text,
+)
 from jkv.store.entry import Entry
 from jkv.store.keys import as_tokens, content_key, name_of
 from jkv.store.policy import LRU, Policy
@@ -58,7 +69,12 @@ class Store:
     `longest_prefix` finds, among entries put with their tokens, one that begins like those given.
 
     Several processes may share a tier that lasts: a key that one does not know is looked for there,
-    the latest put of a name is the one that stands, and each keeps to the limits for what it knows.
+    and each keeps to the limits for what it knows. Of several puts of a key the one that reached
+    the shared tier last stands, whatever their clocks say; nobody deletes or overwrites, to make
+    room, what another has put since. On a `Disk` a read by key notices that another process has put
+    the key anew; above a `Remote`, a tier in memory goes on with what it has until that has gone
+    from it, and so does `longest_prefix` anywhere. What another process has removed may be served
+    from this one's memory: give such entries a `ttl`.
 
     Counters balance at any time: accesses = hits + misses, and puts + found = entries + replaced +
     removed + expired + evicted + rejected + lost, where `found` are entries of another process, or
@@ -66,7 +82,7 @@ class Store:
 
     Args:
         tiers: from the fastest to the slowest, each with its own limits.
-        policy: which entry goes first, in every tier and for every tenant.
+        policy: which entry goes first, in every tier and for every tenant; `LRU()` by default.
         fingerprint: of what made the entries: weights, configuration, rope, dtype, kind and layout
             of the cache. An entry of another one is a miss. Empty: it is not looked at.
         ttl: seconds until an entry is of no use; None: never.
@@ -81,34 +97,52 @@ class Store:
         sweep_every: seconds between two sweeps by a thread.
         predictor: what to copy up before it is asked for, while nobody reads.
         clock: seconds since the epoch; timer: seconds, for durations.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or out of range.
+
+    Example:
+        >>> store = jkv.store.Store([jkv.store.Memory(2**30), jkv.store.Disk("caches", 2**34)])
+        >>> jkv.generate(lm, ["Once upon a time"], store=store, max_new_tokens=20)
     """
 
     def __init__(
         self,
-        tiers: Sequence[Any],
-        policy: Policy | None = None,
+        tiers: Sequence[Any] | Any,
+        policy: Policy | Any = None,
         *,
-        fingerprint: bytes = b"",
-        ttl: int | float | None = None,
-        tenant_bytes: int | Mapping[str, int] | None = None,
-        write_through: bool = False,
-        forms: Mapping[str, str] | None = None,
+        fingerprint: bytes | Any = b"",
+        ttl: Seconds = None,
+        tenant_bytes: Limit | Mapping[str, int] = None,
+        write_through: bool | Any = False,
+        forms: Mapping[str, str] | Any = None,
         convert: Callable[[Entry, str], Entry] | None = None,
-        chunk: int = 16,
-        queue_entries: int = 64,
-        queue_bytes: int = 256 << 20,
-        sweep_every: int | float | None = None,
+        chunk: int | Any = 16,
+        queue_entries: int | Any = 64,
+        queue_bytes: int | Any = 256 << 20,
+        sweep_every: Seconds = None,
         predictor: Predictor | None = None,
         clock: Callable[[], float] = time.time,
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if not tiers:
-            raise ValueError("tiers got none; expected at least one, such as Memory(2**30)")
-        if chunk < 1:
-            raise ValueError(f"chunk got {chunk}; expected a number of tokens from 1")
+        tiers = _checked_tiers(tiers)
         policy = LRU() if policy is None else policy
+        if not isinstance(policy, Policy):
+            raise TypeError(
+                f"policy got {brief(policy)}; expected one of jkv.store, such as jkv.store.LRU()"
+            )
+        chunk = check_count("chunk", chunk, 1)
+        queue_entries = check_count("queue_entries", queue_entries, 1)
+        queue_bytes = check_count("queue_bytes", queue_bytes)
+        check_bytes("fingerprint", fingerprint)
+        check_flag("write_through", write_through)
+        ttl = check_seconds("ttl", ttl)
+        sweep_every = check_seconds("sweep_every", sweep_every, positive=True)
+        tenant_bytes = _checked_tenants(tenant_bytes)
         names = [tier.name for tier in tiers]
         names = [n if names.count(n) == 1 else f"{n}{i}" for i, n in enumerate(names)]
+        if not isinstance(forms, Mapping | None):
+            raise TypeError(f"forms got {brief(forms)}; expected {{'disk': 'int8'}} or the like")
         forms = dict(forms or {})
         if unknown := set(forms) - set(names):
             raise ValueError(f"forms got {sorted(unknown)}; expected names of tiers: {names}")
@@ -146,17 +180,17 @@ class Store:
     @operation
     def put(
         self,
-        key: str | None,
+        key: Key | None,
         value: Any,
         *,
         tokens: Any = None,
-        tenant: str = "",
-        seconds: int | float | None = None,
-        fingerprint: bytes | None = None,
-        ttl: int | float | None = None,
-        pin: bool = False,
-        whole: bool = False,
-        ephemeral: bool = False,
+        tenant: Key = "",
+        seconds: Seconds = None,
+        fingerprint: bytes | Any = None,
+        ttl: Seconds = None,
+        pin: bool | Any = False,
+        whole: bool | Any = False,
+        ephemeral: bool | Any = False,
     ) -> str | None:
         """Keep a value; its key, or None where no tier had room for it (counted as rejected).
 
@@ -172,7 +206,9 @@ class Store:
                 drops it at its start. On a remote only its `ttl` ends it.
 
         Raises:
-            ValueError: no key and no tokens, tokens that are none, or a closed store.
+            TypeError: a key or tenant that is no text, or another argument of a wrong type.
+            ValueError: no key and no tokens, tokens that are none, seconds that are NaN or below
+                0, or a closed store.
         """
         record, entry = self._inner.record(
             key,
@@ -192,15 +228,15 @@ class Store:
     @operation
     def put_many(
         self,
-        keys: Sequence[str | None],
+        keys: Sequence[Key | None],
         values: Sequence[Any],
         *,
         tokens: Sequence[Any] | None = None,
         seconds: Sequence[int | float | None] | None = None,
-        tenant: str = "",
-        fingerprint: bytes | None = None,
-        ttl: int | float | None = None,
-        whole: bool = False,
+        tenant: Key = "",
+        fingerprint: bytes | Any = None,
+        ttl: Seconds = None,
+        whole: bool | Any = False,
     ) -> list[str | None]:
         """`put` for several, each tier written to once; of a key that comes twice the last stays.
 
@@ -231,12 +267,12 @@ class Store:
     @operation
     def get(
         self,
-        key: str,
+        key: Key,
         default: Any = None,
         *,
-        tenant: str = "",
-        fingerprint: bytes | None = None,
-        recompute_seconds: int | float | None = None,
+        tenant: Key = "",
+        fingerprint: bytes | Any = None,
+        recompute_seconds: Seconds = None,
     ) -> Any:
         """What was put under a key: a cache for a cache, an entry for an entry; else `default`.
 
@@ -244,13 +280,15 @@ class Store:
         of the put, as far as the tier's bandwidth was measured within a minute.
         """
         asked = self._inner.asked([key], tenant, fingerprint)
-        asked[0].seconds = recompute_seconds
+        asked[0].seconds = check_seconds(
+            "recompute_seconds", recompute_seconds, may_be_infinite=True
+        )
         value = self._inner.values(asked)[0]
         return default if value is None else value
 
     @operation
     def get_entry(
-        self, key: str, *, tenant: str = "", fingerprint: bytes | None = None
+        self, key: Key, *, tenant: Key = "", fingerprint: bytes | Any = None
     ) -> Entry | None:
         """The entry under a key, whatever was put."""
         asked = self._inner.asked([key], tenant, fingerprint)
@@ -260,12 +298,12 @@ class Store:
 
     @operation
     def get_many(
-        self, keys: Sequence[str], *, tenant: str = "", fingerprint: bytes | None = None
+        self, keys: Sequence[Key], *, tenant: Key = "", fingerprint: bytes | Any = None
     ) -> list[Any]:
         """`get` for several, each tier read once; None where there is none."""
         return self._inner.values(self._inner.asked(_texts(keys), tenant, fingerprint))
 
-    def open(self, key: str, *, tenant: str = "", fingerprint: bytes | None = None) -> Handle:
+    def open(self, key: Key, *, tenant: Key = "", fingerprint: bytes | Any = None) -> Handle:
         """The entry under a key, held: it is not evicted before the handle is released.
 
         Raises:
@@ -278,7 +316,7 @@ class Store:
 
     @operation
     def open_many(
-        self, keys: Sequence[str], *, tenant: str = "", fingerprint: bytes | None = None
+        self, keys: Sequence[Key], *, tenant: Key = "", fingerprint: bytes | Any = None
     ) -> list[Handle | None]:
         """`open` for several, each tier read once; None where there is none."""
         asked = self._inner.asked(_texts(keys), tenant, fingerprint)
@@ -296,10 +334,10 @@ class Store:
         self,
         tokens: Any,
         *,
-        tenant: str = "",
-        fingerprint: bytes | None = None,
-        limit: int | None = None,
-        recompute_seconds: int | float | None = None,
+        tenant: Key = "",
+        fingerprint: bytes | Any = None,
+        limit: Limit = None,
+        recompute_seconds: Seconds = None,
     ) -> Match | None:
         """The entry that shares the most first tokens with these, at least `chunk` of them; held.
 
@@ -311,17 +349,18 @@ class Store:
         Raises:
             ValueError: tokens that are none.
         """
+        cost = check_seconds("recompute_seconds", recompute_seconds, may_be_infinite=True)
         self._wait_for_index()
-        return self._inner.matches([tokens], [limit], tenant, fingerprint, recompute_seconds)[0]
+        return self._inner.matches([tokens], [limit], tenant, fingerprint, cost)[0]
 
     @operation
     def longest_prefix_many(
         self,
         tokens: Sequence[Any],
         *,
-        tenant: str = "",
-        fingerprint: bytes | None = None,
-        limits: Sequence[int | None] | None = None,
+        tenant: Key = "",
+        fingerprint: bytes | Any = None,
+        limits: Sequence[Limit] | None = None,
     ) -> list[Match | None]:
         """`longest_prefix` for several, each with a limit of its own, each tier read once.
 
@@ -337,12 +376,12 @@ class Store:
         self._inner.indexed.wait(max(self._index_until - time.monotonic(), 0))
 
     @operation
-    def contains(self, key: str, *, tenant: str = "", fingerprint: bytes | None = None) -> bool:
+    def contains(self, key: Key, *, tenant: Key = "", fingerprint: bytes | Any = None) -> bool:
         """Whether a `get` would find it; that is no access, and no promise."""
         return self._inner.has(self._inner.asked([key], tenant, fingerprint)[0])
 
     @operation
-    def remove(self, key: str, *, tenant: str = "", sync: bool = True) -> bool:
+    def remove(self, key: Key, *, tenant: Key = "", sync: bool = True) -> bool:
         """An entry goes, from all tiers; whether there was one that the store knew of.
 
         When it returns nothing of it is left, nor comes back after a power cut. With `sync=False`
@@ -365,14 +404,14 @@ class Store:
     # Ahead of time.
 
     @operation
-    def prefetch(self, keys: Iterable[str], *, tenant: str = "") -> int:
+    def prefetch(self, keys: Iterable[Key], *, tenant: Key = "") -> int:
         """Queue entries for the first tier; how many are there or on their way."""
         with self._inner.lock:
             records = [self._inner.index.get(name_of(tenant, key)) for key in _texts(keys)]
             return sum(r is not None and self._inner.promote(r, None) for r in records)
 
     def warm(
-        self, items: Iterable[Any], make: Callable[[Any], Any], *, tenant: str = "", **put: Any
+        self, items: Iterable[Any], make: Callable[[Any], Any], *, tenant: Key = "", **put: Any
     ) -> int:
         """Put what is not there yet; how much was made.
 
@@ -406,14 +445,14 @@ class Store:
     # Upkeep.
 
     @operation
-    def unpin(self, key: str, *, tenant: str = "") -> None:
+    def unpin(self, key: Key, *, tenant: Key = "") -> None:
         """A pinned entry may go again; nothing happens to another one."""
         self._inner.unpin(name_of(tenant, key))
 
     @operation
-    def sweep(self, older_than: int | float | None = None) -> int:
+    def sweep(self, older_than: Seconds = None) -> int:
         """Expired entries go, and those that nobody used for so many seconds; how many."""
-        return self._inner.clean_up(older_than)
+        return self._inner.clean_up(check_seconds("older_than", older_than))
 
     @operation
     def refresh(self) -> int:
@@ -426,7 +465,7 @@ class Store:
 
     @operation
     def resize(
-        self, tier: str | int, *, max_bytes: int | None = UNSET, max_entries: int | None = UNSET
+        self, tier: str | int, *, max_bytes: Limit = UNSET, max_entries: Limit = UNSET
     ) -> None:
         """Other limits for a tier, by name or number; what has no room any more moves down.
 
@@ -488,11 +527,51 @@ class Store:
         return len(self._inner.index)
 
 
+def _checked_tiers(tiers: Any) -> list[Any]:
+    """The tiers, each of which can do what a tier must.
+
+    Raises:
+        TypeError: something that is no tier, or no list of them.
+        ValueError: none, or one tier twice.
+    """
+    if isinstance(tiers, str | bytes | Mapping) or not isinstance(tiers, Iterable):
+        raise TypeError(f"tiers got {brief(tiers)}; expected a list, such as [Memory(2**30)]")
+    tiers = list(tiers)
+    if not tiers:
+        raise ValueError("tiers got none; expected at least one, such as Memory(2**30)")
+    for tier in tiers:
+        missing = [
+            what
+            for what in ("name", "max_bytes", "max_entries", "scan", "write", "read", "delete")
+            if isinstance(tier, type) or not hasattr(tier, what)
+        ]
+        if missing:
+            raise TypeError(
+                f"tiers got {brief(tier)}; expected objects such as jkv.store.Memory(2**30), "
+                "jkv.store.Disk(path) or jkv.store.Remote(url)"
+            )
+        check_text("a tier's name", tier.name)
+        check_limit(f"max_bytes of the tier {brief(tier.name)}", tier.max_bytes)
+        check_limit(f"max_entries of the tier {brief(tier.name)}", tier.max_entries)
+    if len({id(tier) for tier in tiers}) < len(tiers):
+        raise ValueError("tiers got one tier twice; expected another object for each")
+    return tiers
+
+
+def _checked_tenants(limits: Any) -> int | dict[str, int] | None:
+    if not isinstance(limits, Mapping):
+        return check_limit("tenant_bytes", limits)
+    for tenant, limit in limits.items():
+        check_text("tenant_bytes", tenant)
+        check_limit(f"tenant_bytes of {brief(tenant)}", limit)
+    return dict(limits)
+
+
 def _converted(entry: Entry, form: str) -> Entry:
     return importlib.import_module("jkv.store.packing").converted(entry, form)
 
 
-def _texts(keys: Iterable[str]) -> list[str]:
+def _texts(keys: Iterable[Key]) -> list[Key]:
     if isinstance(keys, str):
         raise TypeError(
             f"keys got the text {brief(keys)}; expected several, such as [{brief(keys)}]"

@@ -9,9 +9,9 @@ from typing import Any
 from jkv._text import brief
 from jkv.errors import CorruptError, TierError
 from jkv.store.answers import Ask
-from jkv.store.entry import Entry
+from jkv.store.checks import Limit
 from jkv.store.keys import split
-from jkv.store.moves import LIFELINE, store_meta
+from jkv.store.schema import put_meta
 from jkv.store.shelf import Record
 from jkv.store.writes import Writes
 
@@ -95,11 +95,10 @@ class Upkeep(Writes):
             if describe is None:
                 continue
             try:
-                meta = describe(record.name)
+                said = put_meta(describe(record.name) or {})
             except (TierError, CorruptError):
                 continue  # who reads it will know, and count it
-            said = store_meta(Entry({}, meta or {}))
-            outlived = said is not None and self._outlived(at, said.get(LIFELINE))
+            outlived = said is not None and self._outlived(at, said.lifeline)
             with self.lock:
                 if said is not None and record.version is None and self.current(record):
                     self.learn(record, said)
@@ -215,9 +214,10 @@ class Upkeep(Writes):
 
     def remove(self, name: str, sync: bool) -> bool:
         """See `Store.remove`."""
-        known = self.drop([name], "removed", lambda _: True)
-        if not known:  # another process may have put it
-            known = self.delete_unknown(name)
+        known = self.drop([name], "removed", lambda _: True, any_put=True)
+        # Another process may have put it, or put it anew.
+        if not known or any(self.version_at(at, name) for at in range(len(self.shelves))):
+            known = self.delete_unknown(name) or known
         if sync:
             self.purge([name])
         return bool(known)
@@ -227,7 +227,7 @@ class Upkeep(Writes):
         with self.lock:
             known = [*self.index, *(name for shelf in self.shelves for name in shelf.rubbish)]
             names = [name for name in known if tenant is None or split(name)[0] == tenant]
-        gone = self.drop(names, "removed", lambda _: True)
+        gone = self.drop(names, "removed", lambda _: True, any_put=True)
         self.clean_rubbish()
         self.purge(names)
         return gone
@@ -240,11 +240,11 @@ class Upkeep(Writes):
                 record.pinned = False
                 self.release(record)
 
-    def resize(self, tier: str | int, max_bytes: Any, max_entries: Any) -> None:
+    def resize(self, tier: str | int, max_bytes: Limit, max_entries: Limit) -> None:
         """See `Store.resize`."""
         names = [shelf.name for shelf in self.shelves]
         at = names.index(tier) if tier in names else tier
-        if not isinstance(at, int) or not 0 <= at < len(names):
+        if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < len(names):
             raise ValueError(f"tier got {brief(tier)}; expected one of {names}, or its number")
         shelf = self.shelves[at]
         with self.lock:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jkv.store import keys
+from jkv.store.checks import check_bytes, check_flag, check_seconds
 from jkv.store.entry import Entry
 from jkv.store.moves import KEPT
 from jkv.store.reads import Reads
@@ -23,31 +24,39 @@ class Writes(Reads):
 
     def record(
         self,
-        key: str | None,
+        key: Any,
         value: Any,
         *,
         tokens: Any,
-        tenant: str,
-        seconds: int | float | None,
-        fingerprint: bytes | None,
-        ttl: int | float | None,
-        pin: bool = False,
-        whole: bool = False,
-        ephemeral: bool = False,
+        tenant: Any,
+        seconds: Any,
+        fingerprint: Any,
+        ttl: Any,
+        pin: Any = False,
+        whole: Any = False,
+        ephemeral: Any = False,
     ) -> tuple[Record, Entry]:
         """What is to be known of a put, and what is to be stored."""
         packed = not isinstance(value, Entry)
+        for name, flag in (("pin", pin), ("whole", whole), ("ephemeral", ephemeral)):
+            check_flag(name, flag)
+        seconds = check_seconds("seconds", seconds)
+        ttl = check_seconds("ttl", ttl)
         fingerprint = self.fingerprint if fingerprint is None else fingerprint
+        check_bytes("fingerprint", fingerprint)
         ids = None if tokens is None else keys.as_tokens(tokens)
         if key is None:
             if ids is None:
                 raise ValueError("put got no key and no tokens; expected one of them")
             key = keys.content_key(fingerprint, ids)
+        name = keys.name_of(tenant, key)
         entry = importlib.import_module("jkv.store.packing").pack(value) if packed else value
+        if seconds is None:
+            seconds = check_seconds("seconds of the entry's meta", entry.meta.get("seconds"))
         now = self.clock()
         ttl = self._ttl if ttl is None else ttl
         record = Record(
-            keys.name_of(tenant, key),
+            name,
             tenant,
             key,
             entry.nbytes,
@@ -56,7 +65,7 @@ class Writes(Reads):
             updated=now,
             accessed=now,
             expires=None if ttl is None else now + ttl,
-            seconds=entry.meta.get("seconds") if seconds is None else seconds,
+            seconds=seconds,
             fingerprint=fingerprint,
             tokens=ids,
             whole=whole,
@@ -72,6 +81,8 @@ class Writes(Reads):
         self.claim(names)
         try:
             todo = [item for item in items if self.make_quota(item[0])]
+            for record, _ in todo:
+                self.discard_older(record)
             for at in range(len(self.shelves)):
                 left: list[tuple[Record, Entry]] = []
                 for group in self.groups(at, todo):

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from jkv.errors import CorruptError, UnsupportedError
 
-# A block of 128 KiB takes 4 bytes at least: more than that much larger is a lie.
-_LARGEST_RATIO = 1 << 15
+# Keys and values become a tenth smaller, empty slots vanish. A frame that grows more than this is
+# nothing that a store needs, and takes memory out of proportion to what it cost its author.
+_LARGEST_RATIO = 256
+_ALWAYS = 1 << 20  # bytes that any frame may become
 
 
 class _Zstd(NamedTuple):
@@ -68,14 +70,21 @@ def decompress(data: memoryview, nbytes: int, method: str) -> bytes:
     library = _zstd()
     try:
         size = library.size(data)
-        if size != nbytes or nbytes > _LARGEST_RATIO * len(data):
+        if size != nbytes:
             raise CorruptError(f"a frame of {size} bytes where {nbytes} were compressed")
+        if nbytes > (most := largest(len(data))):
+            raise CorruptError(f"{len(data)} bytes that would become {nbytes}, of {most} at most")
         out = library.decompress(data)
     except (library.error, MemoryError) as error:
         raise CorruptError(f"not to be decompressed: {error}") from error
     if len(out) != nbytes:
         raise CorruptError(f"{nbytes} bytes were compressed and {len(out)} came out")
     return out
+
+
+def largest(nbytes: int) -> int:
+    """What a frame of so many bytes may become."""
+    return max(_LARGEST_RATIO * nbytes, _ALWAYS)
 
 
 def check(method: str | None) -> None:

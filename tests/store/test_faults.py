@@ -30,6 +30,8 @@ OPERATIONS = {
     "read a damaged one": lambda tier: tier.read("damaged"),
     "delete": lambda tier: tier.delete("old"),
     "purge": lambda tier: tier.purge(["old", "put aside"]),
+    "look which put": lambda tier: tier.version_of("old"),
+    "delete a put": lambda tier: tier.delete_put("old", "0" * 16),
     "begin to live": lambda tier: tier.lifeline(),
     "look who lives": lambda tier: tier.lives(f".tmp-{0:024}"),
     "scan": lambda tier: tier.scan(),

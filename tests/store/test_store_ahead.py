@@ -20,7 +20,7 @@ def test_warming_makes_what_is_missing():
 
     with Store([Fake()], chunk=4) as store:
         store.put("a", entry(9))
-        assert store.warm(["a", "b", range(20), list(range(20)), range(10)], make) == 3
+        assert store.warm(["a", "b", range(20), list(range(20)), range(10)], make, seconds=1.0) == 3
         assert [x if isinstance(x, str) else list(x) for x in made] == [
             "b",
             list(range(20)),

@@ -1,0 +1,99 @@
+"""Checks of arguments: what was got, what was expected, before anything is changed.
+
+`Key`, `Seconds` and `Limit` are what type checkers see; at run time these checks decide, with a
+message of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from jkv._text import brief
+
+if TYPE_CHECKING:
+    Key = str
+    Seconds = int | float | None
+    Limit = int | None
+else:
+    Key = Seconds = Limit = Any
+
+
+def check_text(name: str, value: Any) -> str:
+    """Refuse anything but a text.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} got {brief(value)}; expected a text (str)")
+    return value
+
+
+def check_bytes(name: str, value: Any) -> bytes:
+    """Refuse anything but bytes.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, bytes):
+        raise TypeError(
+            f"{name} got {brief(value)}; expected bytes, such as those of jkv's fingerprint"
+        )
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Refuse anything but True and False.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} got {brief(value)}; expected True or False")
+    return value
+
+
+def check_count(name: str, value: Any, least: int = 0) -> int:
+    """Refuse anything but a whole number from `least` on.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: a smaller one.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} got {brief(value)}; expected a whole number from {least}")
+    if value.__index__() < least:
+        raise ValueError(f"{name} got {brief(value)}; expected a whole number from {least}")
+    return value.__index__()
+
+
+def check_limit(name: str, value: Any) -> int | None:
+    """Refuse anything but a whole number from 0, or None for no limit.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: one below 0.
+    """
+    return None if value is None else check_count(name, value)
+
+
+def check_seconds(
+    name: str, value: Any, *, positive: bool = False, may_be_infinite: bool = False
+) -> int | float | None:
+    """Refuse anything but a number of seconds, or None.
+
+    Raises:
+        TypeError: no number.
+        ValueError: NaN, a negative number, infinity or zero where they make no sense.
+    """
+    if value is None:
+        return None
+    expected = f"expected seconds {'above' if positive else 'from'} 0, or None"
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} got {brief(value)}; {expected}")
+    number = value if isinstance(value, int | float) else float(value)
+    finite = number < math.inf or may_be_infinite
+    if not (finite and (number > 0 if positive else number >= 0)):
+        raise ValueError(f"{name} got {brief(value)}; {expected}")
+    return number
