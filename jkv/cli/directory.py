@@ -135,7 +135,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
     """What a directory holds, from headers alone: the oldest first, nothing is changed."""
     from jkv.store import Disk
     from jkv.store.keys import split
-    from jkv.store.moves import META
+    from jkv.store.schema import META
 
     disk = Disk(path)
     found = []
@@ -150,7 +150,7 @@ def entries(path: Path) -> list[dict[str, Any]]:
         if meta is not None:
             known = meta.get(META) or {}
             tokens = known.get("tokens")
-            entry["form"] = meta.get("form", "exact")
+            entry["form"] = str(meta.get("form", "exact"))
             # Four bytes each, as base64.
             entry["tokens"] = None if tokens is None else len(tokens) * 3 // 4 // 4
             for what in ("created", "updated", "expires", "seconds", "pinned"):

@@ -20,7 +20,7 @@ from jkv.decoding.request import PAD
 from jkv.decoding.result import Result
 from jkv.decoding.stopping import first_stop
 from jkv.decoding.stream import Stream, stream
-from jkv.errors import CacheFullError, JkvError, UnsupportedError
+from jkv.errors import CacheFullError, CorruptError, JkvError, UnsupportedError
 
 Message = dict[str, str]
 
@@ -134,13 +134,17 @@ class Chat:
     def _known(self, shelf: stored.Shelf, key: str) -> _Past:
         """The conversation that the store has under a key, or a new one."""
         found = shelf.known(key)
-        messages = () if found is None else tuple(found[2].get("messages", ()))
-        if found is None or not messages or messages[: len(self._system)] != self._system:
+        if found is None:
             return _Past(self._system)
         cache, tokens, meta = found
-        result = _past_result(cache, tokens, self._config)
-        seconds = float(meta.get("seconds") or 0)
-        return _Past(messages, result, int(meta.get("turns", 0)), seconds=seconds)
+        try:
+            messages, turns, seconds = stored.conversation(meta)
+        except CorruptError:
+            shelf.reject(key)
+            return _Past(self._system)
+        if not messages or messages[: len(self._system)] != self._system:
+            return _Past(self._system)
+        return _Past(messages, _past_result(cache, tokens, self._config), turns, seconds=seconds)
 
     @property
     def messages(self) -> list[Message]:

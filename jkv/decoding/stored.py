@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jkv.decoding import loop
 from jkv.errors import CorruptError, UnsupportedError
 from jkv.models.fingerprint import fingerprint
 from jkv.store.entry import Entry, check_store
+from jkv.store.schema import seconds_of
 
 TOKENS = "tokens"  # the array of an entry that says what it is the cache of
 
@@ -51,13 +52,14 @@ class Shelf:
     """
 
     def __init__(self, store: Any, model: Any, kind: Any, tenant: Any = ""):
-        check_store(store, ("open", "open_many", "longest_prefix_many", "put_many", "remove"))
+        check_store(store, ("open", "open_many", "longest_prefix_many", "put_many", "reject"))
         if not isinstance(tenant, str):
             raise TypeError(f"tenant got {brief(tenant)}; expected a text")
         from jkv.store.packing import check_kind
 
         check_kind(kind)
         self.store, self.tenant = store, tenant
+        self._config, self._kind = model.config, kind
         self.fingerprint = fingerprint(model, kind)
 
     def find(self, keys: Sequence[str | None], rows: Sequence[np.ndarray]) -> list[Found]:
@@ -90,33 +92,48 @@ class Shelf:
 
     def _cropped(self, key: str, entry: Entry, tokens: np.ndarray) -> Found:
         """What an entry and a prompt have in common, as far as its kind can give it."""
-        held = np.asarray(entry.arrays.get(TOKENS, ()))
+        held = self._tokens(key, entry)
         size = min(len(held), len(tokens) - 1)
         differ = np.flatnonzero(held[:size] != tokens[:size])
         common = int(differ[0]) if len(differ) else size
         cache = self._unpacked(key, entry) if common else None
         if cache is None:
             return NOTHING
-        seconds = float(entry.meta.get("seconds") or 0) * common / len(held)
+        seconds = (seconds_of(entry.meta) or 0.0) * common / len(held)
         try:
             return Found(cache if common == len(held) else cache.crop(common), common, seconds)
         except UnsupportedError:  # a kind that has let go of what comes before
             return NOTHING
 
+    def _tokens(self, key: str, entry: Entry) -> np.ndarray:
+        """What an entry is the cache of; none of one that does not say it, which goes."""
+        if TOKENS in entry.arrays:
+            held = np.asarray(entry.arrays[TOKENS])
+            if held.ndim == 1 and held.dtype == np.int32:
+                return held
+        self.reject(key)
+        return np.zeros(0, np.int32)
+
     def _unpacked(self, key: str, entry: Entry) -> Cache | None:
-        """The cache of an entry; one that is none, or of another version, is dropped."""
-        from jkv.store.packing import converted, unpack
+        """The cache of an entry; one that this model and kind would not have made goes."""
+        from jkv.store.packing import check_like, converted, unpack
 
         try:
+            seconds_of(entry.meta)
             if entry.meta.get("form", "exact") != "exact":
                 entry = converted(entry, "exact")  # of a tier that rounds: the kind does not
             cache = unpack(entry)
             if cache.lengths.tolist() != [len(entry.arrays[TOKENS])]:
                 raise CorruptError("an entry of other tokens than its cache's")
+            check_like(cache, self._config, self._kind)
             return cache
         except (CorruptError, KeyError):
-            self.store.remove(key, tenant=self.tenant, sync=False)
+            self.reject(key)
             return None
+
+    def reject(self, key: str) -> None:
+        """Give back an entry that is not what it says."""
+        self.store.reject(key, tenant=self.tenant)
 
     def known(self, key: str) -> tuple[Cache, np.ndarray, dict[str, Any]] | None:
         """All of a sequence: its cache, its tokens and what was kept with them."""
@@ -126,9 +143,9 @@ class Shelf:
         except KeyError:
             return None
         cache = self._unpacked(key, entry)
-        if cache is None or TOKENS not in entry.arrays:
+        if cache is None:
             return None
-        return cache, np.asarray(entry.arrays[TOKENS]), dict(entry.meta)
+        return cache, self._tokens(key, entry), dict(entry.meta)
 
     def keep(
         self,
@@ -168,6 +185,24 @@ class Shelf:
             fingerprint=self.fingerprint,
             whole=bool(done) and done[0][1],
         )
+
+
+def conversation(meta: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], int, float]:
+    """Messages, turns and seconds of a conversation, as an entry's meta says them.
+
+    Raises:
+        CorruptError: it says something else.
+    """
+    messages, turns = meta.get("messages", []), meta.get("turns", 0)
+    whole = isinstance(messages, list | tuple) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not whole or type(turns) is not int or turns < 0:
+        raise CorruptError("an entry whose messages are no conversation")
+    return tuple(messages), turns, float(seconds_of(meta) or 0)
 
 
 def check_ids(ids: Any, batch: int) -> list[str | None]:

@@ -13,6 +13,8 @@ import numpy as np
 
 from jkv.store.entry import Entry, check_store
 
+Form = list[tuple[tuple[int, ...], np.dtype]]  # shape and dtype of each leaf
+
 _engines = itertools.count()
 WAITS = 24 * 3600.0  # seconds that a request may wait, where nobody sees that its process ended
 
@@ -29,7 +31,7 @@ class Kept:
     """
 
     def __init__(self, store: Any, fingerprint: bytes):
-        check_store(store, ("contains", "get", "get_many", "put", "put_many", "remove"))
+        check_store(store, ("contains", "get", "get_many", "put", "put_many", "reject", "remove"))
         self.store, self.fingerprint = store, fingerprint
         self._leaving: list[tuple[list[bytes], Any]] = []  # names, and their pages on the device
         # Requests have numbers in their engine only, and processes in their container.
@@ -67,12 +69,31 @@ class Kept:
     def _has(self, key: str) -> bool:
         return self.store.contains(key, fingerprint=self.fingerprint)
 
-    def pages(self, names: Sequence[bytes], most: int) -> list[list[np.ndarray]]:
-        """The leaves of pages of these names, up to the first that is not there."""
+    def pages(self, names: Sequence[bytes], most: int, form: Form) -> list[list[np.ndarray]]:
+        """The leaves of pages of these names, up to the first that is not there.
+
+        Args:
+            form: shapes and dtypes of a page's leaves; an entry of others is given back.
+        """
         keys = [f"page/{name.hex()}" for name in names[:most]]
         there = list(itertools.takewhile(self._has, keys))
         found = self.store.get_many(there, fingerprint=self.fingerprint) if there else []
-        return [_leaves(entry) for entry in itertools.takewhile(lambda e: e is not None, found)]
+        pages = []
+        for key, entry in zip(there, found, strict=True):
+            leaves = None if entry is None else self._leaves(key, entry, form)
+            if leaves is None:
+                break
+            pages.append(leaves)
+        return pages
+
+    def _leaves(self, key: str, entry: Any, form: Form) -> list[np.ndarray] | None:
+        names = [str(i) for i in range(len(form))]
+        if isinstance(entry, Entry) and set(entry.arrays) == set(names):
+            leaves = [entry.arrays[name] for name in names]
+            if [(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves] == form:
+                return leaves
+        self.store.reject(key)
+        return None
 
     def put_aside(self, number: int, pages: Any, length: int) -> str | None:
         """The pages of a request that waits; None if the store has no room for them."""
@@ -81,11 +102,12 @@ class Kept:
         who = {"fingerprint": self.fingerprint, "ttl": WAITS}
         return self.store.put(key, entry, pin=True, ephemeral=True, **who)
 
-    def take_back(self, key: str) -> list[np.ndarray] | None:
+    def take_back(self, key: str, form: Form) -> list[np.ndarray] | None:
         """The leaves of what was put aside, None if it was lost."""
         entry = self.store.get(key, fingerprint=self.fingerprint, recompute_seconds=float("inf"))
+        leaves = None if entry is None else self._leaves(key, entry, form)
         self.store.remove(key, sync=False)
-        return None if entry is None else _leaves(entry)
+        return leaves
 
     def forget(self, key: str) -> None:
         """Drop what was put aside."""
@@ -94,7 +116,3 @@ class Kept:
 
 def _entry(leaves: list[Any], **meta: Any) -> Entry:
     return Entry({str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}, meta)
-
-
-def _leaves(entry: Entry) -> list[Any]:
-    return [entry.arrays[str(i)] for i in range(len(entry.arrays))]

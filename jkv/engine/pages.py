@@ -20,7 +20,7 @@ from jkv.cache.pages import pools
 from jkv.cache.protocol import as_kind
 from jkv.decoding import loop
 from jkv.decoding.request import bucket
-from jkv.engine.kept import Kept
+from jkv.engine.kept import Form, Kept
 from jkv.engine.pool import PagePool
 from jkv.engine.scheduler import Seat, Tally
 from jkv.errors import PoolFullError
@@ -151,7 +151,10 @@ class Pages:
     def _found(self, seq: Any, ids: list[int]) -> int:
         """With the pages that come next and are in the store, as far as there is room for them."""
         names = seq.names(ids)[len(seq.table) :]
-        pages = self.kept.pages(names, self.free_pages()) if self.kept and names else []
+        pages = []
+        if self.kept and names:
+            form = [(shape[1:], dtype) for shape, dtype in self._form(1)]
+            pages = self.kept.pages(names, self.free_pages(), form)
         if pages:
             first = len(seq.table)
             seq.reserve((first + len(pages)) * self.page)
@@ -179,8 +182,16 @@ class Pages:
 
     def _pages(self, leaves: list[Any]) -> Any:
         """Leaves as `_gathered` has them."""
-        form = jax.eval_shape(_gathered, self.layers, tuple(filled((), 1) for _ in self.columns))
-        return jax.tree.unflatten(jax.tree.structure(form), leaves)
+        return jax.tree.unflatten(jax.tree.structure(self._gathered_form(1)), leaves)
+
+    def _gathered_form(self, count: int) -> Any:
+        tables = tuple(filled((), count) for _ in self.columns)
+        return jax.eval_shape(_gathered, self.layers, tables)
+
+    def _form(self, count: int) -> Form:
+        """Shapes and dtypes of the leaves of so many pages."""
+        leaves = jax.tree.leaves(self._gathered_form(count))
+        return [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves]
 
     def publish(self, seat: Seat, upto: int) -> None:
         """Let others find the full pages of its first `upto` tokens, which have been dispatched."""
@@ -298,7 +309,7 @@ class Pages:
         """What was saved; None if it was lost."""
         if saved.key is None or self.kept is None:
             return saved.pages
-        leaves = self.kept.take_back(saved.key)
+        leaves = self.kept.take_back(saved.key, self._form(bucket(self.pages_for(saved.length), 4)))
         return None if leaves is None else self._pages(leaves)
 
     def forget(self, saved: Saved) -> None:

@@ -19,6 +19,9 @@ else:
     Key = Seconds = Limit = Any
 
 
+LONGEST = 1e15  # seconds, 30 million years: what is longer would spoil sums
+
+
 def check_text(name: str, value: Any) -> str:
     """Refuse anything but a text.
 
@@ -85,7 +88,7 @@ def check_seconds(
 
     Raises:
         TypeError: no number.
-        ValueError: NaN, a negative number, infinity or zero where they make no sense.
+        ValueError: NaN, a number below 0 or above 1e15, infinity or zero where they make no sense.
     """
     if value is None:
         return None
@@ -93,7 +96,7 @@ def check_seconds(
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} got {brief(value)}; {expected}")
     number = value if isinstance(value, int | float) else float(value)
-    finite = number < math.inf or may_be_infinite
-    if not (finite and (number > 0 if positive else number >= 0)):
+    short = number <= LONGEST or (may_be_infinite and number == math.inf)
+    if not (short and (number > 0 if positive else number >= 0)):
         raise ValueError(f"{name} got {brief(value)}; {expected}")
     return number

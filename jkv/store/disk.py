@@ -294,6 +294,12 @@ class Disk:
             raise self._failed("deleted", key, error) from error
         return True
 
+    def put_aside(self, key: str, version: str | None) -> None:
+        """Move one put of a key, or any, into quarantine; what cannot be moved stays."""
+        with contextlib.suppress(OSError), files.opened(self._file(key)) as file:
+            if file is not None and (version is None or self.version_of(key) in (None, version)):
+                self._put_aside(name_of(key), file)
+
     def purge(self, keys: Sequence[str]) -> None:
         """What was deleted of these keys stays so after a power cut, and leaves quarantine too.
 

@@ -50,7 +50,8 @@ class Tier(Protocol):
     Others are optional: `write_many` and `read_many`; `describe`, an entry's meta without its
     arrays; `version_of`, which put is there, for a tier that tells it in microseconds;
     `delete_put`, of one put and no other of its key; `purge`, which waits for what was deleted;
-    `lifeline` and `lives`. `jkv.store.Disk` has them all.
+    `put_aside`, of a put that is not what it says; `lifeline` and `lives`. `jkv.store.Disk` has
+    them all.
     """
 
     name: str  # of its kind: "device", "memory", "disk", "remote"

@@ -343,8 +343,26 @@ class Moves(Ledger):
         """
         entry = self.shelves[at].tier.read(name)
         if entry is not None:
-            check_entry(entry)
+            self.check(at, name, entry)
         return entry
+
+    def check(self, at: int, name: str, entry: Entry) -> None:
+        """Refuse an entry that says of itself what no store has written, and put it aside.
+
+        Raises:
+            CorruptError: it does.
+        """
+        try:
+            check_entry(entry)
+        except CorruptError:
+            self.put_aside(at, name, None)
+            raise
+
+    def put_aside(self, at: int, name: str, version: str | None) -> None:
+        """Move what a shelf has of a name out of the way, where its tier can; one put, or any."""
+        move = getattr(self.shelves[at].tier, "put_aside", None)
+        if move is not None:
+            move(name, version)
 
     def fetch(self, at: int, record: Record) -> Entry | None:
         """Read what a shelf has, for a move. None: it cannot now, or is not there any more."""

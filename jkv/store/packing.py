@@ -16,16 +16,29 @@ import jax
 import numpy as np
 
 from jkv._pytree import replace
-from jkv._text import plural
+from jkv._text import brief, plural
 from jkv.cache.base import Cache
+from jkv.cache.init import init_cache
 from jkv.cache.paged import Paged
-from jkv.errors import CorruptError, UnsupportedError
+from jkv.errors import CorruptError, JkvError, UnsupportedError
 from jkv.ops.pages import Tiled
 from jkv.store.entry import Entry
 
 VERSION = 1
 # Buffers are stored in sizes that are multiples of this: few programs, little that is empty.
 SLOTS = 64
+_HOMES = ("jkv.cache.", "jkv.ops.", "jkv.models.config")  # of what caches are made of
+# What a description may lead to that no cache has.
+_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    JkvError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 def pack(cache: Any, **meta: Any) -> Entry:
@@ -76,19 +89,61 @@ def unpack(entry: Entry) -> Cache:
     """
     if entry.meta.get("jkv") != VERSION:
         raise CorruptError(
-            f"an entry of version {entry.meta.get('jkv')!r}; expected a cache of {VERSION}"
+            f"an entry of version {brief(entry.meta.get('jkv'))}; expected a cache of {VERSION}"
         )
     try:
         # Buffers of its own: programs write into the cache that they are given.
         cache = _value(entry.meta["cache"], _owned(dict(entry.arrays)))
-        if isinstance(cache, Cache):
-            layers = tuple(x.laid() if isinstance(x, Paged) else x for x in cache.layers)
-            cache = replace(cache, layers=layers)
-    except (KeyError, TypeError, ValueError, AttributeError, ImportError, RecursionError) as error:
-        raise CorruptError(f"an entry that is no cache: {error!r}") from error
-    if not isinstance(cache, Cache):
-        raise CorruptError(f"an entry of {type(cache).__name__}; expected a cache")
-    return cache
+        if not isinstance(cache, Cache):
+            raise TypeError(f"{type(cache).__name__} is no cache")
+        _check_rows(cache, entry.meta.get("length"))
+        layers = tuple(x.laid() if isinstance(x, Paged) else x for x in cache.layers)
+        return replace(cache, layers=layers)
+    except _ERRORS as error:
+        raise CorruptError(f"an entry that is no cache: {brief(error)}") from error
+
+
+def _check_rows(cache: Cache, length: Any) -> None:
+    """What every program takes for granted of a cache of one row.
+
+    Raises:
+        TypeError, ValueError: it is not so.
+    """
+    if not isinstance(cache.layers, tuple) or not isinstance(cache.tables, tuple):
+        raise TypeError("layers and tables are no tuples")
+    for layer in cache.layers:
+        if not dataclasses.is_dataclass(layer):
+            raise TypeError(f"{type(layer).__name__} is no cache of a layer")
+    for array, dtype in ((cache.lengths, np.int32), (cache.overflowed, np.bool_)):
+        if array.shape != (1,) or array.dtype != dtype:
+            raise ValueError(f"{brief(array)} where one row is expected")
+    held = int(cache.lengths[0])
+    if held < 0 or held != length or (cache.capacity is not None and held > cache.capacity):
+        raise ValueError(f"a row of {held} tokens, said to have {brief(length)}")
+
+
+def check_like(cache: Cache, config: Any, kind: Any) -> None:
+    """Refuse a cache that this model and kind would not make.
+
+    Raises:
+        CorruptError: other layers, heads, dtypes or sizes.
+    """
+    slots = SLOTS if cache.capacity is None else max(cache.capacity, 1)
+
+    def made() -> Cache:
+        return init_cache(config, kind, batch=1, slots=slots, dtype=config.dtype)
+
+    expected = jax.eval_shape(made)
+    leaves, tree = jax.tree.flatten(cache)
+    others, other_tree = jax.tree.flatten(expected)
+    if tree != other_tree:
+        raise CorruptError("an entry of a cache of other layers, or of another kind, than expected")
+    for leaf, other in zip(leaves, others, strict=True):
+        if leaf.shape != other.shape or leaf.dtype != other.dtype:
+            raise CorruptError(
+                f"an entry with an array {leaf.dtype}{list(leaf.shape)}; expected "
+                f"{other.dtype}{list(other.shape)}"
+            )
 
 
 def converted(entry: Entry, form: str) -> Entry:
@@ -108,7 +163,7 @@ def converted(entry: Entry, form: str) -> Entry:
 
     kinds = {"int8": quantized(bits=8), "int4": quantized(bits=4), "exact": dense()}
     if form not in kinds:
-        raise UnsupportedError(f"converted got {form!r}; expected one of {sorted(kinds)}")
+        raise UnsupportedError(f"converted got {brief(form)}; expected one of {sorted(kinds)}")
     held = entry.meta.get("form")
     if held == form or "cache" not in entry.meta:
         return entry
@@ -212,14 +267,14 @@ def _value(words: Any, arrays: Any) -> Any:
     if "function" in words:
         found = _found(words["function"])
         if not callable(found) or not words["function"].startswith("jkv.cache.scores:"):
-            raise ValueError(f"{words['function']!r} is no score")
+            raise ValueError(f"{brief(words['function'])} is no score")
         return found
     cls = _found(words["class"])
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
-        raise ValueError(f"{words['class']!r} is no dataclass")
+        raise ValueError(f"{brief(words['class'])} is no dataclass")
     fields = {name: _value(part, arrays) for name, part in words["fields"].items()}
     if set(fields) != {f.name for f in dataclasses.fields(cls)}:
-        raise ValueError(f"{words['class']} has other fields than {sorted(fields)}")
+        raise ValueError(f"{words['class']} has other fields than {brief(sorted(fields))}")
     return cls(**fields)
 
 
@@ -234,6 +289,6 @@ def _named(words: Any) -> Iterator[str]:
 
 def _found(name: str) -> Any:
     module, _, attribute = name.partition(":")
-    if not module.startswith("jkv.") or attribute.startswith("_"):
-        raise ValueError(f"{name!r} is nothing of this library")
+    if not module.startswith(_HOMES) or attribute.startswith("_"):
+        raise ValueError(f"{brief(name)} is nothing that caches are made of")
     return getattr(importlib.import_module(module), attribute)

@@ -13,7 +13,7 @@ from jkv.store.checks import Limit, check_bytes, check_limit, check_text
 from jkv.store.entry import Entry
 from jkv.store.keys import as_tokens, name_of, split
 from jkv.store.moves import Moves
-from jkv.store.schema import META, check_entry
+from jkv.store.schema import META
 from jkv.store.shelf import Record
 
 _CANDIDATES = 8  # entries that a search tries to read, the longest prefix first
@@ -169,13 +169,33 @@ class Reads(Moves):
             ask.record = None
 
     def unfit(self, ask: Ask) -> None:
-        """What was found cannot be used by anybody: it is lost, and this a miss."""
+        """What was found cannot be used here: it is lost, and this a miss."""
         record, ask.record, ask.entry, ask.why = ask.record, None, None, "error"
         if record is not None:
             with self.lock:
-                self.shelves[ask.at].counts["corrupt"] += 1
                 self.release(record)
-            self.drop([ask.name], "lost", lambda found: found is record)
+            self.reject(ask.name, lambda found: found is record)
+
+    def reject(self, name: str, condition: Callable[[Record], bool]) -> bool:
+        """An entry that is not what it says goes from here; whether there was one."""
+        self.claim([name])
+        try:
+            with self.lock:
+                record = self.index.get(name)
+                if record is None or not condition(record):
+                    return False
+                lasting = [at for at in record.homes if self.shelves[at].persistent]
+                self.shelves[min(record.homes, default=0)].counts["corrupt"] += 1
+            for at in lasting:
+                self.put_aside(at, name, record.version)
+            with self.lock:
+                for at in lasting:
+                    self.drop_home(record, at)
+                self.forget(record, "lost")
+            self.clean_all(name)
+            return True
+        finally:
+            self.unclaim([name])
 
     def _used(self, record: Record, at: int, share: float) -> None:
         """It served somebody, from a shelf."""
@@ -197,7 +217,7 @@ class Reads(Moves):
         if many is not None and len(asks) > 1:
             try:
                 said = many(list(dict.fromkeys(ask.name for ask in asks)))
-                found = [_checked(said[ask.name]) for ask in asks]
+                found = [self._checked(at, ask.name, said[ask.name]) for ask in asks]
             except TierError as error:
                 found = [error] * len(asks)
         else:
@@ -217,6 +237,15 @@ class Reads(Moves):
             full = not shelf.fits(0, 0)
         if full:  # another process's put was longer than what was known
             self.trim(at)
+
+    def _checked(self, at: int, name: str, found: Any) -> Any:
+        """What a tier has read, or the error of an entry that says what no store has written."""
+        try:
+            if isinstance(found, Entry):
+                self.check(at, name, found)
+        except CorruptError as error:
+            return error
+        return found
 
     def _took(self, ask: Ask, at: int, found: Any) -> int:
         """What a shelf said when asked for an entry that is held; bytes. Under the lock."""
@@ -464,13 +493,3 @@ class Reads(Moves):
 def _nearness(record: Record) -> tuple[int, int]:
     """Of entries with as long a prefix, the one in the fastest tier, then the smallest."""
     return (0 if record.moving is not None else min(record.homes, default=99)), record.nbytes
-
-
-def _checked(found: Any) -> Any:
-    """What a tier has read, or the error of an entry that says what no store has written."""
-    try:
-        if isinstance(found, Entry):
-            check_entry(found)
-    except CorruptError as error:
-        return error
-    return found

@@ -16,12 +16,13 @@ import numpy as np
 
 from jkv._text import brief
 from jkv.errors import CorruptError
+from jkv.store.checks import LONGEST
 from jkv.store.entry import Entry
 
 META = "store"  # where a stored entry's meta has what the store wrote
 LIFELINE = "lifeline"  # and in that, of an ephemeral one, what ends with its process
 FORMAT = 1
-_LATEST = 1e15  # seconds: no clock is there in 30 million years
+_LATEST = 2.5e11  # seconds since the epoch: the year 9892, and the last that dates can say is 9999
 _LONGEST = 256  # characters of a version or of a lifeline's name
 
 
@@ -75,10 +76,10 @@ def put_meta(meta: Mapping[str, Any]) -> PutMeta | None:
         raise CorruptError(f"meta of format {brief(said.get('format'))}; this jkv reads {FORMAT}")
     return PutMeta(
         version=_text(said, "version"),
-        created=_number(said, "created"),
-        updated=_number(said, "updated"),
-        expires=None if said.get("expires") is None else _number(said, "expires"),
-        seconds=None if said.get("seconds") is None else _number(said, "seconds", least=0),
+        created=_number(said, "created", _LATEST),
+        updated=_number(said, "updated", _LATEST),
+        expires=None if said.get("expires") is None else _number(said, "expires", 2 * LONGEST),
+        seconds=seconds_of(said),
         fingerprint=_fingerprint(said),
         tokens=_tokens(said.get("tokens")),
         whole=_flag(said, "whole"),
@@ -106,7 +107,7 @@ def seconds_of(meta: Mapping[str, Any]) -> int | float | None:
     Raises:
         CorruptError: no number from 0.
     """
-    return None if meta.get("seconds") is None else _number(meta, "seconds", least=0)
+    return None if meta.get("seconds") is None else _number(meta, "seconds", LONGEST)
 
 
 def _wrong(said: Mapping[str, Any], name: str) -> CorruptError:
@@ -114,10 +115,10 @@ def _wrong(said: Mapping[str, Any], name: str) -> CorruptError:
     return CorruptError(f"meta has {what} as {brief(name)}, which no store has written")
 
 
-def _number(said: Mapping[str, Any], name: str, least: int | float = -_LATEST) -> int | float:
+def _number(said: Mapping[str, Any], name: str, most: float) -> int | float:
     value: Any = said.get(name)
     # False for NaN, and for whole numbers too large to be floats too.
-    if type(value) not in (int, float) or not least <= value <= _LATEST:
+    if type(value) not in (int, float) or not 0 <= value <= most:
         raise _wrong(said, name)
     return value
 

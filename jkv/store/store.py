@@ -393,6 +393,15 @@ class Store:
         return self._inner.remove(name_of(tenant, key), sync)
 
     @operation
+    def reject(self, key: Key, *, tenant: Key = "") -> bool:
+        """Give back an entry that is not what it says: it is lost, and counted as corrupt.
+
+        A tier of this machine moves it to ``quarantine/``. On one that others share it stays, since
+        what this process cannot use another may.
+        """
+        return self._inner.reject(name_of(tenant, key), lambda _: True)
+
+    @operation
     def clear(self, *, tenant: str | None = None) -> int:
         """All entries go that the store knows of, or all of one tenant, as by `remove`; how many.
 

@@ -11,7 +11,7 @@ import pytest
 import jkv
 from jkv.ops import choice
 from jkv.ops.pages import Tiled
-from jkv.store import Disk, Memory, Store
+from jkv.store import Disk, Entry, Memory, Store
 from tests.decoding import oracle
 from tests.engine.engines import HOT, PROMPTS, SHAPE, empty
 
@@ -135,6 +135,62 @@ def test_a_store_that_fails_ends_requests_and_nothing_else(lm, alone):
     assert short.result() == alone([1, 2], 3)
     engine.run()
     empty(engine)
+
+
+def as_int32(arrays):
+    return {name: array.astype(np.int32) for name, array in arrays.items()}
+
+
+def a_token_less(arrays):
+    return {name: array[:, :-1] for name, array in arrays.items()}
+
+
+def a_leaf_less(arrays):
+    return dict(list(arrays.items())[1:])
+
+
+def a_leaf_more(arrays):
+    return {**arrays, str(len(arrays)): arrays["0"]}
+
+
+@pytest.mark.parametrize("lie", [as_int32, a_token_less, a_leaf_less, a_leaf_more, None])
+def test_pages_that_are_no_pages_of_this_engine(lm, alone, tmp_path, lie):
+    """Under the right name and fingerprint, sealed: misses, counted and put aside."""
+    with Store(tiers=[Disk(tmp_path)]) as store:
+        asked(jkv.Engine(lm, pages=12, store=store, **SHAPE), TEXTS)
+        keys = [record.key for record in store._inner.index.values()]
+        mark = next(iter(store._inner.index.values())).fingerprint
+        for key in keys:
+            entry = store.get(key, recompute_seconds=float("inf"))
+            if lie is not None:
+                entry = Entry(lie(dict(entry.arrays)), entry.meta)
+            store.put(key, entry, fingerprint=mark, seconds=1e6)  # never slower to read
+        engine = jkv.Engine(lm, pages=12, store=store, **SHAPE)
+        ((found, tokens),) = asked(engine, TEXTS[:1])
+        assert found == (16 if lie is None else 0)
+        assert tokens == alone(TEXTS[0], 3)
+        assert store.stats()["tiers"]["disk"]["corrupt"] == (0 if lie is None else 1)
+        empty(engine)
+    assert (tmp_path / "quarantine").exists() == (lie is not None)
+
+
+def test_a_waiting_request_that_is_none_is_computed_anew(lm, alone):
+    plan = [(p, 12) for p in PROMPTS]
+    with Store(tiers=[Memory(1 << 24)]) as store:
+        engine = jkv.Engine(lm, pages=12, preemption="swap", store=store, **SHAPE)
+        requests = [engine.submit(p, max_new_tokens=n, stop=()) for p, n in plan]
+        lied = 0
+        while engine.step():
+            for record in list(store._inner.index.values()):
+                if record.key.startswith("waiting/") and not record.whole:
+                    entry = store.get_entry(record.key)
+                    wrong = Entry(as_int32(dict(entry.arrays)), entry.meta)
+                    how = {"fingerprint": record.fingerprint, "whole": True, "pin": True}
+                    lied += store.put(record.key, wrong, **how) is not None
+        assert lied > 0
+        assert [r.tokens for r in requests] == [alone(p, n) for p, n in plan]
+        assert store.stats()["tiers"]["memory"]["corrupt"] > 0
+        empty(engine)
 
 
 def test_no_store(lm):

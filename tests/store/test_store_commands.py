@@ -7,8 +7,10 @@ import json
 import pytest
 
 from jkv.cli import main
-from jkv.store import Disk, Store
+from jkv.store import Disk, Entry, Store
+from jkv.store.names import name_of
 from tests.store.fakes import Clock, entry
+from tests.store.test_corruption import reseal
 
 
 @pytest.fixture
@@ -103,3 +105,29 @@ def test_gc_of_what_a_process_left_that_ended(tmp_path, capsys):
     assert "1 removed" in run(capsys, "gc", tmp_path)
     assert store.get("waits") is None
     store.close()
+
+
+def test_entries_of_others_making(path, capsys):
+    """Odd meta, forms that are no texts, times that are none: shown as damaged, and put aside."""
+    for number, how in enumerate(
+        (
+            lambda meta: meta["store"].update(updated="today"),
+            lambda meta: meta["store"].update(updated=1e14),
+            lambda meta: meta["store"].update(tokens=7),
+            lambda meta: meta.update(store=[1]),
+        )
+    ):
+        disk = Disk(path)
+        disk.write(f"0::odd{number}", disk.read("0::a"))
+        file = path / name_of(f"0::odd{number}")
+        file.write_bytes(reseal(file.read_bytes(), lambda said, prefix, how=how: how(said["meta"])))
+    disk = Disk(path)
+    disk.write("0::strange", Entry({}, {"form": ["x"], "length": "many"}))  # by hand
+    found = json.loads(run(capsys, "ls", path, "--json"))["entries"]
+    assert sum(e["damaged"] for e in found) == 4
+    assert json.loads(run(capsys, "stats", path, "--json"))["damaged"] == 4
+    assert run(capsys, "ls", path).count("damaged") == 4
+    run(capsys, "stats", path)
+    said = json.loads(run(capsys, "verify", path, "--json", status=1))
+    assert (said["good"], len(said["problems"])) == (4, 4)
+    run(capsys, "gc", path, "--older-than", "1")
