@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
+import inspect
 import json
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,39 +15,32 @@ import jinja2
 import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
-import jinja2.utils
+import numpy as np
 
+from jkv._text import brief
 from jkv.errors import UnsupportedError
+from jkv.models import tools as _tools
+from jkv.models.sandbox import MEMORY, SOURCE_LIMIT, STEPS, MakeDict, Namespace, Sandbox
+from jkv.models.template_sizes import weigh
 
-# What a template can raise by computing with the wrong things, besides jinja2's own errors.
+# What a template can raise by computing with the wrong things, besides jinja2's own errors. A
+# SyntaxError comes from Python, to which templates are compiled: it nests 20 loops at most.
 _FAILURES = (
     jinja2.TemplateError,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
     MemoryError,
-    RecursionError,
+    NameError,
+    RuntimeError,
+    SyntaxError,
     TypeError,
     ValueError,
 )
-_LONGEST = 1_000_000  # of what a template repeats, in items
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """jinja2's sandbox, without the operators that fill the memory in one step."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            for many, times in ((left, right), (right, left)):
-                repeats = isinstance(many, str | list | tuple) and isinstance(times, int)
-                if repeats and len(many) * times > _LONGEST:
-                    raise jinja2.exceptions.SecurityError("a repetition that is too long")
-        elif abs(right) > 64 or abs(left) > 1e6:
-            raise jinja2.exceptions.SecurityError("a power that is too large")
-        return super().call_binop(context, operator, left, right)
+# The names of an assistant's reasoning, the one that templates read first.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class _Generation(jinja2.ext.Extension):
@@ -52,33 +48,10 @@ class _Generation(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012  jinja2's own declaration
 
-    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """jinja2's `namespace`, which would store names that lead into Python's internals."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, rest = args[0], args[1:]
-        for name in dict(*rest, **kwargs):
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(self, *rest, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace with the name {name!r}")
-
-
-def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    """`dict` as a function: the class itself has attributes to climb."""
-    return dict(*args, **kwargs)
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
 
 
 def _raise(message: Any) -> None:
@@ -99,60 +72,144 @@ def _to_json(
 
 
 def _now(form: str) -> str:
+    if len(form) > 1000:
+        raise ValueError("strftime_now got a format of more than 1000 characters")
     return datetime.datetime.now().strftime(form)
 
 
-@functools.lru_cache(maxsize=16)
-def _compile(source: str) -> jinja2.Template:
-    sandbox = _Sandbox(
+def _environment(**limits: int) -> Sandbox:
+    return Sandbox(
+        **limits,
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, jinja2.ext.loopcontrols],
+        own_filters={"tojson": _to_json},
+        own_globals={
+            "raise_exception": _raise,
+            "strftime_now": _now,
+            "dict": MakeDict(),
+            "namespace": Namespace,
+        },
     )
-    sandbox.filters["tojson"] = _to_json
-    sandbox.globals |= {
-        "raise_exception": _raise,
-        "strftime_now": _now,
-        "dict": _make_dict,
-        "namespace": _Namespace,
-    }
-    return sandbox.from_string(source)
 
 
-def render(source: str, messages: Any, **values: Any) -> str:
-    """The text of a conversation.
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> types.CodeType:
+    if len(source) > SOURCE_LIMIT:
+        raise ValueError(f"it has {len(source)} characters; expected at most {SOURCE_LIMIT}")
+    return _environment().compile(source)
+
+
+def render(
+    source: str,
+    messages: Any,
+    budget: tuple[int, int] = (STEPS, MEMORY),
+    /,
+    *,
+    continue_final_message: bool | str = False,
+    **values: Any,
+) -> str:
+    """Write a conversation as text.
 
     Args:
         source: the template.
-        messages: a list of mappings, each with a "role" and mostly a "content".
-        values: what else the template sees.
+        messages: mappings, dataclasses or pydantic models, each with a "role" and mostly a
+            "content". Fields that are None are left out. "thinking" and "reasoning" are other names
+            of "reasoning_content".
+        budget: steps and bytes that the template may take; more for longer messages.
+        continue_final_message: end within the last message, after its text, for the model to go on
+            with; a name is that of the field to go on with, "content" otherwise.
+        values: what else the template sees. Functions among `tools` become their schemas.
 
     Raises:
-        ValueError: messages of another form.
-        UnsupportedError: the template refuses them, or does not work.
+        ValueError: messages, tools or documents of another form, or a message that cannot be
+            continued.
+        UnsupportedError: the template refuses the messages, does not work, or takes too much.
     """
-    plain = [_message(i, message) for i, message in enumerate(_list(messages))]
     try:
-        return _compile(source).render(messages=plain, **{k: _plain(v) for k, v in values.items()})
+        plain = [_message(i, message) for i, message in enumerate(_list(messages))]
+        values = {name: _plain(value) for name, value in _checked(values).items()}
+        parts: list[int] = []
+        chars = weigh((plain, values), parts.append).chars
+    except (RecursionError, jinja2.exceptions.SecurityError) as error:
+        raise ValueError("messages, tools or documents are nested too deeply") from error
+    field = "content" if continue_final_message is True else continue_final_message
+    final = _mark(plain, field, source) if field else None
+    steps, memory = budget[0] + 1000 * sum(parts), budget[1] + 64 * chars
+    sandbox = _environment(steps=steps, memory=memory)
+    try:
+        code = _compile(source)
+        template = jinja2.Template.from_code(sandbox, code, sandbox.make_globals(None))
+        text = template.render(messages=plain, **values)
     except _FAILURES as error:
+        reason = str(error) or type(error).__name__
+        reason = reason if len(reason) <= 2000 else reason[:2000] + "..."
         raise UnsupportedError(
-            f"the checkpoint's chat template cannot write these messages: {error}"
+            f"the checkpoint's chat template cannot write these messages: {reason}"
         ) from error
+    return text if final is None else _cut(text, final)
+
+
+# What the template sees ---------------------------------------------------------------------------
 
 
 def _list(messages: Any) -> Sequence[Any]:
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(
-            f"got {messages!r} as messages; expected a list such as "
+            f"got {brief(messages)} as messages; expected a list such as "
             "[{'role': 'user', 'content': 'Hello'}]"
         )
     return messages
 
 
 def _message(i: int, message: Any) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(f"message {i} is {message!r}; expected {{'role': ..., 'content': ...}}")
-    return _plain(message)
+    fields = _fields(message)
+    if fields is None or not isinstance(fields.get("role"), str):
+        raise ValueError(
+            f"message {i} is {brief(message)}; expected {{'role': ..., 'content': ...}}"
+        )
+    plain = {_plain(k): _plain(value) for k, value in fields.items() if value is not None}
+    reasoning = next((plain[name] for name in _REASONING if name in plain), None)
+    if reasoning is not None:  # gpt-oss reads "thinking"
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    return plain
+
+
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, with schemas in place of functions."""
+    for name in ("tools", "documents"):
+        given = values.get(name)
+        if given is not None and not isinstance(given, list | tuple):
+            raise ValueError(f"{name} got {type(given).__name__}; expected a list")
+    changed = dict(values)
+    if values.get("tools") is not None:
+        changed["tools"] = [_tool(tool) for tool in values["tools"]]
+    for document in values.get("documents") or ():
+        if not isinstance(document, Mapping):
+            raise ValueError(f"documents hold {brief(document)}; expected {{'title': ..., ...}}")
+    return changed
+
+
+def _tool(tool: Any) -> Any:
+    if inspect.isfunction(tool) or inspect.ismethod(tool):
+        return _tools.schema(tool)
+    if not isinstance(tool, Mapping):
+        raise ValueError(
+            f"tools hold {brief(tool)}; expected a JSON schema, or a function with annotations and "
+            "a docstring"
+        )
+    return tool
+
+
+def _fields(value: Any) -> Mapping[Any, Any] | None:
+    """What a mapping, a dataclass or a pydantic model holds; None for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    dump = getattr(value, "model_dump", None)
+    dumped = dump() if callable(dump) and not isinstance(value, type) else None
+    return dumped if isinstance(dumped, Mapping) else None
 
 
 def _plain(value: Any) -> Any:
@@ -161,11 +218,53 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, str):
         return str.__str__(value)  # the base's method: a subclass (an enum) may write otherwise
+    if isinstance(value, np.generic):
+        return _plain(value.item())
     for kind in (int, float):
         if isinstance(value, kind):
             return kind(value)
-    if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    fields = _fields(value)
+    if fields is not None:
+        return {_plain(key): _plain(item) for key, item in fields.items()}
     raise ValueError(f"a message holds {type(value).__name__}; expected what JSON can hold")
+
+
+# Going on with the last message -------------------------------------------------------------------
+
+
+def _mark(messages: list[dict[str, Any]], field: str, source: str) -> str:
+    """Put a mark behind the last message's text, and return that text."""
+    last = messages[-1]
+    text = last.get(field)
+    if text is None:
+        raise ValueError(f"continue_final_message: the last message has no {field!r} to continue")
+    fields = [field]
+    if field in _REASONING:
+        fields = [name for name in _REASONING if last.get(name) == text]
+    if not any(name in source for name in fields):
+        raise ValueError(f"continue_final_message: the chat template does not read {field!r}")
+    if isinstance(text, list | tuple):
+        blocks = [b for b in text if isinstance(b, dict) and isinstance(b.get("text"), str)]
+        if not blocks:
+            raise ValueError("continue_final_message: the last message holds no text to continue")
+        text = blocks[-1]["text"]
+        blocks[-1]["text"] = text + _MARK
+    elif isinstance(text, str):
+        for name in fields:
+            last[name] = text + _MARK
+    else:
+        raise ValueError(f"continue_final_message: {field!r} is {type(text).__name__}, not a text")
+    return text
+
+
+def _cut(text: str, final: str) -> str:
+    """The text up to the mark; a template that trims messages has trimmed the mark's space too."""
+    at = text.rfind(_MARK.strip())
+    if at < 0 or final.strip() not in text:
+        raise UnsupportedError(
+            "continue_final_message: the chat template leaves out the last message or changes it"
+        )
+    return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()

@@ -28,7 +28,6 @@ class Tokenizer:
     Attributes:
         special: names to special tokens ("bos_token": "<s>"), as templates call them.
         templates: names to chat templates; the usual one is "default".
-        directory: where its files lie; None where it was made from other things than files.
     """
 
     def __init__(
@@ -36,7 +35,6 @@ class Tokenizer:
         tokenizer: tokenizers.Tokenizer,
         special: Mapping[str, Any] | None = None,
         templates: Mapping[str, str] | None = None,
-        directory: Path | None = None,
     ):
         # Saved for training: a prompt must be neither cut nor filled up.
         tokenizer.no_truncation()
@@ -44,15 +42,10 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.special = dict(special or {})
         self.templates = dict(templates or {})
-        self.directory = directory
 
     def __repr__(self) -> str:
         chat = ", ".join(self.templates) or "none"
         return f"Tokenizer({self.vocab} tokens, chat templates: {chat})"
-
-    def to_json(self) -> str:
-        """Return what a `tokenizer.json` holds."""
-        return self._tokenizer.to_str(pretty=True)
 
     @property
     def vocab(self) -> int:
@@ -141,48 +134,67 @@ class Tokenizer:
         self,
         messages: Any,
         *,
-        add_generation_prompt: bool = True,
-        template: str = "default",
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        template: str | None = None,
         **values: Any,
     ) -> str:
-        """A conversation as the model was trained to read it.
+        """Write a conversation as the model was trained to read it.
 
         Args:
-            messages: a list of mappings, each with a "role" and a "content".
-            add_generation_prompt: end where the assistant's next words begin.
-            template: which, where the checkpoint has several.
-            values: what else its template takes, `tools` or `enable_thinking`.
+            messages: a list of mappings, each with a "role" and a "content"; dataclasses and
+                pydantic models do as well. Fields that are None are left out.
+            add_generation_prompt: end where the assistant's next words begin; the default, unless
+                the last message is to be continued.
+            continue_final_message: end within the last message, for the model to go on with; a
+                text names the field to go on with instead of "content".
+            template: which, where the checkpoint has several: by default "tool_use" if there are
+                tools and such a template, else "default".
+            values: what else its template takes, such as `enable_thinking`, or `tools`: JSON
+                schemas, or functions with annotations and docstrings, which become schemas.
 
         Raises:
-            UnsupportedError: there is no such template, or it refuses these messages.
-            ValueError: messages of another form.
+            UnsupportedError: there is no such template, or it refuses these messages, or takes too
+                much work or memory.
+            ValueError: messages of another form, a message that cannot be continued, or both
+                `add_generation_prompt` and `continue_final_message`.
+
+        Example:
+            >>> tokenizer.chat([{"role": "user", "content": "Hello"}], enable_thinking=False)
         """
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "got add_generation_prompt and continue_final_message; expected one: the model "
+                "either begins a message or continues the last one"
+            )
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        if template is None:
+            has_tools = values.get("tools") is not None and "tool_use" in self.templates
+            template = "tool_use" if has_tools else "default"
         if template not in self.templates:
             have = f"it has {', '.join(self.templates)}" if self.templates else "it has none"
             raise UnsupportedError(
                 f"the checkpoint has no chat template {brief(template)} ({have}): write the "
                 "prompt as a text, or load a checkpoint made for chat"
             )
+        given: dict[str, Any] = {"tools": None, "documents": None} | self.special | values
         return _template.render(
             self.templates[template],
             messages,
-            **({"tools": None, "documents": None} | self.special | values),
+            continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
+            **given,
         )
 
-    def chat_ids(
-        self,
-        messages: Any,
-        *,
-        add_generation_prompt: bool = True,
-        template: str = "default",
-        **values: Any,
-    ) -> list[int]:
-        """Ids of `chat`'s text, in which the template has written all special tokens itself."""
-        text = self.chat(
-            messages, add_generation_prompt=add_generation_prompt, template=template, **values
-        )
-        return self.encode(text, special=False)
+    def chat_ids(self, messages: Any, **options: Any) -> list[int]:
+        """Encode `chat`'s text, in which the template has written all special tokens itself.
+
+        Args:
+            messages: as of `chat`.
+            options: as of `chat`.
+        """
+        return self.encode(self.chat(messages, **options), special=False)
 
 
 def _check_text(text: str) -> None:
@@ -243,7 +255,7 @@ def read_tokenizer(directory: Path, problems: list[str]) -> Tokenizer | None:
     )
     if own is not None:
         templates["default"] = own
-    return Tokenizer(tokenizer, special, templates, directory)
+    return Tokenizer(tokenizer, special, templates)
 
 
 def _special(values: Mapping[str, Any]) -> dict[str, str]:

@@ -21,14 +21,14 @@ CHATML = """{%- for m in messages %}
 {%- endif %}"""
 
 
-def _load(checkpoint, **config):
+def load(checkpoint, **config):
     copy = checkpoint()
     words(copy.path, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"} | config)
     return copy
 
 
 def test_written(checkpoint):
-    tokenizer = jkv.load(_load(checkpoint, chat_template=CHATML).path).tokenizer
+    tokenizer = jkv.load(load(checkpoint, chat_template=CHATML).path).tokenizer
     text = "<|user|>the cat</s><|assistant|>sat</s>"
     assert tokenizer.chat(TALK) == text + "<|assistant|>"
     assert tokenizer.chat(TALK, add_generation_prompt=False) == text
@@ -36,13 +36,13 @@ def test_written(checkpoint):
 
 def test_ids_have_only_the_templates_special_tokens(checkpoint):
     source = "{{ bos_token }} {% for m in messages %}{{ m.content }} {% endfor %}"
-    tokenizer = jkv.load(_load(checkpoint, chat_template=source).path).tokenizer
+    tokenizer = jkv.load(load(checkpoint, chat_template=source).path).tokenizer
     assert tokenizer.chat_ids(TALK) == [0, 2, 3, 4]
 
 
 def test_named_templates(checkpoint):
     named = [{"name": "default", "template": "usual"}, {"name": "tool_use", "template": "tools"}]
-    tokenizer = jkv.load(_load(checkpoint, chat_template=named).path).tokenizer
+    tokenizer = jkv.load(load(checkpoint, chat_template=named).path).tokenizer
     assert tokenizer.chat(TALK) == "usual"
     assert tokenizer.chat(TALK, template="tool_use") == "tools"
     with pytest.raises(UnsupportedError, match=r"'rag' .it has default, tool_use"):
@@ -50,13 +50,13 @@ def test_named_templates(checkpoint):
 
 
 def test_a_file_of_its_own_counts_more(checkpoint):
-    copy = _load(checkpoint, chat_template="old")
+    copy = load(checkpoint, chat_template="old")
     (copy.path / "chat_template.jinja").write_text("new")
     assert jkv.load(copy.path).tokenizer.chat(TALK) == "new"
 
 
 def test_no_template(checkpoint):
-    tokenizer = jkv.load(_load(checkpoint).path).tokenizer
+    tokenizer = jkv.load(load(checkpoint).path).tokenizer
     with pytest.raises(UnsupportedError, match=r"no chat template 'default' .it has none"):
         tokenizer.chat(TALK)
 
@@ -70,6 +70,8 @@ def test_no_template(checkpoint):
         ("{{ {'b': 1, 'a': [2]} | tojson(indent=1, sort_keys=true) }}", None),
         ("{{ strftime_now('%Y') }}", str(datetime.datetime.now().year)),
         ("{% generation %}x{% endgeneration %}", "x"),
+        ("{% generation %}{% set x = 1 %}{% endgeneration %}{{ x is defined }}", "False"),
+        ("{{ dict.fromkeys(['a'], 1) | tojson(indent=2) }}", '{\n  "a": 1\n}'),
         ("{% for m in messages %}{% break %}{% endfor %}y", "y"),
         ("{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 2 %}{{ ns.n }}", "2"),
         ("{{ dict(a=1).a }}", "1"),
@@ -132,7 +134,7 @@ HOSTILE = [
     "{{ range(10 ** 9) | list }}",
     "{{ 'x' * 10 ** 10 }}",
     "{{ [0] * 10 ** 10 }}",
-    "{{ 10 ** 10 ** 10 }}",
+    "{{ 10 ** 99999 }}",
     "{% import 'os' as os %}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
 ]

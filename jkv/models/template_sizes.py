@@ -1,0 +1,145 @@
+"""How large the values of a chat template are, and how large those that it makes can become."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Set, ValuesView
+from typing import Any, NamedTuple
+
+from jinja2 import utils
+from jinja2.exceptions import SecurityError
+
+_DEEPEST = 100  # containers in containers; to hash a tuple of 100,000 levels ends the process
+
+
+class Weight(NamedTuple):
+    """The size of a value with all that it holds.
+
+    Attributes:
+        chars: of its text, roughly.
+        depth: of containers in containers.
+    """
+
+    chars: int
+    depth: int
+
+
+def weigh(value: Any, charge: Callable[[int], None]) -> Weight:
+    """Walk through a value. What two containers hold counts twice, as it does in their text.
+
+    Args:
+        value: of a template.
+        charge: called with the number of parts that are looked at next.
+
+    Raises:
+        SecurityError: containers in containers, too deep.
+    """
+    level, chars = [value], 0
+    for depth in range(_DEEPEST):
+        below: list[Any] = []
+        for item in level:
+            chars += 4
+            if isinstance(item, str):
+                chars += len(item)
+                charge(len(item) >> 8)
+            elif isinstance(item, int):
+                chars += item.bit_length() // 3
+            elif isinstance(item, dict | utils.Namespace):
+                parts = item if isinstance(item, dict) else _attributes(item)
+                charge(2 * len(parts))
+                below += parts.keys()
+                below += parts.values()
+            elif isinstance(item, list | tuple | Set | ValuesView):
+                charge(len(item))
+                below += item
+            else:
+                chars += 40
+                if isinstance(item, range):
+                    charge(len(item) >> 3)  # a search in it may look at each
+        if not below:
+            return Weight(chars, depth)
+        level = below
+    raise SecurityError(f"it nests values deeper than {_DEEPEST}")
+
+
+def _attributes(namespace: utils.Namespace) -> dict[str, Any]:
+    return object.__getattribute__(namespace, "_Namespace__attrs")
+
+
+def shallow_bytes(value: Any) -> int:
+    """Bytes of a value without what it holds."""
+    if isinstance(value, str | list | tuple | dict | set):
+        return sys.getsizeof(value)
+    return 40
+
+
+# What a method or a filter can make at most, in characters, by its own arguments. `n` counts the
+# characters of the value and the arguments together.
+
+
+def _padded(n: int, value: Any, width: int = 80, *_: Any) -> int:
+    return n + max(width, 0)
+
+
+def _replaced(n: int, value: Any, old: Any, new: Any, count: Any = None) -> int:
+    found = value.count(old) if isinstance(value, str) and isinstance(old, str) and old else n
+    return n + found * len(str(new))
+
+
+def joined(n: int, value: Any, d: Any = "", attribute: Any = None) -> int:
+    """Characters of items with `d` between them."""
+    return n + len(value) * len(str(d)) if hasattr(value, "__len__") else n
+
+
+def _indented(n: int, value: Any, width: Any = 4, first: Any = False, blank: Any = False) -> int:
+    return n * (1 + (len(width) if isinstance(width, str) else max(width, 0)))
+
+
+def _wrapped(
+    n: int,
+    value: Any,
+    width: Any = 79,
+    break_long_words: Any = True,
+    wrapstring: Any = None,
+    break_on_hyphens: Any = True,
+) -> int:
+    return n * (2 + len(wrapstring or ""))
+
+
+def _batched(n: int, value: Any, linecount: int, fill_with: Any = None) -> int:
+    return 8 * n + (0 if fill_with is None else 8 * max(linecount, 0))
+
+
+GROWTH: dict[str, Callable[..., int]] = {
+    "center": _padded,
+    "ljust": _padded,
+    "rjust": _padded,
+    "zfill": _padded,
+    "expandtabs": lambda n, value, tabsize=8: n + value.count("\t") * max(tabsize, 0),
+    "replace": _replaced,
+    "indent": _indented,
+    "wordwrap": _wrapped,
+    "batch": _batched,
+    "split": lambda n, value, sep=None, maxsplit=-1: (
+        16 * n if sep is None else n + 16 * value.count(sep)
+    ),
+    "rsplit": lambda n, value, sep=None, maxsplit=-1: (
+        16 * n if sep is None else n + 16 * value.count(sep)
+    ),
+    "splitlines": lambda n, *_: 16 * n,
+    "wordcount": lambda n, *_: 16 * n,
+    "title": lambda n, *_: 16 * n,
+    "list": lambda n, value: 4 * len(value) if hasattr(value, "__len__") else 0,
+    "escape": lambda n, *_: 6 * n,
+    "e": lambda n, *_: 6 * n,
+    "forceescape": lambda n, *_: 6 * n,
+    "urlencode": lambda n, *_: 12 * n,
+}
+
+
+def json_padding(
+    ensure_ascii: Any = False, indent: Any = None, separators: Any = None, sort_keys: Any = False
+) -> int:
+    """Characters that `tojson` may add per level and item."""
+    added = len(indent) if isinstance(indent, str) else max(indent or 0, 0)
+    return added + sum(map(len, separators or ()))
