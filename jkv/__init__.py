@@ -42,6 +42,7 @@ _HOME = {
     "prefill": "jkv.decoding",
     "prompt_lookup": "jkv.decoding",
     "rollout": "jkv.decoding",
+    "score": "jkv.decoding",
     "stream": "jkv.decoding",
     "plan": "jkv.planning",
     "Engine": "jkv.engine",

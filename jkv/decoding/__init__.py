@@ -7,6 +7,7 @@ from jkv.decoding.draft import Draft, prompt_lookup
 from jkv.decoding.loop import Rollout, decode_step, prefill, rollout
 from jkv.decoding.result import Result
 from jkv.decoding.run import generate
+from jkv.decoding.score import Scores, score
 from jkv.decoding.stream import Block, Stream, stream
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Draft",
     "Result",
     "Rollout",
+    "Scores",
     "Stream",
     "beam_search",
     "decode_step",
@@ -24,6 +26,7 @@ __all__ = [
     "prompt_lookup",
     "rollout",
     "sampling",
+    "score",
     "stream",
 ]
 

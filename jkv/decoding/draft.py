@@ -25,6 +25,7 @@ from jkv.cache.base import Cache
 from jkv.decoding import sampling
 from jkv.decoding.apply import apply
 from jkv.decoding.faults import Faults, undrawable
+from jkv.decoding.logprobs import Logprobs
 from jkv.decoding.loop import State
 from jkv.decoding.request import PAD, integer
 from jkv.errors import UnsupportedError
@@ -186,7 +187,7 @@ def drafting(state: State, history: Any) -> Drafted:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=2)
 def drafted(
     size: int,
     model: Any,
@@ -196,7 +197,9 @@ def drafted(
     keys: Any,
     ends: Array,
     limits: Array,
-) -> tuple[Drafted, Array, Array, Array, Faults]:
+    *,
+    top: int = 0,
+) -> tuple[Drafted, Array, Logprobs, Array, Faults]:
     """Passes until a row has said all of `size` tokens that another pass might say, or all ended.
 
     Rows say different numbers of tokens. Returns the state, tokens and log-probabilities [B, size],
@@ -212,6 +215,7 @@ def drafted(
         keys: of the rows, or None.
         ends: ``[B, M]``, tokens at which a row ends.
         limits: ``[B]``, tokens of a row at which it ends, prompt included.
+        top: likeliest tokens in the place of each, whose log-probabilities are wanted.
     """
     batch = state.token.shape[0]
     rows = jnp.arange(batch)[:, None]
@@ -229,16 +233,18 @@ def drafted(
         i, state, counts, tokens, logprobs = carry
         start = state.cache.lengths + 1
         room = jnp.minimum(size - counts, limits - start)
-        state, token, logprob, said = verify(model, state, draft, sampler, keys, ends, room)
+        state, token, logprob, said = verify(model, state, draft, sampler, keys, ends, room, top)
         state = replace(state, done=state.done | (state.cache.lengths + 1 >= limits))
         offsets = jnp.arange(width)[None, :]
         at = jnp.where(said, counts[:, None] + offsets, size)
         tokens = tokens.at[rows, at].set(token, mode="drop")
-        logprobs = logprobs.at[rows, at].set(logprob, mode="drop")
+        logprobs = jax.tree.map(
+            lambda whole, new: whole.at[rows, at].set(new, mode="drop"), logprobs, logprob
+        )
         return i + 1, state, counts + jnp.sum(said, axis=1), tokens, logprobs
 
     tokens = jnp.full((batch, size), PAD, jnp.int32)
-    logprobs = jnp.zeros((batch, size), jnp.float32)
+    logprobs = Logprobs.none((batch, size), top)
     carry = (jnp.int32(0), state, jnp.zeros_like(state.token), tokens, logprobs)
     _, state, _, tokens, logprobs = lax.while_loop(going, body, carry)
     # The flags twice: the state is donated to the next call before the host has read these.
@@ -253,7 +259,8 @@ def verify(
     keys: Any,
     ends: Int[Array, "B M"],
     room: Int[Array, " B"],
-) -> tuple[Drafted, Int[Array, "B T"], Array, Bool[Array, "B T"]]:
+    top: int = 0,
+) -> tuple[Drafted, Int[Array, "B T"], Logprobs, Bool[Array, "B T"]]:
     """One pass: the next state, tokens, their log-probabilities, and which of them are said.
 
     The rows that are not done say at least one token each, and at most `room`.
@@ -276,9 +283,8 @@ def verify(
 
     positions = held[:, None] + 1 + order
     chosen, masked = jax.vmap(choose, in_axes=1, out_axes=1)(logits, tokens, positions)
-    logprobs = jnp.take_along_axis(logits, chosen[..., None], axis=2)[..., 0]
     total = jax.nn.logsumexp(logits, axis=-1)
-    logprobs, broken = logprobs - total, ~jnp.isfinite(total)
+    logprobs, broken = Logprobs.of(logits, total, chosen, top), ~jnp.isfinite(total)
     bad = broken | masked
     # A token is said if all proposals before it are what was chosen in their places, and no end.
     ended = jnp.any(chosen[..., None] == ends[:, None], axis=-1)

@@ -18,6 +18,7 @@ from jkv.cache.base import Cache
 from jkv.cache.init import init_cache
 from jkv.decoding import apply, sampling
 from jkv.decoding.faults import Faults, undrawable
+from jkv.decoding.logprobs import Logprobs
 from jkv.decoding.request import PAD, integer
 
 
@@ -179,12 +180,12 @@ def rollout(
 
     def body(state: State, _: None):
         state, token, logprob = advance(model, state, sampler, keys, ends)
-        return state, (token, logprob)
+        return state, (token, logprob.chosen)
 
     state, (tokens, logprobs) = lax.scan(body, state, None, length=steps - 1)
     return Rollout(
         tokens=jnp.concatenate([token[:, None], tokens.T], axis=1),
-        logprobs=jnp.concatenate([logprob[:, None], logprobs.T], axis=1),
+        logprobs=jnp.concatenate([logprob.chosen[:, None], logprobs.T], axis=1),
         state=state,
     )
 
@@ -250,9 +251,12 @@ def check_sampler(sampler: Any, key: Any, batch: int) -> Any:
 
 
 def begin(
-    logits: Array, cache: Cache, said: Any, sampler: Any, keys: Any, ends: Any
-) -> tuple[State, Array, Array]:
-    """Draw each row's first token: the state, the token [B] and its log-probability [B]."""
+    logits: Array, cache: Cache, said: Any, sampler: Any, keys: Any, ends: Any, top: int = 0
+) -> tuple[State, Array, Logprobs]:
+    """Draw each row's first token: the state, the token [B] and its log-probabilities [B].
+
+    With those of the `top` likeliest tokens.
+    """
     nothing = jnp.full((logits.shape[0],), PAD, jnp.int32)
     said = nothing[:, None] if said is None else said
     inner = () if sampler is None else apply.init_state(sampler, said, logits.shape[-1])
@@ -263,28 +267,27 @@ def begin(
         sampling=inner,
         faults=Faults.none(cache.batch),
     )
-    return _choose(logits, state, sampler, keys, ends)
+    return _choose(logits, state, sampler, keys, ends, top)
 
 
 def advance(
-    model: Any, state: State, sampler: Any, keys: Any, ends: Any
-) -> tuple[State, Array, Array]:
-    """Put each row's token into the cache and draw the next: state, token [B], log-probability."""
+    model: Any, state: State, sampler: Any, keys: Any, ends: Any, top: int = 0
+) -> tuple[State, Array, Logprobs]:
+    """Put each row's token into the cache and draw the next: what `begin` returns."""
     logits, cache = decode_step(model, state.token, state.cache, ~state.done)
     state = replace(state, cache=cache, done=state.done | cache.overflowed)
-    return _choose(logits, state, sampler, keys, ends)
+    return _choose(logits, state, sampler, keys, ends, top)
 
 
 def _choose(
-    logits: Array, state: State, sampler: Any, keys: Any, ends: Any
-) -> tuple[State, Array, Array]:
+    logits: Array, state: State, sampler: Any, keys: Any, ends: Any, top: int = 0
+) -> tuple[State, Array, Logprobs]:
     inner, changed = state.sampling, logits
     if sampler is not None:
         changed, inner = apply.apply(sampler, logits, inner, state.token)
     # The position of the drawn token; the cache holds all tokens before it by now.
     position = state.cache.lengths
     token = sampling.draw(changed, keys, position)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     total = jax.nn.logsumexp(logits, axis=-1)
     faults = state.faults.note(~state.done, ~jnp.isfinite(total), undrawable(changed), position)
     silent = state.done | (faults.position >= 0)
@@ -298,7 +301,8 @@ def _choose(
         sampling=inner,
         faults=faults,
     )
-    return after, jnp.where(silent, PAD, token), jnp.where(silent, 0.0, chosen - total)
+    logprobs = Logprobs.of(logits, total, token, top).where(~silent)
+    return after, jnp.where(silent, PAD, token), logprobs
 
 
 def _last(hidden: Array, counts: Array | None, before: Array | None = None) -> Array:
@@ -369,27 +373,44 @@ def absorb(
     return _last(hidden, counts, last), cache
 
 
-@functools.partial(jax.jit, donate_argnums=2)
+@functools.partial(jax.jit, static_argnames="top", donate_argnums=2)
 def begun(
-    model: Any, last: Array, cache: Cache, said: Any, sampler: Any, keys: Any, ends: Any
-) -> tuple[State, Array, Array]:
+    model: Any,
+    last: Array,
+    cache: Cache,
+    said: Any,
+    sampler: Any,
+    keys: Any,
+    ends: Any,
+    *,
+    top: int = 0,
+) -> tuple[State, Array, Logprobs]:
     """The first token after a prefill."""
-    return begin(model.logits(last), cache, said, sampler, keys, ends)
+    return begin(model.logits(last), cache, said, sampler, keys, ends, top)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=2)
 def advanced(
-    size: int, model: Any, state: State, sampler: Any, keys: Any, ends: Any, steps: Array
-) -> tuple[State, Array, Array, Array, Faults]:
+    size: int,
+    model: Any,
+    state: State,
+    sampler: Any,
+    keys: Any,
+    ends: Any,
+    steps: Array,
+    *,
+    top: int = 0,
+) -> tuple[State, Array, Logprobs, Array, Faults]:
     """Up to `steps` of at most `size` tokens per row, ending early when all rows are done.
 
     A `while_loop` rather than a `scan`: the number of steps is an argument and not a program, and
     a batch whose rows have ended costs nothing more. Returns the state, tokens and
-    log-probabilities [B, size], which rows are done, and which of them had nothing to draw from.
+    log-probabilities [B, size] (with those of the `top` likeliest tokens), which rows are done, and
+    which of them had nothing to draw from.
     """
     batch = state.token.shape[0]
     tokens = jnp.full((size, batch), PAD, jnp.int32)
-    logprobs = jnp.zeros((size, batch), jnp.float32)
+    logprobs = Logprobs.none((size, batch), top)
 
     def going(carry: Any) -> Array:
         i, state, _, _ = carry
@@ -397,12 +418,15 @@ def advanced(
 
     def body(carry: Any) -> Any:
         i, state, tokens, logprobs = carry
-        state, token, logprob = advance(model, state, sampler, keys, ends)
+        state, token, logprob = advance(model, state, sampler, keys, ends, top)
         tokens = lax.dynamic_update_index_in_dim(tokens, token, i, 0)
-        logprobs = lax.dynamic_update_index_in_dim(logprobs, logprob, i, 0)
+        logprobs = jax.tree.map(
+            lambda whole, new: lax.dynamic_update_index_in_dim(whole, new, i, 0), logprobs, logprob
+        )
         return i + 1, state, tokens, logprobs
 
     carry = (jnp.int32(0), state, tokens, logprobs)
     _, state, tokens, logprobs = lax.while_loop(going, body, carry)
     # The flags twice: the state is donated to the next call before the host has read these.
-    return state, tokens.T, logprobs.T, *jax.tree.map(jnp.copy, (state.done, state.faults))
+    logprobs = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), logprobs)
+    return state, tokens.T, logprobs, *jax.tree.map(jnp.copy, (state.done, state.faults))

@@ -11,6 +11,7 @@ import numpy as np
 from jkv._text import brief
 from jkv.cache.base import Cache
 from jkv.cache.protocol import as_kind
+from jkv.decoding.request import integer
 
 Progress = Callable[[int, int], None]  # tokens of the longest prompt done, and in all
 
@@ -25,6 +26,7 @@ class Options:
     stop: Any = None
     key: Any = None
     return_logprobs: Any = False
+    top_logprobs: Any = 0
     resume: Any = None  # Result
     slots: Any = None
     block: Any = 32
@@ -51,6 +53,18 @@ def check_plain(options: Options) -> None:
         raise TypeError(
             f"return_logprobs got {brief(options.return_logprobs)}; expected True or False"
         )
+
+
+def checked_top(value: Any, vocab: int) -> int:
+    """How many alternatives of each token are wanted.
+
+    Raises:
+        ValueError: no integer from 0 to the vocabulary.
+    """
+    top = integer("top_logprobs", value, 0)
+    if top > vocab:
+        raise ValueError(f"top_logprobs got {top}; expected at most {vocab}, the vocabulary")
+    return top
 
 
 def checked_kind(kind: Any) -> Any:

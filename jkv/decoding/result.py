@@ -23,6 +23,9 @@ class Result:
         finish_reasons: per row "stop" or "length".
         logprobs: ``[B, T]`` float32 natural logarithms under the model itself, before any sampling
             transform, 0 after a row's end; None unless asked for.
+        top_tokens: ``[B, T, k]`` int32, the k likeliest in the place of each token, the likeliest
+            first, -1 after a row's end; None unless asked for with `top_logprobs`.
+        top_logprobs: ``[B, T, k]`` float32, theirs, as `logprobs`.
         cache: of all tokens but each row's last, which has no keys and values yet.
         history: per row all tokens, prompts included.
         prefill_seconds: until the first token was read.
@@ -44,6 +47,8 @@ class Result:
     passes: np.ndarray | None = None
     reused: np.ndarray | None = None
     tokenizer: Any = None  # for `texts`; None where generation had none
+    top_tokens: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,8 @@ from jkv.cache.dense import dense
 from jkv.decoding import draft, loop, room, sampling, stored
 from jkv.decoding.apply import check_updates
 from jkv.decoding.faults import Faults, raise_faults
-from jkv.decoding.options import Options, check_plain, checked_kind
+from jkv.decoding.logprobs import stacked
+from jkv.decoding.options import Options, check_plain, checked_kind, checked_top
 from jkv.decoding.request import (
     PAD,
     Stops,
@@ -40,6 +42,8 @@ class _Row:
     strings: tuple[str, ...]
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_tokens: list[np.ndarray] = dataclasses.field(default_factory=list)  # each [k]
+    top_logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
     reason: str | None = None
 
 
@@ -55,6 +59,8 @@ class Run:
         self.size = integer("block", options.block, 1)
         integer("prefill_chunk", options.prefill_chunk, 16)
         check_plain(options)
+        self.top = checked_top(options.top_logprobs, config.vocab)
+        self.scored = bool(options.return_logprobs) or self.top > 0
         self.new = rows_of_tokens(
             prompts, config.vocab, tokenizer=self.tokenizer, continued=resume is not None
         )
@@ -222,12 +228,13 @@ class Run:
         if self.sampler is not None:  # only samplers look back; another width is another program
             said = padded(self.history, bucket(max(map(len, self.history)) + self.max_new))
         self.state, token, logprob = loop.begun(
-            self.model, last, self.cache, said, self.sampler, self.keys, self.ends
+            self.model, last, self.cache, said, self.sampler, self.keys, self.ends, top=self.top
         )
         if self.draft is not None:
             slots = bucket(max(map(len, self.history)) + self.max_new)
             self.state = draft.drafting(self.state, padded(self.history, slots))
-        return token[:, None], logprob[:, None], self.state.done, self.state.faults
+        logprobs = jax.tree.map(lambda leaf: leaf[:, None], logprob)
+        return token[:, None], logprobs, self.state.done, self.state.faults
 
     def _dispatch(self, steps: int) -> tuple[Any, Any, Any, Faults]:
         """Start up to `steps` more tokens; nothing is waited for."""
@@ -240,10 +247,12 @@ class Run:
                 state = dataclasses.replace(state, cache=room.grown(state.cache, wanted))
         how = (self.sampler, self.keys, self.ends)
         if self.draft is None:
-            self.state, *out = loop.advanced(self.size, self.model, state, *how, np.int32(steps))
+            advanced = functools.partial(loop.advanced, self.size, self.model, state, *how)
+            self.state, *out = advanced(np.int32(steps), top=self.top)
         else:
             limits = np.asarray([len(row) + self.max_new for row in self.history], np.int32)
-            self.state, *out = draft.drafted(self.size, self.model, state, self.draft, *how, limits)
+            drafted = functools.partial(draft.drafted, self.size, self.model, state, self.draft)
+            self.state, *out = drafted(*how, limits, top=self.top)
         return tuple(out)
 
     def _accept(
@@ -251,7 +260,7 @@ class Run:
     ) -> np.ndarray:
         """Read a block from the device into the rows, and cut rows at their stop strings."""
         block = np.array(tokens)
-        values = np.asarray(logprobs) if self.options.return_logprobs else None
+        values = jax.tree.map(np.asarray, logprobs) if self.scored else None
         ended = np.asarray(done)
         self.last_read = time.perf_counter()
         if block_of == 1:
@@ -263,11 +272,14 @@ class Run:
             fresh = block[i][block[i] != PAD]
             row.tokens.extend(fresh.tolist())
             if values is not None:
-                row.logprobs.extend(values[i, : len(fresh)].tolist())
+                row.logprobs.extend(values.chosen[i, : len(fresh)].tolist())
+                row.top_tokens.extend(values.top_tokens[i, : len(fresh)])
+                row.top_logprobs.extend(values.top[i, : len(fresh)])
             match = first_stop(self.tokenizer, row.strings, self.history[i], row.tokens, len(fresh))
             if match is not None:
                 block[i, len(fresh) - (len(row.tokens) - match.kept) :] = PAD
-                del row.tokens[match.kept :], row.logprobs[match.kept :]
+                for kept in (row.tokens, row.logprobs, row.top_tokens, row.top_logprobs):
+                    del kept[match.kept :]
                 row.reason = "stop"
             elif row.tokens and row.tokens[-1] in self.stops.ids[i]:
                 row.reason = "stop"
@@ -301,13 +313,18 @@ class Run:
             cache = self._cropped(cache, [h[:-1] for h in history])
         if self.shelf is not None:
             self._keep(self.shelf, cache, history)
-        logprobs = None
-        if self.options.return_logprobs:
-            logprobs = np.zeros((len(said), int(lengths.max())), np.float32)
+        logprobs = top_tokens = top_logprobs = None
+        width = int(lengths.max())
+        if self.top:
+            lists = [row.top_tokens for row in self.rows], [row.top_logprobs for row in self.rows]
+            top_tokens = stacked(lists[0], width, self.top, np.int32, PAD)
+            top_logprobs = stacked(lists[1], width, self.top, np.float32, 0)
+        if self.scored:
+            logprobs = np.zeros((len(said), width), np.float32)
             for i, row in enumerate(self.rows):
                 logprobs[i, : lengths[i]] = row.logprobs
         return Result(
-            tokens=padded(said, int(lengths.max())),
+            tokens=padded(said, width),
             lengths=lengths,
             finish_reasons=tuple(row.reason or "length" for row in self.rows),
             logprobs=logprobs,
@@ -319,6 +336,8 @@ class Run:
             passes=lengths - 1 if self.draft is None else np.asarray(self.state.passes),
             reused=self.reused,
             tokenizer=self.tokenizer,
+            top_tokens=top_tokens,
+            top_logprobs=top_logprobs,
         )
 
     def _keep(self, shelf: stored.Shelf, cache: Cache, history: list[np.ndarray]) -> None:
@@ -340,6 +359,7 @@ def generate(
     stop: Any = None,
     key: Any = None,
     return_logprobs: Any = False,
+    top_logprobs: Any = 0,
     resume: Any = None,
     slots: Any = None,
     prefill_chunk: Any = 256,
@@ -367,6 +387,7 @@ def generate(
             What stopped a row is part of its tokens.
         key: `jax.random.key(seed)`, or one key per row; for samplers that draw at random.
         return_logprobs: also the log-probability of each new token under the model.
+        top_logprobs: k, also the k likeliest tokens in the place of each new one, and theirs.
         resume: an earlier `Result` to go on from: its last token of each row and the new prompts
             are prefilled, nothing else. The earlier result stays valid. A text is encoded as a
             continuation, without special tokens or a space put before it, so that the texts of
@@ -410,6 +431,7 @@ def generate(
         stop=stop,
         key=key,
         return_logprobs=return_logprobs,
+        top_logprobs=top_logprobs,
         resume=resume,
         slots=slots,
         prefill_chunk=prefill_chunk,

@@ -100,6 +100,7 @@ def stream(
     stop: Any = None,
     key: Any = None,
     return_logprobs: Any = False,
+    top_logprobs: Any = 0,
     resume: Any = None,
     slots: Any = None,
     prefill_chunk: Any = 256,
@@ -124,6 +125,7 @@ def stream(
         stop: ids and strings at which a row ends, beside the checkpoint's.
         key: for samplers that draw at random.
         return_logprobs: in the `result`.
+        top_logprobs: likewise.
         resume: an earlier result to go on from.
         slots: tokens that each row's cache has room for.
         prefill_chunk: tokens per pass of the prefill.
@@ -149,6 +151,7 @@ def stream(
         stop=stop,
         key=key,
         return_logprobs=return_logprobs,
+        top_logprobs=top_logprobs,
         resume=resume,
         slots=slots,
         block=block,
