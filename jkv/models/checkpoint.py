@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,27 +16,17 @@ from jkv._text import brief
 from jkv.errors import CheckpointError
 from jkv.models import diagnose, families
 from jkv.models.config import Config
-from jkv.models.decoder import Decoder, Linear
+from jkv.models.decoder import Decoder
 from jkv.models.families import Family, Place
 from jkv.models.files import INDEX_LIMIT, read_json
 from jkv.models.settings import bare
+from jkv.models.slots import Slot, find_slots, tensor_shapes
 from jkv.models.tensorfile import DTYPES, Tensor, read_header
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Called with the bytes read so far and those to read.
 Progress = Callable[[int, int], object]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """A tensor that the model needs, and the variables that it fills."""
-
-    name: str
-    place: Place
-    shape: tuple[int, ...]  # on disk
-    owners: tuple[Any, ...]  # modules that hold the variables
-    variables: tuple[nnx.Variable, ...]
 
 
 def read_checkpoint(
@@ -78,7 +67,7 @@ def read_checkpoint(
         raise CheckpointError(_report(directory, problems))
     config = dataclasses.replace(config, dtype=_choose_dtype(dtype, config, tensors))
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    slots = _slots(model, family)
+    slots = find_slots(model, family)
     _fill(slots, tensors, config.dtype, progress)
     return model, config
 
@@ -204,67 +193,6 @@ def _plain(shard: str) -> bool:
 # What the model needs -----------------------------------------------------------------------------
 
 
-def _slots(model: Decoder, family: Family) -> list[_Slot]:
-    """The rows of the family's table that this model has a place for."""
-    slots = []
-    for pattern, place in family.tensors.items():
-        layers = range(len(model.blocks)) if "*" in pattern else (0,)
-        for layer in layers:
-            paths = [target.replace("*", str(layer)) for target in place.targets]
-            slot = _slot(model, pattern.replace("*", str(layer)), place, paths)
-            if slot is not None:
-                slots.append(slot)
-    return slots
-
-
-def _shapes(config: Config, family: Family) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors that the model needs, by name.
-
-    All layers have the same, so that a model of one is enough to tell: 1000 layers that a
-    configuration claims over a file of two are found out in no time.
-    """
-    one = dataclasses.replace(config, layers=1, windows=(), dtype="float32")
-    model = nnx.eval_shape(lambda: Decoder(one, rngs=nnx.Rngs(0)))
-    place = {pattern.replace("*", "0"): pattern for pattern in family.tensors}
-    shapes = {}
-    for slot in _slots(model, family):
-        pattern = place[slot.name]
-        for layer in range(config.layers) if "*" in pattern else (0,):
-            shapes[pattern.replace("*", str(layer))] = slot.shape
-    return shapes
-
-
-def _slot(model: Decoder, name: str, place: Place, paths: list[str]) -> _Slot | None:
-    if place.kind == "array":
-        owner, _, leaf = paths[0].rpartition(".")
-        owners = (_walk(model, owner),)
-        variables: tuple[Any, ...] = (getattr(owners[0], leaf, None),)
-    else:
-        leaf = "bias" if place.kind == "bias" else "kernel"
-        owners = tuple(_walk(model, path) for path in paths)
-        variables = tuple(getattr(owner, leaf, None) for owner in owners)
-    if None in variables:
-        return None
-    if place.kind == "array":
-        shape = variables[0].shape
-    else:
-        outputs = sum(owner.shape[1] for owner in owners)
-        inputs = owners[0].shape[0]
-        shape = {"bias": (outputs,), "linear": (outputs, inputs), "conv1d": (inputs, outputs)}[
-            place.kind
-        ]
-    return _Slot(name, place, tuple(shape), owners, variables)
-
-
-def _walk(module: Any, path: str) -> Any:
-    """The module at a path, None where a model of this configuration has none."""
-    for step in path.split(".") if path else []:
-        module = module[int(step)] if step.isdigit() else getattr(module, step, None)
-        if module is None:
-            return None
-    return module
-
-
 def _named(tensors: dict[str, Tensor], family: Family, problems: list[str]) -> dict[str, Tensor]:
     """The tensors by the names of the family's table, which have no prefix."""
     named: dict[str, Tensor] = {}
@@ -288,7 +216,7 @@ def _harmless(name: str, family: Family) -> bool:
 
 def _match(config: Config, family: Family, tensors: dict[str, Tensor], problems: list[str]) -> None:
     """Report what is missing, left over or of another shape."""
-    shapes = _shapes(config, family)
+    shapes = tensor_shapes(config, family)
     problems.extend(f"missing tensor {name}" for name in _grouped(shapes.keys() - tensors.keys()))
     extra = _without_harmless(tensors, family).keys() - shapes.keys()
     if config.tied and "lm_head.weight" in extra:
@@ -387,7 +315,7 @@ def usual_dtype(stored: str) -> str:
 
 
 def _fill(
-    slots: list[_Slot], tensors: dict[str, Tensor], dtype: str, progress: Progress | None
+    slots: list[Slot], tensors: dict[str, Tensor], dtype: str, progress: Progress | None
 ) -> None:
     """Read each tensor into its variables."""
     total = sum(tensors[slot.name].nbytes for slot in slots)
@@ -395,26 +323,7 @@ def _fill(
     for slot in slots:
         if progress is not None:
             progress(done, total)
-        _fill_one(slot, tensors[slot.name].read(), dtype)
+        slot.fill(tensors[slot.name].read(), dtype)
         done += tensors[slot.name].nbytes
     if progress is not None:
         progress(done, total)
-
-
-def _fill_one(slot: _Slot, array: np.ndarray, dtype: str) -> None:
-    if slot.place.kind == "array":
-        slot.variables[0].set_value(_to_device(array, dtype))
-        return
-    if slot.place.kind == "linear":
-        array = array.T  # a view; what is copied below is the part in its final layout
-    start = 0
-    for owner, variable in zip(slot.owners, slot.variables, strict=True):
-        part = array[..., start : start + owner.shape[1]]
-        start += owner.shape[1]
-        layout = Linear.layout(part) if slot.place.kind != "bias" else part
-        variable.set_value(_to_device(layout, dtype))
-
-
-def _to_device(array: np.ndarray, dtype: str) -> jax.Array:
-    """A copy on the device. `device_put` would alias memory on the CPU."""
-    return jnp.array(array, dtype=jnp.dtype(dtype), copy=True)

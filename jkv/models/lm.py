@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jkv._bytes import parse_bytes
 from jkv._text import brief
 from jkv.errors import UnsupportedError
-from jkv.models import checkpoint, diagnose, hub
+from jkv.models import checkpoint, diagnose, hub, save
 from jkv.models.checkpoint import Progress
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder
@@ -81,6 +82,41 @@ class LM:
         if nested:
             return [tokenizer.decode(row) for row in rows]
         return tokenizer.decode(rows)
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        dtype: Any = None,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+    ) -> None:
+        """Save the model in Hugging Face layout, for `jkv.load` and for transformers.
+
+        Weights, configuration, tokenizer and chat templates are written to the side and put in
+        place at the end, `config.json` last: what is interrupted is no checkpoint.
+
+        Args:
+            directory: to write; made where it is missing. One that is not empty is refused.
+            dtype: of the weights on disk: "float32", "bfloat16" or "float16". By default the one
+                that they have in memory.
+            max_shard_size: bytes of a file ("5GB", "500MB"), beyond which the weights are split
+                over several.
+            overwrite: replace the checkpoint in a directory that is not empty; other files in it
+                stay.
+
+        Raises:
+            FileExistsError: the directory is not empty.
+            UnsupportedError: the model is none that a family describes, or has no weights.
+            ValueError: weights too large for the dtype, or arguments of another kind.
+
+        Example:
+            >>> lm = jkv.load("shakespeare")
+            >>> train(lm.model)
+            >>> lm.save("shakespeare-tuned", dtype="bfloat16")
+        """
+        name = None if dtype is None else _dtype_name(dtype, "save")
+        save.save(self, directory, name, parse_bytes(max_shard_size, "max_shard_size"), overwrite)
 
     def _tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -186,7 +222,7 @@ def outline(
     return LM(model, config, tokenizer, os.fspath(source), directory, keys)
 
 
-def _dtype_name(dtype: Any) -> str:
+def _dtype_name(dtype: Any, what: str = "load") -> str:
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
@@ -196,6 +232,6 @@ def _dtype_name(dtype: Any) -> str:
         near = difflib.get_close_matches(str(dtype)[:50], [*_DTYPES, *short], 1, 0.8)
         meant = f"; did you mean {short.get(near[0], near[0])!r}?" if near else ""
         raise ValueError(
-            f"load got dtype={brief(dtype)}; expected one of {', '.join(_DTYPES)}{meant}"
+            f"{what} got dtype={brief(dtype)}; expected one of {', '.join(_DTYPES)}{meant}"
         )
     return name

@@ -10,8 +10,9 @@ import collections
 import dataclasses
 import json
 import math
+import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,37 @@ def read_header(path: Path, problems: list[str]) -> dict[str, Tensor]:
         return {}
     found = [tensor for tensor in tensors if tensor is not None]
     return {t.name: t for t in found} if _tiled(found, path, 8 + length, size, problems) else {}
+
+
+def write_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, read: Callable[[str], np.ndarray]
+) -> None:
+    """Write tensors of one dtype, one after the other.
+
+    Args:
+        path: of the file.
+        shapes: of the tensors, by name.
+        dtype: of all, as jax calls it.
+        read: gives a tensor by its name.
+    """
+    word = next(word for word, name in DTYPES.items() if name == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape) * _SIZES[word]
+        header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
+    with path.open("xb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, shape in shapes.items():
+            array = np.ascontiguousarray(read(name), jnp.dtype(dtype))
+            if array.shape != shape:
+                raise ValueError(f"{name} has shape {list(array.shape)}; expected {list(shape)}")
+            file.write(array.view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

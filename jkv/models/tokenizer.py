@@ -28,6 +28,7 @@ class Tokenizer:
     Attributes:
         special: names to special tokens ("bos_token": "<s>"), as templates call them.
         templates: names to chat templates; the usual one is "default".
+        directory: where its files lie; None where it was made from other things than files.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Tokenizer:
         tokenizer: tokenizers.Tokenizer,
         special: Mapping[str, Any] | None = None,
         templates: Mapping[str, str] | None = None,
+        directory: Path | None = None,
     ):
         # Saved for training: a prompt must be neither cut nor filled up.
         tokenizer.no_truncation()
@@ -42,10 +44,15 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.special = dict(special or {})
         self.templates = dict(templates or {})
+        self.directory = directory
 
     def __repr__(self) -> str:
         chat = ", ".join(self.templates) or "none"
         return f"Tokenizer({self.vocab} tokens, chat templates: {chat})"
+
+    def to_json(self) -> str:
+        """Return what a `tokenizer.json` holds."""
+        return self._tokenizer.to_str(pretty=True)
 
     @property
     def vocab(self) -> int:
@@ -255,7 +262,7 @@ def read_tokenizer(directory: Path, problems: list[str]) -> Tokenizer | None:
     )
     if own is not None:
         templates["default"] = own
-    return Tokenizer(tokenizer, special, templates)
+    return Tokenizer(tokenizer, special, templates, directory)
 
 
 def _special(values: Mapping[str, Any]) -> dict[str, str]:
