@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,27 @@ from jkv import _pytree
 from jkv._axes import Array
 from jkv._pytree import pytree
 from jkv._text import brief, plural
+from jkv._transfer import intended, transfers
 from jkv.cache import pages
 from jkv.cache.evicting import evicted
 from jkv.cache.protocol import Stack, Step, as_kind, bound, furthest
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _eager(
+    method: Callable[Concatenate[Cache, P], R],
+) -> Callable[Concatenate[Cache, P], R]:
+    """Decorate what may be called outside of `jit`, and on a cache that lies on the host."""
+
+    @functools.wraps(method)
+    def call(cache: Cache, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with intended():
+            return method(on_device(cache), *args, **kwargs)
+
+    return call
 
 
 @pytree
@@ -128,13 +146,20 @@ class Cache:
         step = Step.after(self.lengths, jnp.where(fits, counts, 0), new)
         return _pytree.replace(step, pages=plans), ~fits
 
+    @transfers
     def check(self) -> Cache:
         """This cache, if no row has refused tokens and nothing was stored that cannot be.
 
         Raises:
             CacheFullError: a row overflowed, and has not been made shorter since.
             NonFiniteError: NaN or infinity among keys or values that were to be rounded.
+            TypeError: it is being traced, and its flags are not known yet.
         """
+        if isinstance(self.overflowed, Tracer):
+            raise TypeError(
+                "check is traced by jit, vmap or grad, and raises on the host; return the cache "
+                "from there and check it outside"
+            )
         full = np.flatnonzero(np.asarray(self.overflowed))
         if len(full):
             where = "" if self.capacity is None else f" in {plural(self.capacity, 'slot')}"
@@ -162,6 +187,7 @@ class Cache:
         table = np.asarray(self.tables[layer.group])
         return np.any((table >= 0) & broken[np.maximum(table, 0)], axis=1)
 
+    @_eager
     def crop(self, lengths: Any) -> Cache:
         """Roll rows back to their first `lengths` tokens; a row that is shorter stays as it is.
 
@@ -187,6 +213,7 @@ class Cache:
             self, layers=layers, lengths=new, overflowed=overflowed, tables=tables
         )
 
+    @_eager
     def take(self, rows: Any) -> Cache:
         """Reorder, repeat or drop rows: row r of the result is row ``rows[r]`` of this cache.
 
@@ -215,6 +242,7 @@ class Cache:
         """
         return self.take(np.repeat(np.arange(self.batch), _integer("fork", "count", count)))
 
+    @_eager
     def convert(self, to: Any, *, config: Any = None, slots: Any = None) -> Cache:
         """The same tokens in a cache of another kind; what is kept of them is up to that kind.
 
@@ -267,6 +295,7 @@ class Cache:
             self, layers=layers, lengths=lengths, overflowed=flags, tables=tables
         )
 
+    @_eager
     def evict(self, budget: Any, score: Any = None) -> Cache:
         """The best `budget` tokens of each row and head, in an evicting cache.
 
@@ -283,6 +312,7 @@ class Cache:
         """
         return _pytree.replace(evicted(self, budget, score), tables=())
 
+    @_eager
     def requantise(self, to: Any) -> Cache:
         """What has been rounded, rounded in another form; layers and tokens that are exact stay so.
 
@@ -306,6 +336,7 @@ class Cache:
         )
         return _pytree.replace(self, layers=layers)
 
+    @_eager
     def resize(self, slots: Any) -> Cache:
         """The same tokens in buffers of `slots` slots, and pages for as many in each row.
 
@@ -344,6 +375,7 @@ class Cache:
             return layer.to_legacy(self.lengths, self.tables[layer.group])
         return layer.to_legacy(self.lengths)
 
+    @_eager
     def to_legacy(self) -> tuple[tuple[Array, Array], ...]:
         """Per layer (keys, values), each ``[B, K, S, H]``, cut to the longest row if known."""
         pairs = tuple(map(self.pair, self.layers))
@@ -353,6 +385,7 @@ class Cache:
         return tuple((k[:, :, :longest], v[:, :, :longest]) for k, v in pairs)
 
 
+@transfers
 def concat(caches: Any) -> Cache:
     """One batch of the rows of several caches, with the slots of the longest.
 
@@ -384,6 +417,16 @@ def concat(caches: Any) -> Cache:
         overflowed=jnp.concatenate([c.overflowed for c in caches]),
         tables=renamed,
     )
+
+
+def on_device(cache: Cache) -> Cache:
+    """Bring a cache back from the host, where `jax.device_get` moved it, as a copy.
+
+    An array of numpy's has none of the methods by which a cache is written.
+    """
+    if not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(cache)):
+        return cache
+    return jax.tree.map(jnp.array, cache)
 
 
 def _integer(where: str, name: str, value: Any) -> int:

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief
+from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.cache.protocol import Step, check_heads
 from jkv.cache.ring import apart, with_past
@@ -135,12 +137,14 @@ def dense(grow: Any = False) -> DenseKind:
     return DenseKind(grow)
 
 
+@transfers
 def from_legacy(layers: Sequence[tuple[Any, Any]], lengths: Any = None) -> Cache:
     """A dense cache of (keys, values) per layer, each ``[B, K, S, H]``.
 
     Args:
         layers: one pair per layer, all with the same B and S.
-        lengths: tokens in each row, a list or integer array ``[B]``; S by default.
+        lengths: tokens in each row, a list or integer array ``[B]``; S by default. Traced ones are
+            not known, and bounded to 0..S.
 
     Raises:
         ValueError: no layers, arrays whose shapes differ or whose dtype holds no fractions, or
@@ -166,16 +170,19 @@ def from_legacy(layers: Sequence[tuple[Any, Any]], lengths: Any = None) -> Cache
     if len(rows_and_slots) > 1:
         raise ValueError(f"from_legacy got layers of different (B, S): {sorted(rows_and_slots)}")
     batch, slots = rows_and_slots.pop()
-    filled = np.full((batch,), slots) if lengths is None else np.asarray(lengths)
-    whole = np.issubdtype(filled.dtype, np.integer) and filled.shape == (batch,)
-    if not whole or np.any(filled < 0) or np.any(filled > slots):
+    filled = np.full((batch,), slots) if lengths is None else lengths
+    filled = filled if isinstance(filled, Tracer) else np.asarray(filled)
+    whole = jnp.issubdtype(filled.dtype, jnp.integer) and filled.shape == (batch,)
+    known = not isinstance(filled, Tracer)
+    if not whole or (known and (np.any(filled < 0) or np.any(filled > slots))):
+        got = filled.tolist() if known else f"{filled.dtype}{list(filled.shape)}"
         raise ValueError(
-            f"from_legacy got lengths {filled.tolist()}; expected {batch} integers from 0 to "
-            f"{slots}, the slots there are"
+            f"from_legacy got lengths {got}; expected {batch} integers from 0 to {slots}, the "
+            "slots there are"
         )
     return Cache(
         layers=tuple(made),
-        lengths=jnp.asarray(filled, jnp.int32),
+        lengths=jnp.clip(jnp.asarray(filled, jnp.int32), 0, slots),
         overflowed=jnp.zeros((batch,), bool),
     )
 

@@ -5,11 +5,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from jkv._text import brief
+from jkv._transfer import transfers
 from jkv.cache.base import Cache, _integer
 from jkv.cache.dense import dense
 from jkv.cache.protocol import Shape, as_kind, bound
 
 
+@transfers
 def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: Any = None) -> Any:
     """An empty cache for a model.
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from jkv._axes import Array
 from jkv._pytree import pytree, replace
 from jkv._text import brief
+from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.decoding import loop
 from jkv.decoding.faults import Faults
@@ -86,6 +87,7 @@ class Search:
     faults: Faults  # prompts that ended because a beam's logits could not be ranked
 
 
+@transfers
 def beam_search(
     model: Any,
     prompts: Any,

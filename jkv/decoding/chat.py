@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jkv._text import brief, plural
+from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import loop, request, room, sampling, stored
@@ -50,6 +51,7 @@ class Chat:
         >>> for piece in chat.stream("And a ring buffer?"): print(piece, end="", flush=True)
     """
 
+    @transfers
     def __init__(
         self,
         lm: Any,
@@ -174,6 +176,7 @@ class Chat:
         """
         return "".join(self.stream(text))
 
+    @transfers
     def stream(self, text: Any) -> Iterator[str]:
         """Say something and get the reply in pieces; the turn counts once all have been taken.
 

@@ -59,18 +59,19 @@ class PromptLookup:
     def __call__(self, history: Int[Array, "B S"], lengths: Int[Array, " B"]) -> Int[Array, "B k"]:
         """What followed the latest of the longest matches, going on into itself at the end."""
         batch, slots = history.shape
-        at = jnp.arange(slots)[None, :]
+        at = jnp.arange(slots, dtype=jnp.int32)[None, :]
         last = lengths[:, None] - 1
         matched = jnp.zeros((batch, slots), jnp.int32)  # tokens that agree, counted backwards
         going = at < last
         for back in range(self.ngram):
             wanted = jnp.take_along_axis(history, jnp.maximum(last - back, 0), axis=1)
             going = going & (at >= back) & (jnp.roll(history, back, axis=1) == wanted)
-            matched = matched + going
-        best = jnp.argmax(matched * slots + at * (matched > 0), axis=1)[:, None]
+            matched = matched + going.astype(jnp.int32)
+        rank = matched * slots + jnp.where(matched > 0, at, 0)
+        best = jnp.argmax(rank, axis=1).astype(jnp.int32)[:, None]
         found = jnp.take_along_axis(matched, best, axis=1) > 0
         # The tokens between the match and the row's end are a period: past the end they repeat.
-        steps = jnp.arange(self.tokens)[None, :] % jnp.maximum(last - best, 1)
+        steps = jnp.arange(self.tokens, dtype=jnp.int32)[None, :] % jnp.maximum(last - best, 1)
         tokens = jnp.take_along_axis(history, jnp.minimum(best + 1 + steps, slots - 1), axis=1)
         return jnp.where(found, tokens, PAD)
 
@@ -218,7 +219,7 @@ def drafted(
         top: likeliest tokens in the place of each, whose log-probabilities are wanted.
     """
     batch = state.token.shape[0]
-    rows = jnp.arange(batch)[:, None]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     # What the prefill said is not in the history yet.
     waiting = state.history.at[rows, state.cache.lengths[:, None]].set(state.token[:, None])
     state = replace(state, history=waiting, done=state.done | (state.cache.lengths + 1 >= limits))
@@ -235,13 +236,13 @@ def drafted(
         room = jnp.minimum(size - counts, limits - start)
         state, token, logprob, said = verify(model, state, draft, sampler, keys, ends, room, top)
         state = replace(state, done=state.done | (state.cache.lengths + 1 >= limits))
-        offsets = jnp.arange(width)[None, :]
+        offsets = jnp.arange(width, dtype=jnp.int32)[None, :]
         at = jnp.where(said, counts[:, None] + offsets, size)
         tokens = tokens.at[rows, at].set(token, mode="drop")
         logprobs = jax.tree.map(
             lambda whole, new: whole.at[rows, at].set(new, mode="drop"), logprobs, logprob
         )
-        return i + 1, state, counts + jnp.sum(said, axis=1), tokens, logprobs
+        return i + 1, state, counts + _count(said), tokens, logprobs
 
     tokens = jnp.full((batch, size), PAD, jnp.int32)
     logprobs = Logprobs.none((batch, size), top)
@@ -267,12 +268,12 @@ def verify(
     """
     held, active = state.cache.lengths, ~state.done
     proposed = draft(state.history, held + 1).astype(jnp.int32)
-    order = jnp.arange(proposed.shape[1] + 1)[None, :]
+    order = jnp.arange(proposed.shape[1] + 1, dtype=jnp.int32)[None, :]
     known = (proposed >= 0) & (proposed < model.config.vocab)
     known = known & (order[:, 1:] < room[:, None])
     known = jnp.cumprod(known, axis=1) > 0
     tokens = jnp.concatenate([state.token[:, None], jnp.where(known, proposed, 0)], axis=1)
-    counts = jnp.where(active, 1 + jnp.sum(known, axis=1), 0)
+    counts = jnp.where(active, 1 + _count(known), 0)
     hidden, cache = model.hidden(tokens, state.cache, counts)
     logits = model.logits(hidden)  # [B, T, V]
 
@@ -298,13 +299,13 @@ def verify(
         jnp.any(at_fault, axis=1),
         jnp.any(at_fault & broken, axis=1),
         jnp.any(at_fault & masked, axis=1),
-        held + jnp.sum(said, axis=1),
+        held + _count(said),
     )
     said = said & ~bad
-    count = jnp.sum(said, axis=1)
+    count = _count(said)
     latest = jnp.take_along_axis(chosen, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     at = jnp.where(said, positions, state.history.shape[1])
-    rows = jnp.arange(at.shape[0])[:, None]
+    rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
     state = Drafted(
         cache=cache.crop(held + count),
         token=jnp.where(count > 0, latest, state.token),
@@ -312,6 +313,11 @@ def verify(
         sampling=state.sampling,
         faults=faults,
         history=state.history.at[rows, at].set(chosen, mode="drop"),
-        passes=state.passes + active,
+        passes=state.passes + active.astype(jnp.int32),
     )
     return state, chosen, logprobs, said
+
+
+def _count(marks: Bool[Array, "B T"]) -> Int[Array, " B"]:
+    """How many of each row are marked, in 32 bits whatever JAX's default is."""
+    return jnp.sum(marks, axis=1, dtype=jnp.int32)

@@ -13,8 +13,9 @@ from jaxtyping import Float
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace
+from jkv._transfer import transfers
 from jkv.cache import heads, pages
-from jkv.cache.base import Cache
+from jkv.cache.base import Cache, on_device
 from jkv.cache.init import init_cache
 from jkv.decoding import apply, sampling
 from jkv.decoding.faults import Faults, undrawable
@@ -41,6 +42,7 @@ class Rollout:
     logprobs: Array  # [B, T] float32 under the model itself, 0 after a row's end
     state: State
 
+    @transfers
     def check(self) -> Rollout:
         """Return this rollout, unless a row ended because it could not go on. On the host.
 
@@ -54,6 +56,7 @@ class Rollout:
         return self
 
 
+@transfers
 def prefill(
     model: Any,
     tokens: Any,
@@ -82,7 +85,7 @@ def prefill(
         >>> logits, cache = jax.jit(jkv.prefill)(lm.model, tokens, cache, counts)
         >>> cache.check()  # raises CacheFullError if a row had no room
     """
-    _check_pass("prefill", model, cache)
+    cache = _check_pass("prefill", model, cache)
     tokens = _integers("prefill", "tokens", tokens, (cache.batch, None))
     if counts is not None:
         counts = _integers("prefill", "counts", counts, (cache.batch,))
@@ -90,6 +93,7 @@ def prefill(
     return model.logits(_last(hidden, counts)), cache
 
 
+@transfers
 def decode_step(
     model: Any, token: Any, cache: Any, active: Any = None
 ) -> tuple[Float[Array, "B V"], Cache]:
@@ -115,7 +119,7 @@ def decode_step(
         ...     logits, cache = step(lm.model, jnp.argmax(logits, axis=-1), cache)
         >>> cache.check()  # raises CacheFullError if a row ran full
     """
-    _check_pass("decode_step", model, cache)
+    cache = _check_pass("decode_step", model, cache)
     token = _integers("decode_step", "token", token, (cache.batch,))
     if active is not None:
         active = _array("decode_step", "active", active, (cache.batch,), jnp.bool_)
@@ -124,6 +128,7 @@ def decode_step(
     return model.logits(hidden[:, 0]), cache
 
 
+@transfers
 def rollout(
     model: Any,
     logits: Any,
@@ -164,7 +169,7 @@ def rollout(
         >>> out = jax.jit(functools.partial(jkv.rollout, steps=16))(lm.model, logits, cache)
         >>> out.check().tokens  # raises CacheFullError or NonFiniteError
     """
-    _check_pass("rollout", model, cache)
+    cache = _check_pass("rollout", model, cache)
     logits = _array("rollout", "logits", logits, (cache.batch, None), jnp.floating)
     steps = integer("steps", steps, 1)
     if ends is not None:
@@ -193,7 +198,8 @@ def rollout(
 _KINDS = {jnp.integer: "integers", jnp.floating: "floats", jnp.bool_: "bools"}
 
 
-def _check_pass(name: str, model: Any, cache: Any) -> None:
+def _check_pass(name: str, model: Any, cache: Any) -> Cache:
+    """The cache, brought back from the host if it lies there."""
     if not hasattr(model, "hidden") or not hasattr(model, "logits"):
         hint = ", as lm.model is" if hasattr(model, "model") else ""
         raise TypeError(f"{name} got {type(model).__name__} as a model; expected a decoder{hint}")
@@ -202,6 +208,7 @@ def _check_pass(name: str, model: Any, cache: Any) -> None:
             f"{name} got {type(cache).__name__} as a cache; expected what jkv.init_cache, or the "
             "step before, returned"
         )
+    return on_device(cache)
 
 
 def _integers(name: str, what: str, value: Any, shape: tuple[int | None, ...]) -> Array:

@@ -44,7 +44,7 @@ def split_model(model: Any) -> tuple[Any, Any]:
     """The decoder and the tokenizer of a loaded LM, or a decoder and None.
 
     Raises:
-        TypeError: neither.
+        TypeError: neither; or this is called in a function that is being traced.
     """
     decoder = getattr(model, "model", model)
     if not hasattr(decoder, "config") or not hasattr(decoder, "hidden"):
@@ -52,7 +52,36 @@ def split_model(model: Any) -> tuple[Any, Any]:
             f"got {_named(model)} as a model; expected what jkv.load returns, its .model, or a "
             "jkv.Decoder"
         )
+    check_concrete("the model", decoder)
+    if isinstance(_nothing(), Tracer):
+        raise TypeError(f"this call {_TRACED}")
     return decoder, getattr(model, "tokenizer", None)
+
+
+_TRACED = (
+    "is traced by jit, vmap or grad, and jkv.generate and its like work on the host; use "
+    "jkv.prefill and jkv.rollout inside of transformations"
+)
+
+
+@jax.jit
+def _nothing() -> int:
+    """A tracer where the caller is being traced by `jit`, however concrete its arguments."""
+    return 0
+
+
+def check_concrete(name: str, tree: Any) -> None:
+    """Refuse values that are being traced.
+
+    Args:
+        name: of the argument, for the message.
+        tree: any pytree.
+
+    Raises:
+        TypeError: one of its leaves is a tracer.
+    """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(f"{name} {_TRACED}")
 
 
 def integer(name: str, value: Any, least: int) -> int:
@@ -139,10 +168,7 @@ def _host_array(name: str, value: Any) -> np.ndarray:
         TypeError: it is being traced, or holds rows of different lengths.
     """
     if isinstance(value, Tracer):
-        raise TypeError(
-            f"{name} is traced by jit, vmap or grad, and jkv.generate works on the host; use "
-            "jkv.prefill and jkv.rollout inside of transformations"
-        )
+        raise TypeError(f"{name} {_TRACED}")
     try:
         return np.asarray(value)
     except ValueError:

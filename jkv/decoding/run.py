@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jkv._text import plural
+from jkv._transfer import transfers
 from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
@@ -24,6 +25,7 @@ from jkv.decoding.request import (
     PAD,
     Stops,
     bucket,
+    check_concrete,
     integer,
     padded,
     rows_of_tokens,
@@ -50,6 +52,7 @@ class _Row:
 class Run:
     """A generation under way: `blocks` yields what is new, `result` closes it."""
 
+    @transfers
     def __init__(self, model: Any, prompts: Any, options: Options):
         self.started = self.first_read = self.last_read = time.perf_counter()
         self.options = options
@@ -61,6 +64,8 @@ class Run:
         check_plain(options)
         self.top = checked_top(options.top_logprobs, config.vocab)
         self.scored = bool(options.return_logprobs) or self.top > 0
+        for name in ("sampler", "key", "draft"):
+            check_concrete(name, getattr(options, name))
         self.new = rows_of_tokens(
             prompts, config.vocab, tokenizer=self.tokenizer, continued=resume is not None
         )
@@ -297,6 +302,7 @@ class Run:
             # A window has let go of what the shorter rows would see: they are read once more.
             return self._read(rows, cache.crop(0))[1]
 
+    @transfers
     def result(self) -> Result:
         """Everything said, once `blocks` is exhausted.
 
@@ -349,6 +355,7 @@ class Run:
         shelf.keep(self.ids, [row[:-1] for row in history], caches, seconds)
 
 
+@transfers
 def generate(
     model: Any,
     prompts: Any,

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jkv._axes import Array
+from jkv._transfer import transfers
 from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
@@ -61,6 +62,7 @@ class Scores:
         return f"Scores(tokens=int32{list(self.tokens.shape)}, lengths={self.lengths.tolist()})"
 
 
+@transfers
 def score(
     model: Any,
     prompts: Any,

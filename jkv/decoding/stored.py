@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jkv._text import brief, plural
+from jkv._transfer import transfers
 from jkv.cache.base import Cache, concat
 from jkv.decoding import loop
 from jkv.errors import CorruptError, UnsupportedError
@@ -62,6 +63,7 @@ class Shelf:
         self._config, self._kind = model.config, kind
         self.fingerprint = fingerprint(model, kind)
 
+    @transfers
     def find(self, keys: Sequence[str | None], rows: Sequence[np.ndarray]) -> list[Found]:
         """The longest known beginning of each row, all looked for and read at once.
 
@@ -135,6 +137,7 @@ class Shelf:
         """Give back an entry that is not what it says."""
         self.store.reject(key, tenant=self.tenant)
 
+    @transfers
     def known(self, key: str) -> tuple[Cache, np.ndarray, dict[str, Any]] | None:
         """All of a sequence: its cache, its tokens and what was kept with them."""
         try:
@@ -147,6 +150,7 @@ class Shelf:
             return None
         return cache, self._tokens(key, entry), dict(entry.meta)
 
+    @transfers
     def keep(
         self,
         keys: Sequence[str | None],

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jkv._transfer import transfers
 from jkv.decoding.detokenize import Pieces, incomplete
 from jkv.decoding.options import Options
 from jkv.decoding.request import PAD
@@ -49,6 +50,7 @@ class Stream(Iterator[Block]):
         """Itself."""
         return self
 
+    @transfers
     def __next__(self) -> Block:
         """The next block.
 

@@ -18,9 +18,11 @@ import jax
 import numpy as np
 
 from jkv._text import brief
+from jkv._transfer import intended, transfers
 from jkv.decoding import loop, sampling
 from jkv.decoding.detokenize import new_text
 from jkv.decoding.request import (
+    check_concrete,
     integer,
     rows_of_tokens,
     split_model,
@@ -67,6 +69,7 @@ class Engine(Steps):
         UnsupportedError: an unknown `preemption`.
     """
 
+    @transfers
     def __init__(
         self,
         lm: Any,
@@ -112,6 +115,7 @@ class Engine(Steps):
 
     # What users do.
 
+    @transfers
     def submit(
         self,
         prompt: Any,
@@ -152,6 +156,7 @@ class Engine(Steps):
             PoolFullError: it could never fit into the pool.
         """
         config = self.model.config
+        check_concrete("prompt", prompt)
         prompt = [prompt] if isinstance(prompt, str) else [np.asarray(prompt)]
         (tokens,) = rows_of_tokens(prompt, config.vocab, tokenizer=self.tokenizer)
         most = integer("max_new_tokens", max_new_tokens, 1)
@@ -165,6 +170,8 @@ class Engine(Steps):
                 f"on_token got {brief(on_token)}; expected a function of (request, token)"
             )
         count = 1 if samples is None else integer("samples", samples, 1)
+        check_concrete("sampler", sampler)
+        check_concrete("key", key)
         keys = self._keys(sampler, key, count)
         self.batch.check_ends(ending.ids[0])
         sampler = self.batch.bind(sampler, ending.ids[0])
@@ -214,6 +221,7 @@ class Engine(Steps):
                 if request.state != FINISHED and len(request.tokens) <= seen:
                     self._step()
 
+    @transfers
     def cancel(self, request: Request) -> None:
         """See `Request.cancel`."""
         with self._lock:
@@ -276,7 +284,7 @@ class Engine(Steps):
 
     @contextlib.contextmanager
     def _stepping(self) -> Iterator[None]:
-        with self._lock:
+        with self._lock, intended():
             if self._inside:
                 raise RuntimeError(
                     "an engine was run from a callback of one of its requests; callbacks may "

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from jkv._axes import Array
 from jkv._text import plural
 from jkv.cache import heads
+from jkv.cache.base import on_device
 from jkv.cache.none import Chunk
 from jkv.cache.protocol import Step
 from jkv.models.config import Config
@@ -250,7 +251,7 @@ class Decoder(nnx.Module):
             return self._stack(tokens, step, layers, branch)
 
         if cache is not None:
-            return cache.advance(stack, tokens, counts)
+            return on_device(cache).advance(stack, tokens, counts)
         batch, new = tokens.shape
         zeros = jnp.zeros((batch,), jnp.int32)
         step = Step.after(zeros, zeros + new if counts is None else counts, new)

@@ -13,12 +13,14 @@ import numpy as np
 from jax import lax
 
 from jkv._axes import Array
+from jkv._transfer import transfers
 
 # Arrays never change, so what was computed of the very same ones still holds.
 _known: list[tuple[tuple[Any, ...], bytes]] = []
 _KEPT = 8  # models
 
 
+@transfers
 def fingerprint(model: Any, kind: Any = None) -> bytes:
     """SHA-256 over the weights' checksums, the configuration and a kind of cache.
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from jkv._bytes import parse_bytes
 from jkv._text import brief
+from jkv._transfer import transfers
 from jkv.errors import UnsupportedError
 from jkv.models import checkpoint, diagnose, hub, save
 from jkv.models.checkpoint import Progress
@@ -127,6 +128,7 @@ class LM:
         return self.tokenizer
 
 
+@transfers
 def load(
     source: str | os.PathLike[str],
     *,

@@ -221,13 +221,16 @@ def _ids(values: Any) -> list[int]:
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
             raise ValueError(
                 f"decode got an array of shape {array.shape} and dtype {array.dtype}; expected "
-                "integers [T]"
+                "a row of ids, integers [T] (lm.decode takes several rows)"
             )
         values = array.tolist()
     try:
         ids = [operator.index(value) for value in values]
     except TypeError as error:
-        raise ValueError(f"decode got {type(values).__name__} of other things than ids") from error
+        raise ValueError(
+            f"decode got {brief(values)}; expected a row of ids, integers [T] (lm.decode takes "
+            "several rows)"
+        ) from error
     if ids and not -1 <= min(ids) <= max(ids) < 2**32:
         raise ValueError(
             f"decode got ids from {min(ids)} to {max(ids)}; expected 0 upwards, or -1 for padding"

@@ -17,6 +17,7 @@ import numpy as np
 
 from jkv._pytree import replace
 from jkv._text import brief, plural
+from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.cache.init import init_cache
 from jkv.cache.paged import Paged
@@ -41,6 +42,7 @@ _ERRORS = (
 )
 
 
+@transfers
 def pack(cache: Any, **meta: Any) -> Entry:
     """One row's cache as an entry, without the slots that it does not use.
 
@@ -81,6 +83,7 @@ def check_kind(kind: Any) -> None:
     _words(kind, "", {})
 
 
+@transfers
 def unpack(entry: Entry) -> Cache:
     """The cache that was packed, to the bit; pages as this process lays them.
 
@@ -146,6 +149,7 @@ def check_like(cache: Cache, config: Any, kind: Any) -> None:
             )
 
 
+@transfers
 def converted(entry: Entry, form: str) -> Entry:
     """An entry's exact cache in fewer bits; one that is rounded already stays as it is.
 
