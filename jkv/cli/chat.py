@@ -32,6 +32,8 @@ def chat(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.Penalty = None,
+    presence_penalty: options.Presence = None,
+    frequency_penalty: options.Frequency = None,
     seed: options.Seed = 0,
     stop: options.Stop = None,
     cache: options.CacheSpec = "dense",
@@ -50,7 +52,16 @@ def chat(
     from jkv.cache.spec import parse
 
     kind = parse(cache)
-    drawing = options.drawing(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    drawing = options.drawing(
+        temperature=temperature,
+        seed=seed,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+    )
     lm = process.load(model, dtype)
     if max_new_tokens is None:
         max_new_tokens = min(256, max(1, lm.config.context // 2))

@@ -55,8 +55,9 @@ def engine(
     """Answer the requests of a file over one pool of pages.
 
     A request is an object with prompt (a text, or token ids) and, where wanted, id, max_new_tokens,
-    temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, priority and tenant; null is
-    as good as nothing. Answers come as they end, an object per line: the line's number, the
+    min_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+    frequency_penalty, no_repeat_ngram, logit_bias, seed, stop, priority and tenant; null is as good
+    as nothing. Answers come as they end, an object per line: the line's number, the
     request's own id if it has one, text, tokens and why it ended. With --json the last line is
     {"stats": {...}}, the engine's figures.
 

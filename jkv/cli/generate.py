@@ -29,6 +29,10 @@ def generate(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     repetition_penalty: options.Penalty = None,
+    presence_penalty: options.Presence = None,
+    frequency_penalty: options.Frequency = None,
+    no_repeat_ngram: options.NoRepeat = None,
+    min_new_tokens: options.MinNewTokens = None,
     seed: options.Seed = 0,
     stop: options.Stop = None,
     cache: options.CacheSpec = "dense",
@@ -56,7 +60,18 @@ def generate(
         "max_new_tokens": max_new_tokens,
         "cache": parse(cache),
         "stop": stop or None,
-        **options.drawing(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+        **options.drawing(
+            temperature=temperature,
+            seed=seed,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            no_repeat_ngram=no_repeat_ngram,
+            min_new_tokens=min_new_tokens,
+        ),
     }
     lm = process.load(model, dtype)
     ids = lm.encode(texts)

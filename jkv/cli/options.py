@@ -21,6 +21,21 @@ Penalty = Annotated[
     float | None,
     typer.Option("--repetition-penalty", help="Above 1: push down tokens already said."),
 ]
+Presence = Annotated[
+    float | None,
+    typer.Option("--presence-penalty", help="Less likely, all tokens of the answer so far."),
+]
+Frequency = Annotated[
+    float | None,
+    typer.Option("--frequency-penalty", help="Likewise, as much less for each time they came."),
+]
+NoRepeat = Annotated[
+    int | None,
+    typer.Option("--no-repeat-ngram", help="Never say the same N tokens in a row twice."),
+]
+MinNewTokens = Annotated[
+    int | None, typer.Option(help="New tokens before the checkpoint's ends count, at least.")
+]
 Seed = Annotated[
     int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of what is drawn at random.")
 ]
@@ -36,10 +51,27 @@ Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat
 AsJson = Annotated[bool, typer.Option("--json", help="One object on standard output.")]
 
 
-def drawing(
-    temperature: Any, top_k: Any, top_p: Any, min_p: Any, penalty: Any, seed: int
-) -> dict[str, Any]:
-    """The keywords `sampler` and `key` that the options describe, whoever has read them.
+# What `drawing` takes, in the order of the chain: what forbids and penalises is meant for logits
+# that nothing has scaled, and what cuts for those that the temperature has.
+FIRST = (
+    "logit_bias",
+    "min_new_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram",
+)
+CUTS = ("top_k", "top_p", "min_p")
+
+
+def drawing(temperature: Any, seed: int, **wanted: Any) -> dict[str, Any]:
+    """Make the keywords `sampler` and `key` from options, or from the fields of a request.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        seed: of the key.
+        wanted: arguments of the transforms of `jkv.sampling`, by the names of `FIRST` and `CUTS`;
+            None is as good as nothing.
 
     Raises:
         TypeError: no number.
@@ -49,18 +81,11 @@ def drawing(
 
     from jkv import sampling
 
-    # The penalty comes first: its numbers are meant for logits that nothing has scaled.
-    chosen = [] if penalty is None else [sampling.repetition_penalty(penalty)]
-    heat = sampling.temperature(temperature)
-    cuts = [
-        make(value)
-        for make, value in (
-            (sampling.top_k, top_k),
-            (sampling.top_p, top_p),
-            (sampling.min_p, min_p),
-        )
-        if value is not None
-    ]
+    def made(names: tuple[str, ...]) -> list[Any]:
+        given = [name for name in names if wanted.get(name) is not None]
+        return [getattr(sampling, name)(wanted[name]) for name in given]
+
+    first, heat, cuts = made(FIRST), sampling.temperature(temperature), made(CUTS)
     if temperature == 0:  # the likeliest token is in every cut
-        return {"sampler": sampling.chain(*chosen, heat) if chosen else None, "key": None}
-    return {"sampler": sampling.chain(*chosen, heat, *cuts), "key": jax.random.key(seed)}
+        return {"sampler": sampling.chain(*first, heat) if first else None, "key": None}
+    return {"sampler": sampling.chain(*first, heat, *cuts), "key": jax.random.key(seed)}

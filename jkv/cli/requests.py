@@ -15,7 +15,7 @@ from jkv.cli.errors import complain
 
 T = TypeVar("T")
 
-DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+DRAWING = ("temperature", "seed", *options.FIRST, *options.CUTS)
 FIELDS = {"prompt", "id", "max_new_tokens", *DRAWING, "stop", "priority", "tenant"}
 SHOWN = 100  # bad lines that are reported one by one
 
@@ -149,13 +149,28 @@ def _keywords(fields: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
         TypeError: no number where one is expected.
         ValueError: a number out of range.
     """
-    usual: dict[str, Any] = {"temperature": 0.0, "seed": 0}
-    chosen: list[Any] = [fields.get(name, usual.get(name)) for name in DRAWING]
-    seed = chosen[-1]
+    chosen: dict[str, Any] = {"temperature": 0.0, "seed": 0}
+    chosen |= {name: fields[name] for name in DRAWING if name in fields}
+    seed = chosen["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed got {brief(seed)}; expected an integer from 0 to {2**32 - 1}")
-    keywords = {"max_new_tokens": max_new_tokens, **options.drawing(*chosen)}
+    if "logit_bias" in chosen:
+        chosen["logit_bias"] = _bias(chosen["logit_bias"])
+    keywords = {"max_new_tokens": max_new_tokens, **options.drawing(**chosen)}
     keywords |= {name: value for name, value in fields.items() if name not in DRAWING}
     if "stop" in keywords and not isinstance(keywords["stop"], list):
         keywords["stop"] = [keywords["stop"]]
     return keywords
+
+
+def _bias(value: Any) -> Any:
+    """Token ids and numbers: names in JSON are texts.
+
+    Raises:
+        TypeError: a name is no id.
+    """
+    if not isinstance(value, dict):
+        return value
+    if not all(name.isdecimal() for name in value):
+        raise TypeError(f"logit_bias got {brief(value)}; expected token ids as names")
+    return {int(name): number for name, number in value.items()}
