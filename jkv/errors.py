@@ -26,6 +26,10 @@ class UnsupportedError(JkvError, ValueError):
     """An operation that this kind of cache, model or device cannot honour."""
 
 
+class StaleError(JkvError, ValueError):
+    """Cached keys and values are those of weights that the model does not have any more."""
+
+
 class CheckpointError(JkvError, ValueError):
     """A checkpoint refused as a whole; the message lists every problem that was found."""
 

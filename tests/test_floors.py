@@ -26,6 +26,7 @@ ROOTS = ("jkv", "jkv.__main__")
 FLOORS = {
     "jkv._axes": 0,
     "jkv._bytes": 0,
+    "jkv._fork": 0,
     "jkv._pytree": 0,
     "jkv._text": 0,
     "jkv._transfer": 0,
@@ -45,6 +46,7 @@ FLOORS = {
 # Where the bare class is caught, because a library raises nothing narrower.
 BROAD = {
     "jkv.models.tokenizer": "tokenizers raises Exception itself",
+    "jkv.engine.kept": "a store may raise anything, and what it keeps can be computed again",
     "jkv.engine.steps": "a callback may raise anything, and ends its own request only",
 }
 

@@ -30,6 +30,7 @@ class Part:
     lanes: np.ndarray  # [N], of these rows
     numbers: np.ndarray  # [N], of who sat there
     told: Array  # [R, n + 1], see `device.decoded`
+    reading: tuple[Seat, ...] = ()  # those of the pass that are still at their prompts
 
 
 class Batch(Pages):
@@ -46,7 +47,6 @@ class Batch(Pages):
 
     def __init__(self, model: Any, *, lanes: int, block: int, chunk: int, rows: int, **how: Any):
         super().__init__(model, **how)
-        self.apart = device.apart(model)
         self.lanes, self.block = lanes, block
         self.chunk, self.rows = min(chunk, self.config.context), rows
         self.part = -(-self.chunk // rows)  # tokens of each where there are several
@@ -56,10 +56,14 @@ class Batch(Pages):
         self.waited = 0.0  # seconds for the device, in all
 
     def reset(self) -> None:
-        """Empty pages and lanes."""
+        """Make pages and lanes anew, empty."""
         super().reset()
         self.groups = {}
         self.state = device.empty(self.lanes, self.columns, self.ends, heads.mesh_of(self.model))
+
+    def intact(self) -> bool:
+        """As of `Pages`."""
+        return super().intact() and not any(x.is_deleted() for x in jax.tree.leaves(self.state))
 
     def check_ends(self, ends: tuple[int, ...]) -> None:
         """Refuse more stop ids than a lane has room for.
@@ -84,19 +88,20 @@ class Batch(Pages):
             self.groups[signature] = len(self.groups)
         return self.groups[signature]
 
-    def bind(self, sampler: Any, ends: tuple[int, ...]) -> Any:
-        """A user's sampler for a request that ends at these ids, see `sampling.bind`."""
-        return sampling.bind(sampler, self.config.vocab, filled(ends, self.ends, -2)[None])
+    def bound(self, sampler: Any, ends: tuple[int, ...]) -> Any:
+        """A user's sampler as the lanes take it, for a request that ends at these ids.
 
-    def check_sampler(self, sampler: Any) -> None:
-        """Refuse one that cannot be run, before it is in a program that others share.
+        Its parameters are on the host. Refused here, it is in no program that others share.
 
         Raises:
             Exception: whatever it raises, and what `jkv.decoding.apply` does.
         """
-        if sampler is not None:
-            tokens = bucket(self.config.context)
-            check_updates(_plain(sampler), 1, self.config.vocab, tokens)
+        if sampler is None:
+            return None
+        sampler = sampling.bind(sampler, self.config.vocab, filled(ends, self.ends, -2)[None])
+        plain = _plain(sampler)
+        check_updates(plain, 1, self.config.vocab, bucket(self.config.context))
+        return plain
 
     def install(self, seat: Seat, limit: int) -> None:
         """The request's state in its lane, where it may say so many tokens."""
@@ -145,20 +150,21 @@ class Batch(Pages):
         tally, lanes = seats[0].tally, np.asarray([seat.lane for seat in seats])
         who = self._who(lanes, rows, size, tally, dict(zip(lanes.tolist(), seats, strict=True)))
         self.layers, self.state, told = device.absorbed(
-            *self.apart, self.layers, self.state, who, tokens, counts, last
+            self.frame, self.weights, self.layers, self.state, who, tokens, counts, last
         )
         for seat, upto in prompts:
             seat.absorbed(upto)
         speaking = np.flatnonzero(last)
         lanes = lanes[speaking]
-        return Part(speaking, lanes, tally.number[lanes], told)
+        reading = tuple(seat for seat in seats if seat.reading)
+        return Part(speaking, lanes, tally.number[lanes], told, reading)
 
     def decode(self, lanes: np.ndarray, tally: Tally, seats: Any) -> Part:
         """Dispatch the next block of tokens of these lanes, those that may say more."""
         width = next(w for w in self.widths if w >= len(lanes))
         who = self._who(lanes, width, self.block, tally, seats)
         self.layers, self.state, told = device.decoded(
-            self.block, *self.apart, self.layers, self.state, who
+            self.block, self.frame, self.weights, self.layers, self.state, who
         )
         return Part(slice(len(lanes)), lanes, tally.number[lanes], told)
 
@@ -235,11 +241,12 @@ class Batch(Pages):
         for width in self.widths:
             who = self._who(nobody, width, self.block, tally, ())
             self.layers, self.state, _ = device.decoded(
-                self.block, *self.apart, self.layers, self.state, who
+                self.block, self.frame, self.weights, self.layers, self.state, who
             )
         for rows, size in self.shapes:
             self.layers, self.state, _ = device.absorbed(
-                *self.apart,
+                self.frame,
+                self.weights,
                 self.layers,
                 self.state,
                 self._who(nobody, rows, size, tally, ()),

@@ -8,15 +8,17 @@ the device: a step is dispatched before the tokens of the last one have been rea
 
 from __future__ import annotations
 
-import contextlib
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from jkv._fork import check_fork
 from jkv._text import brief
 from jkv._transfer import intended, transfers
 from jkv.decoding import loop, sampling
@@ -28,10 +30,13 @@ from jkv.decoding.request import (
     split_model,
     stops,
 )
+from jkv.decoding.result import differences
 from jkv.engine.batch import Batch
-from jkv.engine.request import FINISHED, RUNNING, WAITING, Request
-from jkv.engine.steps import Steps
+from jkv.engine.request import Request
+from jkv.engine.steps import PassError, Steps
 from jkv.errors import UnsupportedError
+
+T = TypeVar("T")
 
 # A request of priority p goes before those that came at most 64 p requests before it: it is
 # served sooner, and nobody waits for ever.
@@ -110,8 +115,8 @@ class Engine(Steps):
         self.model = model
         self._number = 0
         self._lock = threading.RLock()
-        self._inside = False
-        self._torn = False  # a step has begun and has not ended
+        self._torn = False  # a transaction has begun and has not ended
+        self._frame: FrameType | None = None  # of the one that began last
 
     # What users do.
 
@@ -128,6 +133,7 @@ class Engine(Steps):
         tenant: Any = "",
         on_token: Any = None,
         samples: Any = None,
+        request_id: Any = None,
     ) -> Any:
         """Queue a prompt.
 
@@ -146,6 +152,7 @@ class Engine(Steps):
             on_token: called with (request, token) as tokens come. What it raises ends the request.
             samples: requests for as many answers, drawn apart, to one prompt, whose pages they
                 share.
+            request_id: an id of the caller's own, which the request carries; it may be anything.
 
         Returns:
             The `Request`, or a list of them where `samples` is given.
@@ -154,13 +161,52 @@ class Engine(Steps):
             TypeError: see `jkv.generate`.
             ValueError: likewise; or a prompt that with its answer is longer than the context.
             PoolFullError: it could never fit into the pool.
+            StaleError: the model's weights were changed in place: see `update`.
+            RuntimeError: in a child that was forked, where JAX hangs.
         """
-        config = self.model.config
         check_concrete("prompt", prompt)
+        config = self.batch.config
         prompt = [prompt] if isinstance(prompt, str) else [np.asarray(prompt)]
-        (tokens,) = rows_of_tokens(prompt, config.vocab, tokenizer=self.tokenizer)
+        rows = rows_of_tokens(prompt, config.vocab, tokenizer=self.tokenizer)
+        count = 1 if samples is None else integer("samples", samples, 1)
+        requests = self._requests(
+            rows,
+            count,
+            [request_id],
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            key=key,
+            stop=stop,
+            priority=priority,
+            tenant=tenant,
+            on_token=on_token,
+        )
+        return requests[0] if samples is None else requests
+
+    def _requests(
+        self,
+        rows: list[np.ndarray],
+        samples: int,
+        ids: Sequence[Any],
+        *,
+        max_new_tokens: Any,
+        sampler: Any,
+        key: Any,
+        stop: Any,
+        priority: Any,
+        tenant: Any,
+        on_token: Any,
+    ) -> list[Request]:
+        """Queue requests, `samples` of each row, all of them or, where one is refused, none.
+
+        What they bring is on the host from here on, whatever device it was on: a pass takes
+        everything of all its requests at once.
+        """
+        check_fork()
+        config = self.batch.config
+        self.batch.check_weights()
         most = integer("max_new_tokens", max_new_tokens, 1)
-        ending = stops(stop, 1, config.vocab, config.end_ids, self.tokenizer)
+        ending = stops(stop, len(rows), config.vocab, config.end_ids, self.tokenizer)
         if isinstance(priority, bool) or not isinstance(priority, int | np.integer):
             raise TypeError(f"priority got {brief(priority)}; expected an integer")
         if not isinstance(tenant, str):
@@ -169,36 +215,114 @@ class Engine(Steps):
             raise TypeError(
                 f"on_token got {brief(on_token)}; expected a function of (request, token)"
             )
-        count = 1 if samples is None else integer("samples", samples, 1)
         check_concrete("sampler", sampler)
         check_concrete("key", key)
-        keys = self._keys(sampler, key, count)
-        self.batch.check_ends(ending.ids[0])
-        sampler = self.batch.bind(sampler, ending.ids[0])
-        self.batch.check_sampler(sampler)
-        self.batch.check_fits(len(tokens), most)
+        keys = self._keys(sampler, key, len(rows), samples)
+        for stop_ids in ending.ids:
+            self.batch.check_ends(stop_ids)
+        known: dict[tuple[int, ...], Any] = {}
+        for stop_ids in ending.ids:
+            if stop_ids not in known:
+                known[stop_ids] = self.batch.bound(sampler, stop_ids)
+        for row in rows:
+            self.batch.check_fits(len(row), most)
         with self._lock:
             requests = []
-            for i in range(count):
+            for i in range(len(rows) * samples):
+                row = i // samples
                 self._number += 1
                 request = Request(
                     number=self._number,
-                    prompt=tokens,
+                    prompt=rows[row],
                     max_new_tokens=most,
-                    sampler=sampler,
-                    key=None if keys is None else keys[i],
-                    stop_ids=ending.ids[0],
-                    stop_strings=ending.strings[0],
+                    sampler=known[ending.ids[row]],
+                    key=keys[i],
+                    stop_ids=ending.ids[row],
+                    stop_strings=ending.strings[row],
                     priority=int(priority),
                     tenant=tenant,
                     on_token=on_token,
                     engine=self,
                     rank=self._number - PRIORITY * int(priority),
                     submitted=time.perf_counter(),
+                    request_id=ids[row],
                 )
-                self.waiting.push(request)
                 requests.append(request)
-        return requests[0] if samples is None else requests
+            self.requests.add(requests)
+        return requests
+
+    @transfers
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        max_new_tokens: Any,
+        sampler: Any = None,
+        key: Any = None,
+        stop: Any = None,
+        priority: Any = 0,
+        tenant: Any = "",
+        on_token: Any = None,
+        request_ids: Any = None,
+    ) -> list[Request]:
+        """Submit prompts, run until all of them have ended, and return their requests.
+
+        Requests that were submitted before run beside them. What is interrupted is cancelled.
+
+        Args:
+            prompts: a list of texts and of token ids, or one text.
+            max_new_tokens: of each, at most.
+            sampler: as of `submit`.
+            key: one for all, or one per prompt; the tokens are those of `jkv.generate`.
+            stop: as of `submit`, for all; or one list of ids and strings per prompt.
+            priority: as of `submit`.
+            tenant: likewise.
+            on_token: likewise.
+            request_ids: an id of the caller's own for each prompt.
+
+        Returns:
+            The finished requests in the order of the prompts. One that failed has its `error`, and
+            the others their tokens.
+
+        Raises:
+            TypeError: see `submit`; nothing is run if one of the prompts is refused.
+            ValueError: likewise.
+            PoolFullError: likewise.
+
+        Example:
+            >>> engine = jkv.Engine(lm, pages=512)
+            >>> [r.text for r in engine.generate(["ROMEO:", "JULIET:"], max_new_tokens=16)]
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        rows = rows_of_tokens(prompts, self.batch.config.vocab, tokenizer=self.tokenizer)
+        ids = [None] * len(rows) if request_ids is None else list(request_ids)
+        if len(ids) != len(rows):
+            raise ValueError(
+                f"request_ids got {len(ids)} ids for {len(rows)} prompts; expected one for each"
+            )
+        with self._lock:
+            self._check_outside()
+        requests: list[Request] = []
+        try:
+            requests += self._requests(
+                rows,
+                1,
+                ids,
+                max_new_tokens=max_new_tokens,
+                sampler=sampler,
+                key=key,
+                stop=stop,
+                priority=priority,
+                tenant=tenant,
+                on_token=on_token,
+            )
+            for request in requests:
+                while not request.endings:
+                    self.advance(request, len(request.tokens))
+        finally:
+            for request in requests:
+                self.abandon(request)
+        return requests
 
     def step(self) -> bool:
         """One step of everything; whether there is more to do.
@@ -206,34 +330,82 @@ class Engine(Steps):
         Raises:
             RuntimeError: called from a request's callback.
         """
-        with self._stepping():
-            return self._step()
+        return self._transact(self._step_or_charge)
 
     def run(self) -> None:
-        """Steps until every request has ended."""
+        """Run steps until every request has ended."""
         while self.step():
             pass
 
     def advance(self, request: Request, seen: int) -> None:
-        """Steps until the request has more than `seen` tokens, or has ended."""
-        while request.state != FINISHED and len(request.tokens) <= seen:
-            with self._stepping():
-                if request.state != FINISHED and len(request.tokens) <= seen:
-                    self._step()
+        """Run steps until the request has more than `seen` tokens, or has ended."""
+
+        def step() -> None:
+            if not request.endings and len(request.tokens) <= seen:
+                self._step_or_charge()
+
+        while not request.endings and len(request.tokens) <= seen:
+            self._transact(step)
 
     @transfers
     def cancel(self, request: Request) -> None:
         """See `Request.cancel`."""
+
+        def cancel() -> None:
+            if request.seat is not None and self._sits(request.seat):
+                self._leave(request.seat, "cancelled")
+            elif not request.endings:
+                self._finish(request, "cancelled")
+
         with self._lock:
-            if self._torn and not self._inside:
-                self._recover()
-                self._torn = False
-            if request.state == WAITING:
-                self.waiting.remove(request)
-                self._close(request, "cancelled")
-            elif request.state == RUNNING:
-                seat = next(s for s in self.seats if s is not None and s.request is request)
-                self._leave(seat, "cancelled")
+            if self._within():
+                cancel()  # of a callback, and part of the step that called it
+            else:
+                self._transact(cancel)
+
+    def abandon(self, request: Request) -> None:
+        """Cancel a request from where nothing may be waited for, such as a finaliser.
+
+        It has ended at once; its pages go back now where the engine rests, else with the step that
+        is under way.
+        """
+        if request.endings:
+            return
+        request.end("cancelled")
+        self._abandoned.append(request)
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._torn:
+                    self._transact(lambda: None)
+            finally:
+                self._lock.release()
+
+    def update(self, lm: Any) -> None:
+        """Take new weights, of the same model after a training step for example.
+
+        Requests that run or wait keep their tokens and go on with the new weights; what was cached
+        of the old ones is dropped, and in a store it is not found any more.
+
+        Args:
+            lm: what `jkv.load` returns, or a decoder, of the configuration that the engine has.
+
+        Raises:
+            ValueError: another configuration.
+        """
+        check_fork()
+        model, _ = split_model(lm)
+        old = self.batch.config
+        if differ := differences(old, model.config) or (old != model.config and "its settings"):
+            raise ValueError(
+                f"update got another model ({differ}); expected the same with new weights. For "
+                "another model make another engine"
+            )
+
+        def update() -> None:
+            self.model = self.batch.model = model
+            self._recover()
+
+        self._transact(update)
 
     def text(self, request: Request) -> str:
         """The new text of a request.
@@ -248,22 +420,24 @@ class Engine(Steps):
     def stats(self) -> dict[str, Any]:
         """Figures since the engine was made; seconds, pages, tokens. See `Stats`."""
         with self._lock:
-            running = sum(seat is not None for seat in self.seats)
-            return self.figures.as_dict(
-                running=running, waiting=len(self.waiting), pool=self.batch.pool_stats()
-            )
+            if (self._torn or self._abandoned) and not self._within():
+                self._transact(lambda: None)
+            live = list(self.requests.live.values())
+            return self.figures.as_dict(live=live, pool=self.batch.pool_stats())
 
     def close(self) -> None:
         """End all requests; pages that may be found again go to the store, if there is one."""
-        with self._stepping():
-            self._flush()
-            for seat in [seat for seat in self.seats if seat]:
-                self._leave(seat, "cancelled")
-            while len(self.waiting):
-                self._close(self.waiting.pop(), "cancelled")
-            self.batch.keep_all()
-            if self.batch.kept is not None:
-                self.batch.kept.flush(self.batch.page / self.figures.prefill_rate())
+        self._transact(self._end_all)
+
+    def _end_all(self) -> None:
+        self._flush()
+        for seat in [seat for seat in self.seats if seat]:
+            self._leave(seat, "cancelled")
+        for request in list(self.requests.live.values()):
+            self._finish(request, "cancelled")
+        self.batch.keep_all()
+        if self.batch.kept is not None:
+            self.batch.kept.flush(self.batch.page / self.figures.prefill_rate())
 
     def __enter__(self) -> Engine:
         return self
@@ -273,44 +447,76 @@ class Engine(Steps):
 
     def warm(self, samplers: Any = ()) -> None:
         """Compile all that is needed for requests with these samplers, and greedy ones."""
-        with self._stepping():
+
+        def warm() -> None:
             for sampler in samplers:
-                sampler = self.batch.bind(sampler, ())
-                self.batch.check_sampler(sampler)
-                self.batch.group_of(sampler)
+                self.batch.group_of(self.batch.bound(sampler, ()))
             self.batch.warm(swaps=self.preemption != "recompute")
 
-    # One step.
+        self._transact(warm)
 
-    @contextlib.contextmanager
-    def _stepping(self) -> Iterator[None]:
+    # Transactions. Whatever changes lanes, pages or the device's state runs in one. One that has
+    # begun and not ended, because of an interrupt at any place, is undone by the next: all but the
+    # requests that have not ended, and their tokens, is made anew.
+
+    def _transact(self, work: Callable[[], T]) -> T:
         with self._lock, intended():
-            if self._inside:
-                raise RuntimeError(
-                    "an engine was run from a callback of one of its requests; callbacks may "
-                    "submit and cancel, and the engine goes on by itself"
-                )
-            self._inside = True
+            check_fork()
+            self._check_outside()
             try:
+                self._frame = sys._getframe()
                 if self._torn:
                     self._recover()
                 self._torn = True
-                yield
+                self._sweep()
+                done = work()
+                self._sweep()
                 self._torn = False
+                return done
             finally:
-                self._inside = False
+                self._frame = None
 
-    def _keys(self, sampler: Any, key: Any, count: int) -> np.ndarray | None:
-        """The data ``[count, 2]`` of each sample's key, as `jkv.generate` would give it to them."""
+    def _step_or_charge(self) -> bool:
+        try:
+            return self._step()
+        except PassError as failed:
+            self._charge(failed)
+            return True
+
+    def _within(self) -> bool:
+        """Whether a transaction of this engine is on this thread's stack: it called a callback.
+
+        Not a flag alone, which an interrupt could leave behind.
+        """
+        if self._frame is None:
+            return False
+        frame = sys._getframe()
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
+
+    def _check_outside(self) -> None:
+        if self._within():
+            raise RuntimeError(
+                "an engine was run from a callback of one of its requests; callbacks may "
+                "submit and cancel, and the engine goes on by itself"
+            )
+
+    def _keys(self, sampler: Any, key: Any, rows: int, samples: int) -> Any:
+        """The data ``[2]`` of the key of each sample of each row, or None for each.
+
+        They are those that `jkv.generate` would give to them.
+        """
+        count = rows * samples
         if sampler is not None:
             sampling.check(sampler)
         if not sampling.needs_key(sampler):
-            if count > 1:
+            if samples > 1:
                 raise ValueError(
-                    f"samples={count} of a sampler that draws nothing at random would all be the "
+                    f"samples={samples} of a sampler that draws nothing at random would all be the "
                     "same; expected one that does, such as jkv.sampling.temperature(0.8), and a key"
                 )
-            return None
+            return [None] * count
         if key is None:
             raise ValueError(loop.NEEDS_KEY)
         return jax.device_get(jax.random.key_data(sampling.row_keys(key, count)))

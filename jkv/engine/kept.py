@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,23 +49,27 @@ class Kept:
             seconds: to compute a page.
         """
         leaving, self._leaving = self._leaving, []
-        for names, pages in leaving:
-            keys = [f"page/{name.hex()}" for name in names]
-            # What is in a page never changes: one that is there is not written again.
-            new = [i for i, key in enumerate(keys) if not self._has(key)]
-            if not new:
-                continue
-            leaves = jax.device_get(jax.tree.leaves(pages))
-            self.store.put_many(
-                [keys[i] for i in new],
-                [_entry([leaf[i] for leaf in leaves], seconds=seconds) for i in new],
-                seconds=[seconds] * len(new),
-                fingerprint=self.fingerprint,
-            )
+        try:
+            for names, pages in leaving:
+                self._put(names, pages, seconds)
+        except Exception as error:
+            # A store that is closed or a tier that fails is no request's fault: nothing is lost
+            # but what could have been found again.
+            warnings.warn(f"an engine's pages could not be stored: {error!r}", stacklevel=2)
 
-    def drop(self) -> None:
-        """Forget what has left and is not in the store yet."""
-        self._leaving = []
+    def _put(self, names: list[bytes], pages: Any, seconds: float) -> None:
+        keys = [f"page/{name.hex()}" for name in names]
+        # What is in a page never changes: one that is there is not written again.
+        new = [i for i, key in enumerate(keys) if not self._has(key)]
+        if not new:
+            return
+        leaves = jax.device_get(jax.tree.leaves(pages))
+        self.store.put_many(
+            [keys[i] for i in new],
+            [_entry([leaf[i] for leaf in leaves], seconds=seconds) for i in new],
+            seconds=[seconds] * len(new),
+            fingerprint=self.fingerprint,
+        )
 
     def _has(self, key: str) -> bool:
         return self.store.contains(key, fingerprint=self.fingerprint)
@@ -95,12 +100,15 @@ class Kept:
         self.store.reject(key)
         return None
 
-    def put_aside(self, number: int, pages: Any, length: int) -> str | None:
-        """The pages of a request that waits; None if the store has no room for them."""
-        key = f"waiting/{self._own}.{number}"
+    def key_of(self, number: int) -> str:
+        """Under which the pages of a request that waits are put aside."""
+        return f"waiting/{self._own}.{number}"
+
+    def put_aside(self, key: str, pages: Any, length: int) -> bool:
+        """Keep the pages of a request that waits; False if the store has no room for them."""
         entry = _entry(jax.tree.leaves(pages), length=length)
         who = {"fingerprint": self.fingerprint, "ttl": WAITS}
-        return self.store.put(key, entry, pin=True, ephemeral=True, **who)
+        return self.store.put(key, entry, pin=True, ephemeral=True, **who) is not None
 
     def take_back(self, key: str, form: Form) -> list[np.ndarray] | None:
         """The leaves of what was put aside, None if it was lost."""
@@ -111,7 +119,10 @@ class Kept:
 
     def forget(self, key: str) -> None:
         """Drop what was put aside."""
-        self.store.remove(key, sync=False)
+        try:
+            self.store.remove(key, sync=False)
+        except Exception as error:  # such as a store that is closed, and has let go of it
+            warnings.warn(f"an engine's waiting request stays stored: {error!r}", stacklevel=2)
 
 
 def _entry(leaves: list[Any], **meta: Any) -> Entry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import time
 from typing import Any
 
@@ -20,10 +21,11 @@ from jkv.cache.pages import pools
 from jkv.cache.protocol import as_kind
 from jkv.decoding import loop
 from jkv.decoding.request import bucket
+from jkv.engine import lanes as device
 from jkv.engine.kept import Form, Kept
 from jkv.engine.pool import PagePool
 from jkv.engine.scheduler import Seat, Tally
-from jkv.errors import PoolFullError
+from jkv.errors import PoolFullError, StaleError
 from jkv.models.fingerprint import fingerprint
 from jkv.ops.pages import laid, put, taken
 
@@ -35,7 +37,8 @@ class Saved:
     """A request's pages on the host."""
 
     length: int  # tokens
-    nbytes: int
+    weights: list[Array]  # of the model that computed them
+    nbytes: int = 0
     pages: Any = None  # per layer (keys, values) of its pages, in order
     key: str | None = None  # where a store has them instead
 
@@ -62,28 +65,32 @@ class Pages:
         self.kind = _managed(kind, page, pages)
         self.model, self.config = model, model.config
         self.pages, self.page = pages, self.kind.page
+        self.policy, self.store = policy, store
+        self.kept: Kept | None = None
+        self._begin()
+        self._seen_sizes: set[int] = set()  # of what has been moved, and is compiled
+        self.page_bytes = nbytes(self.layers) / pages / len(self.columns)
+        self.rate = FIRST_RATE
+
+    def _begin(self) -> None:
+        """Empty pages for the model as it is now."""
+        self.frame, self.weights = device.apart(self.model)
+        self._leaving: list[tuple[bytes, int]] = []
         cache = self._empty()
         self.layers = cache.layers
         self.columns = tuple(table.shape[1] for table in cache.tables)
         self.windows = tuple(pool.window for pool in pools(cache.layers))
         self.windowed = any(window is not None for window in self.windows)
         self.rounds = self.kind.keys is not None
-        self._leaving: list[tuple[bytes, int]] = []
-        self.kept: Kept | None = None
         mark, hook = b"", None
-        if store is not None:
+        if self.store is not None:
             # How many pages there are, and who manages them, says nothing of what is in one.
             mark = fingerprint(self.model, dataclasses.replace(self.kind, pages=None))
-            self.kept = Kept(store, mark)
+            self.kept = Kept(self.store, mark)
             # Where layers see differently far, a prefix needs pages of all of them at once.
             hook = self._left if len(self.columns) == 1 else None
-        self._pool = functools.partial(
-            PagePool, pages=pages, page=self.page, policy=policy, fingerprint=mark, on_evict=hook
-        )
-        self.pools = [self._pool() for _ in self.columns]
-        self._seen_sizes: set[int] = set()  # of what has been moved, and is compiled
-        self.page_bytes = nbytes(self.layers) / pages / len(self.columns)
-        self.rate = FIRST_RATE
+        how: dict[str, Any] = {"policy": self.policy, "fingerprint": mark, "on_evict": hook}
+        self.pools = [PagePool(pages=self.pages, page=self.page, **how) for _ in self.columns]
 
     def _empty(self) -> Any:
         slots = self.config.context
@@ -91,13 +98,27 @@ class Pages:
         return loop.new_cache(self.config, self.kind, 1, slots, self.config.dtype, mesh)
 
     def reset(self) -> None:
-        """Empty pages; what pools and device had is forgotten."""
-        # What is left of the old ones goes first.
-        self.layers, self._leaving = (), []
-        self.layers = self._empty().layers
-        self.pools = [self._pool() for _ in self.columns]
-        if self.kept is not None:
-            self.kept.drop()
+        """Make the pages anew, empty; what pools and device had is forgotten."""
+        # What is left of the old ones goes first: there may be no room for both.
+        self.layers = ()
+        self._begin()
+
+    def check_weights(self) -> None:
+        """Refuse to go on with weights that the model does not have any more.
+
+        Raises:
+            StaleError: they were changed in place.
+        """
+        now = jax.tree.leaves(self.model)
+        if len(now) != len(self.weights) or any(map(operator.is_not, now, self.weights)):
+            raise StaleError(
+                "the model's weights were changed after this engine had taken them; call "
+                "engine.update(lm), which drops what was cached of the old ones"
+            )
+
+    def intact(self) -> bool:
+        """Whether the device's state is there: a pass that failed may have taken it along."""
+        return not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.layers))
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many."""
@@ -276,19 +297,23 @@ class Pages:
         """Of the pages of its tokens."""
         return int(self.pages_for(seat.written()) * self.page_bytes * len(self.columns))
 
-    def save(self, seat: Seat) -> Saved | None:
-        """Its pages on the host, or in the store; None where that has no room."""
-        length = seat.written()
+    def saved(self, seat: Seat) -> Saved:
+        """What `save` will fill."""
+        key = None if self.kept is None else self.kept.key_of(seat.request.number)
+        return Saved(seat.written(), self.weights, key=key)
+
+    def save(self, seat: Seat, saved: Saved) -> bool:
+        """Copy its pages to the host, or the store; False where that has no room."""
         began = time.perf_counter()
-        pages = jax.device_get(_gathered(self.layers, self._tables(seat, length)))
-        size = nbytes(pages)
-        if self._known_size(size):
-            rate = size / max(time.perf_counter() - began, 1e-6)
+        pages = jax.device_get(_gathered(self.layers, self._tables(seat, saved.length)))
+        saved.nbytes = nbytes(pages)
+        if self._known_size(saved.nbytes):
+            rate = saved.nbytes / max(time.perf_counter() - began, 1e-6)
             self.rate = (self.rate + rate) / 2
-        if self.kept is None:
-            return Saved(length, size, pages=pages)
-        key = self.kept.put_aside(seat.request.number, pages, length)
-        return None if key is None else Saved(length, size, key=key)
+        if self.kept is None or saved.key is None:
+            saved.pages = pages
+            return True
+        return self.kept.put_aside(saved.key, pages, saved.length)
 
     def _known_size(self, size: int) -> bool:
         """Whether so much has been moved before, so that its time is not that of a compiler."""

@@ -1,9 +1,10 @@
-"""A request: what was asked, what has been said, and how to wait for more."""
+"""A request: what was asked, what has been generated, and how to wait for more."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,12 +21,27 @@ class Driver(Protocol):
 
     def advance(self, request: Request, seen: int) -> None: ...  # noqa: D102
     def cancel(self, request: Request) -> None: ...  # noqa: D102
+    def abandon(self, request: Request) -> None: ...  # noqa: D102
     def text(self, request: Request) -> str: ...  # noqa: D102
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """How a request ended: one value, so that an interrupt finds all of it or none."""
+
+    reason: str
+    tokens: list[int]
+    error: BaseException | None
+    seconds: float  # on `time.perf_counter`
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Request:
     """One prompt on its way through an engine; made by `Engine.submit`.
+
+    Where a request is follows from two attributes, each set by one store: `seat`, the lane in which
+    it runs, and the first of its `endings`. Everything else that an engine keeps about it can be
+    made again from these and from its tokens, whatever was interrupted.
 
     Attributes:
         number: in order of arrival.
@@ -33,14 +49,10 @@ class Request:
         max_new_tokens: at most.
         priority: higher is sooner.
         tenant: whose prefixes it may share.
-        state: "waiting", "running" or "finished".
-        finish_reason: "stop", "length", "cancelled" or "error", None before the end.
-        error: what its callback or its tokens' text raised, or `NonFiniteError` where there was
-            nothing to draw its next token from.
+        request_id: an id of the caller's own, None without one.
         cached_tokens: of its prompt, found in the cache when it was first admitted.
         submitted: seconds on `time.perf_counter`.
         first_token: likewise, None before.
-        finished: likewise.
     """
 
     number: int
@@ -56,24 +68,58 @@ class Request:
     engine: Driver
     rank: int
     submitted: float
-    state: str = WAITING
-    finish_reason: str | None = None
-    error: BaseException | None = None
+    request_id: Any = None
+    endings: list[Ending] = dataclasses.field(default_factory=list)  # the first of them counts
     heard: list[int] = dataclasses.field(default_factory=list)  # of `tokens`, all but the latest
     seat: Any = None  # in which it runs, and which has those
     cached_tokens: int = 0
     first_token: float | None = None
-    finished: float | None = None
     preemptions: int = 0
     swapped: Any = None  # its pages on the host while it waits to go on
 
     @property
+    def ending(self) -> Ending | None:
+        """How it ended, None before."""
+        return self.endings[0] if self.endings else None
+
+    @property
+    def state(self) -> str:
+        """Where it is: "waiting", "running" or "finished"."""
+        if self.endings:
+            return FINISHED
+        return WAITING if self.seat is None else RUNNING
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended: "stop", "length", "cancelled" or "error"; None before the end."""
+        return self.endings[0].reason if self.endings else None
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended it with "error": raised by a callback, a tokenizer, a store or a device."""
+        return self.endings[0].error if self.endings else None
+
+    @property
+    def finished(self) -> float | None:
+        """Seconds on `time.perf_counter` at its end, None before."""
+        return self.endings[0].seconds if self.endings else None
+
+    @property
     def tokens(self) -> list[int]:
-        """What has been said so far, ids; complete once it is finished."""
+        """Tokens generated so far, ids; complete once it is finished."""
+        if self.endings:
+            return self.endings[0].tokens
         seat = self.seat
         if seat is not None:
             seat.settle()
         return self.heard
+
+    def end(self, reason: str, error: BaseException | None = None) -> None:
+        """End it, unless it has ended; any thread may, at any time."""
+        if not self.endings:
+            # Of two that get here at once the first counts: the engine sees one end.
+            tokens = list(self.tokens)
+            self.endings.append(Ending(reason, tokens, error, time.perf_counter()))
 
     @property
     def text(self) -> str:
@@ -86,7 +132,7 @@ class Request:
 
     @property
     def watched(self) -> bool:
-        """Whether somebody wants to hear of each of its tokens."""
+        """Whether each of its tokens is looked at on the host as it comes."""
         return bool(self.stop_strings) or self.on_token is not None
 
     @property
@@ -95,7 +141,7 @@ class Request:
         return np.concatenate([self.prompt, np.asarray(self.tokens, np.int32)])
 
     def cancel(self) -> None:
-        """End it; what was said stays. Nothing happens if it has ended."""
+        """End it; generated tokens stay. Nothing happens if it has ended."""
         self.engine.cancel(self)
 
     def result(self) -> list[int]:
@@ -104,34 +150,37 @@ class Request:
         Raises:
             Exception: what ended this request, if something did.
         """
-        while self.state != FINISHED:
+        while not self.endings:
             self.engine.advance(self, len(self.tokens))
         self._raise()
         return self.tokens
 
     def __iter__(self) -> Iterator[int]:
-        """Tokens as they come; runs the engine where none is waiting."""
-        seen = 0
-        while True:
-            while seen < len(self.tokens):
-                yield self.tokens[seen]
-                seen += 1
-            if self.state == FINISHED and seen >= len(self.tokens):
-                self._raise()
-                return
-            self.engine.advance(self, seen)
+        """Iterate over tokens as they come; runs the engine where none is waiting.
 
-    async def __aiter__(self) -> AsyncIterator[int]:
-        """Tokens as they come; the engine runs in a thread, one step at a time for all who wait."""
+        An iteration that ends before the last token (`break`, an exception, its `close`, garbage
+        collection) cancels the request: nothing will read what it would generate.
+        """
         seen = 0
-        while True:
-            while seen < len(self.tokens):
-                yield self.tokens[seen]
-                seen += 1
-            if self.state == FINISHED and seen >= len(self.tokens):
-                self._raise()
-                return
-            await asyncio.to_thread(self.engine.advance, self, seen)
+        try:
+            while True:
+                while seen < len(self.tokens):
+                    yield self.tokens[seen]
+                    seen += 1
+                if self.endings and seen >= len(self.tokens):
+                    self._raise()
+                    return
+                self.engine.advance(self, seen)
+        finally:
+            self.engine.abandon(self)
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        """Iterate over tokens as they come; the engine runs in a thread, one step at a time.
+
+        Several tasks may wait, each for its own request. As with `for`, an iteration that ends
+        before the last token cancels the request.
+        """
+        return AsyncTokens(self)
 
     def _raise(self) -> None:
         if self.error is not None:
@@ -142,3 +191,49 @@ class Request:
         said = f"{len(self.tokens)} of {plural(self.max_new_tokens, 'token')}"
         end = f", {self.finish_reason}" if self.finish_reason else ""
         return f"Request({self.number}, {self.state}, {said}{end})"
+
+
+class AsyncTokens(AsyncIterator[int]):
+    """The tokens of a request for `async for`.
+
+    Not an asynchronous generator, whose end waits for the event loop: this one cancels the request
+    as soon as it is left.
+    """
+
+    def __init__(self, request: Request):
+        self._request, self._seen = request, 0
+
+    def __aiter__(self) -> AsyncTokens:
+        """Itself."""
+        return self
+
+    async def __anext__(self) -> int:
+        """The next token.
+
+        Raises:
+            StopAsyncIteration: after the last one.
+        """
+        request, gone = self._request, True
+        try:
+            while self._seen >= len(request.tokens):
+                if request.endings and self._seen >= len(request.tokens):
+                    request._raise()
+                    raise StopAsyncIteration
+                await asyncio.to_thread(request.engine.advance, request, self._seen)
+            gone = False
+        finally:
+            if gone:
+                self._leave()
+        self._seen += 1
+        return request.tokens[self._seen - 1]
+
+    async def aclose(self) -> None:
+        """End the iteration; its request is cancelled if it has not ended."""
+        self._leave()
+
+    def _leave(self) -> None:
+        self._request.engine.abandon(self._request)
+
+    def __del__(self) -> None:
+        """See `aclose`."""
+        self._leave()

@@ -10,42 +10,57 @@ from typing import Any
 
 import numpy as np
 
-from jkv.engine.request import Request
+from jkv.engine.request import WAITING, Request
 
 
-class Queue:
-    """Waiting requests by rank, the lowest first; removal in O(log n)."""
+class Requests:
+    """The requests that have not ended, and which of them is next.
+
+    `live` is the only truth, changed by one operation at a time; the order is a heap that may also
+    hold requests that have ended, or run, or never were.
+
+    Attributes:
+        live: by number.
+    """
 
     def __init__(self) -> None:
+        self.live: dict[int, Request] = {}
         self._heap: list[tuple[int, int, Request]] = []
-        self._there: set[Request] = set()
+        self._partial = False  # the heap may lack some of those that wait
+
+    def add(self, requests: list[Request]) -> None:
+        """Queue new requests, all of them or, interrupted, none."""
+        self._partial = True
+        self.live.update({request.number: request for request in requests})
+        for request in requests:
+            self.push(request)
+        self._partial = False
 
     def push(self, request: Request) -> None:
-        """One more."""
+        """Put a request that waits into the order."""
         heapq.heappush(self._heap, (request.rank, request.number, request))
-        self._there.add(request)
 
-    def pop(self) -> Request:
-        """The next one, taken out."""
-        while True:
+    def pop(self) -> Request | None:
+        """Take the waiting request that is next out of the order, None without one."""
+        # What has ended stays in the heap until its turn, or until it is most of it.
+        if self._partial or len(self._heap) > 2 * len(self.live) + 16:
+            self.rebuild()
+        while self._heap:
             request = heapq.heappop(self._heap)[2]
-            if request in self._there:
-                self._there.remove(request)
+            if request.number in self.live and request.state == WAITING:
                 return request
+        return None
 
-    def remove(self, request: Request) -> None:
-        """Take it out, wherever it is."""
-        self._there.remove(request)
-        # What has been removed stays in the heap until its turn, or until it is most of it.
-        if len(self._heap) > 2 * len(self._there) + 16:
-            self._heap = [entry for entry in self._heap if entry[2] in self._there]
-            heapq.heapify(self._heap)
+    def rebuild(self) -> None:
+        """Make the order anew of the requests that wait."""
+        waiting = [r for r in list(self.live.values()) if r.state == WAITING]
+        heap = [(request.rank, request.number, request) for request in waiting]
+        heapq.heapify(heap)
+        self._heap, self._partial = heap, False
 
-    def __contains__(self, request: Request) -> bool:
-        return request in self._there
-
-    def __len__(self) -> int:
-        return len(self._there)
+    def discard(self, number: int) -> None:
+        """Let go of one that has ended."""
+        self.live.pop(number, None)
 
 
 class Tally:
@@ -127,7 +142,8 @@ class Seat:
         """What has been said in its lane into the request's list; any thread may ask for it."""
         tally, heard = self.tally, self.request.heard
         with tally.lock:
-            if self.request.seat is self:
+            # Watched tokens come one by one, each after it was looked at.
+            if self.request.seat is self and not self.request.watched:
                 done, said = len(heard) - self.before, int(tally.said[self.lane])
                 if done < said:
                     # Not appended: who interrupts this and asks for the same does no harm.

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from jkv.engine.request import RUNNING, WAITING, Request
+
 KEPT = 10_000  # of the latest latencies, from which percentiles are taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """Counts of the requests that have ended: one value, so that each is counted once."""
+
+    number: int = 0  # of the request that was counted last
+    tokens: int = 0
+    reasons: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
+    )
 
 
 class Stats:
@@ -15,12 +30,12 @@ class Stats:
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
+        self.ended = Ended()
         self.first: collections.deque[float] = collections.deque(maxlen=KEPT)
         self.between: collections.deque[tuple[float, int]] = collections.deque(maxlen=KEPT)
         self.busy_seconds = 0.0
         self.host_seconds = 0.0
         self.prefill_seconds = 0.0
-        self.swapped_bytes = 0  # on the host now
         self._last: float | None = None  # when tokens were read
         self.slots_held = 0  # summed over steps that were looked at, as is the next
         self.slots_filled = 0
@@ -35,10 +50,16 @@ class Stats:
 
     def said(self, tokens: int, lanes: int, now: float) -> None:
         """So many tokens of so many lanes were read."""
-        self.counts["tokens"] += tokens
         if self._last is not None:
             self.between.append(((now - self._last) * lanes / tokens, tokens))
         self._last = now
+
+    def count(self, number: int, reason: str, tokens: int) -> None:
+        """A request ended with so many tokens; counted again at once, it counts as one."""
+        old = self.ended
+        if old.number != number:
+            reasons = {**old.reasons, reason: old.reasons[reason] + 1}
+            self.ended = Ended(number, old.tokens + tokens, reasons)
 
     def rested(self) -> None:
         """There was nothing to do: the time until the next token is nobody's."""
@@ -53,8 +74,12 @@ class Stats:
         """Prompt tokens per second, those of steps that did other things too among them."""
         return max(self.counts["prefill_tokens"], 1) / max(self.prefill_seconds, 1e-9)
 
-    def as_dict(self, *, running: int, waiting: int, pool: dict[str, Any]) -> dict[str, Any]:
+    def as_dict(self, *, live: list[Request], pool: dict[str, Any]) -> dict[str, Any]:
         """All figures.
+
+        Args:
+            live: requests that have not been counted as ended.
+            pool: figures of the pages.
 
         Keys: requests `running`, `waiting`, `finished` and by reason; `pages` (in all, `used`, and
         of them `shared`; `cached`, nobody's and to be found again; `free`); `hit_rate` (tokens of
@@ -64,13 +89,16 @@ class Stats:
         own work, waiting for the device left out); `waste` (slots held and not filled, of those
         held, over the steps that were looked at).
         """
-        counts = self.counts
+        counts, ended = self.counts, self.ended
+        states = collections.Counter(request.state for request in live)
+        tokens = ended.tokens + sum(len(request.tokens) for request in live)
+        swapped = sum(r.swapped.nbytes for r in live if r.swapped is not None)
         asked = counts["asked_tokens"]
         return {
-            "running": running,
-            "waiting": waiting,
-            "finished": counts["finished"],
-            "reasons": {r: counts[r] for r in ("stop", "length", "cancelled", "error")},
+            "running": states[RUNNING],
+            "waiting": states[WAITING],
+            "finished": sum(ended.reasons.values()),
+            "reasons": dict(ended.reasons),
             "pages": {k: pool[k] for k in ("pages", "used", "free", "shared", "cached")},
             "hit_rate": counts["hit_tokens"] / asked if asked else 0.0,
             "hit_tokens": counts["hit_tokens"],
@@ -81,11 +109,11 @@ class Stats:
             "time_between_tokens": _percentiles(
                 [s for s, _ in self.between], [n for _, n in self.between]
             ),
-            "tokens": counts["tokens"],
-            "tokens_per_second": counts["tokens"] / self.busy_seconds if self.busy_seconds else 0.0,
+            "tokens": tokens,
+            "tokens_per_second": tokens / self.busy_seconds if self.busy_seconds else 0.0,
             "steps": counts["steps"],
             "host_seconds_per_step": self.host_seconds / max(counts["steps"], 1),
-            "swapped_bytes": self.swapped_bytes,
+            "swapped_bytes": swapped,
             "waste": 1 - self.slots_filled / self.slots_held if self.slots_held else 0.0,
         }
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import collections
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from jkv.decoding import faults
 from jkv.decoding.request import PAD
-from jkv.decoding.stopping import first_stop
+from jkv.decoding.stopping import StopMatch, first_stop
 from jkv.engine import lanes as device
 from jkv.engine.batch import Batch, Part
-from jkv.engine.request import FINISHED, RUNNING, WAITING, Request
-from jkv.engine.scheduler import Queue, Seat, Tally, shared_ahead
+from jkv.engine.pages import Saved
+from jkv.engine.request import Request
+from jkv.engine.scheduler import Requests, Seat, Tally, shared_ahead
 from jkv.engine.stats import Stats
 from jkv.errors import NonFiniteError, PoolFullError
+
+
+class PassError(Exception):
+    """A pass failed: what it raised, and the requests that were in it."""
+
+    def __init__(self, requests: list[Request], error: Exception):
+        super().__init__(str(error))
+        self.requests, self.error = requests, error
+
 
 SAMPLED = 16  # steps, of which one is looked at for slots that are held and not filled
 
@@ -36,38 +48,66 @@ class Steps:
     ):
         self.batch, self.tokenizer = batch, tokenizer
         self.share, self.preemption, self.swap_bytes = share, preemption, swap_bytes
-        self.waiting = Queue()
+        self.requests = Requests()
         self.seats: list[Seat | None] = [None] * batch.lanes
         self.tally = Tally(batch.lanes, batch.config.context)
         self._reading: list[Seat] = []  # those who are at their prompts, and some who were
         self._seatings = 0
         self.figures = Stats()
         self._sent: list[Part] = []  # what was dispatched last and has not been read
-        self._popped: list[Request] = []  # neither waiting nor in a seat, for a moment
+        self._abandoned: collections.deque[Request] = collections.deque()
 
     def _recover(self) -> None:
-        """After a step that was interrupted: nobody knows what the device has, so begin anew.
+        """Make everything anew of the requests that have not ended, and of their tokens.
 
-        What has been said stays said. Those who were running wait, and are read once more.
+        For a step that was interrupted or has failed: the device's state is unknown then, and the
+        host's may be half of one step and half of the next. Generated tokens are kept; requests
+        that ran are queued and prefilled again. Interrupted itself, it is done once more.
         """
-        self._sent = []
+        self._sent, self._reading = [], []
         self.batch.reset()
-        seated = [seat.request for seat in self.seats if seat]
         self.seats = [None] * self.batch.lanes
         self.tally = Tally(self.batch.lanes, self.batch.config.context)
-        for request in dict.fromkeys([*seated, *self._popped]):
+        self.requests.discard(self.figures.ended.number)  # counted, and maybe still there
+        for request in list(self.requests.live.values()):
             if request.seat is not None:
+                request.preemptions += 1
                 request.seat.part()
-            if request.state == FINISHED or request in self.waiting:
-                continue
-            request.state, request.preemptions = WAITING, request.preemptions + 1
-            if request.tokens and request.tokens[-1] in request.stop_ids:
-                self._close(request, "stop")
-            elif len(request.tokens) >= request.max_new_tokens:
-                self._close(request, "length")
-            else:
-                self.waiting.push(request)
-        self._popped = []
+            if not request.endings:
+                self._end_by_tokens(request)
+            if request.endings:
+                self._dismiss(request)
+        self.requests.rebuild()
+
+    def _end_by_tokens(self, request: Request) -> None:
+        """End a request whose tokens say that it has ended."""
+        tokens = request.tokens
+        if not tokens:
+            return
+        try:
+            match = self._match(request, tokens, len(tokens)) if request.stop_strings else None
+        except Exception as error:  # a tokenizer that cannot say what these tokens mean
+            request.end("error", error)
+            return
+        if match is not None or tokens[-1] in request.stop_ids:
+            request.end("stop")
+        elif len(tokens) >= request.max_new_tokens:
+            request.end("length")
+
+    def _charge(self, failed: PassError) -> None:
+        """End the requests of a pass that failed; the others go on."""
+        for request in failed.requests:
+            request.end("error", failed.error)
+        self._recover()
+
+    def _sweep(self) -> None:
+        """Let go of the requests that were ended between steps, wherever that was."""
+        while self._abandoned:
+            request = self._abandoned[0]
+            if request.seat is not None and self._sits(request.seat):
+                self._vacate(request.seat)
+            self._dismiss(request)
+            self._abandoned.popleft()
 
     def _step(self) -> bool:
         began, waited = time.perf_counter(), self.batch.waited
@@ -80,7 +120,7 @@ class Steps:
             self.batch.kept.flush(self.batch.page / self.figures.prefill_rate())
         if not before and not sent:
             self.figures.rested()
-            return any(self.seats) or len(self.waiting) > 0
+            return len(self.requests.live) > 0
         self.figures.stepped(
             time.perf_counter() - began,
             self.batch.waited - waited,
@@ -97,70 +137,104 @@ class Steps:
 
     def _admit(self) -> None:
         """Waiting requests into free lanes by their ranks, as long as there are pages."""
-        later = self._popped
-        while len(self.waiting) and None in self.seats and len(later) < 2 * len(self.seats):
-            request = self.waiting.pop()
-            later.append(request)
+        later = []
+        while None in self.seats and len(later) < 2 * len(self.seats):
+            request = self.requests.pop()
+            if request is None:
+                break
             if self.share and request.swapped is None:
                 page = self.batch.page
                 if shared_ahead(request.history, request.tenant, self.seats, page):
+                    later.append(request)
                     continue
             try:
                 seat = self._seated(request)
             except Exception as error:
                 # Of a store, or of a sampler: what keeps this one out need not stop the others.
-                later.remove(request)
-                request.error = error
-                self._close(request, "error")
+                self._failed_alone(request, error)
                 continue
             if seat is None:
+                later.append(request)
                 break
-            later.remove(request)
             self.seats[seat.lane] = request.seat = seat
-            request.state = RUNNING
             self._reading.append(seat)
-        while later:
-            self.waiting.push(later.pop())
+        for request in later:
+            self.requests.push(request)
+
+    def _failed_alone(self, request: Request, error: Exception) -> None:
+        """End a request by an error in what was done for it alone.
+
+        Raises:
+            PassError: the device's state went with it.
+        """
+        if not self.batch.intact():
+            raise PassError([request], error) from error
+        if request.seat is not None:
+            self._leave(request.seat, "error", error)
+        else:
+            self._finish(request, "error", error)
 
     def _seated(self, request: Request) -> Seat | None:
         """The request in the first free lane, None if there are too few pages to go on with."""
-        batch, saved = self.batch, request.swapped
-        running = sum(seat is not None for seat in self.seats)
-        held = batch.sequences(request.tenant)
-        lane = self.seats.index(None)
+        lane, held = self.seats.index(None), self.batch.sequences(request.tenant)
         seat = Seat(request, lane, self.tally, held, target=len(request.history))
-        seated = False
         try:
-            if saved is not None:
-                seat.ahead, seat.target = 0, saved.length
-            elif self.share:
-                seat.cached = batch.match(held, request.history)
-            # Each of those that run will soon want a page more.
-            missing = batch.pages_for(seat.target + 1) - seat.cached // batch.page
-            if running and missing > batch.free_pages() - running:
-                return None
-            if saved is not None:
-                pages = batch.fetch(saved)
-                self._forget_swapped(request)
-                if pages is None:  # the store has lost them: as if they had not been saved
-                    seat.ahead, seat.target = 1, len(request.history)
-                else:
-                    batch.restore(seat, saved.length, pages)
-                    seat.cached = seat.shown = saved.length
-            limit = request.max_new_tokens - len(request.tokens)
-            batch.install(seat, limit)
-            self._seatings += 1
-            seat.sit(self._seatings, limit)
-            seated = True
-        finally:
-            if not seated:
-                batch.close(held)
-                self.tally.clear(lane)
+            fits = self._take_pages(seat)
+            if fits:
+                limit = request.max_new_tokens - len(request.tokens)
+                self.batch.install(seat, limit)
+                self._seatings += 1
+                seat.sit(self._seatings, limit)
+        except Exception:  # not after an interrupt: what it has left half done is made anew
+            self._unseat(seat)
+            raise
+        if not fits:
+            self._unseat(seat)
+            return None
         if not request.preemptions:
             request.cached_tokens = seat.cached
             self.figures.counts["hit_tokens"] += seat.cached
             self.figures.counts["asked_tokens"] += seat.target
         return seat
+
+    def _unseat(self, seat: Seat) -> None:
+        self.batch.close(seat.held)
+        self.tally.clear(seat.lane)
+
+    def _take_pages(self, seat: Seat) -> bool:
+        """Find or restore what is known of a request; False where there are too few pages."""
+        batch, request, saved = self.batch, seat.request, self._saved(seat.request)
+        running = sum(seat is not None for seat in self.seats)
+        if saved is not None:
+            seat.ahead, seat.target = 0, saved.length
+        elif self.share:
+            seat.cached = batch.match(seat.held, request.history)
+        # Each of those that run will soon want a page more.
+        missing = batch.pages_for(seat.target + 1) - seat.cached // batch.page
+        if running and missing > batch.free_pages() - running:
+            return False
+        if saved is not None:
+            pages = batch.fetch(saved)
+            request.swapped = None
+            if pages is None:  # the store has lost them: as if they had not been saved
+                seat.ahead, seat.target = 1, len(request.history)
+            else:
+                batch.restore(seat, saved.length, pages)
+                seat.cached = seat.shown = saved.length
+        return True
+
+    def _saved(self, request: Request) -> Saved | None:
+        """Its pages on the host, where they are of all its tokens but the last, and of this model.
+
+        They need not be: an interrupt or new weights may have come between.
+        """
+        saved = request.swapped
+        if saved is None:
+            return None
+        if saved.weights is self.batch.weights and saved.length == len(request.history) - 1:
+            return saved
+        self._forget_swapped(request)
+        return None
 
     def _dispatch(self) -> list[Part]:
         """Start the next piece of prompts and the next tokens; nothing is waited for."""
@@ -170,13 +244,19 @@ class Steps:
         parts = []
         if prompts:
             self.figures.counts["prefill_tokens"] += sum(u - seat.cached for seat, u in prompts)
-            parts.append(self.batch.absorb(prompts))
+            try:
+                parts.append(self.batch.absorb(prompts))
+            except Exception as error:
+                raise PassError([seat.request for seat, _ in prompts], error) from error
             for seat, upto in prompts:
                 # Whether pages that round could hold it is known once it has been read.
                 if self.share and not self.batch.rounds:
                     self._show(seat, upto)
         if len(saying):
-            parts.append(self.batch.decode(saying, self.tally, self.seats))
+            try:
+                parts.append(self.batch.decode(saying, self.tally, self.seats))
+            except Exception as error:
+                raise PassError([self._at(lane).request for lane in saying], error) from error
         if self.batch.windowed:
             for seat in [*map(self._at, saying), *(seat for seat, _ in prompts)]:
                 self.batch.let_go(seat)
@@ -236,7 +316,10 @@ class Steps:
                     return False
                 if not self.batch.could(seat, upto):
                     last = max((s for s in self.seats if s), key=_rank)
-                    self._preempt(last)
+                    try:
+                        self._preempt(last)
+                    except Exception as error:  # of a store, or of the copy to the host
+                        self._failed_alone(last.request, error)
                     if last is seat:
                         return False
 
@@ -244,23 +327,29 @@ class Steps:
         """Back to the queue, to go on with the same tokens; nothing is under way."""
         request = seat.request
         how = self._how(seat)
-        if how == "swap":
-            request.swapped = self.batch.save(seat)
-            if request.swapped is None:
-                how = "recompute"
-            else:
-                self.figures.swapped_bytes += request.swapped.nbytes
+        if how == "swap" and not self._swap(seat):
+            how = "recompute"
         request.preemptions += 1
         self.figures.counts[how] += 1
-        # Whatever interrupts this, the request is in one place at least.
-        request.state = WAITING
-        self.waiting.push(request)
         self._vacate(seat)
+        self.requests.push(request)
+
+    def _swap(self, seat: Seat) -> bool:
+        """Its pages to the host; whether there was room for them."""
+        request = seat.request
+        saved = self.batch.saved(seat)
+        # First the name, so that whatever interrupts this leaves nothing in a store for good.
+        request.swapped = saved
+        if not self.batch.save(seat, saved):
+            request.swapped = None
+        return request.swapped is not None
 
     def _how(self, seat: Seat) -> str:
         """What becomes of its pages."""
         size = self.batch.bytes_of(seat)
-        if seat.reading or self.figures.swapped_bytes + size > self.swap_bytes:
+        swapped = (r.swapped for r in self.requests.live.values())
+        held = sum(saved.nbytes for saved in swapped if saved is not None)
+        if seat.reading or held + size > self.swap_bytes:
             return "recompute"
         if self.preemption != "auto":
             return self.preemption
@@ -273,7 +362,10 @@ class Steps:
         said = speakers = 0
         tally = self.tally
         for part in parts:
-            told, lanes = self.batch.read(part), part.lanes
+            try:
+                told, lanes = self.batch.read(part), part.lanes
+            except Exception as error:
+                raise PassError(list(self._those_in(part)), error) from error
             tokens, marks = told[:, :-1], told[:, -1]
             heed = marks | (tally.quiet[lanes] != part.numbers)
             odd = heed.nonzero()[0].tolist()
@@ -302,15 +394,20 @@ class Steps:
         if said:
             self.figures.said(said, speakers, time.perf_counter())
 
+    def _those_in(self, part: Part) -> Iterable[Request]:
+        """Requests of a pass that still are where they were."""
+        for lane, number in zip(part.lanes.tolist(), part.numbers.tolist(), strict=True):
+            if self.tally.number[lane] == number:
+                yield self._at(lane).request
+        yield from (seat.request for seat in part.reading if self._sits(seat))
+
     def _broke(self, seat: Seat) -> None:
         """End a request whose pages were given what no code can hold; they are not reused."""
-        seat.request.error = NonFiniteError(
+        self._poisoned(
+            seat,
             "the model made NaN or infinity of this request's tokens, which no code of these pages "
-            "can hold; jkv.paged() keeps them as they are"
+            "can hold; jkv.paged() keeps them as they are",
         )
-        self.batch.withdraw(seat)
-        self._free(seat)
-        self._close(seat.request, "error")
 
     def _undrawable(self, seat: Seat, *, by_sampler: bool) -> None:
         """End a request that had nothing to draw its next token from.
@@ -319,15 +416,20 @@ class Steps:
         """
         step = len(seat.request.tokens)
         cause = faults.SAMPLER if by_sampler else faults.MODEL
-        seat.request.error = NonFiniteError(
+        message = (
             f"a token could not be drawn, at step {step} (step 0 is the first new token): {cause}"
         )
         if by_sampler:
-            self._leave(seat, "error")
-            return
+            self._leave(seat, "error", NonFiniteError(message))
+        else:
+            self._poisoned(seat, message)
+
+    def _poisoned(self, seat: Seat, message: str) -> None:
+        """End a request and let nothing find its pages."""
+        seat.request.end("error", NonFiniteError(message))
         self.batch.withdraw(seat)
         self._free(seat)
-        self._close(seat.request, "error")
+        self._dismiss(seat.request)
 
     def _heard(self, seat: Seat, tokens: list[int], active: bool) -> None:
         request = seat.request
@@ -338,57 +440,56 @@ class Steps:
         if request.first_token is None:
             request.first_token = time.perf_counter()
             self.figures.first.append(request.first_token - request.submitted)
-        request.tokens.extend(tokens)
-        self.tally.said[seat.lane] += len(tokens)
+        ended = False
         if request.watched:
             try:
-                ended = self._told(request, len(tokens))
+                ended = self._told(request, tokens)
             except Exception as error:
                 # A user's function, or a tokenizer that cannot say what these tokens mean: this
-                # request's affair, and nobody else's.
-                request.error = error
-                if self._sits(seat):
-                    self._leave(seat, "error")
-                return
+                # request's affair, and no other's.
+                request.end("error", error)
             if not self._sits(seat):
                 return  # cancelled by its own callback
-            if ended:
-                self._leave(seat, "stop")
-                return
-        if not active:
+        self.tally.hear(np.asarray([seat.lane]), np.asarray([tokens], np.int32))
+        if request.endings:
+            self._leave(seat)
+        elif ended:
+            self._leave(seat, "stop")
+        elif not active:
             stopped = request.tokens[-1] in request.stop_ids
             self._leave(seat, "stop" if stopped else "length")
 
-    def _told(self, request: Request, fresh: int) -> bool:
-        """Cut the tokens at a stop string and tell the callback; whether there was one."""
-        cut = None
-        if request.stop_strings:
-            match = first_stop(
-                self.tokenizer, request.stop_strings, request.prompt, request.tokens, fresh
-            )
-            cut = None if match is None else match.kept
-        if cut is not None:
-            gone = len(request.tokens) - cut
-            fresh -= gone
-            self.figures.counts["tokens"] -= gone
-            request.seat.part()  # who would bring them back
-            del request.tokens[cut:]
-        if request.on_token is not None:
-            for token in request.tokens[len(request.tokens) - fresh :]:
-                request.on_token(request, token)
-                if request.state != RUNNING:
-                    break
-        return cut is not None
+    def _told(self, request: Request, tokens: list[int]) -> bool:
+        """Give a watched request its tokens one by one, up to a stop string; whether there is one.
 
-    def _leave(self, seat: Seat, reason: str) -> None:
-        """A request's end: its pages go back, the full ones to be found again."""
-        self._popped.append(seat.request)
+        A token that is in the request has been told to its callback, or is being told: after an
+        interrupt it is not told again.
+        """
+        heard = request.heard
+        match = None
+        if request.stop_strings:
+            match = self._match(request, heard + tokens, len(tokens))
+        for token in tokens if match is None else tokens[: match.kept - len(heard)]:
+            heard.append(token)
+            if request.on_token is not None:
+                request.on_token(request, token)
+                if request.endings:
+                    break
+        return match is not None
+
+    def _match(self, request: Request, tokens: list[int], fresh: int) -> StopMatch | None:
+        """Where a stop string is complete in one of the last `fresh` tokens of a request."""
+        return first_stop(self.tokenizer, request.stop_strings, request.prompt, tokens, fresh)
+
+    def _leave(self, seat: Seat, reason: str = "", error: Exception | None = None) -> None:
+        """End a request that runs, if it has not ended; its pages go back, to be found again."""
+        if reason:
+            seat.request.end(reason, error)
         self._vacate(seat)
-        self._close(seat.request, reason)
-        self._popped.remove(seat.request)
+        self._dismiss(seat.request)
 
     def _vacate(self, seat: Seat) -> None:
-        """Pages back and the lane free; what they hold may still be found."""
+        """Give pages and lane back; what the pages hold may still be found."""
         if self.share:
             self.batch.publish(seat, seat.written())
         self._free(seat)
@@ -399,18 +500,22 @@ class Steps:
         self.tally.clear(seat.lane)
         self.seats[seat.lane] = None
 
-    def _close(self, request: Request, reason: str) -> None:
-        request.state, request.finish_reason = FINISHED, reason
-        request.finished = time.perf_counter()
-        self.figures.counts["finished"] += 1
-        self.figures.counts[reason] += 1
+    def _finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
+        """End a request that has no lane."""
+        request.end(reason, error)
+        self._dismiss(request)
+
+    def _dismiss(self, request: Request) -> None:
+        """Count a request that has ended, and let go of it; done again it changes nothing."""
+        if request.number not in self.requests.live:
+            return
         if request.swapped is not None:
-            saved = request.swapped
             self._forget_swapped(request)
-            self.batch.forget(saved)
+        self.figures.count(request.number, request.finish_reason or "", len(request.tokens))
+        self.requests.discard(request.number)
 
     def _forget_swapped(self, request: Request) -> None:
-        self.figures.swapped_bytes -= request.swapped.nbytes
+        self.batch.forget(request.swapped)
         request.swapped = None
 
 

@@ -1,0 +1,57 @@
+"""Interrupts at chosen places: a `KeyboardInterrupt` before the n-th line or bytecode."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jkv
+
+PACKAGE = str(Path(jkv.__file__).parent)
+
+
+class Interrupt:
+    """Raise `KeyboardInterrupt` before the n-th event in the watched files, once.
+
+    Python itself delivers a signal between two bytecodes, at fewer places than these.
+
+    Args:
+        at: which event, from 0; negative for none, to count them.
+        inside: parts of the watched files' names below the package.
+        bytecodes: every bytecode is an event, and not only every line.
+    """
+
+    def __init__(self, at: int, inside: tuple[str, ...] = ("/engine/",), bytecodes: bool = True):
+        self.left, self.count, self.where = at, 0, ""
+        self._inside, self._bytecodes = inside, bytecodes
+
+    def __enter__(self) -> Interrupt:
+        if not self.where:
+            sys.settrace(self._called)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _called(self, frame: Any, event: str, argument: Any) -> Any:
+        name = frame.f_code.co_filename
+        if not name.startswith(PACKAGE) or not any(part in name for part in self._inside):
+            return None
+        frame.f_trace_opcodes = self._bytecodes
+        frame.f_trace_lines = not self._bytecodes
+        return self._passed
+
+    def _passed(self, frame: Any, event: str, argument: Any) -> Any:
+        if event in ("line", "opcode"):
+            self.count += 1
+            if self.left == 0:
+                code = frame.f_code
+                self.where = (
+                    f"{code.co_filename}:{frame.f_lineno} {code.co_qualname} {frame.f_lasti}"
+                )
+                sys.settrace(None)
+                frame.f_trace = None
+                raise KeyboardInterrupt
+            self.left -= 1
+        return self._passed
