@@ -147,13 +147,13 @@ class Remote:
         """
         name = name_of(key)
         try:
-            return self._read(name, lambda blob: codec.decode(blob, key))
+            return self._read(key[:80], name, lambda blob: codec.decode(blob, key))
         except CorruptError as error:
             raise CorruptError(f"{self.url}{name}: {error}") from None
         except UnsupportedError as error:  # no zstd in this process
             raise TierError(f"{brief(key[:80])} not read: {error}") from error
 
-    def _read(self, name: str, decode: Callable[[bytes], Entry]) -> Entry | None:
+    def _read(self, shown: str, name: str, decode: Callable[[bytes], Entry]) -> Entry | None:
         """An object, asked for again where it came damaged: others share what would be removed.
 
         Raises:
@@ -163,7 +163,7 @@ class Remote:
         """
         before = None
         while True:
-            result = self._ask(f"read {brief(name[:80])}", lambda: self._kvstore.read(name))
+            result = self._ask(f"read {brief(shown)}", lambda: self._kvstore.read(name))
             if result.state == "missing":
                 return None
             try:
@@ -235,7 +235,7 @@ class Remote:
                 return codec.decode(blob)
 
             try:
-                self._read(name, decode)
+                self._read(name, name, decode)
             except CorruptError as error:
                 problems[name] = str(error)
             except UnsupportedError as error:  # left where it is

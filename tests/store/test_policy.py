@@ -387,10 +387,13 @@ def test_a_heap_does_not_outgrow_its_entries(policy):
         assert len(evictor._heap) < 2 * len(evictor) + 70
 
 
-def cost_ratio(policy: Policy, entries: int, bound: float) -> float:
-    """How much longer an operation takes with so many entries than with 1000."""
+def cost_ratio(measure: str, policy: Policy, entries: int) -> float:
+    """How much more an operation costs with so many entries than with 1000."""
     # In another process: here every call is checked, which takes longer than what it does.
-    code = f"from tests.store.cost import *; print(ratio({policy!r}, {entries}, {bound}))"
+    code = (
+        "from tests.store.cost import *; "
+        f"print({measure}({policy!r}, {entries}) / {measure}({policy!r}, 1000))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
@@ -400,14 +403,14 @@ def cost_ratio(policy: Policy, entries: int, bound: float) -> float:
 @every_policy
 def test_an_operation_costs_the_same_among_many(policy):
     # A search through all would cost twenty times as much.
-    assert cost_ratio(policy, 20_000, 4.0) < 4
+    assert cost_ratio("counted", policy, 20_000) < 1.5
 
 
 @pytest.mark.slow
 @every_policy
-def test_an_operation_costs_the_same_among_a_million(policy):
-    bound = 2.0 if isinstance(policy, CostAware) else 1.5
-    assert cost_ratio(policy, 10**6, bound) < bound
+def test_no_operation_searches_through_all(policy):
+    # A search in C takes a hundred times as long as all of it, and no noise does.
+    assert cost_ratio("timed", policy, 200_000) < 20
 
 
 def test_policies_need_no_jax():

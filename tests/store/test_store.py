@@ -369,18 +369,16 @@ def test_mistakes_are_said():
         check(store, accesses=0)
 
 
-def test_imports_fast_and_without_jax():
+def test_imports_little_and_without_jax():
+    """What takes long is imported by what needs it."""
     code = (
-        "import sys, time; t = time.process_time(); import jkv.store; "
-        "from jkv.store import Store, Memory, Disk, LRU; t = time.process_time() - t; "
-        "print('jax' in sys.modules, t)"
+        "import sys, jkv.store; from jkv.store import Store, Memory, Disk, Remote, LRU; "
+        "print(*{name.partition('.')[0] for name in sys.modules})"
     )
-    done = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-        for _ in range(3)
-    ]
-    assert {d.stdout.split()[0] for d in done} == {"False"}, done[0].stderr
-    assert min(float(d.stdout.split()[1]) for d in done) < 0.3
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    heavy = {"jax", "jaxlib", "flax", "tensorstore", "zstandard", "rich", "scipy", "safetensors"}
+    assert {"jkv", "numpy"} <= set(done.stdout.split()), done.stderr
+    assert not heavy & set(done.stdout.split())
 
 
 def test_no_module_has_the_name_of_something_public():

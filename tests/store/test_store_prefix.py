@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jkv.store import Disk, Memory, Remote, Store, keys
+from jkv.store import store as store_module
 from tests.store.fakes import Batched, Clock, Fake, check, entry, number
 
 TEXT = list(range(100, 150))
@@ -190,20 +191,26 @@ def test_it_is_found_after_a_restart(tmp_path, lasting):
 
 
 def test_a_search_waits_for_what_is_there_from_before(monkeypatch):
+    monkeypatch.setattr(store_module, "_INDEX_WAIT", 60.0)  # longer than any machine is busy
     tier = Fake(name="disk")
     with Store([tier], chunk=4) as store:
         store.put("a", entry(1), tokens=TEXT)
     describe = tier.describe
+    for search in ("longest_prefix", "longest_prefix_many"):
+        asked = threading.Event()
 
-    def slow(name):
-        time.sleep(0.1)
-        return describe(name)
+        def slow(name, asked=asked):
+            assert asked.wait(60)  # nothing is indexed before it is asked for
+            return describe(name)
 
-    monkeypatch.setattr(tier, "describe", slow)
-    with Store([tier], chunk=4) as store:
-        assert length(store, TEXT) == 50
-    with Store([tier], chunk=4) as store:
-        assert store.longest_prefix_many([TEXT])[0].length == 50
+        monkeypatch.setattr(tier, "describe", slow)
+        with Store([tier], chunk=4) as store:
+            waited = store._inner.indexed.wait
+            monkeypatch.setattr(
+                store._inner.indexed, "wait", lambda *a, w=waited, e=asked: e.set() or w(*a)
+            )
+            found = getattr(store, search)(TEXT if search == "longest_prefix" else [TEXT])
+            assert (found if search == "longest_prefix" else found[0]).length == 50
 
 
 def test_a_match_is_held_and_a_corrupt_one_is_passed_over():

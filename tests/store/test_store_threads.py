@@ -51,15 +51,21 @@ def emptied(store):
         store.clear()
 
 
-def live(store, seconds, keys=40):
-    """Each key is written by one thread and read by all, who never see what is over."""
+def live(store, seconds=None, rounds=60, keys=40):
+    """Each key is written by one thread and read by all, who never see what is over.
+
+    Each thread makes so many `rounds`, or goes on for so many seconds.
+    """
     emptied(store)
     acknowledged = [0] * keys
     begun = [0] * keys
     gone = [0] * keys  # turns up to here were removed
     problems: list[str] = []
-    end = time.monotonic() + seconds
+    end = None if seconds is None else time.monotonic() + seconds
     counts = [0] * THREADS
+
+    def going(me):
+        return counts[me] < rounds if end is None else time.monotonic() < end
 
     def verify(key, got, least):
         if got is None:
@@ -77,7 +83,7 @@ def live(store, seconds, keys=40):
     def work(me):
         draw = random.Random(me)
         try:
-            while time.monotonic() < end and not problems:
+            while going(me) and not problems:
                 key = min(int(draw.expovariate(0.1)), keys - 1)
                 mine = key - key % THREADS + me
                 if mine >= keys:
@@ -136,10 +142,11 @@ def live(store, seconds, keys=40):
     threads = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + (seconds or 0) + 240
     while any(thread.is_alive() for thread in threads):
         check(store, exact=False)
         time.sleep(0.05)
-        assert time.monotonic() < end + 60, "a deadlock"
+        assert time.monotonic() < deadline, "a deadlock"
     assert problems == []
     store.drain()
     return sum(counts)
@@ -164,7 +171,7 @@ def test_many_threads(tmp_path, which):
     for i, store in enumerate(stores(tmp_path)):
         with store:
             if i == which:
-                assert live(store, 1.2) > 50
+                assert live(store) == 60 * THREADS
                 figures = check(store, exact=which == 0)
                 assert figures["hits"] > 0
 
@@ -214,21 +221,22 @@ def test_the_checks_find_a_wrong_value(monkeypatch):
     with Store([tier], chunk=8) as store:
         monkeypatch.setattr(tier, "read", lambda key: _other(read(key)))
         with pytest.raises(AssertionError, match=r"expected|wrong"):
-            live(store, 5)
+            live(store, rounds=2000)
 
 
 def _other(entry):
     return entry and Entry(entry.arrays, {**entry.meta, "turn": entry.meta["turn"] + 1})
 
 
-def other_process(me, path, seconds, results, together):
+def other_process(me, path, rounds, results, together):
     """Puts, removes and reads what another process does too."""
     draw, wrong, found = random.Random(me), 0, 0
     together.wait(120)
-    end = time.monotonic() + seconds
     tiers = [Memory(1000), Disk(path, 8000)]
     with Store(tiers, write_through=me == 0, chunk=8) as store:
-        while time.monotonic() < end:
+        for number in range(rounds):
+            if number == rounds // 2:
+                together.wait(240)  # neither has done all before the other begins
             key = draw.randrange(20)
             what = draw.random()
             if what < 0.3:
@@ -255,15 +263,15 @@ def other_process(me, path, seconds, results, together):
 def test_two_processes_on_one_directory(tmp_path):
     spawn = multiprocessing.get_context("spawn")
     results = spawn.Queue()
-    seconds = 60 if SOAK else 1
+    rounds = 20_000 if SOAK else 300
     together = spawn.Barrier(2)
     processes = [
-        spawn.Process(target=other_process, args=(me, tmp_path, seconds, results, together))
+        spawn.Process(target=other_process, args=(me, tmp_path, rounds, results, together))
         for me in range(2)
     ]
     for process in processes:
         process.start()
-    said = [results.get(timeout=120) for _ in processes]
+    said = [results.get(timeout=900 if SOAK else 240) for _ in processes]
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
