@@ -14,7 +14,7 @@ from jkv._text import brief
 # tokenizer_config.json 1.2 MB, chat templates 0.1 MB, an index 15 MB, tokenizer.json 35 MB. Python
 # takes up to twenty times a file's size to parse it.
 CONFIG_LIMIT = 4 << 20
-TEMPLATE_LIMIT = 1 << 20
+TEMPLATE_LIMIT = 1 << 18
 INDEX_LIMIT = TOKENIZER_LIMIT = 64 << 20
 
 

@@ -13,12 +13,24 @@ from jkv.models import diagnose
 
 BUILT_IN = ("shakespeare",)
 
-# Weights as safetensors, configuration, tokenizer, templates; nothing in other folders, and not
-# the second copy of the weights that some repositories carry in their authors' own layout.
+# Weights as safetensors, configuration, tokenizer, templates; nothing in folders but that of more
+# templates, and not the second copy of the weights that some repositories carry in their authors'
+# own layout.
 ALL = ("*.json", "*.safetensors", "*.jinja")
 ALL_BUT_WEIGHTS = ("*.json", "*.jinja")
 CONFIG = ("config.json", "generation_config.json")
-_UNWANTED = ("*/*", "consolidated*")
+_TEMPLATES = "additional_chat_templates"
+_UNWANTED = (
+    # Every folder but one. Patterns cannot say "but": these are the names that differ from it in
+    # their first letter, their second, and so on; that end early; and that go on.
+    *(f"{_TEMPLATES[:i]}[!{letter}/]*/*" for i, letter in enumerate(_TEMPLATES)),
+    *(f"{_TEMPLATES[:i]}/*" for i in range(1, len(_TEMPLATES))),
+    f"{_TEMPLATES}[!/]*/*",
+    f"{_TEMPLATES}/*/*",
+    f"{_TEMPLATES}/*.json",
+    f"{_TEMPLATES}/*.safetensors",
+    "consolidated*",
+)
 
 
 def resolve(

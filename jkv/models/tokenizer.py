@@ -19,6 +19,7 @@ from jkv.models.continuation import Continuation
 from jkv.models.files import TEMPLATE_LIMIT, TOKENIZER_LIMIT, parse_json, read_json, read_text
 from jkv.models.token_bytes import TokenBytes
 
+_MOST_TEMPLATES = 100
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -260,11 +261,7 @@ def read_tokenizer(directory: Path, problems: list[str]) -> Tokenizer | None:
         values = read_json(directory / name, problems, limit=TOKENIZER_LIMIT, optional=True) or {}
         special |= _special(values)
         templates |= _templates(values.get("chat_template"), problems)
-    own = read_text(
-        directory / "chat_template.jinja", problems, limit=TEMPLATE_LIMIT, optional=True
-    )
-    if own is not None:
-        templates["default"] = own
+    templates |= _template_files(directory, problems)
     return Tokenizer(tokenizer, special, templates, directory)
 
 
@@ -277,6 +274,24 @@ def _special(values: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value, str):
             found[name] = value
     return found
+
+
+def _template_files(directory: Path, problems: list[str]) -> dict[str, str]:
+    """Templates in files of their own, which count more than those in tokenizer_config.json."""
+    paths = {"default": directory / "chat_template.jinja"}
+    folder = directory / "additional_chat_templates"
+    if folder.is_dir():
+        more = sorted(path for path in folder.iterdir() if path.suffix == ".jinja")
+        if len(more) > _MOST_TEMPLATES:
+            problems.append(
+                f"{folder.name}: holds {len(more)} templates; expected at most {_MOST_TEMPLATES}"
+            )
+        paths |= {path.stem: path for path in more[:_MOST_TEMPLATES]}
+    texts = {
+        name: read_text(path, problems, limit=TEMPLATE_LIMIT, optional=True)
+        for name, path in paths.items()
+    }
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _templates(value: Any, problems: list[str]) -> dict[str, str]:

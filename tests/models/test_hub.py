@@ -18,6 +18,7 @@ import jkv
 from jkv.errors import CheckpointError
 from jkv.models.hub import resolve
 from tests.models.conftest import GOLDEN
+from tests.models.test_tokenizer import words
 
 OLD, NEW = "1" * 40, "2" * 40
 
@@ -33,11 +34,15 @@ class Cache:
         snapshot = self.repo / "snapshots" / commit
         snapshot.mkdir(parents=True)
         (self.repo / "blobs").mkdir(exist_ok=True)
-        for path in source.iterdir():
+        for path in source.rglob("*"):
+            if path.is_dir():
+                continue
             data = path.read_bytes()
             blob = self.repo / "blobs" / hashlib.sha256(data).hexdigest()
             blob.write_bytes(data)
-            (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+            link = snapshot / path.relative_to(source)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
         if ref is not None:
             (self.repo / "refs").mkdir(exist_ok=True)
             (self.repo / "refs" / ref).write_text(commit)
@@ -67,6 +72,17 @@ def test_shards_of_a_snapshot(cache, checkpoint):
     copy.shard(("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"))
     cache.add(NEW, copy.path, ref="main")
     assert jkv.load("team/tiny").config.layers == 3
+
+
+def test_templates_of_a_snapshot(cache, checkpoint):
+    copy = checkpoint()
+    words(copy.path)
+    (copy.path / "chat_template.jinja").write_text("usual")
+    (copy.path / "additional_chat_templates").mkdir()
+    (copy.path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    cache.add(NEW, copy.path, ref="main")
+    tokenizer = jkv.load("team/tiny").tokenizer
+    assert tokenizer.templates == {"default": "usual", "tool_use": "tools"}
 
 
 def test_a_snapshot_with_a_file_missing(cache):
@@ -107,6 +123,15 @@ def test_what_is_downloaded(monkeypatch, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+        "additional_chat_templates/config.json",
+        "additional_chat_templates/old/rag.jinja",
+        "additional_chat_templates2/rag.jinja",
+        "additional_chat_template/rag.jinja",
+        "additional/chat_template.jinja",
+        "a/tool_use.jinja",
+        "b/tool_use.jinja",
+        "templates/tool_use.jinja",
         "pytorch_model.bin",
         "modeling.py",
         "consolidated.safetensors",
@@ -117,7 +142,7 @@ def test_what_is_downloaded(monkeypatch, tmp_path):
     kept = filter_repo_objects(
         files, allow_patterns=seen["allow_patterns"], ignore_patterns=seen["ignore_patterns"]
     )
-    assert list(kept) == files[:7]
+    assert list(kept) == files[:8]
     assert (seen["name"], seen["revision"]) == ("team/tiny", "v1")
 
 
