@@ -37,6 +37,7 @@ KEYS = [
 ]
 GENERATE = ("generate", "--model")
 NINE = ("--max-new-tokens", "9")
+CUTS = ("--top-k", "2", "--top-p", "0.5", "--min-p", "0.9")  # the likeliest is in all of them
 
 
 def write_checkpoint(directory: Path, template: str | None = texts.TEMPLATE) -> str:
@@ -252,20 +253,15 @@ def test_sampling_options_are_a_chain(run, tiny, lm):
 
 
 def test_a_penalty_counts_without_a_temperature(run, tiny, lm):
-    arguments = [
-        "generate",
-        "--model",
-        tiny,
-        "--prompt",
-        "he wo",
-        "--max-new-tokens",
-        "9",
-        "--json",
-    ]
-    out = run(*arguments, "--repetition-penalty", "1.9", "--top-k", "2")[1]
+    arguments = ["generate", "--model", tiny, "--prompt", "hello", *NINE, "--json"]
+    plain, penalised, unlikely = (
+        json.loads(run(*arguments, *more)[1])["outputs"][0]["tokens"]
+        for more in ([], ["--repetition-penalty", "1.9"], ["--repetition-penalty", "1.9", *CUTS])
+    )
     sampler = jkv.sampling.chain(jkv.sampling.repetition_penalty(1.9), jkv.sampling.greedy())
-    want = reference(lm, ["he wo"], max_new_tokens=9, sampler=sampler)
-    assert json.loads(out)["outputs"][0]["tokens"] == want.tokens[0][: want.lengths[0]].tolist()
+    want = reference(lm, ["hello"], max_new_tokens=9, sampler=sampler)
+    assert penalised == unlikely == want.tokens[0][: want.lengths[0]].tolist()
+    assert penalised != plain, "this prompt shows nothing"
 
 
 def test_stop_texts(run, tiny, lm):

@@ -25,7 +25,11 @@ CODECS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Rows of some lengths, of which the last `new` tokens are asked for."""
+    """Rows of some lengths, of which the last `new` tokens are asked for.
+
+    Where rows are `ahead`, those are so many positions further than the last token that is there,
+    or, below zero, before it: what is filled and what is asked for are two things.
+    """
 
     lengths: tuple[int, ...]
     form: str = "bfloat16"
@@ -40,6 +44,7 @@ class Case:
     told: bool = False  # slots in any order, with holes
     page: int | None = None
     padding: tuple[int, ...] = ()  # rows without queries
+    ahead: tuple[int, ...] = ()  # positions, of each row
     bound: float = 1e-2  # of the largest number of the result
 
     @property
@@ -57,7 +62,8 @@ class Case:
 def drawn(case: Case, seed: int = 0) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Arguments of the operation, output [B, T, N, H] and log-sum-exp [B, T, N] in float64.
 
-    Whatever no query may look at is NaN or infinite, or as near to that as the form comes.
+    Whatever no query sees, and not only empty slots, is NaN or infinite, or as near to that as the
+    form comes.
     """
     rng = np.random.default_rng(seed)
     batch, new, slots = len(case.lengths), case.new, case.slots
@@ -65,7 +71,8 @@ def drawn(case: Case, seed: int = 0) -> tuple[dict[str, Any], np.ndarray, np.nda
     real = np.minimum(lengths, new)
     real[list(case.padding)] = 0
     offsets = np.arange(new)[None]
-    positions = np.where(offsets < real[:, None], (lengths - real)[:, None] + offsets, -1)
+    first = lengths - real + np.asarray(case.ahead or [0] * batch)
+    positions = np.where(offsets < real[:, None], first[:, None] + offsets, -1)
     held = np.broadcast_to(np.arange(slots), (batch, slots))
     if case.told:
         held = np.stack([rng.permutation(slots) for _ in range(batch)])
@@ -81,7 +88,7 @@ def drawn(case: Case, seed: int = 0) -> tuple[dict[str, Any], np.ndarray, np.nda
     }
     stored = [_stored(case, x, i) for i, x in enumerate((keys, values))]
     decoded = [_decoded(x) for x in stored]
-    stored = [_poisoned(x, held < 0) for x in stored]
+    stored = [_poisoned(x, ~_seen(case, positions, held).any(axis=1)) for x in stored]
     if case.page is None:
         told = jnp.asarray(held, jnp.int32) if case.told else None
         arguments |= {"k": stored[0], "v": stored[1], "slot_positions": told}
@@ -89,6 +96,15 @@ def drawn(case: Case, seed: int = 0) -> tuple[dict[str, Any], np.ndarray, np.nda
         table, pages = _paged(case, rng, stored, lengths)
         arguments |= {"k_pages": pages[0], "v_pages": pages[1], "block_table": table}
     return arguments, *_oracle(case, np.asarray(q, np.float64), decoded, positions, held)
+
+
+def _seen(case: Case, positions: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Which queries see which slots, [B, T, S]."""
+    at, held = positions[:, :, None], held[:, None]
+    seen = (held >= 0) & (held <= at)
+    if case.window is not None:
+        seen &= (at - held < case.window) | (held < case.sinks)
+    return seen
 
 
 def close(case: Case, got: Any, out: np.ndarray, lse: np.ndarray) -> None:
@@ -160,10 +176,7 @@ def _oracle(
     keys, values = kv
     out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
     for b, t in np.ndindex(q.shape[:2]):
-        p = positions[b, t]
-        seen = (held[b] >= 0) & (held[b] <= p)
-        if case.window is not None:
-            seen &= (p - held[b] < case.window) | (held[b] < case.sinks)
+        seen = _seen(case, positions, held)[b, t]
         if not seen.any():
             continue
         for n in range(q.shape[2]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,10 @@ from tests.ops.cached import Case, close, drawn
 
 VERSION = jax.__version_info__[:2]
 interpreted = pytest.mark.skipif(
-    VERSION < (0, 12), reason=f"JAX {jax.__version__} has no interpreter for what the kernels do"
+    VERSION < (0, 12),
+    reason=f"NOT RUN: the arithmetic of the kernels for GPUs needs JAX 0.12 or newer, whose "
+    f"interpreter knows them, and so Python 3.12 or newer; this is JAX {jax.__version__} on Python "
+    f"{sys.version_info.major}.{sys.version_info.minor}",
 )
 
 # Every length at the edge of a block of 64, a row without tokens and one without queries.
@@ -36,6 +40,13 @@ CASES = {
     "int4": Case((130, 64), form="int4", kv_heads=2),
     "int4 by channel": Case((192, 64), form="int4 by channel", dim=128, new=5),
     "int4 in groups": Case((192, 66), form="int4 in groups", dim=128, groups=2),
+    # Queries past what is filled, before its end, and so that a window ends within a block of it.
+    "fewer filled than asked": Case((5, 63, 64, 130), new=2, ahead=(7, 1, 1, 40)),
+    "more filled than asked": Case((130, 192, 100), ahead=(-70, -129, -1), groups=1),
+    "window and fewer filled": Case((100, 150), window=70, sinks=3, ahead=(10, 60), new=2),
+    "codes and fewer filled": Case((63, 129), form="int8", ahead=(2, 30), dim=128),
+    "codes by channel and more": Case((192, 128), form="int4 by channel", dim=128, ahead=(-9, -64)),
+    "pages and fewer filled": Case((49, 100), page=16, ahead=(3, -40)),
     "pages": Case((130, 0, 49), page=16, window=100),
     "pages of codes": Case((192, 70), form="int8", page=64, dim=64),
 }
