@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,19 @@ def test_dtype(run, tiny):
     plain, half = (json.loads(run(*arguments, *more)[1]) for more in ([], ["--dtype", "bfloat16"]))
     assert half["dtype"] == "bfloat16"
     assert half["cache_bytes"] < 0.6 * plain["cache_bytes"]
+
+
+def test_ignore(run, tiny, tmp_path):
+    """The message names the key, and the option takes it."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"mystery": 1}))
+    status, _, error = run("info", str(model))
+    assert status == 2
+    assert "mystery" in error
+    for command in (["info", str(model)], ["generate", "--model", str(model), "--prompt", "x"]):
+        assert run(*command, "--ignore", "mystery")[0] in (None, 0)
 
 
 def test_sampling_options_are_a_chain(run, tiny, lm):

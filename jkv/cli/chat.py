@@ -38,6 +38,7 @@ def chat(
     stop: options.Stop = None,
     cache: options.CacheSpec = "dense",
     dtype: options.Dtype = None,
+    ignore: options.Ignore = None,
     on_full: Annotated[
         str, typer.Option(help="When the context is full: drop the oldest turns, or raise.")
     ] = "drop",
@@ -62,7 +63,7 @@ def chat(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
     )
-    lm = process.load(model, dtype)
+    lm = process.load(model, dtype, ignore)
     if max_new_tokens is None:
         max_new_tokens = min(256, max(1, lm.config.context // 2))
     if lm.tokenizer is not None and "default" not in lm.tokenizer.templates:

@@ -41,6 +41,7 @@ def engine(
     ] = "paged",
     max_new_tokens: Annotated[int, typer.Option(help="Of requests that do not say.")] = 64,
     dtype: options.Dtype = None,
+    ignore: options.Ignore = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Report bad lines and answer the others.")
     ] = False,
@@ -77,7 +78,7 @@ def engine(
     if not lines.asked:
         return 2
     try:
-        lm = process.load(model, dtype)
+        lm = process.load(model, dtype, ignore)
     except ValueError:
         if lines.bad and not skip_bad:
             return 2  # the lines come first; only with the model can the rest of them be checked

@@ -37,6 +37,7 @@ def generate(
     stop: options.Stop = None,
     cache: options.CacheSpec = "dense",
     dtype: options.Dtype = None,
+    ignore: options.Ignore = None,
     show_steps: Annotated[bool, typer.Option(help="Print the text after each token.")] = False,
     stream: Annotated[bool, typer.Option(help="Print the text as it comes.")] = False,
     as_json: options.AsJson = False,
@@ -73,7 +74,7 @@ def generate(
             min_new_tokens=min_new_tokens,
         ),
     }
-    lm = process.load(model, dtype)
+    lm = process.load(model, dtype, ignore)
     ids = lm.encode(texts)
     screen = Screen(lm, texts, ids, steps=show_steps, stream=stream, as_json=as_json)
     result, speed = _measured(lm, ids, asked, screen, warm=not (stream or show_steps))

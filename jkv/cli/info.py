@@ -14,6 +14,7 @@ def info(
     source: Annotated[str, typer.Argument(help="A built-in name, a directory, or a hub id.")],
     cache: options.CacheSpec = "dense",
     dtype: options.Dtype = None,
+    ignore: options.Ignore = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Tell what a checkpoint is, and what its cache takes."""
@@ -21,7 +22,7 @@ def info(
     from jkv.models import outline
 
     kind = parse(cache)
-    facts = _facts(outline(source, dtype=dtype), cache, kind)
+    facts = _facts(outline(source, dtype=dtype, ignore=ignore or ()), cache, kind)
     if as_json:
         print(json.dumps(facts))
         return

@@ -48,6 +48,10 @@ Stop = Annotated[
 SPEC_HELP = "The kind of cache, such as dense, none or window:256; `jkv caches` lists all."
 CacheSpec = Annotated[str, typer.Option("--cache", metavar="SPEC", help=SPEC_HELP)]
 Dtype = Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY", help="A key of config.json to treat as absent; repeatable."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One object on standard output.")]
 
 

@@ -21,14 +21,14 @@ _COMPILING = (
 )
 
 
-def load(source: str, dtype: str | None) -> Any:
+def load(source: str, dtype: str | None, ignore: list[str] | None = None) -> Any:
     """The model, with compiled programs kept from one process to the next."""
     import jkv
 
     keep_programs()
     clock()
     with bar("loading", "bytes") as progress:
-        return jkv.load(source, dtype=dtype, progress=progress)
+        return jkv.load(source, dtype=dtype, ignore=ignore or (), progress=progress)
 
 
 class Clock:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jkv._text import brief
 from jkv.errors import CheckpointError
@@ -20,7 +19,7 @@ from jkv.models.decoder import Decoder
 from jkv.models.families import Family, Place
 from jkv.models.files import INDEX_LIMIT, read_json
 from jkv.models.settings import bare
-from jkv.models.slots import Slot, find_slots, tensor_shapes
+from jkv.models.slots import Slot, find_slots, outline_model, tensor_shapes
 from jkv.models.tensorfile import DTYPES, Tensor, read_header
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,7 +65,7 @@ def read_checkpoint(
     if problems or config is None or family is None:
         raise CheckpointError(_report(directory, problems))
     config = dataclasses.replace(config, dtype=_choose_dtype(dtype, config, tensors))
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    model = outline_model(config)
     slots = find_slots(model, family)
     _fill(slots, tensors, config.dtype, progress)
     return model, config

@@ -128,7 +128,9 @@ def directory(path: Path) -> str | None:
         return _hub_cache(path)
     if any(name.endswith(".gguf") for name in names):
         return f"it holds {_GGUF}"
-    within = [name for name in names if (path / name / "config.json").is_file()]
+    if any(name.startswith("models--") for name in names):
+        return "it is the hub's cache: load one of its models by the id, such as 'team/model'"
+    within = [name for name in names if _holds_model(path / name)]
     steps = [name for name in within if re.fullmatch(r"checkpoint-\d{1,12}", name)]
     if steps:
         newest = max(steps, key=lambda name: int(name.partition("-")[2]))
@@ -138,7 +140,13 @@ def directory(path: Path) -> str | None:
         )
     if within:
         return f"there are checkpoints in it: load {_few([str(path / name) for name in within])}"
-    return None if names else "it is empty"
+    if names:
+        return None
+    return "it is empty; of a hub repository only *.json, *.jinja and *.safetensors are downloaded"
+
+
+def _holds_model(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def _hub_cache(path: Path) -> str:
@@ -169,6 +177,8 @@ def weights(path: Path) -> str:
             "was left out"
         )
     text = f"found {_few(found)}" if found else "found no safetensors file"
+    if path.parent.name == "snapshots":
+        text += " in the hub's repository, of which no other weights are downloaded"
     pickles = [name for name in names if name.endswith((*_PICKLES, ".bin.index.json"))]
     if pickles:
         text += (

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jkv._bytes import parse_bytes
 from jkv._text import brief
@@ -22,6 +21,7 @@ from jkv.models.checkpoint import Progress
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder
 from jkv.models.hf_keys import check_ignore
+from jkv.models.slots import outline_model
 from jkv.models.tokenizer import Tokenizer, read_tokenizer
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -220,7 +220,7 @@ def outline(
     tokenizer = read_tokenizer(directory, problems)
     config = checkpoint.read_config(directory, ignore=keys, problems=problems)
     config = dataclasses.replace(config, dtype=name or checkpoint.usual_dtype(config.dtype))
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    model = outline_model(config)
     return LM(model, config, tokenizer, os.fspath(source), directory, keys)
 
 

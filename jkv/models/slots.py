@@ -76,6 +76,22 @@ class Slot:
         return np.asarray(value)
 
 
+def outline_model(config: Config) -> Decoder:
+    """Make a decoder with shapes in place of the weights.
+
+    All blocks are copies of one: to trace 1000 layers, which a configuration may claim in a few
+    bytes, would take minutes.
+    """
+    one = dataclasses.replace(config, layers=1, windows=())
+    model = nnx.eval_shape(lambda: Decoder(one, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model.blocks[0])
+    blocks = [nnx.merge(graph, state, copy=True) for _ in range(config.layers)]
+    for i, block in enumerate(blocks):
+        block.attention.config, block.attention.window = config, config.window(i)
+    model.config, model.blocks = config, nnx.List(blocks)
+    return model
+
+
 def find_slots(model: Decoder, family: Family) -> list[Slot]:
     """Find the rows of the family's table that this model has a place for."""
     slots = []
@@ -96,7 +112,7 @@ def tensor_shapes(config: Config, family: Family) -> dict[str, tuple[int, ...]]:
     configuration claims over a file of two are found out in no time.
     """
     one = dataclasses.replace(config, layers=1, windows=(), dtype="float32")
-    model = nnx.eval_shape(lambda: Decoder(one, rngs=nnx.Rngs(0)))
+    model = outline_model(one)
     place = {pattern.replace("*", "0"): pattern for pattern in family.tensors}
     shapes = {}
     for slot in find_slots(model, family):

@@ -133,6 +133,16 @@ FOLDERS = {
     ),
     "one within": (lambda copy: _folder(copy, "final/config.json"), "load ", "final"),
     "gguf": (lambda copy: _folder(copy, "x.Q4_0.gguf"), "GGUF", "gguf_file"),
+    "adapters within": (
+        lambda copy: _folder(copy, *(f"checkpoint-{i}/adapter_config.json" for i in (9, 10))),
+        "it is the output of a trainer",
+        "checkpoint-10'",
+    ),
+    "all of the hub's cache": (
+        lambda copy: _folder(copy, "models--team--tiny/refs/main"),
+        "it is the hub's cache",
+        "by the id",
+    ),
     "empty": (_folder, "config.json is missing: it is empty", ""),
 }
 
