@@ -318,7 +318,8 @@ def quantized(
 
     At 4 and 2 bits keys are grouped per channel over `group` tokens, since some channels of keys
     are many times as large as others, and values per token (KIVI, Liu et al. 2024,
-    arXiv:2402.02750). What has been rounded is never rounded again.
+    arXiv:2402.02750). A token is rounded once; only a roll-back by more than 16 tokens has fewer
+    than a group of them rounded a second time.
 
     Keys with large biases in a few channels (Qwen2.5) want ``key_axis="channel"`` at 8 bits too.
 
@@ -354,7 +355,7 @@ def fp8(*, residual: Any = 0) -> NearFarKind:
     """Keys and values as 8-bit floats with a scale per token (e4m3, arXiv:2209.05433).
 
     Args:
-        residual: newest tokens that stay exact.
+        residual: newest tokens that stay exact, none by default.
 
     Raises:
         ValueError: a negative residual.
@@ -391,7 +392,7 @@ def sparse(keep: Any = 0.25, *, bits: Any = None, residual: Any = 0) -> NearFarK
     Args:
         keep: share of the channels, above 0 and at most 1.
         bits: 8, 4 or 2, to round what is kept as well; in the model's dtype by default.
-        residual: newest tokens that stay whole.
+        residual: newest tokens that stay whole, none by default.
 
     Raises:
         ValueError: a share or number of bits out of range.

@@ -129,14 +129,14 @@ FORMS: dict[str, Form] = {
     "none": Form(none, "nothing: the whole prefix is computed again at each step"),
     "window": Form(
         window,
-        "the last N tokens, and the first ones as sinks; without N the model's own windows",
+        "the last N tokens, and the first ones if sinks say so; without N the model's own windows",
         examples=(":1024", ":1020,sinks=4"),
         arguments={"size": _COUNT, "sinks": _COUNT, "positions": _POSITIONS},
         bare=1,
     ),
     "int8": _rounded(8, "all tokens in 8 bits, a step and a zero point for each"),
-    "int4": _rounded(4, "4 bits, keys by channel and values by token; the newest stay exact"),
-    "int2": _rounded(2, "2 bits, keys by channel and values by token; the newest stay exact"),
+    "int4": _rounded(4, "4 bits, keys by channel and values by token; the newest 128 stay exact"),
+    "int2": _rounded(2, "2 bits, keys by channel and values by token; the newest 128 stay exact"),
     "kv": Form(
         _keys_and_values,
         "keys and values in different numbers of bits",
@@ -145,7 +145,9 @@ FORMS: dict[str, Form] = {
         bare=1,
         needed=1,
     ),
-    "fp8": Form(fp8, "8-bit floats, a scale for each token", arguments={"residual": _COUNT}),
+    "fp8": Form(
+        fp8, "all tokens as 8-bit floats, a scale for each", arguments={"residual": _COUNT}
+    ),
     "near_far": Form(
         near_far,
         "the newest tokens exact, those before them rounded as in another kind",
@@ -189,7 +191,7 @@ FORMS: dict[str, Form] = {
     ),
     "per_layer": Form(
         per_layer,
-        "a kind for all layers but the first and the last ones, which are kept dense",
+        "a kind for all layers but the first and the last ones, which are kept dense or as said",
         examples=(":int4,first=1,last=1",),
         arguments={"kinds": _KIND, "first": _COUNT, "last": _COUNT, "exact": _KIND},
         bare=1,

@@ -19,15 +19,15 @@ MinP = Annotated[
 ]
 Penalty = Annotated[
     float | None,
-    typer.Option("--repetition-penalty", help="Above 1: push down tokens already said."),
+    typer.Option("--repetition-penalty", help="Above 1: push down tokens of prompt and answer."),
 ]
 Presence = Annotated[
     float | None,
-    typer.Option("--presence-penalty", help="Less likely, all tokens of the answer so far."),
+    typer.Option("--presence-penalty", help="Subtract from the logits of tokens of the answer."),
 ]
 Frequency = Annotated[
     float | None,
-    typer.Option("--frequency-penalty", help="Likewise, as much less for each time they came."),
+    typer.Option("--frequency-penalty", help="Likewise, once for each time they came."),
 ]
 NoRepeat = Annotated[
     int | None,
