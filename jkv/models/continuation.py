@@ -65,6 +65,8 @@ def _without_prefix(part: Any) -> Any:
             return part | {"strip_left": False}
         case "Sequence":
             name = "normalizers" if "normalizers" in part else "pretokenizers"
+            if any(p["type"] == "WhitespaceSplit" for p in part[name]):
+                return part  # the spaces put before words stand for those that were split away
             inner = [_without_prefix(p) for p in part[name]]
             return part | {name: [p for p in inner if p is not None]}
     return part

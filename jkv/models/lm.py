@@ -48,7 +48,9 @@ class LM:
     ignored: tuple[str, ...] = ()
 
     def encode(self, texts: Any) -> list[list[int]]:
-        """Ids of each text, one list per text, with the special tokens the checkpoint adds.
+        """Encode each text, one list of ids per text, with the special tokens the checkpoint adds.
+
+        A text that begins with the start token's own text does not get a second one.
 
         Args:
             texts: one or several.

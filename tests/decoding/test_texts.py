@@ -81,6 +81,16 @@ def test_a_continuation_is_as_ever_after_its_first_special_token(prefix):
     assert tokenizer.encode_continuation("</s>b a</s>") == whole[at:]
 
 
+def test_a_continuation_keeps_the_spaces_between_words():
+    """T5's way: texts are split at spaces, and what is put before the words is those."""
+    tokenizer = texts.sentencepiece("metaspace")
+    inner = tokenizer._tokenizer
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), inner.pre_tokenizer]
+    )
+    assert tokenizer.decode([1, 260, *tokenizer.encode_continuation(" a b")]) == "a a b"
+
+
 def test_a_resumed_text_has_no_start_token_and_no_space(lm):
     out = jkv.generate(lm, ["ab", "b"], max_new_tokens=5, stop=())
     more = jkv.generate(lm, ["b a", ""], max_new_tokens=4, resume=out, stop=())
