@@ -15,12 +15,12 @@ import tokenizers
 from jkv._text import brief
 from jkv.errors import UnsupportedError
 from jkv.models import template as _template
+from jkv.models import tokenizer_files
 from jkv.models.continuation import Continuation
 from jkv.models.files import TEMPLATE_LIMIT, TOKENIZER_LIMIT, parse_json, read_json, read_text
 from jkv.models.token_bytes import TokenBytes
 
 _MOST_TEMPLATES = 100
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 class Tokenizer:
@@ -247,33 +247,23 @@ def read_tokenizer(directory: Path, problems: list[str]) -> Tokenizer | None:
         problems: what is wrong is added here.
     """
     text = read_text(directory / "tokenizer.json", problems, limit=TOKENIZER_LIMIT, optional=True)
-    if text is None or parse_json(text, "tokenizer.json", problems) is None:
+    values = None if text is None else parse_json(text, "tokenizer.json", problems)
+    if values is None:
         return None
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the bare class is what tokenizers raises
-        problems.append(f"tokenizer.json: {brief(str(error))}")
+    special, added, config = (
+        read_json(directory / name, problems, limit=TOKENIZER_LIMIT, optional=True) or {}
+        for name in ("special_tokens_map.json", "added_tokens.json", "tokenizer_config.json")
+    )
+    # What is wrong with config.json is reported by those who read all of it.
+    model_type = (read_json(directory / "config.json", []) or {}).get("model_type")
+    tokenizer = tokenizer_files.build(values, config, model_type, problems)
+    if tokenizer is None:
         return None
-    special: dict[str, Any] = {}
-    templates: dict[str, str] = {}
-    # The older file first: what tokenizer_config.json says counts more.
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        values = read_json(directory / name, problems, limit=TOKENIZER_LIMIT, optional=True) or {}
-        special |= _special(values)
-        templates |= _templates(values.get("chat_template"), problems)
+    names = tokenizer_files.add_tokens(tokenizer, config, special, added, problems)
+    templates = _templates(special.get("chat_template"), problems)
+    templates |= _templates(config.get("chat_template"), problems)
     templates |= _template_files(directory, problems)
-    return Tokenizer(tokenizer, special, templates, directory)
-
-
-def _special(values: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name, written as text or as an object with its content."""
-    found = {}
-    for name in (f"{word}_token" for word in _SPECIAL):
-        value = values.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            found[name] = value
-    return found
+    return Tokenizer(tokenizer, names, templates, directory)
 
 
 def _template_files(directory: Path, problems: list[str]) -> dict[str, str]:
