@@ -9,7 +9,7 @@ import pytest
 import typer
 
 import jkv
-from jkv.cli import app
+from jkv.cli import app, options, process, tables
 from tests.test_cli import NINE, lm, run, tiny  # noqa: F401
 
 
@@ -88,3 +88,61 @@ def test_windows_say_how_much_they_have_room_for(run, tiny):  # noqa: F811
     assert "room" not in out
     out = run("caches", "--model", tiny)[1]
     assert "\n  window:1024: for 1,024\n" in out
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 bytes"),
+        (1, "1 byte"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (1024**2 - 1, "1024.0 KiB"),
+        (1024**2, "1.0 MiB"),
+        (5 * 1024**5, "5120.0 TiB"),
+    ],
+)
+def test_sizes_for_people(count, shown):
+    assert process.size(count) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0"), (999, "999"), (1000, "1 k"), (1234567, "1.23 M")],
+)
+def test_operations_for_people(count, shown):
+    assert tables.operations(count) == shown
+
+
+def test_columns():
+    rows = [["key", "of", "size"], ["a", "you", "10"], ["long one", "anybody"]]
+    assert tables.columns(rows, left=2) == ["key  of   size", "a    you    10", "long one  anybody"]
+    assert tables.columns(rows)[1] == "a    you    10"
+    assert tables.columns([["a", "b"], ["xx", "1"], ["x", "22"]]) == ["a    b", "xx   1", "x   22"]
+    assert tables.columns([["a", "b"], ["x", "22"]], left=2) == ["a  b", "x  22"]
+
+
+def test_penalties_come_before_what_scales_logits():
+    sampling = jkv.sampling
+    made = options.drawing(1.5, 3, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2)[
+        "sampler"
+    ]
+    assert made == sampling.chain(
+        sampling.repetition_penalty(1.2),
+        sampling.temperature(1.5),
+        sampling.top_k(40),
+        sampling.top_p(0.9),
+        sampling.min_p(0.01),
+    )
+
+
+def test_a_chat_leaves_half_the_context_to_the_prompt(run, tiny, monkeypatch):  # noqa: F811
+    asked = {}
+
+    def chat(_: Any, **keywords: Any) -> Any:
+        asked.update(keywords)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jkv, "Chat", chat)
+    assert run("chat", "--model", tiny)[0] == 130
+    assert asked["max_new_tokens"] == 64

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 import jkv
+from jkv.ops.attention.xla import BLOCK
 from jkv.planning import memory
 from jkv.planning.work import work
 
@@ -84,3 +85,12 @@ def test_rows_of_tables_are_read_and_not_tables(tiny_config):
     assert memory.weights_read(tiny_config, 50) == nbytes, "each row once"
     tied = dataclasses.replace(tiny_config, tied=True)
     assert memory.weights_read(tied, 3) == memory.weights(tied)[1], "all for the logits"
+
+
+def test_weights_of_all_that_is_kept_exist_at_one_time(tiny_config):
+    """Of a kind that keeps tokens by what looks at them, and of its largest layer."""
+    assert memory.looked_at_together(tiny_config, jkv.dense(), 10**6, 3) == BLOCK
+    assert memory.looked_at_together(tiny_config, jkv.dense(), 5, 3) == 5
+    kind = jkv.pyramid(64, ratio=3)
+    assert kind.budgets(2) == [96, 32]
+    assert memory.looked_at_together(tiny_config, kind, 500, 3) == 96 + 3

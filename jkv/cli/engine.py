@@ -197,7 +197,6 @@ def view(figures: dict[str, Any]) -> Any:
     table = Table(show_header=False, box=None)
     pages, preempted = figures["pages"], figures["preemptions"]
     used, kept = (round(WIDTH * pages[name] / pages["pages"]) for name in ("used", "cached"))
-    kept = min(kept, WIDTH - used)
     rows = {
         "requests": f"{figures['running']} running, {figures['waiting']} waiting, "
         f"{figures['finished']} finished",

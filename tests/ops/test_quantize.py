@@ -168,3 +168,13 @@ def test_the_layout_of_a_byte():
     low, high = quantize.parts(quantize.pack(codes, 4), 4)
     np.testing.assert_array_equal(low, [0, 1, 2, 3])
     np.testing.assert_array_equal(high, [4, 5, 6, 7])
+
+
+def test_a_zero_point_far_below_fits():
+    """As far from zero as a zero point can be: a step made for the nearer end is too small."""
+    x = np.linspace(-1e6, -1e6 * (1 - 1 / 129), 64, dtype=np.float32)[None]
+    codes, step, zero = quantize.affine(jnp.asarray(x), axis=-1, bits=8)
+    step = np.asarray(step, np.float32)
+    assert np.abs(1e6 / step).max() < 2**15
+    back = (np.asarray(codes, np.float32) + np.asarray(zero, np.float32)) * step
+    assert np.abs(back - x).max() <= 0.51 * step

@@ -149,3 +149,17 @@ def test_rotation_is_differentiable():
     gradient = jax.grad(lambda x: jnp.sum(turn(x, [[9]], PLAIN, False) ** 2))(x)
     # A rotation keeps lengths: the gradient of |x|² is 2x.
     np.testing.assert_allclose(gradient, 2 * x, rtol=1e-5)
+
+
+def test_yarn_may_slow_down_past_the_half():
+    """A ramp that ends past the frequencies there are is not steeper for it."""
+    half, factor, theta, context = 4, 2.0, 1e4, 2**17
+    inverse = theta ** (-np.arange(half) / half)
+
+    def dimension(turns: float) -> float:
+        return half * np.log(context / (turns * 2 * np.pi)) / np.log(theta)
+
+    assert (np.floor(dimension(32.0)), np.ceil(dimension(1.0))) == (2, 5)
+    ramp = np.asarray([0, 0, 0, 1 / 3])
+    got = rope.yarn_frequencies(inverse, factor=factor, theta=theta, original_context=context)
+    np.testing.assert_allclose(got, inverse / factor * ramp + inverse * (1 - ramp))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -88,6 +89,20 @@ def test_gc(path, capsys):
 
 def test_gc_of_what_is_old(path, capsys):
     assert "2 removed" in run(capsys, "gc", path, "--older-than", "1")
+
+
+def test_days_are_days(tmp_path, capsys):
+    with Store([Disk(tmp_path)], clock=Clock(time.time() - 3 * 86400)) as store:
+        store.put("a", entry(1, 1000))
+    assert "0 removed" in run(capsys, "gc", tmp_path, "--older-than", "4")
+    assert "1 removed" in run(capsys, "gc", tmp_path, "--older-than", "2")
+
+
+def test_a_trace_of_few_bytes(tmp_path, capsys):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"key": "a", "tokens": 5}\n' * 2)
+    results = json.loads(run(capsys, "simulate", trace, "--json"))["results"]
+    assert sorted({result["capacity"] for result in results}) == [1, 2, 5]
 
 
 def test_mistakes(tmp_path, capsys):
