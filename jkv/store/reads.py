@@ -56,7 +56,7 @@ class Reads(Moves):
             reads: dict[int, list[Ask]] = {}
             unknown = []
             for ask in todo:
-                self._look_below(ask)
+                self._look_elsewhere(ask)
             with self.lock:
                 for ask in todo:
                     at = self._look(ask)
@@ -76,7 +76,7 @@ class Reads(Moves):
                     self.wait_unclaimed(ask.name)
                     ask.wait = False
 
-    def _look_below(self, ask: Ask) -> None:
+    def _look_elsewhere(self, ask: Ask) -> None:
         """Let go of what another process has put anew, where a tier tells so in an instant.
 
         Without it a tier in memory would serve for ever what it has. What is found by its tokens
@@ -86,9 +86,9 @@ class Reads(Moves):
             record = self.index.get(ask.name)
             if record is None or record.version is None or ask.only is not None:
                 return
-            top = min(record.homes, default=len(self.shelves))
-        for at in range(top + 1, len(self.shelves)):
-            if self.newer_put(at, record) is not None:
+            top = min(record.homes, default=-1)
+        for at in range(len(self.shelves)):  # where it is read from is seen when it is read
+            if at != top and self.newer_put(at, record) is not None:
                 self.drop([ask.name], "replaced", lambda known: known is record, wait=False)
                 return
 

@@ -247,6 +247,7 @@ HEADERS = {
     "a long dtype": json.dumps({"arrays": [["x", "d" * 900_000, []]]}).encode(),
     "a long name": json.dumps({"arrays": [["x" * 900_000, "int8", [-1]]]}).encode(),
     "many axes": json.dumps({"arrays": [["x", "int8", [1] * 300_000]]}).encode(),
+    "huge and empty": json.dumps({"arrays": [["x", "int8", [0, 1 << 47, 1 << 47]]]}).encode(),
     "a long compression": json.dumps({"compression": "z" * 900_000, "arrays": []}).encode(),
     "a long size": json.dumps({"nbytes": "9" * 900_000, "arrays": []}).encode(),
     "a long form of the store": json.dumps(
@@ -356,6 +357,23 @@ def test_bad_replies_remove_nothing_that_others_share(tmp_path):
         remote._kvstore.bad = lambda n: False
         assert number(store.get("k")) == 1
         check(store)
+
+
+def test_what_is_written_while_a_damaged_one_is_put_aside_stays(tmp_path):
+    remote, other = Remote(f"file://{tmp_path}/"), Remote(f"file://{tmp_path}/")
+    remote.write("k", entry(1))
+    (tmp_path / name_of("k")).write_bytes(b"damaged" * 20)
+    ask = remote._ask
+
+    def asked(what, start):
+        if what == "delete":
+            other.write("k", entry(2))
+        return ask(what, start)
+
+    remote._ask = asked
+    with pytest.raises(CorruptError):
+        remote.read("k")
+    assert number(other.read("k")) == 2
 
 
 def test_of_a_remote_one_put_is_deleted_and_no_other(tmp_path):

@@ -8,9 +8,9 @@ import stat
 import pytest
 
 from jkv.errors import CorruptError, TierError
-from jkv.store import Disk, Memory, Remote, Store
+from jkv.store import Disk, Memory, Remote, Store, codec
 from jkv.store.names import name_of
-from tests.store.fakes import Clock, check, entry, number
+from tests.store.fakes import Clock, Fake, check, entry, number
 from tests.store.test_corruption import reseal
 
 AHEAD, BEHIND = Clock(5000.0), Clock(1000.0)
@@ -71,7 +71,19 @@ def test_what_another_put_since_is_not_deleted(pair, order):
             assert number(store.get(reason)) == 2, reason
 
 
-def test_removing_removes_what_another_has_put_since(tmp_path):
+@pytest.mark.parametrize("how", ["remove", "clear"])
+def test_removing_removes_what_another_has_put_since(pair, how):
+    first, second = pair
+    first.put("k", entry(1))
+    second.put("k", entry(2))
+    assert first.remove("k") if how == "remove" else first.clear() == 1
+    assert first.get("k") is None
+    if len(second._inner.shelves) == 1:  # else it is in the other's memory, as is documented
+        assert second.get("k") is None
+    check(first)
+
+
+def test_removing_what_only_another_has_on_disk(tmp_path):
     with Store([Memory(), Disk(tmp_path)]) as a, Store([Disk(tmp_path)]) as b:
         a.put("k", entry(1))
         b.put("k", entry(2))
@@ -248,3 +260,62 @@ def test_blobs_without_a_stamp_are_read_and_deleted_as_others(tmp_path):
         assert number(store.get("k")) == 2
         check(store)
     assert disk.version_of("0::k") not in (None, version)
+
+
+def two_disks(tmp_path):
+    """A newer put above, and one left over below."""
+    upper, lower = Disk(tmp_path / "a"), Disk(tmp_path / "b")
+    with Store([lower]) as old:
+        old.put("k", entry(1))
+    return upper, lower
+
+
+def test_what_is_copied_up_does_not_overwrite_what_came_since(tmp_path):
+    upper, lower = two_disks(tmp_path)
+    with Store([upper, lower]) as store, Store([Disk(tmp_path / "a")]) as other:
+        store.drain()
+        other.put("k", entry(2))
+        assert store.prefetch(["k"]) == 1
+        store.drain()
+        assert number(other.get("k")) == 2
+        assert number(store.get("k")) == 2
+        check(store)
+
+
+def test_one_that_was_listed_is_served_where_no_other_is_left(tmp_path):
+    upper, lower = two_disks(tmp_path)
+    with Store([upper]) as new:
+        new.put("k", entry(2))
+    with Store([upper, lower]) as store:
+        store.drain()
+        upper.delete("0::k")  # by somebody else
+        assert number(store.get("k")) == 1
+        check(store)
+
+
+def test_what_was_removed_and_could_not_be_deleted_is_not_found_again():
+    disk = Fake(name="disk")
+    with Store([Fake(), disk], write_through=True) as store:
+        store.put("k", entry(1))
+        disk.fail["delete"] = 7  # the first leaves it there
+        assert store.remove("k", sync=False)
+        assert "0::k" in disk.entries
+        assert store.get("k") is None
+        check(store)
+
+
+def test_a_put_that_comes_while_another_is_deleted_stays(tmp_path, monkeypatch):
+    disk, other = Disk(tmp_path), Disk(tmp_path)
+    with Store([other]) as store:
+        store.put("k", entry(1))
+        version = store._inner.index["0::k"].version
+        look = codec.version_of
+
+        def replaced(prefix):
+            monkeypatch.undo()
+            store.put("k", entry(2))
+            return look(prefix)
+
+        monkeypatch.setattr(codec, "version_of", replaced)
+        assert not disk.delete_put("0::k", version)
+        assert number(store.get("k")) == 2
