@@ -15,7 +15,7 @@ from jkv.cache.base import Cache, concat
 from jkv.decoding import loop
 from jkv.errors import CorruptError, UnsupportedError
 from jkv.models.fingerprint import fingerprint
-from jkv.store.entry import Entry, check_store
+from jkv.store.entry import Entry, check_store, reject
 from jkv.store.schema import seconds_of
 
 TOKENS = "tokens"  # the array of an entry that says what it is the cache of
@@ -53,7 +53,7 @@ class Shelf:
     """
 
     def __init__(self, store: Any, model: Any, kind: Any, tenant: Any = ""):
-        check_store(store, ("open", "open_many", "longest_prefix_many", "put_many", "reject"))
+        check_store(store, ("open", "open_many", "longest_prefix_many", "put_many", "remove"))
         if not isinstance(tenant, str):
             raise TypeError(f"tenant got {brief(tenant)}; expected a text")
         from jkv.store.packing import check_kind
@@ -135,7 +135,7 @@ class Shelf:
 
     def reject(self, key: str) -> None:
         """Give back an entry that is not what it says."""
-        self.store.reject(key, tenant=self.tenant)
+        reject(self.store, key, self.tenant)
 
     @transfers
     def known(self, key: str) -> tuple[Cache, np.ndarray, dict[str, Any]] | None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkv.store.entry import Entry, check_store
+from jkv.store.entry import Entry, check_store, reject
 
 Form = list[tuple[tuple[int, ...], np.dtype]]  # shape and dtype of each leaf
 
@@ -32,7 +32,7 @@ class Kept:
     """
 
     def __init__(self, store: Any, fingerprint: bytes):
-        check_store(store, ("contains", "get", "get_many", "put", "put_many", "reject", "remove"))
+        check_store(store, ("contains", "get", "get_many", "put", "put_many", "remove"))
         self.store, self.fingerprint = store, fingerprint
         self._leaving: list[tuple[list[bytes], Any]] = []  # names, and their pages on the device
         # Requests have numbers in their engine only, and processes in their container.
@@ -97,7 +97,7 @@ class Kept:
             leaves = [entry.arrays[name] for name in names]
             if [(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves] == form:
                 return leaves
-        self.store.reject(key)
+        reject(self.store, key)
         return None
 
     def key_of(self, number: int) -> str:

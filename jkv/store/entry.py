@@ -106,3 +106,11 @@ def check_store(store: Any, methods: Sequence[str]) -> None:
         raise TypeError(
             f"store got {brief(store)}, without {', '.join(missing)}; expected a jkv.store.Store"
         )
+
+
+def reject(store: Any, key: str, tenant: str = "") -> None:
+    """Give back an entry that is not what it says; a store of a user's own need only remove it."""
+    if hasattr(store, "reject"):
+        store.reject(key, tenant=tenant)
+    else:
+        store.remove(key, tenant=tenant, sync=False)

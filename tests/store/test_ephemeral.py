@@ -29,7 +29,8 @@ from tests.store.fakes import entry
 
 store = Store([Memory(10), Disk(sys.argv[1])])  # there is no room in memory
 kept = Kept(store, b"model")
-print(kept.put_aside(7, {"k": np.arange(50)}, 50), flush=True)
+kept.put_aside(kept.key_of(7), {"k": np.arange(50)}, 50)
+print(kept.key_of(7), flush=True)
 store.put("lasts", entry(1), pin=True)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -79,7 +80,9 @@ def test_engines_of_two_containers_do_not_share_a_name(monkeypatch):
         keys = []
         for _ in range(2):
             monkeypatch.setattr(kept, "_engines", itertools.count())
-            keys.append(kept.Kept(store, b"model").put_aside(0, {"k": np.arange(5)}, 5))
+            own = kept.Kept(store, b"model")
+            keys.append(own.key_of(0))
+            assert own.put_aside(keys[-1], {"k": np.arange(5)}, 5)
         assert len(set(keys)) == len(store) == 2
 
 
