@@ -174,16 +174,12 @@ from jkv.models import Config, Decoder, Rope
 config = Config(vocab=11, layers=1, width=16, heads=2, kv_heads=1, head_dim=8, feed_forward=24,
                 context=64, rope=Rope(dims=8))
 model = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
-how = {"max_new_tokens": 3, "stop": (), "slots": 64}
+how = {"max_new_tokens": 2, "stop": (), "slots": 64}
 want = jkv.generate(model, [[1, 2, 3]], **how).tokens.tolist()
 with jax.disable_jit():
     assert jkv.generate(model, [[1, 2, 3]], **how).tokens.tolist() == want
     draft = jkv.prompt_lookup(tokens=2)
     assert jkv.generate(model, [[1, 2, 3]], draft=draft, **how).tokens.tolist() == want
-    found = jkv.beam_search(model, [[1, 2, 3]], max_new_tokens=3, stop=(), beams=1)
-    assert found.tokens[0].tolist() == want
-    engine = jkv.Engine(model, pages=8, max_batch=1, prefill_rows=1)
-    assert engine.submit([1, 2, 3], max_new_tokens=3, stop=()).result() == want[0]
 print("the same")
 """
 
