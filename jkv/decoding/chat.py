@@ -22,6 +22,7 @@ from jkv.decoding.result import Result
 from jkv.decoding.stopping import first_stop
 from jkv.decoding.stream import Stream, stream
 from jkv.errors import CacheFullError, CorruptError, JkvError, UnsupportedError
+from jkv.models.weights import still, weights_of
 
 Message = dict[str, str]
 
@@ -96,7 +97,7 @@ class Chat:
                 "with a tokenizer.json"
             )
         config = decoder.config
-        self._lm = lm
+        self._lm, self._decoder = lm, decoder
         self._max_new = request.integer("max_new_tokens", max_new_tokens, 1)
         kind = dense() if cache is None else checked_kind(cache)
         most = room.limit(config, kind, Options.prefill_chunk)
@@ -146,7 +147,7 @@ class Chat:
             return _Past(self._system)
         if not messages or messages[: len(self._system)] != self._system:
             return _Past(self._system)
-        return _Past(messages, _past_result(cache, tokens, self._config), turns, seconds=seconds)
+        return _Past(messages, _past_result(cache, tokens, self._decoder), turns, seconds=seconds)
 
     @property
     def messages(self) -> list[Message]:
@@ -186,7 +187,12 @@ class Chat:
         """
         past = self._past
         messages, ids = self._fit((*past.messages, _message("user", text)))
-        start, new = _common(past.result or self._found(ids), ids)
+        if self._shelf is not None:
+            self._shelf.renew()
+        known = past.result
+        if known is not None and not still(known.weights, self._decoder):
+            known = None  # computed with weights that the model does not have any more
+        start, new = _common(known or self._found(ids), ids)
         reused = 0 if start is None else len(start.history[0]) - 1
         key = None if self._key is None else jax.random.fold_in(self._key, past.turns)
         options = self._options | ({} if start is None else {"cache": None})
@@ -204,7 +210,7 @@ class Chat:
         if found.cache is None:
             return None
         held = np.asarray(ids[: found.length], np.int32)
-        return _past_result(found.cache, held, self._config)
+        return _past_result(found.cache, held, self._decoder)
 
     def _reply(self, past: _Past, after: _Past, blocks: Stream, prompt: list[int]) -> Iterator[str]:
         """Pieces of text; at their end the conversation goes from `past` to `after`."""
@@ -270,7 +276,7 @@ def _message(role: str, content: Any) -> Message:
     return {"role": role, "content": content}
 
 
-def _past_result(cache: Cache, tokens: np.ndarray, config: Any) -> Result:
+def _past_result(cache: Cache, tokens: np.ndarray, model: Any) -> Result:
     """A turn that ended with these tokens, all of them in the cache."""
     return Result(
         tokens=np.zeros((1, 0), np.int32),
@@ -281,7 +287,8 @@ def _past_result(cache: Cache, tokens: np.ndarray, config: Any) -> Result:
         history=(tokens,),
         prefill_seconds=0.0,
         decode_seconds=0.0,
-        config=config,
+        config=model.config,
+        weights=weights_of(model),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jkv.cache.base import Cache
 from jkv.decoding.detokenize import new_text
 from jkv.errors import UnsupportedError
+from jkv.models.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -49,6 +50,7 @@ class Result:
     tokenizer: Any = None  # for `texts`; None where generation had none
     top_tokens: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
+    weights: Weights | None = None  # with which its cache was computed; None: unknown
 
     @property
     def texts(self) -> tuple[str, ...]:

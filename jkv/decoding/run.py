@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jkv._fork import check_fork
 from jkv._text import plural
 from jkv._transfer import transfers
 from jkv.cache import heads
@@ -34,7 +35,8 @@ from jkv.decoding.request import (
 )
 from jkv.decoding.result import Result, differences
 from jkv.decoding.stopping import first_stop
-from jkv.errors import CacheFullError, UnsupportedError
+from jkv.errors import CacheFullError, StaleError, UnsupportedError
+from jkv.models.weights import still, weights_of
 
 
 @dataclasses.dataclass
@@ -56,7 +58,9 @@ class Run:
     def __init__(self, model: Any, prompts: Any, options: Options):
         self.started = self.first_read = self.last_read = time.perf_counter()
         self.options = options
+        check_fork()
         self.model, self.tokenizer = split_model(model)
+        self.weights = weights_of(self.model)
         config, resume = self.model.config, options.resume
         self.max_new = integer("max_new_tokens", options.max_new_tokens, 1)
         self.size = integer("block", options.block, 1)
@@ -121,6 +125,11 @@ class Run:
         if differ:
             raise ValueError(
                 f"resume got the result of another model ({differ}); expected one of this model"
+            )
+        if not still(resume.weights, self.model):
+            raise StaleError(
+                "resume got a result of other weights than the model has now: its cache holds keys "
+                "and values of the old ones. Generate anew from its tokens, result.history"
             )
         old = resume.history
         history = [np.concatenate([a, b]) for a, b in zip(old, self.new, strict=True)]
@@ -199,6 +208,17 @@ class Run:
 
     def _finished(self) -> bool:
         return all(row.reason is not None for row in self.rows)
+
+    def check_weights(self) -> None:
+        """Refuse to go on with other weights than it has begun with.
+
+        Raises:
+            StaleError: the model's weights were changed in place meanwhile.
+        """
+        if weights_of(self.model) is not self.weights:
+            raise StaleError(
+                "the model's weights were changed while this generation was under way; begin anew"
+            )
 
     def absorb(self) -> Any:
         """All prompts into the cache; the hidden states after their last tokens."""
@@ -344,6 +364,7 @@ class Run:
             tokenizer=self.tokenizer,
             top_tokens=top_tokens,
             top_logprobs=top_logprobs,
+            weights=self.weights,
         )
 
     def _keep(self, shelf: stored.Shelf, cache: Cache, history: list[np.ndarray]) -> None:

@@ -60,8 +60,12 @@ class Shelf:
 
         check_kind(kind)
         self.store, self.tenant = store, tenant
-        self._config, self._kind = model.config, kind
-        self.fingerprint = fingerprint(model, kind)
+        self._model, self._config, self._kind = model, model.config, kind
+        self.renew()
+
+    def renew(self) -> None:
+        """Look for entries of the weights that the model has now."""
+        self.fingerprint = fingerprint(self._model, self._kind)
 
     @transfers
     def find(self, keys: Sequence[str | None], rows: Sequence[np.ndarray]) -> list[Found]:

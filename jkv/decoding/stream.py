@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jkv._fork import check_fork
 from jkv._transfer import transfers
 from jkv.decoding.detokenize import Pieces, incomplete
 from jkv.decoding.options import Options
@@ -59,6 +60,8 @@ class Stream(Iterator[Block]):
         """
         if self._result is not None:
             raise StopIteration
+        check_fork()
+        self._run.check_weights()
         ended = [row.reason is not None for row in self._run.rows]
         for tokens in self._blocks:
             width = int((tokens != PAD).sum(axis=1).max())

@@ -32,7 +32,7 @@ def fingerprint(model: Any, kind: Any = None) -> bytes:
         kind: of cache, such as `jkv.dense()`.
     """
     leaves = tuple(jax.tree.leaves(model))
-    whole = hashlib.sha256(_weights(leaves))
+    whole = hashlib.sha256(checksum(leaves))
     for part in (model.config, kind):
         text = _said(part).encode()
         whole.update(len(text).to_bytes(8, "big") + text)
@@ -51,7 +51,8 @@ def _said(value: Any) -> str:
     return repr(value)
 
 
-def _weights(leaves: tuple[Any, ...]) -> bytes:
+def checksum(leaves: tuple[Any, ...]) -> bytes:
+    """SHA-256 over the weights' checksums, dtypes and shapes."""
     for refs, digest in _known:
         if len(refs) == len(leaves) and all(r() is x for r, x in zip(refs, leaves, strict=True)):
             return digest

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jkv._bytes import parse_bytes
+from jkv._fork import check_fork
 from jkv._text import brief
 from jkv._transfer import transfers
 from jkv.errors import UnsupportedError
@@ -159,6 +160,7 @@ def load(
         >>> lm = jkv.load("shakespeare")
         >>> jkv.generate(lm, ["ROMEO:"], max_new_tokens=16)
     """
+    check_fork()
     name = None if dtype is None else _dtype_name(dtype)
     keys = check_ignore(ignore)
     directory = hub.resolve(source, revision, show=progress is not None)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jkv._text import plural
 from jkv.models.decoder import Decoder
 from jkv.models.lm import LM
+from jkv.models.weights import are_copies
 
 
 def shard(lm: Any, mesh: Any) -> Any:
@@ -74,6 +75,7 @@ def shard(lm: Any, mesh: Any) -> Any:
         if isinstance(node, nnx.Param):
             value = node.get_value()
             node.set_value(_put(value, _placed(mesh, where.get(id(node)), value.shape)))
+    are_copies(lm, model)
     return model
 
 

@@ -12,6 +12,7 @@ ends. `Store` has an `Upkeep` and is what users see of it.
 from __future__ import annotations
 
 import collections
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -58,6 +59,7 @@ class Ledger:
         self._tenant_bytes = tenant_bytes
         self.released: collections.deque[Record] = collections.deque()
         self.closed = False
+        self._process = os.getpid()
         self.active = 0  # operations that are under way
         self._claims: dict[str, Record | None] = {}
 
@@ -81,7 +83,14 @@ class Ledger:
 
         Raises:
             ValueError: the store is closed.
+            RuntimeError: in a child that was forked, where its threads are not.
         """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "this store was opened before the process was forked, and its threads are in the "
+                "parent alone; open another one here, or start the process by "
+                "multiprocessing.get_context('spawn')"
+            )
         with self.lock:
             if self.closed:
                 raise ValueError(f"the store is closed: {what} came after close")
