@@ -238,3 +238,28 @@ def test_what_is_checked_is_what_is_built(checkpoint):
     text = text.replace("{", '{"normalizer": ' + part + ",", 1) + ', "normalizer": null}'
     (copy.path / "tokenizer.json").write_text(text)
     assert jkv.load(copy.path).encode("the cat") == [[0, 2, 3]]
+
+
+def test_a_folder_of_too_many_templates(tmp_path):
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no template")
+    for i in range(100):
+        (folder / f"t{i:03}.jinja").write_text(str(i))
+    tokenizer, problems = read(tmp_path)
+    assert (tokenizer.templates["t099"], len(tokenizer.templates), problems) == ("99", 100, [])
+    (folder / "u.jinja").write_text("one more")
+    tokenizer, problems = read(tmp_path)
+    assert problems == [
+        "additional_chat_templates: holds 101 templates; expected at most 100",
+    ]
+    assert "u" not in tokenizer.templates
+
+
+def test_a_template_that_is_no_text(tmp_path):
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "rag.jinja").write_bytes(b"\xff")
+    tokenizer, problems = read(tmp_path)
+    assert problems == ["rag.jinja: cannot be read: it is not UTF-8 (invalid start byte)"]
+    assert tokenizer.templates == {}
