@@ -121,6 +121,9 @@ ENDLESS = {
     + "{% endcall %}" * 15,
     "recursive loops": "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
     "a billion laughs": START + loop(NESTED, 60) + "{{ ns.l }}",
+    "laughs of mappings": START
+    + loop("{% set ns.l = {'a': ns.l, 'b': ns.l} %}", 60)
+    + "{{ ns.l }}",
     "laughs as JSON": START + loop(NESTED, 60) + "{{ ns.l | tojson }}",
     "laughs joined": START + loop(NESTED, 60) + "{{ ns.l ~ '' }}",
     "laughs compared": START + loop(NESTED, 60) + "{{ ns.l == ns.m }}",
