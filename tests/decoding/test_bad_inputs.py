@@ -196,7 +196,7 @@ bad("a config", TypeError, "as a model", lambda w: M(w.config, PROMPTS, max_new_
 bad("a class", TypeError, "as a model", lambda w: M(Decoder, PROMPTS, max_new_tokens=1))
 
 # Caches
-bad("a text as cache", TypeError, "cache got 'dense'.*jkv.dense()", lambda w: G(w, cache="dense"))
+bad("no kind's text", ValueError, "cache got 'window:x'", lambda w: G(w, cache="window:x"))
 bad("a function as cache", TypeError, "cache got <function dense", lambda w: G(w, cache=jkv.dense))
 bad("a class as cache", TypeError, "cache got <class", lambda w: G(w, cache=type(jkv.dense())))
 bad("a used cache", TypeError, "already holds tokens.*resume=", lambda w: G(w, cache=w.cache))
@@ -367,7 +367,7 @@ bad(
 bad(
     "a draft with a memory",
     ValueError,
-    "remembers.*repetition_penalty",
+    "remembers.*penalties",
     lambda w: G(w, draft=LOOKUP, sampler=sampling.repetition_penalty(2.0), key=KEY),
 )
 bad(
@@ -404,7 +404,7 @@ bad("never", TypeError, "early_stopping got 'never'", lambda w: beams(w, early_s
 bad("beams of no tokens", ValueError, "max_new_tokens got 0", lambda w: beams(w, max_new_tokens=0))
 bad("beams without prompts", ValueError, "no prompts", lambda w: beams(w, []))
 bad("beams in a list", TypeError, r"prompt 0 is 1.*\[\[1, 2, 3\]\]", lambda w: beams(w, [1, 2, 3]))
-bad("beams in no cache", TypeError, "cache got 'dense'", lambda w: beams(w, cache="dense"))
+bad("beams in no cache", ValueError, "cache got 'window:x'", lambda w: beams(w, cache="window:x"))
 bad("beams without room", CacheFullError, "slots=3", lambda w: beams(w, slots=3))
 bad("beams over the context", ValueError, "context of 256", lambda w: beams(w, [[1] * 255]))
 bad("beams of no model", TypeError, "as a model", lambda w: jkv.beam_search(None, PROMPTS, **B))
@@ -589,9 +589,9 @@ bad(
 bad("init_cache nothing", TypeError, "a NoneType", lambda w: new_cache(None, batch=2, slots=8))
 bad(
     "init_cache a text",
-    TypeError,
-    "kind='dense'.*jkv.dense",
-    lambda w: new_cache(w.config, "dense", batch=2, slots=8),
+    ValueError,
+    "got 'window:x'",
+    lambda w: new_cache(w.config, "window:x", batch=2, slots=8),
 )
 bad(
     "init_cache a factory",
