@@ -17,7 +17,7 @@ import pytest
 from jkv.errors import TierError
 from jkv.store import Disk, Memory, Remote, Store, disk, files
 from jkv.store.names import name_of
-from tests.store.fakes import Clock, Fake, check, entry, number
+from tests.store.fakes import Clock, Fake, check, entry, names, number
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
@@ -265,3 +265,19 @@ def test_a_remote_that_does_not_answer_is_no_removal():
         assert not store.remove("a")
         assert not remote.entries
         check(store)
+
+
+def test_what_has_expired_is_not_moved_down_to_make_room():
+    clock = Clock(1000.0)
+    upper, lower = Fake(max_entries=1), Fake(name="disk")
+    with Store([upper, lower], clock=clock) as store:
+        store.put("late", entry(1), ttl=10)
+        clock.now += 20
+        store.put("new", entry(2))
+        store.drain()
+        assert names(lower) == []
+        figures = check(store)
+        assert (figures["expired"], figures["evicted"]) == (1, 0)
+        store.put("newer", entry(3))  # and what has not is
+        store.drain()
+        assert names(lower) == ["new"]
