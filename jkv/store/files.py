@@ -148,7 +148,8 @@ def contents(file: int) -> tuple[codec.Header, Entry]:
     nbytes = status.st_size
     if nbytes > _BELIEVED:  # else it is as cheap to read on at once
         _check_length(os.pread(file, codec.PREFIX, 0), nbytes)
-    room = Private((nbytes + 64,), np.uint8)
+    whole = np.empty(nbytes + 64, np.uint8)
+    room = whole.view(Private)
     skipped = -room.__array_interface__["data"][0] % 64
     inside = room[skipped : skipped + nbytes]
     view = inside.data
@@ -160,7 +161,8 @@ def contents(file: int) -> tuple[codec.Header, Entry]:
     for at in range(start, nbytes, PIECE):
         done = _fill(file, view, done, min(at + PIECE, nbytes))
         sums.update(view[at : min(at + PIECE, nbytes)])
-    inside.flags.writeable = room.flags.writeable = False  # nor can it be made so again
+    for array in (inside, room, whole):
+        array.flags.writeable = False  # nor can it be made so again
     return header, codec.entry(header, view[start:].toreadonly(), sums.finish())
 
 
