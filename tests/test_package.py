@@ -30,12 +30,13 @@ def test_readme_example_runs_as_written(example, monkeypatch, capsys, tmp_path):
     exec(compile(example, "README.md", "exec"), names)
     assert names["out"].tokens.shape == (2, 32)
     assert names["more"].tokens.shape == (2, 16)
-    assert names["tokens"].shape == (1, 8)
+    assert names["rolled"].tokens.shape == (1, 8)
     assert [len(request.tokens) for request in names["requests"]] == [32, 32]
     written = capsys.readouterr().out
     story = names["lm"].decode(names["more"].history[0])
     assert story in written  # the results' texts join to it
     assert all(repr(request.text) in written for request in names["requests"])
+    assert repr(names["lm"].decode(names["rolled"].tokens)) in written
 
 
 def test_files_that_the_readme_names_are_there():
