@@ -31,8 +31,10 @@ IRRELEVANT = frozenset(
 
     initializer_range initializer_cutoff_factor init_std init_method attention_dropout
     attn_dropout attn_pdrop resid_pdrop embd_pdrop resid_dropout residual_dropout hidden_dropout
-    hidden_dropout_prob attention_probs_dropout_prob embedding_dropout dropout layerdrop
-    gradient_checkpointing neftune_noise_alpha tie_last_hidden_states label_smoothing
+    hidden_dropout_prob attention_probs_dropout_prob embedding_dropout activation_dropout
+    ffn_dropout mlp_dropout mlp_pdrop ffn_pdrop classifier_dropout_prob lora_dropout dropout
+    layerdrop gradient_checkpointing neftune_noise_alpha tie_last_hidden_states label_smoothing
+    aux_loss_alpha seed ignore_index
     tokenizer_padding_side padding_side tokenizer_model_max_length model_max_length
     max_sequence_length max_seq_length max_seq_len seq_length n_ctx
 
@@ -42,7 +44,7 @@ IRRELEVANT = frozenset(
     _attn_implementation_internal _experts_implementation _flash_attn_2_enabled use_flash_attn
     use_flash_attention use_flash_attention_2 flash_attention use_flash_attn_2
     reorder_and_upcast_attn cache_implementation cache_config chunk_size_feed_forward
-    tensor_parallel_size
+    tensor_parallel_size model_parallel device_map low_cpu_mem_usage trust_remote_code
 
     bos_token_id pad_token_id sep_token_id unk_token_id cls_token_id mask_token_id
     decoder_start_token_id bos_token eos_token pad_token unk_token prefix max_length min_length
@@ -76,11 +78,15 @@ CONSTANTS: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1.0,),
     "logit_scale": (1.0,),
     "scale_attn_by_inverse_layer_idx": (False,),
+    "lm_head_bias": (False,),
     "num_experts": (0,),
+    "num_experts_per_tok": (0,),
+    "mlp_only_layers": ([],),
     "num_local_experts": (0,),
     "n_routed_experts": (0,),
     "use_moe": (False,),
     "num_nextn_predict_layers": (0,),
+    "mtp_num_layers": (0,),
     "bad_words_ids": ([],),
     "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],),
@@ -121,6 +127,8 @@ def stated(config: Config, values: Mapping[str, Any]) -> dict[str, tuple[Any, ..
     idle = window is None and values.get("use_sliding_window") is False
     kinds = [_layer_type(config.window(i)) for i in range(config.layers)]
     activation = _ACTIVATIONS[config.activation]
+    bias = tuple({config.qkv_bias, config.out_bias, config.mlp_bias})
+    bias = bias if len(bias) == 1 else ()
     rope = config.rope
     found: dict[str, tuple[Any, ...]] = {
         "sliding_window": (values.get("sliding_window") if idle else window,),
@@ -139,6 +147,7 @@ def stated(config: Config, values: Mapping[str, Any]) -> dict[str, tuple[Any, ..
         "intermediate_size": (config.feed_forward,),
         "max_position_embeddings": (config.context,),
         "multi_query": (config.kv_heads == 1,),
+        "multi_query_attention": (config.kv_heads == 1,),
         "rms_norm_eps": (config.norm_eps,) if config.norm == "rms" else (),
         "layer_norm_eps": (config.norm_eps,) if config.norm == "layer" else (),
         "hidden_act": activation,
@@ -148,11 +157,11 @@ def stated(config: Config, values: Mapping[str, Any]) -> dict[str, tuple[Any, ..
         "attention_bias": (config.qkv_bias,),
         "qkv_bias": (config.qkv_bias,),
         "use_qkv_bias": (config.qkv_bias,),
+        "add_qkv_bias": (config.qkv_bias,),
         "attention_out_bias": (config.out_bias,),
         "mlp_bias": (config.mlp_bias,),
-        "use_bias": tuple({config.qkv_bias, config.out_bias, config.mlp_bias})
-        if config.qkv_bias == config.out_bias == config.mlp_bias
-        else (),
+        "use_bias": bias,
+        "bias": bias,
         "qk_norm": (config.qk_norm,),
         "use_qk_norm": (config.qk_norm,),
         "qk_layernorm": (config.qk_norm,),

@@ -124,8 +124,10 @@ def _yarn(inner: Settings, factor: float) -> dict[str, Any]:
     magnitude = inner.number("attention_factor", None, null=None)
     scale, scale_all = inner.raw("mscale"), inner.raw("mscale_all_dim")
     for name, value in (("mscale", scale), ("mscale_all_dim", scale_all)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            inner.problem(f"{name} is {brief(value)}; expected a number or null")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        # False for NaN. A scale below 0 could turn cosines and sines around, or make them 0.
+        if value is not None and not (number and 0 <= value < 1e300):
+            inner.problem(f"{name} is {brief(value)}; expected a finite number from 0, or null")
             scale = scale_all = None
     if magnitude is None:
         magnitude = _magnitude(factor, 1.0)

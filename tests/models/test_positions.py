@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -37,6 +38,12 @@ REFUSED = {
     "llama3 the wrong way": (_LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor is 1.0"),
     "yarn the wrong way": (_YARN | {"beta_fast": 0.5}, "beta_fast is 0.5"),
     "yarn's scale": (_YARN | {"mscale": "1"}, "mscale is '1'"),
+    "yarn's scale NaN": (_YARN | {"mscale": math.nan, "mscale_all_dim": 1.0}, "mscale is nan"),
+    "yarn's scale beyond floats": (
+        _YARN | {"mscale": 10**400, "mscale_all_dim": 1.0},
+        "mscale is 1000",
+    ),
+    "yarn's scale below 0": (_YARN | {"mscale": 1.0, "mscale_all_dim": -1}, "mscale_all_dim is -1"),
     "no object": ("linear", "rope_scaling is 'linear'"),
     "theta": ({"rope_theta": -1.0}, "rope_theta is -1.0"),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

@@ -70,6 +70,26 @@ def test_every_published_configuration(shared):
         assert all(reason in text for reason in reasons), text
 
 
+# What trainers and their launchers leave behind.
+LEFT_BEHIND = {
+    "activation_dropout": 0.1,
+    "classifier_dropout_prob": 0.1,
+    "device_map": "auto",
+    "ffn_dropout": 0.1,
+    "low_cpu_mem_usage": True,
+    "model_parallel": False,
+    "seed": 42,
+    "trust_remote_code": True,
+}
+
+
+def test_what_trainers_leave_behind():
+    values = _golden("llama-mha")
+    again, problems = _read(LEFT_BEHIND | values)
+    assert problems == []
+    assert again == _read(values)[0]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_keys_without_effect(name):
     """Names, training, generation, and nulls: the same model as without them."""
@@ -101,6 +121,12 @@ SAME = {
         "layer_types": (["full_attention"] * 2, ["full_attention", "linear_attention"]),
         "use_sliding_window": (False, True),
         "num_key_value_groups": (1, 2),
+        "multi_query_attention": (False, True),
+        "bias": (False, True),
+        "add_qkv_bias": (False, True),
+        "lm_head_bias": (False, True),
+        "num_experts_per_tok": (0, 2),
+        "mlp_only_layers": ([], [0]),
         "qk_norm": (False, True),
         "embedding_multiplier": (1, 12),
         "rotary_pct": (1.0, 0.5),
