@@ -122,15 +122,16 @@ class Shelf:
 
     def _unpacked(self, key: str, entry: Entry) -> Cache | None:
         """The cache of an entry; one that this model and kind would not have made goes."""
-        from jkv.store.packing import check_like, converted, unpack
+        from jkv.store.packing import check_like, restored, unpack
 
         try:
             seconds_of(entry.meta)
-            if entry.meta.get("form", "exact") != "exact":
-                entry = converted(entry, "exact")  # of a tier that rounds: the kind does not
             cache = unpack(entry)
             if cache.lengths.tolist() != [len(entry.arrays[TOKENS])]:
                 raise CorruptError("an entry of other tokens than its cache's")
+            form = entry.meta.get("form", "exact")
+            if form != "exact":  # of a tier that rounds: the kind does not
+                cache = restored(cache, self._config, form)
             check_like(cache, self._config, self._kind)
             return cache
         except (CorruptError, KeyError):

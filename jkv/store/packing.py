@@ -117,6 +117,9 @@ def _check_rows(cache: Cache, length: Any) -> None:
     for layer in cache.layers:
         if not dataclasses.is_dataclass(layer):
             raise TypeError(f"{type(layer).__name__} is no cache of a layer")
+    for leaf in jax.tree.leaves(cache):
+        if not isinstance(leaf, jax.Array):
+            raise TypeError(f"{brief(leaf)} where an array is expected")
     for array, dtype in ((cache.lengths, np.int32), (cache.overflowed, np.bool_)):
         if array.shape != (1,) or array.dtype != dtype:
             raise ValueError(f"{brief(array)} where one row is expected")
@@ -139,7 +142,11 @@ def check_like(cache: Cache, config: Any, kind: Any) -> None:
     expected = jax.eval_shape(made)
     leaves, tree = jax.tree.flatten(cache)
     others, other_tree = jax.tree.flatten(expected)
-    if tree != other_tree:
+    try:
+        alike = tree == other_tree
+    except (TypeError, ValueError):  # an array where a setting is expected: no true or false
+        alike = False
+    if not alike:
         raise CorruptError("an entry of a cache of other layers, or of another kind, than expected")
     for leaf, other in zip(leaves, others, strict=True):
         if leaf.shape != other.shape or leaf.dtype != other.dtype:
@@ -161,13 +168,11 @@ def converted(entry: Entry, form: str) -> Entry:
 
     Raises:
         UnsupportedError: another form.
+        CorruptError: an entry that is no cache.
     """
-    from jkv.cache import dense, quantized
     from jkv.cache.dense import Dense
 
-    kinds = {"int8": quantized(bits=8), "int4": quantized(bits=4), "exact": dense()}
-    if form not in kinds:
-        raise UnsupportedError(f"converted got {brief(form)}; expected one of {sorted(kinds)}")
+    kind = form_kind(form)
     held = entry.meta.get("form")
     if held == form or "cache" not in entry.meta:
         return entry
@@ -176,13 +181,47 @@ def converted(entry: Entry, form: str) -> Entry:
     if held == "exact" and not plain:
         return entry  # kinds that round or let go by themselves say what is to be kept
     rest = {k: v for k, v in entry.meta.items() if k not in ("jkv", "cache", "length", "form")}
-    slots = max(SLOTS, -(-int(cache.lengths[0]) // SLOTS) * SLOTS)
-    packed = pack(_converted(kinds[form], slots, cache), **rest)
+    try:
+        packed = pack(_in_kind(cache, kind), **rest)
+    except _ERRORS as error:
+        raise CorruptError(f"an entry of no cache that can be converted: {brief(error)}") from error
     # What else there is, such as the tokens, goes with it.
     others = set(entry.arrays) - set(_named(entry.meta["cache"]))
     arrays = {**packed.arrays, **{name: entry.arrays[name] for name in others}}
     result = Entry(arrays, {**packed.meta, "form": form})
     return result if form == "exact" or result.nbytes < entry.nbytes else entry
+
+
+def form_kind(form: Any) -> Any:
+    """Return the kind of the caches that entries of a form hold, where exact ones are dense.
+
+    Raises:
+        UnsupportedError: no form.
+    """
+    from jkv.cache import dense, quantized
+
+    kinds = {"int8": quantized(bits=8), "int4": quantized(bits=4), "exact": dense()}
+    if form not in kinds:
+        raise UnsupportedError(f"converted got {brief(form)}; expected one of {sorted(kinds)}")
+    return kinds[form]
+
+
+def restored(cache: Cache, config: Any, form: Any) -> Cache:
+    """Give the exact cache, of rounded numbers, of one that a tier has rounded.
+
+    Raises:
+        CorruptError: no cache of this form that this model's could have become.
+    """
+    try:
+        check_like(cache, config, form_kind(form))
+        return _in_kind(cache, form_kind("exact"))
+    except UnsupportedError as error:
+        raise CorruptError(f"an entry in another form than it says: {error}") from error
+
+
+def _in_kind(cache: Cache, kind: Any) -> Cache:
+    slots = max(SLOTS, -(-int(cache.lengths[0]) // SLOTS) * SLOTS)
+    return _converted(kind, slots, cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -264,15 +303,17 @@ def _value(words: Any, arrays: Any) -> Any:
     """What `_words` had."""
     if not isinstance(words, dict):
         return words
-    if "array" in words:
+    if words.keys() == {"array"}:
         return arrays[words["array"]]
-    if "tuple" in words:
+    if words.keys() == {"tuple"}:
         return tuple(_value(part, arrays) for part in words["tuple"])
-    if "function" in words:
+    if words.keys() == {"function"}:
         found = _found(words["function"])
         if not callable(found) or not words["function"].startswith("jkv.cache.scores:"):
             raise ValueError(f"{brief(words['function'])} is no score")
         return found
+    if words.keys() != {"class", "fields"}:
+        raise ValueError(f"{brief(words)} is nothing that a cache is made of")
     cls = _found(words["class"])
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
         raise ValueError(f"{brief(words['class'])} is no dataclass")

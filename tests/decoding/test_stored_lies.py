@@ -81,6 +81,27 @@ def a_text(arrays, meta):
     meta["cache"] = "cache"
 
 
+def a_number_for_an_array(arrays, meta):
+    layer(meta, 1)["fields"]["values"] = 0
+
+
+def an_array_for_a_setting(arrays, meta):
+    layer(meta, 1)["fields"]["grows"] = {"array": "tokens"}
+
+
+def a_list_for_a_setting(arrays, meta):
+    layer(meta, 1)["fields"]["grows"] = [False]
+
+
+def two_things_in_one(arrays, meta):
+    layer(meta, 0)["fields"]["keys"]["tuple"] = 5
+
+
+def two_things_in_one_of_another_form(arrays, meta):
+    two_things_in_one(arrays, meta)
+    meta["form"] = "int8"
+
+
 def longer_than_it_is(arrays, meta):
     meta["length"] = 10**6
 
@@ -129,6 +150,11 @@ LIES = {
     "a class that is no text": no_class,
     "a name of another module": a_program,
     "a text for a cache": a_text,
+    "a number for an array": a_number_for_an_array,
+    "an array for a setting": an_array_for_a_setting,
+    "a list for a setting": a_list_for_a_setting,
+    "an array that is a tuple too": two_things_in_one,
+    "the same, rounded": two_things_in_one_of_another_form,
     "another length": longer_than_it_is,
     "a length below 0": below_nothing,
     "two rows": of_two_rows,
@@ -207,6 +233,44 @@ def test_what_a_model_keeps_of_any_kind_is_like_it(tiny_config, spec):
     if spec != "none":
         with pytest.raises(CorruptError, match="an entry"):
             check_like(rows, tiny_config, kind)
+
+
+def bits(arrays, meta):
+    layer(meta, 0)["fields"]["keys"]["fields"]["bits"] = 4
+
+
+def bits_that_are_an_array(arrays, meta):
+    layer(meta, 0)["fields"]["keys"]["fields"]["bits"] = {"array": "tokens"}
+
+
+ROUNDED_LIES = {
+    "another form": meta_of(form="int4"),
+    "fewer bits": bits,
+    "bits that are an array": bits_that_are_an_array,
+}
+
+
+@pytest.mark.parametrize("lie", ROUNDED_LIES)
+def test_of_a_tier_that_rounds_they_are_misses_too(tiny_model, tmp_path, plain, lie):
+    mark = fingerprint(tiny_model, jkv.dense())
+    with Store([Disk(tmp_path)], forms={"disk": "int8"}) as store:
+        jkv.generate(tiny_model, [LONG], store=store, sequence_ids=["a"], **HOW)
+        out = jkv.generate(tiny_model, [LONG], store=store, sequence_ids=["a"], **HOW)
+        assert out.reused.tolist() == [49]
+        lied(store, "a", ROUNDED_LIES[lie], fingerprint=mark)
+        out = jkv.generate(tiny_model, [LONG], store=store, sequence_ids=["a"], **HOW)
+        assert out.reused.tolist() == [0]
+        assert out.tokens.tolist() == plain
+        assert store.stats()["tiers"]["disk"]["corrupt"] == 1
+
+
+def test_what_cannot_be_rounded_stays_as_it_is(tiny_model, tmp_path):
+    with Store([Disk(tmp_path)], forms={"disk": "int8"}) as store:
+        entry = pack(jkv.generate(tiny_model, [LONG], **HOW).cache)
+        arrays, meta = dict(entry.arrays), dict(entry.meta)
+        one_array(arrays, meta)
+        assert store.put("a", Entry(arrays, meta)) == "a"
+        assert store.get_entry("a").meta["form"] == "exact"
 
 
 CHATS = [
