@@ -46,7 +46,7 @@ def test_hypotheses_and_scores(pair, beams, early, penalty):
             do_sample=False,
             length_penalty=penalty,
             early_stopping=early or "never",
-            eos_token_id=ends,
+            eos_token_id=[*ours.config.end_ids, *ends],
             pad_token_id=1,
             return_dict_in_generate=True,
             output_scores=True,
