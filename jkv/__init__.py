@@ -51,6 +51,7 @@ _HOME = {
     "JkvError": "jkv.errors",
     "NonFiniteError": "jkv.errors",
     "PoolFullError": "jkv.errors",
+    "StaleError": "jkv.errors",
     "UnsupportedError": "jkv.errors",
 }
 _MODULES = {

@@ -49,6 +49,7 @@ __all__ = [
     "JkvError",
     "NonFiniteError",
     "PoolFullError",
+    "StaleError",
     "TierError",
     "UnsupportedError",
 ]

@@ -182,6 +182,7 @@ LISTED = [
     "jkv.errors",
     "jkv.models",
     "jkv.ops",
+    "jkv.ops.attention",
     "jkv.planning",
     "jkv.store",
     "jkv.testing",
@@ -194,6 +195,18 @@ def test_dir_shows_public_names(name):
     assert dir(module) == sorted(module.__all__)
     assert not [n for n in dir(module) if n.startswith("_") and n != "__version__"]
     assert not {"Any", "np", "jnp", "jax", "annotations"} & set(dir(module))
+
+
+def test_errors_are_public():
+    errors = jkv.errors
+    raised = {
+        n
+        for n, v in vars(errors).items()
+        if isinstance(v, type) and v.__module__ == errors.__name__
+    }
+    assert raised == set(errors.__all__)
+    # Those of a store are its own; the others are what calls of `jkv` itself raise.
+    assert raised - set(jkv.__all__) == {"CorruptError", "TierError"}
 
 
 def test_names_in_texts_resolve_after_import_jkv():

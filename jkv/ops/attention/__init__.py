@@ -13,6 +13,10 @@ from jkv.ops.partial import Partial
 __all__ = ["IMPLEMENTATIONS", "attention", "explain"]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"] | Encoded,
