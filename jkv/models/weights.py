@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jkv.models.fingerprint import checksum
 
@@ -38,7 +39,7 @@ class Weights:
         """The arrays, where all of them are still there."""
         for refs in self._copies:
             leaves = [ref() for ref in refs]
-            if all(leaf is not None and not leaf.is_deleted() for leaf in leaves):
+            if not any(leaf is None or _is_deleted(leaf) for leaf in leaves):
                 return leaves
         return None
 
@@ -50,8 +51,14 @@ class Weights:
 _known: list[Weights] = []  # the latest last
 
 
-def _leaves(model: Any) -> list[jax.Array]:
-    return [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
+def _leaves(model: Any) -> list[Any]:
+    # Those of numpy too (`jax.device_get(model)`), of which only new ones are seen, and no change
+    # within one.
+    return [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array | np.ndarray)]
+
+
+def _is_deleted(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.is_deleted()
 
 
 def weights_of(model: Any) -> Weights:

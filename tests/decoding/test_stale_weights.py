@@ -59,6 +59,17 @@ def test_equal_weights_in_other_arrays_are_the_same(model):
     assert weights_of(sharded) is first.weights
 
 
+def test_weights_of_numpy_count_too(model):
+    moved = jax.device_get(model)
+    first = jkv.generate(moved, [[1, 2, 3]], **HOW)
+    assert jkv.generate(moved, [[4]], resume=first, **HOW).lengths.tolist() == [4]
+    leaves, tree = jax.tree.flatten(moved)
+    assert still(first.weights, jax.tree.unflatten(tree, [leaf.copy() for leaf in leaves]))
+    other = jax.tree.unflatten(tree, [leaf * 1.5 for leaf in leaves])
+    with pytest.raises(StaleError, match="other weights than the model has now"):
+        jkv.generate(other, [[4]], resume=first, **HOW)
+
+
 def test_a_stream_ends_where_its_weights_were_changed(model):
     stream = jkv.stream(model, [[1, 2, 3]], block=2, **HOW)
     next(stream)
