@@ -60,6 +60,8 @@ def check_kind(
     Example:
         >>> check_kind(jkv.window(8), sees=lambda q, p: q - 8 < p <= q, rolls_back=False)
     """
+    if kind is None:
+        raise TypeError("check_kind got None; expected a kind such as jkv.dense(), or its text")
     probe = _Probe(as_kind(kind), sees, tolerance, slots, longest=max(chunks))
     probe.is_a_value()
     rows = probe.fed(chunks)

@@ -355,7 +355,7 @@ def test_an_error_is_one_line_and_status_2(run, tiny, arguments, message):
 def test_an_unknown_command_is_an_error_too(run):
     status, out, err = run("genrate")
     assert (status, out) == (2, "")
-    assert "No such command 'genrate'" in err
+    assert "No such command 'genrate'. Did you mean 'generate'? See 'jkv --help'." in err
     assert err.count("\n") == 1
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -138,7 +139,7 @@ def dense(grow: Any = False) -> DenseKind:
 
 
 @transfers
-def from_legacy(layers: Sequence[tuple[Any, Any]], lengths: Any = None) -> Cache:
+def from_legacy(layers: Any, lengths: Any = None) -> Cache:
     """A dense cache of (keys, values) per layer, each ``[B, K, S, H]``.
 
     Args:
@@ -150,10 +151,17 @@ def from_legacy(layers: Sequence[tuple[Any, Any]], lengths: Any = None) -> Cache
         ValueError: no layers, arrays whose shapes differ or whose dtype holds no fractions, or
             lengths that are no integers or outside 0..S.
     """
-    if not layers:
-        raise ValueError("from_legacy got no layers; expected one (keys, values) pair per layer")
+    pairs = list(layers) if isinstance(layers, Sequence) else []
+    if not pairs:
+        got = "no layers" if isinstance(layers, Sequence) else brief(layers)
+        raise ValueError(f"from_legacy got {got}; expected one (keys, values) pair per layer")
     made = []
-    for i, (keys, values) in enumerate(layers):
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(
+                f"from_legacy got {brief(pair)} as layer {i}; expected a pair, its keys and values"
+            )
+        keys, values = pair
         if np.ndim(keys) != 4 or np.shape(keys) != np.shape(values):
             raise ValueError(
                 f"from_legacy got layer {i} with keys {np.shape(keys)} and values "
@@ -171,7 +179,10 @@ def from_legacy(layers: Sequence[tuple[Any, Any]], lengths: Any = None) -> Cache
         raise ValueError(f"from_legacy got layers of different (B, S): {sorted(rows_and_slots)}")
     batch, slots = rows_and_slots.pop()
     filled = np.full((batch,), slots) if lengths is None else lengths
-    filled = filled if isinstance(filled, Tracer) else np.asarray(filled)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(filled)):
+        filled = jnp.asarray(filled)  # a list may hold traced numbers
+    else:
+        filled = np.asarray(filled)
     whole = jnp.issubdtype(filled.dtype, jnp.integer) and filled.shape == (batch,)
     known = not isinstance(filled, Tracer)
     if not whole or (known and (np.any(filled < 0) or np.any(filled > slots))):

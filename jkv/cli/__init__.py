@@ -86,7 +86,9 @@ def _replace_what_cannot_be_written() -> None:
 def _advice(error: Any) -> str:
     """A usage error's message, and where to read on."""
     path = "jkv" if error.ctx is None else error.ctx.command_path
-    return f"{error.format_message().rstrip('.')}. See '{path} --help'."
+    message = error.format_message()
+    end = "" if message.endswith((".", "?")) else "."
+    return f"{message}{end} See '{path} --help'."
 
 
 __all__ = ["app", "main"]

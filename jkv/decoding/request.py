@@ -220,7 +220,7 @@ def stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: 
     if any(nested) and (not all(nested) or len(stop) != batch):
         raise ValueError(
             f"stop got {plural(len(stop), 'entry', 'entries')}, {sum(nested)} of them lists; "
-            f"expected ids and strings for all rows, or {batch} lists, one per row"
+            f"expected ids and strings for all rows, or {plural(batch, 'list')}, one per row"
         )
     per_row = stop if any(nested) else (stop,) * batch
     ids, strings = [], []
@@ -229,13 +229,27 @@ def stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: 
         # Nothing switches all of them off; what is asked for never does so by the way.
         ids.append((*own, *(end for end in end_ids if end not in own)) if len(row) else ())
         strings.append(tuple(s for s in row if isinstance(s, str)))
-    if any("" in row for row in strings):
-        raise ValueError("stop got an empty string, which every text contains")
+    for string in (string for row in strings for string in row):
+        _check_stop_string(string)
     if any(strings) and tokenizer is None:
         raise ValueError(
             "stop strings need the tokenizer: pass lm instead of lm.model, or token ids"
         )
     return Stops(ids=tuple(ids), strings=tuple(strings))
+
+
+def _check_stop_string(string: str) -> None:
+    """Refuse strings that end every row, and such as no text contains.
+
+    Raises:
+        ValueError: it is empty, or not valid Unicode.
+    """
+    if not string:
+        raise ValueError("stop got an empty string, which every text contains")
+    try:
+        string.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"stop got a string that is not valid Unicode: {error}") from error
 
 
 def _plain_stop(stop: Any) -> Any:

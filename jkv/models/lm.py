@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,9 @@ class LM:
             ValueError: something else than ids.
         """
         tokenizer = self._tokenizer("decode")
-        rows: Any = tokens if hasattr(tokens, "ndim") else list(tokens)
-        nested = rows.ndim > 1 if hasattr(rows, "ndim") else any(np.ndim(row) for row in rows)
+        listed = isinstance(tokens, Iterable) and not hasattr(tokens, "ndim")
+        rows: Any = list(tokens) if listed and not isinstance(tokens, str | bytes) else tokens
+        nested = any(np.ndim(row) for row in rows) if isinstance(rows, list) else np.ndim(rows) > 1
         if nested:
             return [tokenizer.decode(row) for row in rows]
         return tokenizer.decode(rows)

@@ -57,9 +57,12 @@ def save(
     overwrite: bool,
 ) -> None:
     """Write a model to a directory: `LM.save`, with arguments that are checked."""
+    if not os.fspath(directory):
+        raise ValueError("save got ''; expected a directory to write")
     target = Path(os.path.realpath(os.path.expanduser(directory)))
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"save got {str(target)!r}, which is a file; expected a directory")
+    for path in (target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(f"save got {str(path)!r}, which is a file; expected a directory")
     if target.is_dir() and os.listdir(target) and not overwrite:
         raise FileExistsError(
             f"save got {str(target)!r}, which is not empty; give another directory, or "

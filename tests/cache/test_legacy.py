@@ -1,5 +1,6 @@
 """A dense cache from keys and values that somebody else made, and the words for what is wrong."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,6 +44,9 @@ def test_what_is_longer_than_every_row_is_cut():
     ("layers", "lengths", "message"),
     [
         ([], None, "no layers"),
+        (3, None, r"got 3; expected one \(keys, values\) pair per layer"),
+        ([pair()[:1]], None, "as layer 0; expected a pair, its keys and values"),
+        ([pair(), 3], None, "got 3 as layer 1; expected a pair"),
         ([(pair()[0], pair(s=2)[1])], None, "layer 0"),
         ([(pair()[0][0], pair()[1][0])], None, "layer 0"),
         ([pair(), pair(s=2)], None, "different"),
@@ -65,3 +69,9 @@ def test_bad_input(layers, lengths, message):
 def test_half_precision_keeps_its_dtype():
     keys, values = (jnp.asarray(x, jnp.bfloat16) for x in pair())
     assert jkv.from_legacy([(keys, values)]).layers[0].keys.dtype == jnp.bfloat16
+
+
+def test_lengths_may_be_a_list_of_traced_numbers():
+    layers = [pair()]
+    lengths = jax.jit(lambda one: jkv.from_legacy(layers, [one, 3]).lengths)(2)
+    assert lengths.tolist() == [2, 3]

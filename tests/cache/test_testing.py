@@ -128,6 +128,11 @@ def test_something_else():
         check_kind(Nothing())
 
 
+def test_no_kind():
+    with pytest.raises(TypeError, match="check_kind got None; expected a kind"):
+        check_kind(None)
+
+
 def test_a_window_is_no_dense_cache():
     with pytest.raises(AssertionError, match="should see"):
         check_kind(jkv.dense(), sees=lambda query, position: query - 7 < position <= query)

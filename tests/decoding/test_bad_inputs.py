@@ -429,6 +429,13 @@ bad("stops for other rows", ValueError, "3 entries.*or 2 lists", lambda w: G(w, 
 bad("stops for some rows", ValueError, "2 entries, 1 of them lists", lambda w: G(w, stop=[[1], 2]))
 bad("stops too deep", TypeError, r"stop got \[1\]", lambda w: G(w, stop=[[[1]], []]))
 bad("no text", ValueError, "empty string", lambda w: w.text(stop=["a", ""]))
+bad("no Unicode", ValueError, "stop got.*not valid Unicode", lambda w: w.text(stop=["a", "\ud800"]))
+bad(
+    "stops for one row",
+    ValueError,
+    "or 1 list, one per",
+    lambda w: G(w, prompts=[[1]], stop=[[1], [2]]),
+)
 bad("stop text alone", ValueError, "stop strings need.*pass lm", lambda w: G(w, stop="a"))
 bad("a float array of stops", TypeError, "stop got 1.0", lambda w: G(w, stop=np.ones(2)))
 

@@ -220,6 +220,14 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(FileExistsError, match="which is a file"):
         jkv.load(GOLDEN / "llama-mqa").save(tmp_path / "x", overwrite=True)
+    with pytest.raises(FileExistsError, match="x', which is a file; expected a directory"):
+        jkv.load(GOLDEN / "llama-mqa").save(tmp_path / "x" / "y" / "z")
+
+
+def test_no_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # which is empty, and what "" would be
+    with pytest.raises(ValueError, match="save got ''; expected a directory to write"):
+        jkv.load(GOLDEN / "llama-mqa").save("")
 
 
 @pytest.mark.parametrize("exists", [True, False])

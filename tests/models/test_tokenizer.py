@@ -94,7 +94,10 @@ def test_decode_nothing(lm):
 
 @pytest.mark.parametrize(
     "tokens",
-    [[1.5], np.array([1.0]), [-2], [2**40], "the cat", [None], np.zeros((1, 2, 2), int), [["a"]]],
+    [
+        *([1.5], np.array([1.0]), [-2], [2**40], "the cat", b"the", [None], [["a"]], ["a"]),
+        *(np.zeros((1, 2, 2), int), np.float32(3), 5, None, True),
+    ],
 )
 def test_decode_something_else(lm, tokens):
     with pytest.raises(ValueError, match="decode got"):
