@@ -8,6 +8,7 @@ the device: a step is dispatched before the tokens of the last one have been rea
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
@@ -112,11 +113,15 @@ class Engine(Steps):
         super().__init__(
             batch, tokenizer, share=share, preemption=preemption, swap_bytes=swap_bytes
         )
-        self.model = model
-        self._number = 0
+        self._numbers = itertools.count(1)
         self._lock = threading.RLock()
         self._torn = False  # a transaction has begun and has not ended
         self._frame: FrameType | None = None  # of the one that began last
+
+    @property
+    def model(self) -> Any:
+        """The decoder that it has, in `update`'s latest weights."""
+        return self.batch.model
 
     # What users do.
 
@@ -181,6 +186,7 @@ class Engine(Steps):
             tenant=tenant,
             on_token=on_token,
         )
+        self._queue(requests)
         return requests[0] if samples is None else requests
 
     def _requests(
@@ -197,13 +203,14 @@ class Engine(Steps):
         tenant: Any,
         on_token: Any,
     ) -> list[Request]:
-        """Queue requests, `samples` of each row, all of them or, where one is refused, none.
+        """Make requests, `samples` of each row; they are not queued yet.
 
         What they bring is on the host from here on, whatever device it was on: a pass takes
         everything of all its requests at once.
         """
         check_fork()
         config = self.batch.config
+        self._settle()
         self.batch.check_weights()
         most = integer("max_new_tokens", max_new_tokens, 1)
         ending = stops(stop, len(rows), config.vocab, config.end_ids, self.tokenizer)
@@ -226,13 +233,12 @@ class Engine(Steps):
                 known[stop_ids] = self.batch.bound(sampler, stop_ids)
         for row in rows:
             self.batch.check_fits(len(row), most)
-        with self._lock:
-            requests = []
-            for i in range(len(rows) * samples):
-                row = i // samples
-                self._number += 1
-                request = Request(
-                    number=self._number,
+        requests = []
+        for i in range(len(rows) * samples):
+            row, number = i // samples, next(self._numbers)
+            requests.append(
+                Request(
+                    number=number,
                     prompt=rows[row],
                     max_new_tokens=most,
                     sampler=known[ending.ids[row]],
@@ -243,13 +249,17 @@ class Engine(Steps):
                     tenant=tenant,
                     on_token=on_token,
                     engine=self,
-                    rank=self._number - PRIORITY * int(priority),
+                    rank=number - PRIORITY * int(priority),
                     submitted=time.perf_counter(),
                     request_id=ids[row],
                 )
-                requests.append(request)
-            self.requests.add(requests)
+            )
         return requests
+
+    def _queue(self, requests: list[Request]) -> None:
+        """Queue requests, all of them or, interrupted, none or all."""
+        with self._lock:
+            self.requests.add(requests)
 
     @transfers
     def generate(
@@ -302,20 +312,20 @@ class Engine(Steps):
             )
         with self._lock:
             self._check_outside()
-        requests: list[Request] = []
+        requests = self._requests(
+            rows,
+            1,
+            ids,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            key=key,
+            stop=stop,
+            priority=priority,
+            tenant=tenant,
+            on_token=on_token,
+        )
         try:
-            requests += self._requests(
-                rows,
-                1,
-                ids,
-                max_new_tokens=max_new_tokens,
-                sampler=sampler,
-                key=key,
-                stop=stop,
-                priority=priority,
-                tenant=tenant,
-                on_token=on_token,
-            )
+            self._queue(requests)
             for request in requests:
                 while not request.endings:
                     self.advance(request, len(request.tokens))
@@ -366,19 +376,13 @@ class Engine(Steps):
     def abandon(self, request: Request) -> None:
         """Cancel a request from where nothing may be waited for, such as a finaliser.
 
-        It has ended at once; its pages go back now where the engine rests, else with the step that
-        is under way.
+        It has ended at once; its pages go back with the step that is under way, or with the next
+        call of the engine.
         """
-        if request.endings:
-            return
-        request.end("cancelled")
-        self._abandoned.append(request)
-        if self._lock.acquire(blocking=False):
-            try:
-                if not self._torn:
-                    self._transact(lambda: None)
-            finally:
-                self._lock.release()
+        if not request.endings:
+            # First the intent: a request that has ended and is not swept would be live for ever.
+            self._abandoned.append(request)
+            request.end("cancelled")
 
     def update(self, lm: Any) -> None:
         """Take new weights, of the same model after a training step for example.
@@ -402,7 +406,7 @@ class Engine(Steps):
             )
 
         def update() -> None:
-            self.model = self.batch.model = model
+            self.batch.model = model
             self._recover()
 
         self._transact(update)
@@ -420,8 +424,7 @@ class Engine(Steps):
     def stats(self) -> dict[str, Any]:
         """Figures since the engine was made; seconds, pages, tokens. See `Stats`."""
         with self._lock:
-            if (self._torn or self._abandoned) and not self._within():
-                self._transact(lambda: None)
+            self._settle()
             live = list(self.requests.live.values())
             return self.figures.as_dict(live=live, pool=self.batch.pool_stats())
 
@@ -430,7 +433,10 @@ class Engine(Steps):
         self._transact(self._end_all)
 
     def _end_all(self) -> None:
-        self._flush()
+        try:
+            self._flush()
+        except PassError as failed:
+            self._charge(failed)
         for seat in [seat for seat in self.seats if seat]:
             self._leave(seat, "cancelled")
         for request in list(self.requests.live.values()):
@@ -475,6 +481,12 @@ class Engine(Steps):
                 return done
             finally:
                 self._frame = None
+
+    def _settle(self) -> None:
+        """Recover from what was interrupted, and let go of what was abandoned."""
+        with self._lock:
+            if (self._torn or self._abandoned) and not self._within():
+                self._transact(lambda: None)
 
     def _step_or_charge(self) -> bool:
         try:

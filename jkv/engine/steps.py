@@ -104,6 +104,7 @@ class Steps:
         """Let go of the requests that were ended between steps, wherever that was."""
         while self._abandoned:
             request = self._abandoned[0]
+            request.end("cancelled")  # where an interrupt came before
             if request.seat is not None and self._sits(request.seat):
                 self._vacate(request.seat)
             self._dismiss(request)

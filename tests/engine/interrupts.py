@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ PACKAGE = str(Path(jkv.__file__).parent)
 class Interrupt:
     """Raise `KeyboardInterrupt` before the n-th event in the watched files, once.
 
-    Python itself delivers a signal between two bytecodes, at fewer places than these.
+    Python itself delivers a signal between two bytecodes, at fewer places than these: `genuine`
+    says whether this was one, the end of a call or the beginning of a function.
 
     Args:
         at: which event, from 0; negative for none, to count them.
-        inside: parts of the watched files' names below the package.
+        inside: parts of what is watched: of files' names or, after them, of functions'.
         bytecodes: every bytecode is an event, and not only every line.
     """
 
     def __init__(self, at: int, inside: tuple[str, ...] = ("/engine/",), bytecodes: bool = True):
-        self.left, self.count, self.where = at, 0, ""
+        self.left, self.count, self.where, self.genuine = at, 0, "", False
         self._inside, self._bytecodes = inside, bytecodes
 
     def __enter__(self) -> Interrupt:
@@ -36,7 +38,8 @@ class Interrupt:
 
     def _called(self, frame: Any, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
-        if not name.startswith(PACKAGE) or not any(part in name for part in self._inside):
+        full = f"{name}:{frame.f_code.co_qualname}"
+        if not name.startswith(PACKAGE) or not any(part in full for part in self._inside):
             return None
         frame.f_trace_opcodes = self._bytecodes
         frame.f_trace_lines = not self._bytecodes
@@ -50,6 +53,8 @@ class Interrupt:
                 self.where = (
                     f"{code.co_filename}:{frame.f_lineno} {code.co_qualname} {frame.f_lasti}"
                 )
+                before = [i for i in dis.get_instructions(code) if i.offset < frame.f_lasti][-1:]
+                self.genuine = not before or before[0].opname.startswith(("CALL", "RESUME"))
                 sys.settrace(None)
                 frame.f_trace = None
                 raise KeyboardInterrupt

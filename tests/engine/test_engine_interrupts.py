@@ -3,114 +3,149 @@
 from __future__ import annotations
 
 import os
+import random
 
-import jax
 import pytest
 
-import jkv
-from tests.engine.engines import HOT, PROMPTS, empty, made
+from jkv.store import Memory, Store
+from tests.engine.engines import PROMPTS, empty, made
 from tests.engine.interrupts import Interrupt
+from tests.engine.scenario import Scenario, Spied
 
 ALL = os.environ.get("JKV_SOAK") == "1"
-PLACES = 16  # of each scenario, where not all
+PLACES = 14  # of each script, where not all
+PAGES = 9  # too few for two of the long requests
 
 
-class Scenario:
-    """Requests through every call of an engine, each interrupted or not, and what must come out."""
-
-    def __init__(self, lm, alone, **how):
-        self.lm, self.alone = lm, alone
-        self.engine = made(lm, **how)
-        self.engine.warm()  # with and without a sampler's structure, which an interrupt forgets
-        self.engine.warm([HOT])
-        self.text = lm.tokenizer.decode(alone(PROMPTS[6], 12))[3:6]
-        stopped = jkv.generate(lm, [PROMPTS[6]], max_new_tokens=12, stop=[self.text], slots=64)
-        hot = {"sampler": HOT, "key": jax.random.key(1)}
-        self.asked = [
-            ({"prompt": PROMPTS[7], "max_new_tokens": 9, "stop": ()}, alone(PROMPTS[7], 9)),
-            ({"prompt": PROMPTS[7], "max_new_tokens": 8, "stop": (), **hot},
-             alone(PROMPTS[7], 8, **hot)),
-            ({"prompt": PROMPTS[6], "max_new_tokens": 12, "stop": [self.text]},
-             stopped.tokens[0, : stopped.lengths[0]].tolist()),
-            ({"prompt": PROMPTS[5], "max_new_tokens": 10, "stop": ()}, alone(PROMPTS[5], 10)),
-            ({"prompt": PROMPTS[4], "max_new_tokens": 6, "stop": ()}, alone(PROMPTS[4], 6)),
-        ]  # fmt: skip
-
-    def run(self, interrupt, again=None):
-        """The scenario under an interrupt, and another one where the first has struck."""
-        engine, told, requests = self.engine, {}, []
-
-        def attempt(work, default=None):
-            for strike in (interrupt, again):
-                if strike is None or (strike is again and not interrupt.where):
-                    continue
-                try:
-                    with strike:
-                        return work()
-                except KeyboardInterrupt:
-                    pass
-            return default
-
-        def hear(request, token):
-            told.setdefault(request.number, []).append((len(request.tokens), token))
-
-        for i, (how, want) in enumerate(self.asked):
-            more = {"on_token": hear} if i in (1, 2) else {}
-            request = attempt(lambda how=how, more=more: engine.submit(**how, **more))
-            if request is None:  # interrupted, and once more in peace
-                request = engine.submit(**how, **more)
-            requests.append((request, want))
-        for turn in range(30):
-            attempt(engine.step)
-            if turn == 3:
-                attempt(requests[4][0].cancel)
-            if turn == 6:
-                attempt(requests[3][0].cancel)
-            if turn == 8:
-                attempt(engine.stats)
-        attempt(engine.run)
-        engine.run()
-        for i, (request, want) in enumerate(requests):
-            tokens = request.tokens
-            assert request.state == "finished"
-            if request.finish_reason == "cancelled":
-                assert i in (3, 4)
-                assert tokens == want[: len(tokens)]
-            else:
-                assert tokens == request.result() == want
-                assert request.finish_reason == ("stop" if i == 2 else "length")
-            heard = told.get(request.number, [])
-            if i in (1, 2):  # none twice, and one not at all where the interrupt came between
-                assert len(tokens) - 1 <= len(heard) <= len(tokens)
-                assert all(tokens[at - 1] == token for at, token in heard)
-                assert sorted(set(heard)) == heard
-        empty(engine)
-        assert engine.requests.live == {}
-
-
-def places(count, skip=0):
-    """Which of the events; in a soak all of them."""
-    if ALL:
-        return range(count)
-    step = max(1, count // PLACES)
-    return range(skip % step, count, step)
-
-
-def strike_everywhere(scenario, bytecodes, inside=("/engine/",)):
-    counting = Interrupt(-1, inside, bytecodes)
-    scenario.run(counting)
-    assert counting.count > 1000
-    for at in places(counting.count, skip=7):
-        interrupt = Interrupt(at, inside, bytecodes)
+def strike(scenario, places, inside=("/engine/",)):
+    for call, at, then in places:
+        strikes = {call: Interrupt(at, inside)}
+        if then is not None:
+            strikes[call + 1] = Interrupt(then, inside)
         try:
-            scenario.run(interrupt)
+            scenario.run(strikes)
         except BaseException as error:
-            error.add_note(f"interrupted at {interrupt.where}, event {at}")
+            error.add_note(f"interrupted at {[s.where for s in strikes.values()]}, call {call}")
             raise
 
 
-@pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_an_interrupt_anywhere_costs_no_token_and_no_page(lm, alone, preemption):
-    scenario = Scenario(lm, alone, pages=13, preemption=preemption)
-    strike_everywhere(scenario, bytecodes=True)
-    assert scenario.engine.stats()["preemptions"][preemption] > 0
+def places(scenario, inside, twice):
+    """Places (call, event, event of the next call): of each call some, in a soak all."""
+    counting = [Interrupt(-1, inside) for _ in scenario.run({})]
+    scenario.run(dict(enumerate(counting)))
+    every = [(call, at) for call, it in enumerate(counting) for at in range(it.count)]
+    assert len(every) > 1000
+    rng = random.Random(7)
+    if not ALL:
+        calls = rng.sample(range(len(counting)), min(PLACES, len(counting)))
+        every = [(call, rng.randrange(counting[call].count)) for call in calls]
+    # The call after an interrupted one begins with the recovery.
+    return [(call, at, rng.randrange(2000) if twice else None) for call, at in every]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("calls", ["steps", "waits", "closes"])
+def test_an_interrupt_anywhere_costs_no_token_and_no_page(lm, alone, calls, twice):
+    how = {"preemption": "recompute" if twice else "swap"}
+    scenario = Scenario(lm, alone, calls, pages=PAGES, **how)
+    strike(scenario, places(scenario, ("/engine/",), twice))
+    assert sum(scenario.engine.stats()["preemptions"].values()) > 0
+
+
+@pytest.mark.parametrize("calls", ["steps", "closes"])
+def test_an_interrupt_leaves_nothing_in_a_store(lm, alone, calls):
+    with Store(tiers=[Memory(1 << 24)]) as store:
+        how = {"preemption": "swap", "store": Spied(store)}
+        scenario = Scenario(lm, alone, calls, pages=PAGES, **how)
+        strike(scenario, places(scenario, ("/engine/",), False))
+        assert scenario.engine.stats()["preemptions"]["swap"] > 0
+
+
+def at_every_place(inside, call):
+    """Do it again and again, with an interrupt at another bytecode each time."""
+    for at in range(10_000):
+        it = Interrupt(at, inside)
+        try:
+            with it:
+                call()
+        except KeyboardInterrupt:
+            pass
+        if not it.where:
+            assert at > 10
+            return
+        yield it.where
+
+
+def steps(engine):
+    """Run it to its end, which is near."""
+    assert any(not engine.step() for _ in range(60)), "the engine never rests"
+
+
+def test_an_iteration_whose_end_is_interrupted_leaves_no_request(lm):
+    engine = made(lm, pages=PAGES, max_batch=2)
+    asked = {"max_new_tokens": 4, "stop": ()}
+    requests = []
+
+    def leave():
+        engine.abandon(requests[-1])
+
+    requests.append(engine.submit(PROMPTS[2], **asked))
+    for where in at_every_place(("abandon", "Request.end"), leave):
+        steps(engine)
+        assert engine.requests.live == {}, where
+        assert requests[-1].state == "finished", where
+        requests.append(engine.submit(PROMPTS[2], **asked))
+    empty(engine)
+
+
+def test_what_generate_had_queued_is_cancelled_by_an_interrupt(lm):
+    engine = made(lm, pages=PAGES, max_batch=2)
+
+    def generate():
+        engine.generate([PROMPTS[2]], max_new_tokens=1, stop=())
+
+    inside = ("Engine._queue", "Requests.add", "Requests.push")
+    for where in at_every_place(inside, generate):
+        engine.stats()
+        assert engine.requests.live == {}, where
+    reasons = engine.stats()["reasons"]
+    assert reasons["cancelled"] > 0
+    assert sum(reasons.values()) == reasons["cancelled"] + 1
+    empty(engine)
+
+
+def test_an_update_that_is_interrupted_has_taken_place_or_not(lm, alone, monkeypatch):
+    engine = made(lm, pages=PAGES, max_batch=2)
+    reset = engine.batch.reset
+
+    def torn():
+        monkeypatch.setattr(engine.batch, "reset", reset)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.batch, "reset", torn)
+    with pytest.raises(KeyboardInterrupt):
+        engine.update(lm.model)
+    # The weights are new, and those that were taken are not: that is the engine's to mend.
+    engine.batch.weights = [None, *engine.batch.weights[1:]]
+    request = engine.submit(PROMPTS[2], max_new_tokens=4, stop=())
+    assert request.result() == alone(PROMPTS[2], 4)
+    assert engine.model is lm.model
+    empty(engine)
+
+
+def test_close_ends_requests_whose_pass_has_failed(lm, monkeypatch):
+    engine = made(lm, pages=PAGES, max_batch=2)
+    request = engine.submit(PROMPTS[2], max_new_tokens=4, stop=())
+    waiting = engine.submit(PROMPTS[2], max_new_tokens=4, stop=(), priority=-1)
+    engine.step()
+
+    def failing(part):
+        raise OSError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.batch, "read", failing)
+        engine.close()
+    assert request.finish_reason == "error"
+    assert isinstance(request.error, OSError)
+    assert waiting.state == "finished"
+    empty(engine)
