@@ -53,10 +53,20 @@ class Interrupt:
                 self.where = (
                     f"{code.co_filename}:{frame.f_lineno} {code.co_qualname} {frame.f_lasti}"
                 )
-                before = [i for i in dis.get_instructions(code) if i.offset < frame.f_lasti][-1:]
-                self.genuine = not before or before[0].opname.startswith(("CALL", "RESUME"))
+                self.genuine = _genuine(code, frame.f_lasti)
                 sys.settrace(None)
                 frame.f_trace = None
                 raise KeyboardInterrupt
             self.left -= 1
         return self._passed
+
+
+def _genuine(code: Any, offset: int) -> bool:
+    """Whether Python could have raised a signal's exception before the instruction there.
+
+    It raises at the end of a call, still within the `with` that the call is in, of which the
+    instruction after it (SWAP, where the call's value is returned) is no part any more.
+    """
+    there = [i for i in dis.get_instructions(code) if i.offset <= offset]
+    before = there[-2].opname if len(there) > 1 else "RESUME"
+    return there[-1].opname != "SWAP" and before.startswith(("CALL", "RESUME"))
