@@ -406,8 +406,9 @@ class Steps:
         """End a request whose pages were given what no code can hold; they are not reused."""
         self._poisoned(
             seat,
-            "the model made NaN or infinity of this request's tokens, which no code of these pages "
-            "can hold; jkv.paged() keeps them as they are",
+            f"the model made NaN or infinity of this request's tokens, at step "
+            f"{len(seat.request.tokens)} or soon after (step 0 is the first new token), which no "
+            "code of these pages can hold; look for such values in the weights",
         )
 
     def _undrawable(self, seat: Seat, *, by_sampler: bool) -> None:

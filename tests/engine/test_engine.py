@@ -361,7 +361,7 @@ def test_rounded_pages_say_what_the_kind_says(lm, tiny_model):
     engine = made(oracle.lm(jax.tree.unflatten(tree, leaves)), cache=kind, prefill_chunk=16)
     bad = engine.submit([1, 9, 1, 1, 1], max_new_tokens=6, stop=())
     engine.run()
-    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+    with pytest.raises(NonFiniteError, match="NaN or infinity of this request's tokens, at step 0"):
         bad.result()
     assert engine.stats()["pages"]["cached"] == 0
     empty(engine)
