@@ -89,7 +89,8 @@ class Tokenizer:
         """Encode a text that goes on from another one.
 
         No special tokens are added, and none of the spaces that a tokenizer puts before a text:
-        what comes before, decoded together with these ids, goes on with exactly this text.
+        what comes before, decoded together with these ids, goes on with exactly this text. From a
+        token that is written out in the text ("</s>") on, it is encoded as in any other text.
 
         Args:
             text: any; "" has no ids.
