@@ -116,14 +116,14 @@ class Store:
         tenant_bytes: Limit | Mapping[str, int] = None,
         write_through: bool | Any = False,
         forms: Mapping[str, str] | Any = None,
-        convert: Callable[[Entry, str], Entry] | None = None,
+        convert: Callable[[Entry, str], Entry] | Any = None,
         chunk: int | Any = 16,
         queue_entries: int | Any = 64,
         queue_bytes: int | Any = 256 << 20,
         sweep_every: Seconds = None,
-        predictor: Predictor | None = None,
-        clock: Callable[[], float] = time.time,
-        timer: Callable[[], float] = time.perf_counter,
+        predictor: Predictor | Any = None,
+        clock: Callable[[], float] | Any = time.time,
+        timer: Callable[[], float] | Any = time.perf_counter,
     ) -> None:
         tiers = _checked_tiers(tiers)
         policy = LRU() if policy is None else policy
@@ -139,6 +139,11 @@ class Store:
         ttl = check_seconds("ttl", ttl)
         sweep_every = check_seconds("sweep_every", sweep_every, positive=True)
         tenant_bytes = _checked_tenants(tenant_bytes)
+        _check_functions(convert=convert, clock=clock, timer=timer)
+        if predictor is not None and not isinstance(predictor, Predictor):
+            raise TypeError(
+                f"predictor got {brief(predictor)}; expected a jkv.store.Predictor, or None"
+            )
         names = [tier.name for tier in tiers]
         names = [n if names.count(n) == 1 else f"{n}{i}" for i, n in enumerate(names)]
         if not isinstance(forms, Mapping | None):
@@ -574,6 +579,12 @@ def _checked_tenants(limits: Any) -> int | dict[str, int] | None:
         check_text("tenant_bytes", tenant)
         check_limit(f"tenant_bytes of {brief(tenant)}", limit)
     return dict(limits)
+
+
+def _check_functions(convert: Any, clock: Any, timer: Any) -> None:
+    for name, function in (("convert", convert), ("clock", clock), ("timer", timer)):
+        if not callable(function) and not (name == "convert" and function is None):
+            raise TypeError(f"{name} got {brief(function)}; expected a function")
 
 
 def _converted(entry: Entry, form: str) -> Entry:

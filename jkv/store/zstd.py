@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jkv._text import brief
 from jkv.errors import CorruptError, UnsupportedError
 
 # Keys and values become a tenth smaller, empty slots vanish. A frame that grows more than this is
@@ -96,5 +97,5 @@ def check(method: str | None) -> None:
     if method is None:
         return
     if method != "zstd":
-        raise UnsupportedError(f"compression is None or 'zstd', not {method!r}")
+        raise UnsupportedError(f"compression is None or 'zstd', not {brief(method)}")
     _zstd()

@@ -160,6 +160,11 @@ BAD_OPTIONS = [
     ({"write_through": 1}, TypeError),
     ({"policy": "lru"}, TypeError),
     ({"forms": "int8"}, TypeError),
+    ({"predictor": True}, TypeError),
+    ({"predictor": "markov"}, TypeError),
+    ({"clock": 5}, TypeError),
+    ({"timer": None}, TypeError),
+    ({"convert": "int8"}, TypeError),
 ]
 
 
