@@ -161,18 +161,7 @@ class Request:
         An iteration that ends before the last token (`break`, an exception, its `close`, garbage
         collection) cancels the request: nothing will read what it would generate.
         """
-        seen = 0
-        try:
-            while True:
-                while seen < len(self.tokens):
-                    yield self.tokens[seen]
-                    seen += 1
-                if self.endings and seen >= len(self.tokens):
-                    self._raise()
-                    return
-                self.engine.advance(self, seen)
-        finally:
-            self.engine.abandon(self)
+        return Tokens(self)
 
     def __aiter__(self) -> AsyncIterator[int]:
         """Iterate over tokens as they come; the engine runs in a thread, one step at a time.
@@ -191,6 +180,47 @@ class Request:
         said = f"{len(self.tokens)} of {plural(self.max_new_tokens, 'token')}"
         end = f", {self.finish_reason}" if self.finish_reason else ""
         return f"Request({self.number}, {self.state}, {said}{end})"
+
+
+class Tokens(Iterator[int]):
+    """The tokens of a request for `for`.
+
+    Not a generator, which does not notice that it is left before its first token.
+    """
+
+    def __init__(self, request: Request):
+        self._request, self._seen, self._closed = request, 0, False
+
+    def __next__(self) -> int:
+        """The next token.
+
+        Raises:
+            StopIteration: after the last one, or after `close`.
+        """
+        request, gone = self._request, True
+        try:
+            while not self._closed and self._seen >= len(request.tokens):
+                if request.endings and self._seen >= len(request.tokens):
+                    request._raise()
+                    raise StopIteration
+                request.engine.advance(request, self._seen)
+            gone = self._closed
+        finally:
+            if gone:
+                self.close()
+        if gone:
+            raise StopIteration
+        self._seen += 1
+        return request.tokens[self._seen - 1]
+
+    def close(self) -> None:
+        """End the iteration; its request is cancelled if it has not ended."""
+        self._closed = True
+        self._request.engine.abandon(self._request)
+
+    def __del__(self) -> None:
+        """See `close`."""
+        self.close()
 
 
 class AsyncTokens(AsyncIterator[int]):

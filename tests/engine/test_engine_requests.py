@@ -174,6 +174,33 @@ def test_an_iteration_that_is_left_cancels_its_request(engine, alone):
     other.cancel()
 
 
+def test_an_iteration_that_is_left_before_its_first_token(engine):
+    def dropped(request):
+        iter(request)
+
+    def closed(request):
+        tokens = iter(request)
+        tokens.close()
+        assert next(tokens, None) is None
+
+    def awaited(request):
+        aiter(request)
+
+    for leave in (dropped, closed, awaited):
+        request = engine.submit(PROMPTS[4], max_new_tokens=100, stop=())
+        leave(request)
+        gc.collect()
+        assert (request.tokens, request.finish_reason) == ([], "cancelled"), leave
+
+
+def test_a_closed_iteration_gives_no_more_tokens(engine):
+    request = engine.submit(PROMPTS[4], max_new_tokens=100, stop=())
+    tokens = iter(request)
+    next(tokens)
+    tokens.close()
+    assert list(tokens) == []
+
+
 def test_generate_in_one_call(engine, lm, alone, tiny_model):
     key = jax.random.key(3)
     requests = engine.generate(PROMPTS[:6], sampler=HOT, key=key, request_ids="abcdef", **HOW)
