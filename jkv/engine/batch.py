@@ -8,12 +8,13 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jkv._axes import Array
 from jkv.cache import heads
 from jkv.decoding import sampling
-from jkv.decoding.apply import check_updates
+from jkv.decoding.apply import apply, init_state
 from jkv.decoding.request import PAD, bucket
 from jkv.engine import lanes as device
 from jkv.engine.pages import Pages, filled
@@ -100,7 +101,8 @@ class Batch(Pages):
             return None
         sampler = sampling.bind(sampler, self.config.vocab, filled(ends, self.ends, -2)[None])
         plain = _plain(sampler)
-        check_updates(plain, 1, self.config.vocab, bucket(self.config.context))
+        lane = jax.tree.map(lambda leaf: leaf[None], plain)
+        _lane_step.eval_shape(self.config.vocab, bucket(self.config.context), lane)
         return plain
 
     def install(self, seat: Seat, limit: int) -> None:
@@ -254,6 +256,22 @@ class Batch(Pages):
                 np.zeros(rows, np.int32),
                 np.zeros(rows, bool),
             )
+
+
+# Compiled never; `jit` remembers what it has traced.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lane_step(vocab: int, tokens: int, sampler: Any) -> Any:
+    """One step of a transform as passes take it: `vmap` goes over the lanes.
+
+    What `vmap` does not take, such as a callback to the host without a rule for it, would fail in
+    a pass that others share.
+    """
+
+    def one(sampler: Any, logits: Array, token: Array) -> Any:
+        state = init_state(sampler, jnp.full((1, tokens), PAD, jnp.int32), vocab)
+        return apply(sampler, logits[None], state, token[None])
+
+    return jax.vmap(one)(sampler, jnp.zeros((1, vocab)), jnp.full((1,), PAD, jnp.int32))
 
 
 def _plain(sampler: Any) -> Any:

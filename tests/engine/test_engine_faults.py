@@ -189,6 +189,18 @@ def test_a_sampler_that_cannot_run_is_refused_and_stops_nobody(engine, alone):
     engine.run()
 
 
+def test_a_sampler_that_cannot_run_beside_others_is_refused(engine, alone):
+    """A callback without a rule for `vmap` works alone, and would fail in a pass over lanes."""
+
+    def called(logits):
+        return jax.pure_callback(np.asarray, jax.ShapeDtypeStruct(logits.shape, "float32"), logits)
+
+    other = engine.submit([1], max_new_tokens=3, stop=())
+    with pytest.raises(NotImplementedError, match="vmap is only supported"):
+        engine.submit([2], max_new_tokens=3, sampler=called, key=jax.random.key(0))
+    assert other.result() == alone([1], 3)
+
+
 def soak(lm, alone, count, seed):
     """Short requests with everything that can happen to them, on few pages."""
     rng = np.random.default_rng(seed)
