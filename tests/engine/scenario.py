@@ -59,6 +59,8 @@ class Scenario:
         self.watched = ("sampled", "stopped")
         self.requests = Recorder()
         self.engine.requests.live = self.requests
+        self.turns, self._step = 0, self.engine._step_or_charge
+        self.engine._step_or_charge = self.bounded  # a lost request would be waited for for ever
 
     def run(self, strikes: dict[int, Interrupt]) -> list[str]:
         """The calls, those of these places each under its interrupt; the names of all."""
@@ -66,11 +68,18 @@ class Scenario:
         self.told: dict[int, list[tuple[int, int]]] = {}
         self.ends: set[str] = set()  # requests that may be cancelled
         self.requests.all.clear()
+        self.turns = 0
         before = self.engine.stats()
         getattr(self, self.calls)()
         self.engine.run()
         self.check(before)
         return self.names
+
+    def bounded(self) -> bool:
+        """A step, of not too many in a run."""
+        self.turns += 1
+        assert self.turns < 500, "the engine never rests"
+        return self._step()
 
     def attempt(self, work: Callable[[], Any], name: str, again: bool = True) -> Any:
         """A call; where it is interrupted and `again`, once more in peace."""
