@@ -109,7 +109,7 @@ class Disk:
         try:
             for item in self._listed():
                 try:
-                    if item.name.startswith(files.TEMPORARY) or item.name.endswith(_FOREIGN_LOCK):
+                    if _is_leftover(item.name):
                         files.remove_if_abandoned(item.path)
                     elif is_name(item.name) and (key := self._listed_key(item)) is not None:
                         status = item.stat(follow_symlinks=False)
@@ -457,6 +457,13 @@ class Disk:
 
     def _failed(self, what: str, key: str, error: OSError) -> TierError:
         return TierError(error.errno, f"{brief(key)} not {what} in {self.path}: {error.strerror}")
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether a file is one that jkv, or tensorstore for it, writes to before it is renamed."""
+    if name.endswith(_FOREIGN_LOCK):
+        return is_name(name.removesuffix(_FOREIGN_LOCK) + SUFFIX)
+    return files.is_temporary(name)
 
 
 def _same(path: str, file: int) -> bool:

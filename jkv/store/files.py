@@ -206,6 +206,11 @@ def lives(directory: str, name: object) -> bool:
     return True
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is one that `Temporary` gives, and no user's."""
+    return _LIFELINE.fullmatch(name) is not None
+
+
 def remove_if_abandoned(path: str) -> None:
     """Removes a temporary file that nobody holds a lock on: the lock goes with its process.
 

@@ -281,7 +281,7 @@ def test_what_else_may_lie_in_the_directory(tmp_path):
     (tmp_path / "klink.jkv").symlink_to(tmp_path / name_of("good"))
     (tmp_path / ("h" + "0" * 64 + ".jkv")).write_bytes(bytes(1000))
     os.mkfifo(tmp_path / "kpipe.jkv")
-    (tmp_path / ".tmp-dead").write_bytes(b"half of an en")
+    (tmp_path / f".tmp-{0xDEAD:024x}").write_bytes(b"half of an en")
     (tmp_path / "kgood.jkv.__lock").write_bytes(b"half of another")
     disk = Disk(tmp_path)
     assert set(disk.scan()) == {"good", "h" * 400}

@@ -73,7 +73,7 @@ def prepared(path: Path) -> Disk:
     tier.write("damaged", value(3))
     with (path / name_of("damaged")).open("r+b") as file:
         file.write(b"?")
-    (path / ".tmp-left").write_bytes(b"by somebody")
+    (path / f".tmp-{1:024}").write_bytes(b"by somebody")
     (path / f".tmp-{0:024}").touch()  # a process that ended
     tier.write("put aside", value(6))
     os.truncate(path / name_of("put aside"), 100)
@@ -264,7 +264,7 @@ def test_a_writer_at_work_is_left_alone(tmp_path, monkeypatch):
             scanned.append(other.scan())
             os.fsync(file)
 
-    (tmp_path / ".tmp-dead").write_bytes(b"half")
+    (tmp_path / f".tmp-{0xDEAD:024x}").write_bytes(b"half")
     with monkeypatch.context() as patch:
         faulty(patch, Pausing(os, "", [0], OSError()))
         tier.write("k", value(1))

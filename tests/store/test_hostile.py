@@ -159,6 +159,15 @@ def test_quarantine_keeps_to_its_own(tmp_path):
     assert outside.read_text() == "mine"
 
 
+def test_leftovers_are_of_names_that_a_store_gives(tmp_path):
+    users = [".tmp-mine", ".tmp-", ".tmp-" + "x" * 24, "notes.jkv.__lock", "foo.__lock"]
+    left = [".tmp-" + "a" * 24, f"{name_of('0::a')}.__lock"]
+    for name in users + left:
+        (tmp_path / name).write_text("text")
+    with Store([Disk(tmp_path)]):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(users)
+
+
 def test_quarantine_that_is_a_link_is_not_followed(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
