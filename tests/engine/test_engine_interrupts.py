@@ -149,3 +149,32 @@ def test_close_ends_requests_whose_pass_has_failed(lm, monkeypatch):
     assert isinstance(request.error, OSError)
     assert waiting.state == "finished"
     empty(engine)
+
+
+def test_a_submit_that_is_interrupted_has_queued_its_request_or_not(lm):
+    engine = made(lm, pages=PAGES, max_batch=2)
+
+    def submit():
+        engine.submit(PROMPTS[2], max_new_tokens=1, stop=())
+
+    for where in at_every_place(("Requests.add", "Requests.push"), submit):
+        steps(engine)
+        assert engine.requests.live == {}, where
+    steps(engine)  # the one that was not interrupted
+    empty(engine)
+
+
+def test_a_request_whose_end_was_counted_is_not_counted_again(lm, monkeypatch):
+    engine = made(lm, pages=PAGES, max_batch=2)
+    first, second = (engine.submit(PROMPTS[2], max_new_tokens=4, stop=()) for _ in range(2))
+
+    def torn(number):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.requests, "discard", torn)
+        with pytest.raises(KeyboardInterrupt):
+            second.cancel()
+    first.end("cancelled")  # to be counted before it by the recovery
+    assert engine.stats()["reasons"]["cancelled"] == 2
+    empty(engine)
