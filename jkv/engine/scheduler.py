@@ -30,11 +30,11 @@ class Requests:
 
     def add(self, requests: list[Request]) -> None:
         """Queue new requests, all of them or, interrupted, none."""
-        self._partial = True
+        before, self._partial = self._partial, True
         self.live.update({request.number: request for request in requests})
         for request in requests:
             self.push(request)
-        self._partial = False
+        self._partial = before  # what an interrupted one left out is still missing
 
     def push(self, request: Request) -> None:
         """Put a request that waits into the order."""

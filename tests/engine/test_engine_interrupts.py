@@ -178,3 +178,21 @@ def test_a_request_whose_end_was_counted_is_not_counted_again(lm, monkeypatch):
     first.end("cancelled")  # to be counted before it by the recovery
     assert engine.stats()["reasons"]["cancelled"] == 2
     empty(engine)
+
+
+def test_what_an_interrupted_submit_left_out_of_the_order_is_still_found(lm, monkeypatch):
+    engine = made(lm)
+
+    def struck(*_):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.requests, "push", struck)
+    with pytest.raises(KeyboardInterrupt):
+        engine.submit(PROMPTS[1], max_new_tokens=2, stop=())
+    request = engine.submit(PROMPTS[2], max_new_tokens=2, stop=())
+    for _ in range(20):
+        if not engine.step():
+            break
+    assert len(request.tokens) == 2
+    empty(engine)
