@@ -53,9 +53,9 @@ class Engine(Steps):
         page: tokens per page, by default those of `cache`, which are 16.
         max_batch: requests that run at once.
         cache: a `jkv.paged` kind or its text ("paged:16,int8"), for pages in another form; by
-            default in the model's dtype. Pages that round are read rounded where they are found,
-            and exact by those who read a prompt in one piece: a request may then say something
-            else than it would alone.
+            default in the model's dtype. With quantized pages, a prefix hit reads quantized values
+            while a fresh prefill reads exact ones: a request's tokens may then differ from those
+            that it would have alone.
         block: tokens that each request gets per step, at most: more of them make less work for
             the host, and up to twice as many slots are held that may never be used.
         prefill_chunk: tokens of prompts per step: of one, or of several in equal parts. More of

@@ -255,7 +255,7 @@ def read_tokenizer(directory: Path, problems: list[str]) -> Tokenizer | None:
         read_json(directory / name, problems, limit=TOKENIZER_LIMIT, optional=True) or {}
         for name in ("special_tokens_map.json", "added_tokens.json", "tokenizer_config.json")
     )
-    # What is wrong with config.json is reported by those who read all of it.
+    # Problems of config.json are reported where all of it is read.
     model_type = (read_json(directory / "config.json", []) or {}).get("model_type")
     tokenizer = tokenizer_files.build(values, config, model_type, problems)
     if tokenizer is None:

@@ -233,7 +233,7 @@ def read_header(data: bytes | memoryview) -> Header:
     put_meta(meta)
     if type(nbytes) is not int or nbytes != end:
         raise CorruptError(
-            f"the arrays take {end} bytes and the payload is said to have {brief(nbytes)}"
+            f"the arrays take {end} bytes and the header gives the payload {brief(nbytes)}"
         )
     if packed not in (None, "zstd"):
         raise CorruptError(f"a payload compressed by {brief(packed)}, which there is not")

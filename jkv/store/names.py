@@ -29,7 +29,7 @@ def name_of(key: str) -> str:
 
 
 def is_name(name: str) -> bool:
-    """Whether `name_of` may have made it: anything else in a directory is somebody else's."""
+    """Whether `name_of` may have made it: anything else in a directory is not the store's."""
     return key_of(name) is not None or _HASHED.fullmatch(name) is not None
 
 

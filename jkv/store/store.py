@@ -70,11 +70,11 @@ class Store:
 
     Several processes may share a tier that lasts: a key that one does not know is looked for there,
     and each keeps to the limits for what it knows. Of several puts of a key the one that reached
-    the shared tier last stands, whatever their clocks say; nobody deletes or overwrites, to make
-    room, what another has put since. On a `Disk` a read by key notices that another process has put
-    the key anew; above a `Remote`, a tier in memory goes on with what it has until that has gone
-    from it, and so does `longest_prefix` anywhere. What another process has removed may be served
-    from this one's memory: give such entries a `ttl`.
+    the shared tier last stands, whatever their clocks say, and no process deletes or overwrites,
+    to make room, what another has put since. On a `Disk` a read by key notices that another process
+    has put the key anew; above a `Remote`, a tier in memory goes on with what it has until that has
+    gone from it, and so does `longest_prefix` anywhere. What another process has removed may be
+    served from this one's memory: give such entries a `ttl`.
 
     Counters balance at any time: accesses = hits + misses, and puts + found = entries + replaced +
     removed + expired + evicted + rejected + lost, where `found` are entries of another process, or

@@ -1,4 +1,4 @@
-"""Entries and directories that somebody else has made: sealed as they should be, and odd."""
+"""Entries and directories of foreign making: sealed as they should be, and odd."""
 
 from __future__ import annotations
 
