@@ -137,8 +137,8 @@ def test_in_a_conversation_and_on_the_command_line(lm, run, compiles, text):
 
 
 def test_what_is_close_to_a_kind_is_told_apart(lms):
-    with pytest.raises(TypeError, match=r"cache got 'int4'.*jkv.cache.spec.parse makes one"):
-        jkv.generate(lms[1], ["x"], max_new_tokens=1, cache="int4")
+    with pytest.raises(TypeError, match=r"cache got 4; expected a kind .* or a text"):
+        jkv.generate(lms[1], ["x"], max_new_tokens=1, cache=4)
     with pytest.raises(TypeError, match=r"snapkv\(\), with brackets"):
         jkv.evicting(64, score=jkv.scores.snapkv)
 

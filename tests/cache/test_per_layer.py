@@ -134,10 +134,11 @@ def test_is_a_value():
         ((jkv.dense(), -1), ValueError, "first=-1"),
         ((jkv.dense(), 0, True), ValueError, "last=True"),
         ((jkv.dense(), 1.0), ValueError, "first=1.0"),
-        (("dense",), TypeError, "'dense'"),
+        ((3,), TypeError, "per_layer got 3"),
+        (("dens",), ValueError, "did you mean 'dense'"),
         (([jkv.dense],), TypeError, "function dense"),
         (([jkv.none()],), TypeError, "keep keys and values"),
-        ((jkv.dense(), 1, 1, "dense"), TypeError, "'dense'"),
+        ((jkv.dense(), 1, 1, 3), TypeError, "got 3"),
         ((jnp.zeros(3),), TypeError, "expected kinds"),
     ],
 )
