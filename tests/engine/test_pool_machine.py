@@ -55,7 +55,7 @@ class Life(RuleBasedStateMachine):
         needed, free = self.pool.needs(row.seq, length), self.pool.free_pages
         if needed > free:
             before = snapshot(self.pool)
-            with pytest.raises(PoolFullError, match=f"need {needed} pages more, and {free} of"):
+            with pytest.raises(PoolFullError, match=f"need {needed} pages? more, and {free} of"):
                 row.seq.reserve(length)
             assert snapshot(self.pool) == before
             Life.seen |= 1
