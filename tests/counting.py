@@ -19,6 +19,7 @@ def bytecodes(run: Callable[[], object]) -> int:
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # from 3.12 on a trace begins with opcodes or has none
     sys.settrace(trace)
     try:
         run()

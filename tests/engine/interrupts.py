@@ -30,6 +30,8 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if not self.where:
+            # From Python 3.12 on a trace begins with opcodes or has none.
+            sys._getframe().f_trace_opcodes = self._bytecodes
             sys.settrace(self._called)
         return self
 
