@@ -140,12 +140,6 @@ def bound(kind: Any, config: Any, layer: int) -> Any:
     return kind.bind(config, layer) if hasattr(kind, "bind") else kind
 
 
-def unbounded(kind: Any, config: Any) -> bool:
-    """Whether a model may run past its context with this kind, in all its layers."""
-    layers = range(config.layers)
-    return all(getattr(bound(kind, config, i), "unbounded", False) for i in layers)
-
-
 def furthest(parts: Iterable[Any], new: int) -> int | None:
     """How far a token may look back in any of these kinds or layers, None where without limit.
 

@@ -12,7 +12,6 @@ from flax import nnx
 
 import jkv
 from jkv.cache import Dense, Window
-from jkv.cache.protocol import unbounded
 from jkv.errors import UnsupportedError
 from jkv.models import Decoder
 
@@ -97,7 +96,6 @@ def test_what_the_whole_is(config):
         kind = jkv.per_layer(kinds)
         cache = cache_of(config, kind)
         assert (kind.grows, kind.unbounded) == (cache.grows, cache.unbounded) == (grow, endless)
-        assert unbounded(kind, config) == endless
         assert cache.capacity == (None if endless else 32)
     ends = jkv.per_layer(window, first=1)
     assert (ends.grows, ends.unbounded) == (False, False)

@@ -366,7 +366,8 @@ def test_the_models_own_windows_are_exact(local_global):
 
 
 def test_windows_everywhere_are_unbounded(local_global, tiny_config):
-    from jkv.cache.protocol import unbounded
+    def unbounded(kind, config):
+        return jkv.init_cache(config, kind, batch=1, slots=8).unbounded
 
     every = dataclasses.replace(tiny_config, windows=(5, 9))
     assert unbounded(jkv.window(), every)

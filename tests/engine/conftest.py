@@ -32,7 +32,7 @@ def alone(tiny_model):
 
 @pytest.fixture
 def engine(lm):
-    """One with pages for all; at the end nobody holds any."""
+    """An engine with pages for all its requests; at the end none of them is held."""
     it = made(lm)
     yield it
     empty(it)

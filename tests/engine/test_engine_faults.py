@@ -1,4 +1,4 @@
-"""Requests that are refused, cancelled, raise or are interrupted: nobody else notices."""
+"""Requests that are refused, cancelled, raise or are interrupted: the others go on as if alone."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_step_that_is_interrupted_costs_time_and_no_tokens(engine, alone):
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     prompts = [PROMPTS[3], PROMPTS[1], *PROMPTS[4:6]]
-    for request, prompt in zip(requests[:2], prompts, strict=False):  # one that nobody watches too
+    for request, prompt in zip(requests[:2], prompts, strict=False):  # an unwatched one too
         assert 0 < len(request.tokens) < 12
         assert request.tokens == alone(prompt, 12)[: len(request.tokens)]
     engine.run()
