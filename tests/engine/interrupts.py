@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dis
+import functools
 import sys
+from itertools import pairwise
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import jkv
@@ -22,11 +25,19 @@ class Interrupt:
         at: which event, from 0; negative for none, to count them.
         inside: parts of what is watched: of files' names or, after them, of functions'.
         bytecodes: every bytecode is an event, and not only every line.
+        signals: of the bytecodes only those before which Python delivers a signal.
     """
 
-    def __init__(self, at: int, inside: tuple[str, ...] = ("/engine/",), bytecodes: bool = True):
+    def __init__(
+        self,
+        at: int,
+        inside: tuple[str, ...] = ("/engine/",),
+        bytecodes: bool = True,
+        signals: bool = False,
+    ):
         self.left, self.count, self.where, self.genuine = at, 0, "", False
-        self._inside, self._bytecodes = inside, bytecodes
+        self.places: list[str] = []
+        self._inside, self._bytecodes, self._signals = inside, bytecodes, signals
 
     def __enter__(self) -> Interrupt:
         if not self.where:
@@ -48,27 +59,35 @@ class Interrupt:
         return self._passed
 
     def _passed(self, frame: Any, event: str, argument: Any) -> Any:
-        if event in ("line", "opcode"):
-            self.count += 1
-            if self.left == 0:
-                code = frame.f_code
-                self.where = (
-                    f"{code.co_filename}:{frame.f_lineno} {code.co_qualname} {frame.f_lasti}"
-                )
-                self.genuine = _genuine(code, frame.f_lasti)
-                sys.settrace(None)
-                frame.f_trace = None
-                raise KeyboardInterrupt
-            self.left -= 1
+        code, offset = frame.f_code, frame.f_lasti
+        if event not in ("line", "opcode"):
+            return self._passed
+        if self._signals and offset not in _signalled(code):
+            return self._passed
+        self.count += 1
+        if self.left < 0:
+            self.places.append(f"{code.co_filename}:{code.co_qualname}:{offset}")
+        if self.left == 0:
+            self.where = f"{code.co_filename}:{frame.f_lineno} {code.co_qualname} {offset}"
+            self.genuine = offset in _signalled(code)
+            sys.settrace(None)
+            frame.f_trace = None
+            raise KeyboardInterrupt
+        self.left -= 1
         return self._passed
 
 
-def _genuine(code: Any, offset: int) -> bool:
-    """Whether Python could have raised a signal's exception before the instruction there.
+@functools.cache
+def _signalled(code: CodeType) -> frozenset[int]:
+    """Offsets of the instructions before which Python may raise a signal's exception.
 
-    It raises at the end of a call, still within the `with` that the call is in, of which the
-    instruction after it (SWAP, where the call's value is returned) is no part any more.
+    It raises at a jump backwards, and at the end of a call: still within the `with` that the call
+    is in, of which the instruction after it (SWAP, where the call's value is returned) is no part
+    any more.
     """
-    there = [i for i in dis.get_instructions(code) if i.offset <= offset]
-    before = there[-2].opname if len(there) > 1 else "RESUME"
-    return there[-1].opname != "SWAP" and before.startswith(("CALL", "RESUME"))
+    return frozenset(
+        this.offset
+        for before, this in pairwise(dis.get_instructions(code))
+        if "JUMP_BACKWARD" in this.opname
+        or (this.opname != "SWAP" and before.opname.startswith(("CALL", "RESUME")))
+    )
