@@ -36,7 +36,6 @@ class Interrupt:
         signals: bool = False,
     ):
         self.left, self.count, self.where, self.genuine = at, 0, "", False
-        self.places: list[str] = []
         self._inside, self._bytecodes, self._signals = inside, bytecodes, signals
 
     def __enter__(self) -> Interrupt:
@@ -65,8 +64,6 @@ class Interrupt:
         if self._signals and offset not in _signalled(code):
             return self._passed
         self.count += 1
-        if self.left < 0:
-            self.places.append(f"{code.co_filename}:{code.co_qualname}:{offset}")
         if self.left == 0:
             self.where = f"{code.co_filename}:{frame.f_lineno} {code.co_qualname} {offset}"
             self.genuine = offset in _signalled(code)
