@@ -17,7 +17,7 @@ _ALWAYS = 1 << 20  # bytes that any frame may become
 
 class _Zstd(NamedTuple):
     compress: Callable[[bytes], bytes]
-    decompress: Callable[[Any], bytes]
+    decompress: Callable[[Any], bytes]  # of one frame that nothing follows
     size: Callable[[Any], int | None]
     error: type[Exception]
 
@@ -29,9 +29,18 @@ def _zstd() -> _Zstd:
     except ImportError:
         pass
     else:
+
+        def one_frame(data: Any) -> bytes:
+            # Theirs goes on with the frames that follow, whose sizes nobody has looked at.
+            decompressor = zstd.ZstdDecompressor()
+            out = decompressor.decompress(data)
+            if not decompressor.eof or decompressor.unused_data:
+                raise zstd.ZstdError("it ends within its frame, or goes on after it")
+            return out
+
         return _Zstd(
             zstd.compress,
-            zstd.decompress,
+            one_frame,
             lambda data: zstd.get_frame_info(data).decompressed_size,
             zstd.ZstdError,
         )
@@ -44,7 +53,7 @@ def _zstd() -> _Zstd:
     # One object each time: theirs must not be shared by threads.
     return _Zstd(
         lambda data: zstandard.ZstdCompressor().compress(data),
-        lambda data: zstandard.ZstdDecompressor().decompress(data),
+        lambda data: zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False),
         zstandard.frame_content_size,
         zstandard.ZstdError,
     )

@@ -196,11 +196,11 @@ def peak_of(run):
         tracemalloc.stop()
 
 
-def bomb(nbytes):
-    """A frame of zeros, and a header that says so."""
+def bomb(nbytes, behind=b""):
+    """A frame of zeros, and a header that says so; `behind` follows it."""
     zeros = Entry({"x": np.zeros(1000, np.uint8)}, {})
     blob = b"".join(codec.encode(zeros, "k", compression="zstd"))
-    frame = zstd.compress(bytes(nbytes), "zstd")
+    frame = zstd.compress(bytes(nbytes), "zstd") + behind
     start, _ = codec.measure(blob)
 
     def change(said, prefix):
@@ -224,6 +224,28 @@ def test_a_small_frame_does_not_become_a_large_entry(tmp_path):
     assert peak_of(read) < 4 << 20
     (tmp_path / name_of("k")).write_bytes(bomb(1 << 20))  # and what is small may be all zeros
     assert disk.read("k") is not None
+
+
+BEHIND = {
+    "a large frame": lambda: zstd.compress(bytes(1 << 28), "zstd"),
+    "a frame of nothing": lambda: zstd.compress(b"", "zstd"),
+    "a frame to be skipped": lambda: b"\x50\x2a\x4d\x18" + bytes(4),
+    "no frame": lambda: b"x",
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+def test_what_follows_a_frame_is_not_decompressed(tmp_path, behind):
+    """The size that is checked is the first frame's; some libraries would go on with all."""
+    pytest.importorskip("zstandard")
+    disk = Disk(tmp_path)
+    (tmp_path / name_of("k")).write_bytes(bomb(1000, BEHIND[behind]()))
+
+    def read():
+        with pytest.raises(CorruptError, match="not to be decompressed"):
+            disk.read("k")
+
+    assert peak_of(read) < 4 << 20
 
 
 @pytest.mark.parametrize("nbytes", [1 << 20, 1 << 23])
