@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,9 +24,13 @@ from jkv.decoding.result import Result
 from jkv.decoding.stopping import first_stop
 from jkv.decoding.stream import Stream, stream
 from jkv.errors import CacheFullError, CorruptError, JkvError, UnsupportedError
+from jkv.models.template import plain_message
 from jkv.models.weights import still, weights_of
 
-Message = dict[str, str]
+Message = dict[str, Any]
+
+# What the template reads and `Chat` writes.
+_OWN = ("messages", "add_generation_prompt", "continue_final_message")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +52,23 @@ class Chat:
     holds; it is cropped to what both have in common, wherever the template or the tokenizer has
     moved a boundary. A turn that fails or is interrupted leaves the conversation as it was.
 
+    A reply is kept as the text that the model wrote, calls of tools included; what they returned is
+    sent as messages.
+
     Example:
-        >>> chat = jkv.Chat(jkv.load("Qwen/Qwen3-0.6B"), system="Be brief.")
+        >>> chat = jkv.Chat(lm, system="Be brief.")
         >>> chat.send("What is a cache?")
         >>> for piece in chat.stream("And a ring buffer?"): print(piece, end="", flush=True)
+
+        With a tool, here a function with annotations and a docstring, and a value that the
+        template takes:
+
+        >>> chat = jkv.Chat(lm, tools=[weather], enable_thinking=False)
+        >>> print(chat.send("How warm is it in Paris?"))
+        <tool_call>
+        {"name": "weather", "arguments": {"city": "Paris"}}
+        </tool_call>
+        >>> chat.send({"role": "tool", "name": "weather", "content": "22"})
     """
 
     @transfers
@@ -68,6 +87,9 @@ class Chat:
         store: Any = None,
         sequence_id: Any = None,
         tenant: Any = "",
+        tools: Any = None,
+        template: Any = None,
+        **values: Any,
     ):
         """Begin a conversation.
 
@@ -84,11 +106,20 @@ class Chat:
                 any number where the cache lets it run past that.
             on_full: when they do not fit: "raise", or "drop" the oldest turns for good; the system
                 prompt stays.
+            store: a `jkv.store.Store` that keeps the cache after each turn, and in which a
+                beginning that another conversation shares is looked for.
+            sequence_id: of the conversation in the store: one that is there goes on.
+            tenant: whose entries of the store.
+            tools: what the model may call: JSON schemas, or functions with annotations and
+                docstrings, which become schemas.
+            template: which, where the checkpoint has several; see `Tokenizer.chat`.
+            values: what else the template takes, at every turn, such as `enable_thinking=False`.
 
         Raises:
-            UnsupportedError: no tokenizer, no chat template, or one that takes no system prompt.
-            TypeError: an argument of a wrong type.
-            ValueError: an argument out of range.
+            UnsupportedError: no tokenizer, no chat template, or one that takes no system prompt or
+                no tools.
+            TypeError: an argument of a wrong type, or one that the template does not read.
+            ValueError: an argument out of range, or a tool that is neither of the two.
         """
         decoder, self._tokenizer = request.split_model(lm)
         if self._tokenizer is None:
@@ -117,6 +148,9 @@ class Chat:
         self._reach = max(map(len, self._strings), default=0)
         self._options = {"cache": cache, "sampler": sampler, "stop": stop}
         self._key = key
+        source = self._tokenizer.template_source(template, tools=tools is not None)
+        _check_values(source, tools, values)
+        self._template: dict[str, Any] = {"template": template, "tools": tools, **values}
         self._system = () if system is None else (_message("system", system),)
         # What the template thinks of it is known before the first turn.
         self._ids((*self._system, _message("user", "Hello")))
@@ -152,7 +186,7 @@ class Chat:
     @property
     def messages(self) -> list[Message]:
         """The conversation, each message with its role and content."""
-        return [dict(message) for message in self._past.messages]
+        return copy.deepcopy(list(self._past.messages))
 
     @property
     def reused(self) -> int:
@@ -168,25 +202,36 @@ class Chat:
         """Begin anew: the same system prompt, still in the cache, and the same keys."""
         self._past = _Past(self._system, self._past.result)
 
-    def send(self, text: Any) -> str:
+    def send(self, message: Any) -> str:
         """Say something and wait for the whole reply.
 
+        Args:
+            message: the user's text, or a message with a role of its own, such as
+                ``{"role": "tool", "content": "22"}``; several in a list are one turn.
+
         Raises:
-            TypeError: no text.
+            TypeError: neither a text nor messages.
+            ValueError: a message that holds what JSON cannot.
+            UnsupportedError: the chat template refuses the message.
             CacheFullError: the conversation does not fit into the context.
         """
-        return "".join(self.stream(text))
+        return "".join(self.stream(message))
 
     @transfers
-    def stream(self, text: Any) -> Iterator[str]:
+    def stream(self, message: Any) -> Iterator[str]:
         """Say something and get the reply in pieces; the turn counts once all have been taken.
 
+        Args:
+            message: as of `send`.
+
         Raises:
-            TypeError: no text.
+            TypeError: neither a text nor messages.
+            ValueError: a message that holds what JSON cannot.
+            UnsupportedError: the chat template refuses the message.
             CacheFullError: the conversation does not fit into the context.
         """
         past = self._past
-        messages, ids = self._fit((*past.messages, _message("user", text)))
+        messages, ids = self._fit((*past.messages, *_new_messages(message)))
         if self._shelf is not None:
             self._shelf.renew()
         known = past.result
@@ -246,7 +291,9 @@ class Chat:
         self._past = now
 
     def _ids(self, messages: tuple[Message, ...]) -> list[int]:
-        return self._tokenizer.chat_ids(list(messages), add_generation_prompt=True)
+        return self._tokenizer.chat_ids(
+            list(messages), add_generation_prompt=True, **self._template
+        )
 
     def _fit(self, messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], list[int]]:
         """The conversation, without its oldest turns where it is too long, and its tokens."""
@@ -255,25 +302,78 @@ class Chat:
             ids = self._ids(messages)
             if self._context is None or len(ids) + self._max_new <= self._context:
                 return messages, ids
-            # Templates want turns in pairs: a question goes with its answer.
-            if not self._drop or len(messages) <= first + 2:
+            # Templates want whole turns: a question goes with its answer, and with all that tools
+            # said on the way there.
+            later = [i for i in range(first + 1, len(messages)) if _begins_turn(messages, i)]
+            if not self._drop or not later:
                 raise CacheFullError(
                     f"the conversation has {plural(len(ids), 'token')} and "
                     f"max_new_tokens={self._max_new} "
                     f"make {len(ids) + self._max_new}, more than the context of {self._context}; "
                     + (
                         "shorten the text or ask for fewer tokens"
-                        if len(messages) <= first + 2
+                        if not later
                         else "reset() it, or make the chat with on_full='drop'"
                     )
                 )
-            messages = messages[:first] + messages[first + 2 :]
+            messages = messages[:first] + messages[later[0] :]
 
 
 def _message(role: str, content: Any) -> Message:
     if not isinstance(content, str):
         raise TypeError(f"the {role}'s message is {brief(content)}; expected a text")
     return {"role": role, "content": content}
+
+
+def _new_messages(said: Any) -> tuple[Message, ...]:
+    """Return what a turn adds to the conversation.
+
+    Raises:
+        TypeError: neither a text nor messages.
+        ValueError: a message that holds what JSON cannot.
+    """
+    if isinstance(said, str):
+        return (_message("user", said),)
+    given = said if isinstance(said, list | tuple) else [said]
+    plain = [plain_message(message) for message in given]
+    messages = tuple(message for message in plain if message is not None)
+    if not messages or len(messages) < len(plain):
+        raise TypeError(
+            f"the user's message is {brief(said)}; expected a text, a message such as "
+            "{'role': 'tool', 'content': ...}, or a list of messages"
+        )
+    return messages
+
+
+def _begins_turn(messages: tuple[Message, ...], i: int) -> bool:
+    """Whether a user asks something new here, after an answer."""
+    return messages[i]["role"] == "user" and messages[i - 1]["role"] == "assistant"
+
+
+def _check_values(source: str, tools: Any, values: dict[str, Any]) -> None:
+    """Refuse what the template would not look at, which is mostly an argument misspelt.
+
+    Raises:
+        TypeError: a name that the template does not hold, or that is not the user's to give.
+        UnsupportedError: tools for a template that holds none.
+    """
+    if tools and not _reads(source, "tools"):
+        raise UnsupportedError(
+            "tools were given, but the checkpoint's chat template reads none: describe them in "
+            "system=, or load a checkpoint made for tools"
+        )
+    for name in values:
+        if name in _OWN:
+            raise TypeError(f"got {name}, which Chat gives the template itself; leave it out")
+        if not _reads(source, name):
+            raise TypeError(
+                f"got {name}, which is no argument of Chat and is not read by the checkpoint's "
+                "chat template; leave it out, or correct its name"
+            )
+
+
+def _reads(source: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
 
 def _past_result(cache: Cache, tokens: np.ndarray, model: Any) -> Result:

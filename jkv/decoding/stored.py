@@ -206,7 +206,7 @@ def conversation(meta: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], i
     whole = isinstance(messages, list | tuple) and all(
         isinstance(message, dict)
         and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
+        and isinstance(message.get("content", "" if "tool_calls" in message else None), str | list)
         for message in messages
     )
     if not whole or type(turns) is not int or turns < 0:

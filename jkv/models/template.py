@@ -162,13 +162,30 @@ def _list(messages: Any) -> Sequence[Any]:
     return messages
 
 
+def plain_message(message: Any) -> dict[str, Any] | None:
+    """Return a message's fields in JSON's types, without those that are None; None for no message.
+
+    Args:
+        message: a mapping, a dataclass or a pydantic model with a "role".
+
+    Raises:
+        ValueError: a field that JSON cannot hold, or one nested too deeply.
+    """
+    try:
+        fields = _fields(message)
+        if fields is None or not isinstance(fields.get("role"), str):
+            return None
+        return {_plain(k): _plain(value) for k, value in fields.items() if value is not None}
+    except RecursionError as error:
+        raise ValueError("a message is nested too deeply") from error
+
+
 def _message(i: int, message: Any) -> dict[str, Any]:
-    fields = _fields(message)
-    if fields is None or not isinstance(fields.get("role"), str):
+    plain = plain_message(message)
+    if plain is None:
         raise ValueError(
             f"message {i} is {brief(message)}; expected {{'role': ..., 'content': ...}}"
         )
-    plain = {_plain(k): _plain(value) for k, value in fields.items() if value is not None}
     reasoning = next((plain[name] for name in _REASONING if name in plain), None)
     if reasoning is not None:  # gpt-oss reads "thinking"
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}

@@ -178,23 +178,36 @@ class Tokenizer:
             )
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
+        source = self.template_source(template, tools=values.get("tools") is not None)
+        given: dict[str, Any] = {"tools": None, "documents": None} | self.special | values
+        return _template.render(
+            source,
+            messages,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **given,
+        )
+
+    def template_source(self, template: str | None = None, *, tools: bool = False) -> str:
+        """Return the chat template that `chat` renders.
+
+        Args:
+            template: its name; by default "tool_use" if there are tools and such a template, else
+                "default".
+            tools: whether there are tools.
+
+        Raises:
+            UnsupportedError: there is no such template.
+        """
         if template is None:
-            has_tools = values.get("tools") is not None and "tool_use" in self.templates
-            template = "tool_use" if has_tools else "default"
+            template = "tool_use" if tools and "tool_use" in self.templates else "default"
         if template not in self.templates:
             have = f"it has {', '.join(self.templates)}" if self.templates else "it has none"
             raise UnsupportedError(
                 f"the checkpoint has no chat template {brief(template)} ({have}): write the "
                 "prompt as a text, or load a checkpoint made for chat"
             )
-        given: dict[str, Any] = {"tools": None, "documents": None} | self.special | values
-        return _template.render(
-            self.templates[template],
-            messages,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-            **given,
-        )
+        return self.templates[template]
 
     def chat_ids(self, messages: Any, **options: Any) -> list[int]:
         """Encode `chat`'s text, in which the template has written all special tokens itself.

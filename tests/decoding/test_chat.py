@@ -11,9 +11,27 @@ import pytest
 
 import jkv
 from jkv.decoding.run import Run
+from jkv.models.tools import schema
 from tests.decoding import texts
 
 NEW = 8
+# As Qwen3's: tools first, and an empty thought where the reply begins, which no later turn shows.
+TOOLS = (
+    "{% if tools %}<|turn|>s\n{{ tools | map(attribute='function') | map(attribute='name') | "
+    "join(',') }}<|end|>{% endif %}{% for m in messages %}<|turn|>{{ m.role[0] }}\n"
+    "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|turn|>a\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+
+
+def warm(city: str) -> bool:
+    """Tell whether it is warm.
+
+    Args:
+        city: where.
+    """
+    return city == "Paris"
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +244,106 @@ def test_a_template_that_takes_no_system_prompt(lm):
     assert jkv.Chat(bare).messages == []
 
 
+@pytest.fixture(scope="module")
+def tooled(lm: jkv.LM) -> jkv.LM:
+    """Its template reads tools and a value, and it has another one of their own."""
+    tokenizer = texts.byte_level(TOOLS)
+    tokenizer.templates["loud"] = "!" + TOOLS
+    return jkv.LM(lm.model, lm.config, tokenizer, "tooled")
+
+
+def told(tooled: jkv.LM, messages: Any, **values: Any) -> str:
+    """The reply to messages, rendered with these values by the tokenizer."""
+    ids = tooled.tokenizer.chat_ids(messages, **values)
+    return "".join(b.texts[0] for b in jkv.stream(tooled, [ids], max_new_tokens=NEW))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"tools": [warm]},
+        {"tools": [schema(warm)], "enable_thinking": False},
+        {"enable_thinking": False},
+        {"template": "loud", "enable_thinking": True},
+    ],
+    ids=["tools", "both", "value", "template"],
+)
+def test_tools_and_values_of_the_template_count_at_every_turn(tooled, values):
+    chat = jkv.Chat(tooled, max_new_tokens=NEW, **values)
+    plain = jkv.Chat(tooled, max_new_tokens=NEW)
+    for turn, text in enumerate(["hello", "why"]):
+        asked = [*chat.messages, {"role": "user", "content": text}]
+        assert chat.send(text) == told(tooled, asked, **values)
+        ids = tooled.tokenizer.chat_ids(asked, **values)
+        assert chat.reused + chat.prefilled == len(ids)
+        assert (chat.reused > 0) == (turn > 0)
+        plain.send(text)
+        assert plain.reused + plain.prefilled < len(ids) or values.get("enable_thinking")
+
+
+def test_a_call_of_a_tool_and_what_it_returned(tooled):
+    call = tooled.tokenizer.encode("warm()")
+    chat = jkv.Chat(tooled, tools=[warm], max_new_tokens=NEW, sampler=scripted(*call))
+    assert chat.send("Is it?") == "warm()"
+    first, returned = chat.prefilled, {"role": "tool", "content": "true", "name": None}
+    free = jkv.Chat(tooled, tools=[warm], max_new_tokens=NEW)
+    free._past = chat._past
+    asked = [*chat.messages, {"role": "tool", "content": "true"}]
+    assert free.send(returned) == told(tooled, asked, tools=[warm])
+    assert free.messages[:3] == asked
+    assert free.reused == first + len(call)
+    new = "<|end|><|turn|>t\ntrue<|end|><|turn|>a\n"
+    assert free.prefilled == len(tooled.tokenizer.encode(new))
+
+
+def test_several_messages_are_one_turn(tooled):
+    chat = jkv.Chat(tooled, tools=[warm], max_new_tokens=NEW)
+    chat.send("hello")
+    both = [{"role": "tool", "content": [1]}, {"role": "tool", "content": "2"}]
+    asked = [*chat.messages, *both]
+    assert chat.send(both) == told(tooled, asked, tools=[warm])
+    assert chat.messages[:-1] == asked
+    chat.messages[2]["content"].append(2)
+    assert chat.messages[:-1] == asked, "it is the chat's own"
+
+
+def test_a_full_context_drops_what_tools_said_with_the_question(tooled):
+    options = {"tools": [warm], "max_new_tokens": NEW, "context": 70, "on_full": "drop"}
+    chat = jkv.Chat(tooled, system="Hear.", sampler=scripted(72), **options)
+    chat.send("one")
+    chat.send({"role": "tool", "content": "1"})
+    chat.send("two")
+    roles = ["system", *["user", "assistant", "tool", "assistant"], "user", "assistant"]
+    assert [m["role"] for m in chat.messages] == roles
+    chat.send({"role": "tool", "content": "2 and more"})
+    assert [m["role"] for m in chat.messages] == roles[:5]
+    assert chat.messages[1]["content"] == "two"
+    with pytest.raises(jkv.CacheFullError, match="shorten the text"):
+        chat.send({"role": "tool", "content": "more " * 10})
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"max_tokens": 8}, TypeError, "got max_tokens, which is no argument of Chat"),
+        ({"enable": True}, TypeError, "got enable, which is no argument"),
+        ({"messages": []}, TypeError, "got messages, which Chat gives"),
+        ({"add_generation_prompt": False}, TypeError, "got add_generation_prompt, which Chat"),
+        ({"template": "rag"}, jkv.UnsupportedError, "no chat template 'rag'"),
+        ({"tools": "warm"}, ValueError, "tools got str; expected a list"),
+        ({"tools": [3]}, ValueError, "tools hold 3; expected a JSON schema, or a function"),
+    ],
+)
+def test_values_that_no_template_takes(tooled, values, error, message):
+    with pytest.raises(error, match=message):
+        jkv.Chat(tooled, **values)
+
+
+def test_tools_that_the_template_does_not_read(lm):
+    with pytest.raises(jkv.UnsupportedError, match="reads none"):
+        jkv.Chat(lm, tools=[warm])
+
+
 BAD = [
     ({"max_new_tokens": 0}, ValueError, "max_new_tokens got 0"),
     ({"max_new_tokens": "8"}, ValueError, "max_new_tokens got '8'"),
@@ -247,7 +365,7 @@ def test_bad_arguments_are_refused_when_the_chat_is_made(lm, change, error, mess
         jkv.Chat(lm, **change)
 
 
-@pytest.mark.parametrize("text", [None, 3, b"hello", ["hello"]])
+@pytest.mark.parametrize("text", [None, 3, b"hello", ["hello"], [], {"text": "x"}])
 def test_what_is_no_text_is_refused_at_the_call(lm, text):
     chat = jkv.Chat(lm)
     with pytest.raises(TypeError, match="expected a text"):

@@ -370,3 +370,16 @@ def test_a_conversation_goes_on_after_a_restart(tiny_config, tmp_path):
         ]
         with pytest.raises(TypeError, match="a store= to look in"):
             jkv.Chat(lm, sequence_id="us")
+
+
+def test_what_a_tool_said_is_there_after_a_restart(tiny_config, tmp_path):
+    lm = texts.noise(tiny_config, layers=1)
+    asked = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    said = [asked, {"role": "tool", "content": [{"type": "text", "text": "22"}]}]
+    with Store(tiers=[Disk(tmp_path, 1 << 28)]) as store:
+        chat = jkv.Chat(lm, max_new_tokens=NEW, store=store, sequence_id="us")
+        chat.send([{"role": "user", "content": "hello"}, *said])
+    with Store(tiers=[Disk(tmp_path, 1 << 28)]) as store:
+        again = jkv.Chat(lm, max_new_tokens=NEW, store=store, sequence_id="us")
+        assert again.messages == chat.messages
+        assert again.messages[1:3] == said

@@ -279,6 +279,7 @@ CHATS = [
     {"messages": [7]},
     {"messages": [{"role": "user"}]},
     {"messages": [{"role": 1, "content": "hello"}]},
+    {"messages": [{"role": "tool", "content": 7}]},
     {"turns": "many"},
     {"turns": -1},
     {"turns": 1.5},
