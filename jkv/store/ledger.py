@@ -16,9 +16,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from jkv.store.evictor import Evictor
 from jkv.store.keys import Prefixes
-from jkv.store.policy import Policy
+from jkv.store.policy import Evictor, Policy
 from jkv.store.schema import PutMeta
 from jkv.store.shelf import Record, Shelf
 

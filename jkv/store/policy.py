@@ -15,9 +15,7 @@ import abc
 import dataclasses
 
 from jkv._text import brief
-from jkv.store._lines import _Adaptive, _Arrival, _Recency, _Segmented
-from jkv.store._ranks import _Ranked
-from jkv.store.evictor import Evictor
+from jkv.store.eviction import Adaptive, ByArrival, ByRank, ByRecency, Evictor, Segmented
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Policy(abc.ABC):
 
     @abc.abstractmethod
     def start(self, capacity: int | float) -> Evictor:
-        """The state of one tier that may hold `capacity`, in the unit of the entries' sizes.
+        """Return the state of one tier that may hold `capacity`, in the unit of the entries' sizes.
 
         Raises:
             ValueError: a capacity that is not above 0.
@@ -38,8 +36,8 @@ class FIFO(Policy):
     """What came first goes first, used or not: the baseline."""
 
     def start(self, capacity: int | float) -> Evictor:
-        """The state of one tier."""
-        return _Arrival(capacity)
+        """Return the state of one tier."""
+        return ByArrival(capacity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +45,8 @@ class LRU(Policy):
     """The least recently used goes first."""
 
     def start(self, capacity: int | float) -> Evictor:
-        """The state of one tier."""
-        return _Recency(capacity)
+        """Return the state of one tier."""
+        return ByRecency(capacity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +64,8 @@ class LFU(Policy):
     aging: bool = True
 
     def start(self, capacity: int | float) -> Evictor:
-        """The state of one tier."""
-        return _Ranked(capacity, aging=self.aging, by_cost=False)
+        """Return the state of one tier."""
+        return ByRank(capacity, aging=self.aging, by_cost=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +89,8 @@ class SLRU(Policy):
             )
 
     def start(self, capacity: int | float) -> Evictor:
-        """The state of one tier."""
-        return _Segmented(capacity, self.protected)
+        """Return the state of one tier."""
+        return Segmented(capacity, self.protected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +103,8 @@ class ARC(Policy):
     """
 
     def start(self, capacity: int | float) -> Evictor:
-        """The state of one tier."""
-        return _Adaptive(capacity)
+        """Return the state of one tier."""
+        return Adaptive(capacity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +117,8 @@ class CostAware(Policy):
     """
 
     def start(self, capacity: int | float) -> Evictor:
-        """The state of one tier."""
-        return _Ranked(capacity, aging=True, by_cost=True)
+        """Return the state of one tier."""
+        return ByRank(capacity, aging=True, by_cost=True)
 
 
 POLICIES: dict[str, Policy] = {

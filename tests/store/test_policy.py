@@ -347,7 +347,7 @@ def test_arc_remembers_no_more_than_it_may():
     # Removed is not evicted: nothing remembers it.
     key = evictor.victim()
     evictor.removed(key)
-    assert evictor._ghost_line(key) is None
+    assert evictor._ghost_segment(key) is None
 
 
 def test_cost_aware_by_hand():
