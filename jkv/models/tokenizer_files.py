@@ -14,7 +14,7 @@ import base64
 import binascii
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import tokenizers
 
@@ -22,6 +22,7 @@ from jkv._text import brief
 
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _BYTE_LEVEL_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer")
+_MOST_IDS = 1 << 32  # of tokenizers
 
 
 def build(
@@ -174,7 +175,7 @@ def add_tokens(
         entries = config["added_tokens_decoder"]
         entries = entries.items() if isinstance(entries, Mapping) else [(None, entries)]
         for key, value in entries:
-            if not isinstance(key, str) or not key.isdecimal() or _content(value) is None:
+            if not _is_id(key) or _content(value) is None:
                 problems.append(f"{where} holds {brief({key: value})}; expected ids and tokens")
                 return {}
             stated.append((int(key), value))
@@ -183,7 +184,8 @@ def add_tokens(
         where = "added_tokens.json"
         marked = set(_named(special).values()) | {_content(v) for v in _extra(special)}
         for token, i in added.items():
-            if not isinstance(i, int) or isinstance(i, bool) or i < 0:
+            whole = isinstance(i, int) and not isinstance(i, bool) and 0 <= i < _MOST_IDS
+            if not whole or _content(token) is None:
                 problems.append(f"{where} holds {brief({token: i})}; expected tokens and ids")
                 return {}
             stated.append(
@@ -218,10 +220,17 @@ def add_tokens(
     return names
 
 
+def _is_id(text: Any) -> TypeGuard[str]:
+    # Python refuses to read thousands of digits.
+    return isinstance(text, str) and text.isdecimal() and len(text) <= 10 and int(text) < _MOST_IDS
+
+
 def _content(value: Any) -> str | None:
-    """The text of a token, which is a text or an object."""
+    """The text of a token, which is a text or an object; None where it is empty or no Unicode."""
     value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) and value else None
+    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
+        return None
+    return value or None
 
 
 def _named(values: Mapping[str, Any]) -> dict[str, str]:

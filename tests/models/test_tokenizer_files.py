@@ -128,6 +128,22 @@ def test_names_that_templates_see(files, wanted, tmp_path):
         ({"tokenizer_config": {"added_tokens_decoder": [X]}}, "expected ids and tokens"),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": X}}}, "expected ids and tokens"),
         ({"tokenizer_config": {"added_tokens_decoder": {"9": {}}}}, "expected ids and tokens"),
+        ({"added_tokens": {"": 9}}, "{'': 9}; expected tokens and ids"),
+        ({"added_tokens": {"\ud800": 9}}, "expected tokens and ids"),  # no UTF-8
+        ({"added_tokens": {"<x>": 2**32}}, "4294967296}; expected tokens and ids"),
+        ({"added_tokens": {"<x>": -1}}, "-1}; expected tokens and ids"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"9": {"content": "a\udc00"}}}},
+            "expected ids and tokens",
+        ),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: X}}},
+            "holds .{,150}; expected ids and tokens",
+        ),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {str(2**32): X}}},
+            "4294967296'.*; expected ids and tokens",
+        ),
     ],
 )
 def test_tokens_that_cannot_be_added(files, message, checkpoint):
@@ -135,6 +151,14 @@ def test_tokens_that_cannot_be_added(files, message, checkpoint):
     read(copy.path, **files)
     with pytest.raises(CheckpointError, match=message):
         jkv.load(copy.path)
+
+
+def test_names_of_tokens_that_are_no_texts(tmp_path):
+    """Left out like those of null: a template that needs them says so."""
+    config = {"pad_token": "\ud800", "bos_token": "", "eos_token": {"content": 3}}
+    files = {"tokenizer_config": config | {"extra_special_tokens": ["\udfff", None]}}
+    tokenizer, problems = read(tmp_path, **files)
+    assert (tokenizer.special, tokenizer.vocab, problems) == ({}, 9, [])
 
 
 # Classes whose parts are made anew --------------------------------------------------------------
