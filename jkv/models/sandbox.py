@@ -115,8 +115,8 @@ _GLOBALS = ("range", "cycler", "joiner")
 # Filters that look at a value's own items or at none, and not at what those hold.
 _SHALLOW = frozenset(
     """
-    attr batch count d default first items last length list map reject rejectattr reverse safe
-    select selectattr slice
+    attr batch count d default first items last length list map reject rejectattr reverse select
+    selectattr slice
     """.split()  # noqa: SIM905
 )
 # Tests that look at the type alone.
@@ -280,8 +280,8 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Subscribe an object."""
-        if isinstance(argument, tuple):
-            self.weigh(argument)  # it is hashed
+        if not isinstance(argument, str | int):  # it is hashed, or an error repeats it
+            self.reserve(12 * self.weigh(argument).chars)
         return super().getitem(obj, argument)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:

@@ -120,11 +120,16 @@ ENDLESS = {
     + "{% call m() %}" * 15
     + "{% endcall %}" * 15,
     "recursive loops": "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
+    "a recursive loop that drops all": "{% set ns = namespace(on=true) %}"
+    "{% for x in range(1000) if ns.on recursive %}{% set ns.on = false %}"
+    "{{ loop(range(100000)) }}{% endfor %}",
     "a billion laughs": START + loop(NESTED, 60) + "{{ ns.l }}",
     "laughs of mappings": START
     + loop("{% set ns.l = {'a': ns.l, 'b': ns.l} %}", 60)
     + "{{ ns.l }}",
     "laughs as JSON": START + loop(NESTED, 60) + "{{ ns.l | tojson }}",
+    "laughs marked as safe": START + loop(NESTED, 60) + "{{ ns.l | safe | length }}",
+    "laughs as a subscript": START + loop(NESTED, 60) + "{{ {}[ns.l].x }}",
     "laughs joined": START + loop(NESTED, 60) + "{{ ns.l ~ '' }}",
     "laughs compared": START + loop(NESTED, 60) + "{{ ns.l == ns.m }}",
     "laughs tested": START + loop(NESTED, 60) + "{{ ns.l is eq(ns.m) }}",
@@ -170,8 +175,9 @@ SOURCES = {
 }
 
 
-def refused(source: str, steps: int = STEPS, memory: int = MEMORY) -> None:
-    with pytest.raises(UnsupportedError, match="chat template cannot write") as error:
+def refused(source: str, steps: int = STEPS, memory: int = MEMORY, why: str = "") -> None:
+    match = f"chat template cannot write these messages: {why}"
+    with pytest.raises(UnsupportedError, match=match) as error:
         render(source, TALK, (steps, memory))
     assert len(str(error.value)) < 3000
 
@@ -195,12 +201,25 @@ def test_a_template_that_takes_too_much(name):
 
 @pytest.mark.parametrize("use", HASHED)
 def test_values_nested_too_deeply(use):
-    refused(DEEP + use, steps=50_000)
+    refused(DEEP + use, steps=50_000, why="it nests values deeper than 100")
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_sources_nested_too_deeply(name):
     refused(SOURCES[name])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ namespace(__html__=1) }}",
+        "{{ namespace({'__html__': 1}) }}",
+        "{% set ns = namespace() %}{% set ns.__html__ = 1 %}",
+    ],
+)
+def test_names_of_a_namespace(source):
+    with pytest.raises(UnsupportedError, match="a namespace with the name '__html__'"):
+        render(source, TALK)
 
 
 def test_the_usual_limits_hold():
