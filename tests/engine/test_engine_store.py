@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jkv
+from jkv.engine.kept import Kept
 from jkv.ops import choice
 from jkv.ops.pages import Tiled
 from jkv.store import Disk, Entry, Memory, Store
@@ -135,6 +136,26 @@ def test_a_store_that_fails_ends_requests_and_nothing_else(lm, alone):
     assert short.result() == alone([1, 2], 3)
     engine.run()
     empty(engine)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_waits_stays_until_it_is_taken_back(lost):
+    """Pages that come later take no room from it; then it is gone, whatever came of it."""
+    pages = [(np.arange(64, dtype=np.float32).reshape(4, 16), np.ones((4, 16), np.float32))]
+    form = [((4, 16), np.dtype(np.float32))] * 2
+    with Store([Memory(max_entries=4)], fingerprint=b"another") as store:
+        kept = Kept(store, b"engine")
+        key = kept.key_of(0)
+        assert kept.put_aside(key, pages, 4)
+        for i in range(20):
+            store.put(f"page/{i}", Entry({"0": pages[0][1]}, {}))
+        leaves = kept.take_back(key, form[1:] if lost else form)
+        if lost:
+            assert leaves is None
+        else:
+            np.testing.assert_array_equal(leaves, pages[0])
+        assert store.get_entry(key, fingerprint=b"engine") is None
+        assert store.stats()["entries"] == 3
 
 
 def as_int32(arrays):

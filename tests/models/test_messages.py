@@ -122,6 +122,10 @@ def test_numbers_of_numpy():
     assert render(source, [message]) == "40.5False"
 
 
+def test_tuples_stay_tuples():
+    assert render("{{ messages[0].n }}", [USER | {"n": (1, [2], (3,))}]) == "(1, [2], (3,))"
+
+
 def test_messages_nested_too_deeply():
     deep: list[Any] = []
     for _ in range(200):
@@ -275,6 +279,12 @@ def test_reasoning_is_continued(name, read):
     message = {"role": "assistant", "content": "x", name: "why"}
     source = "<think>{{ messages[0]." + read + " }}</think>{{ messages[0].content }}"
     assert render(source, [message], continue_final_message=name) == "<think>why"
+
+
+def test_of_two_reasonings_the_named_one_is_continued():
+    message = {"role": "assistant", "reasoning_content": "a", "thinking": "b"}
+    source = "{{ messages[0].reasoning_content }},{{ messages[0].thinking }}</s>"
+    assert render(source, [message], continue_final_message="thinking") == "a,b"
 
 
 @pytest.mark.parametrize(

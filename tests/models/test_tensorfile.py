@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jkv.models import tensorfile
-from jkv.models.tensorfile import Tensor, read_header
+from jkv.models.tensorfile import Tensor, read_header, write_tensors
 
 GOOD = {
     "__metadata__": {"format": "pt"},
@@ -54,6 +54,15 @@ def test_good(tmp_path):
     assert tensors["a"].read().flags.owndata or tensors["a"].read().base.flags.owndata
 
 
+def test_an_empty_tensor_where_another_begins(tmp_path):
+    """In the order of the header it comes after the one that has the bytes."""
+    empty = {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]}
+    _write(tmp_path / "x", GOOD | {"empty": empty})
+    tensors, problems = _read(tmp_path / "x")
+    assert problems == []
+    assert tensors["empty"].read().shape == (0, 3)
+
+
 BAD = {
     "overlap": (_with("b", data_offsets=[20, 28]), "overlaps"),
     "the same bytes": (_with("b", shape=[12], data_offsets=[0, 24]), "overlaps"),
@@ -72,6 +81,7 @@ BAD = {
     "size": (_with("a", shape=[2, 4]), "takes 32"),
     "dtype": (_with("a", dtype="F16"), "takes 12"),
     "huge shape": (_with("a", shape=[2**62, 2**62]), "hold 24 bytes"),
+    "huge and empty": (_with("none", shape=[0, 2**63]), "are not valid"),
     "negative shape": (_with("a", shape=[-2, -3]), "are not valid"),
     "float shape": (_with("a", shape=[2.0, 3]), "are not valid"),
     "true as an offset": (_with("a", data_offsets=[False, 24]), "are not valid"),
@@ -189,6 +199,23 @@ def test_directories_pipes_and_devices(tmp_path):
         tensors, problems = _read(path)
         assert tensors == {}
         assert f"cannot be read: it is {kind}" in problems[0]
+
+
+@pytest.mark.parametrize("name", ["a", "ab", "abcdefgh"])
+def test_what_is_written_is_aligned(name, tmp_path):
+    """Readers that map a file need tensors at multiples of their items."""
+    values = {name: np.arange(6, dtype=np.float32).reshape(2, 3)}
+    write_tensors(tmp_path / "x", {name: (2, 3)}, "float32", values.__getitem__)
+    tensors, problems = _read(tmp_path / "x")
+    assert (problems, tensors[name].start % 8) == ([], 0)
+    np.testing.assert_array_equal(tensors[name].read(), values[name])
+
+
+def test_nothing_is_written_over(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(FileExistsError):
+        write_tensors(tmp_path / "x", {}, "float32", {}.__getitem__)
+    assert (tmp_path / "x").read_text() == "mine"
 
 
 def test_a_tensor_in_pieces(tmp_path, monkeypatch):

@@ -87,6 +87,25 @@ def test_what_is_special_is_left_out_of_texts(tmp_path):
     assert marked.decode([3, 9, 7]) == "cat mat"
 
 
+def test_a_special_token_that_another_begins_with(tmp_path):
+    tokenizer, _ = read(tmp_path, special_tokens_map={"extra_special_tokens": ["<x>", "<x>y"]})
+    assert tokenizer.without_special("a<x>b<x>yc") == "abc"
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_special_tokens_are_looked_for_as_they_are_written(special, tmp_path):
+    """Others are found in the normalized text, as in transformers."""
+    words(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    text = json.dumps(values | {"normalizer": {"type": "Lowercase"}})
+    (tmp_path / "tokenizer.json").write_text(text)
+    marked = {"additional_special_tokens": ["<X>"]} if special else {}
+    tokenizer, problems = read(tmp_path, added_tokens={"<X>": 9}, special_tokens_map=marked)
+    assert problems == []
+    assert 9 in tokenizer.encode("cat <X>", special=False)
+    assert (9 in tokenizer.encode("cat <x>", special=False)) == (not special)
+
+
 @pytest.mark.parametrize(
     ("files", "wanted"),
     [
