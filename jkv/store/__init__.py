@@ -9,7 +9,7 @@ from typing import Any
 _HOME = {
     "ARC": "jkv.store.policy",
     "CostAware": "jkv.store.policy",
-    "Device": "jkv.store.device",
+    "Device": "jkv.store.memory",
     "Disk": "jkv.store.disk",
     "Entry": "jkv.store.entry",
     "Evictor": "jkv.store.policy",
@@ -24,6 +24,7 @@ _HOME = {
     "Policy": "jkv.store.policy",
     "Remote": "jkv.store.remote",
     "SLRU": "jkv.store.policy",
+    "Tier": "jkv.store.tier",
     "pack": "jkv.store.packing",
     "unpack": "jkv.store.packing",
 }

@@ -1,23 +1,32 @@
 """Checks of arguments: what was got, what was expected, before anything is changed.
 
-`Key`, `Seconds` and `Limit` are what type checkers see; at run time these checks decide, with a
-message of their own.
+`Checked[T]` is T to type checkers; at run time these checks decide, with a message of their own.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, SupportsFloat, SupportsIndex, TypeVar
 
 from jkv._text import brief
 
-if TYPE_CHECKING:
-    Key = str
-    Seconds = int | float | None
-    Limit = int | None
-else:
-    Key = Seconds = Limit = Any
+T = TypeVar("T")
 
+if TYPE_CHECKING:
+    Checked = Annotated[T, "by the function itself"]
+else:
+
+    class Checked:
+        """Any value to tools that check annotations at run time."""
+
+        def __class_getitem__(cls, item: object) -> object:
+            """Return what such a tool lets pass."""
+            return Any
+
+
+Key = Checked[str]
+Seconds = Checked[int | float | None]
+Limit = Checked[int | None]
 
 LONGEST = 1e15  # seconds, 30 million years: what is longer would spoil sums
 
@@ -64,7 +73,7 @@ def check_count(name: str, value: Any, least: int = 0) -> int:
         TypeError: no whole number.
         ValueError: a smaller one.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} got {brief(value)}; expected a whole number from {least}")
     if value.__index__() < least:
         raise ValueError(f"{name} got {brief(value)}; expected a whole number from {least}")
@@ -93,7 +102,7 @@ def check_seconds(
     if value is None:
         return None
     expected = f"expected seconds {'above' if positive else 'from'} 0, or None"
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
         raise TypeError(f"{name} got {brief(value)}; {expected}")
     number = value if isinstance(value, int | float) else float(value)
     short = number <= LONGEST or (may_be_infinite and number == math.inf)

@@ -8,17 +8,18 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jkv._text import brief
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store import codec, files, zstd
-from jkv.store.checks import Limit, check_count, check_limit
+from jkv.store.checks import Limit, check_count
 from jkv.store.entry import Entry
 from jkv.store.names import SUFFIX, is_name, key_of, name_of
 from jkv.store.schema import META
+from jkv.store.tier import Tier
 
 QUARANTINE = "quarantine"
 _KEPT_ASIDE = 32  # files in quarantine; the oldest go
@@ -28,7 +29,7 @@ _HEADER = 1 << 14  # bytes that most headers fit into
 _BATCH = 64  # files open at once in a batch
 
 
-class Disk:
+class Disk(Tier):
     """Entries in a directory, which several processes may share.
 
     A write goes to a temporary name, is synced (fsync), renamed, and the directory is synced: when
@@ -77,13 +78,12 @@ class Disk:
             raise UnsupportedError(
                 "Disk needs POSIX renames and locks; Remote('file:///C:/...') does without"
             )
+        super().__init__(max_bytes, max_entries)
         zstd.check(compression)
         self.path = Path(path).absolute()
         self._directory = str(self.path)  # joining paths as texts takes a fifth of the time
-        self._lifeline: files.Temporary | None = None
+        self._liveness_lock: files.Temporary | None = None
         self._lock = threading.Lock()
-        self.max_bytes = check_limit("max_bytes", max_bytes)
-        self.max_entries = check_limit("max_entries", max_entries)
         self.compression = compression
         self.mode = check_count("mode", mode)
         if mode & ~0o666 or mode & files.PRIVATE != files.PRIVATE:
@@ -129,24 +129,28 @@ class Disk:
             UnsupportedError: blobs cannot hold it.
         """
         result = self.write_many({key: entry})[key]
-        if isinstance(result, TierError):
-            raise result
-        return result
+        if isinstance(result, int):
+            return result
+        raise result
 
-    def write_many(self, entries: Mapping[str, Entry]) -> dict[str, int | TierError]:
+    def write_many(
+        self, entries: Mapping[str, Entry]
+    ) -> dict[str, int | TierError | UnsupportedError]:
         """Keep several, with one sync of the directory for every 64; for each its bytes or error.
 
         Raises:
             UnsupportedError: blobs cannot hold one of them; some may have been written.
         """
-        results: dict[str, int | TierError] = {}
+        results: dict[str, int | TierError | UnsupportedError] = {}
         items = list(entries.items())
         for at in range(0, len(items), _BATCH):
             results |= self._write_batch(items[at : at + _BATCH])
         return results
 
-    def _write_batch(self, items: list[tuple[str, Entry]]) -> dict[str, int | TierError]:
-        results: dict[str, int | TierError] = {}
+    def _write_batch(
+        self, items: list[tuple[str, Entry]]
+    ) -> dict[str, int | TierError | UnsupportedError]:
+        results: dict[str, int | TierError | UnsupportedError] = {}
         written: list[tuple[str, files.Temporary]] = []
         renamed: list[str] = []
         try:
@@ -227,16 +231,6 @@ class Disk:
         except OSError as error:
             raise self._failed("read", key, error) from error
         return header.meta if header.key == key else None
-
-    def read_many(self, keys: Iterable[str]) -> dict[str, Entry | CorruptError | TierError | None]:
-        """What `read` gives or raises for each of them."""
-        results: dict[str, Entry | CorruptError | TierError | None] = {}
-        for key in keys:
-            try:
-                results[key] = self.read(key)
-            except (CorruptError, TierError) as error:
-                results[key] = error
-        return results
 
     def delete(self, key: str) -> None:
         """Drop it; nothing happens if it is not there.
@@ -322,22 +316,22 @@ class Disk:
                 error.errno, f"not sure to be gone from {self.path}: {error.strerror}"
             ) from error
 
-    def lifeline(self) -> str:
-        """The name of a file that is there as long as this process lives, and this tier is open.
+    def liveness_lock(self) -> str:
+        """Return the name of a file that is there while this process lives and the tier is open.
 
         Raises:
             TierError: it cannot be made.
         """
         with self._lock:
             try:
-                if self._lifeline is None:
-                    self._lifeline = files.Temporary(self._directory, mode=self.mode)
+                if self._liveness_lock is None:
+                    self._liveness_lock = files.Temporary(self._directory, mode=self.mode)
             except OSError as error:
                 raise TierError(error.errno, f"no file in {self.path}: {error.strerror}") from error
-            return os.path.basename(self._lifeline.path)
+            return os.path.basename(self._liveness_lock.path)
 
-    def lives(self, lifeline: Any) -> bool:
-        """Whether a process that has named this `lifeline`, here, still lives.
+    def is_live(self, lock: str) -> bool:
+        """Tell whether a process that has named this `liveness_lock`, here, is alive.
 
         Where a file system has no locks it is believed to, for a day.
 
@@ -345,7 +339,7 @@ class Disk:
             TierError: it cannot be found out.
         """
         try:
-            return files.lives(self._directory, lifeline)
+            return files.is_live(self._directory, lock)
         except OSError as error:
             raise TierError(error.errno, f"{self.path}: {error.strerror}") from error
 
@@ -377,11 +371,11 @@ class Disk:
         return problems
 
     def close(self) -> None:
-        """Nothing is held open between calls, but for the lifeline."""
+        """Nothing is held open between calls, but for the liveness lock."""
         with self._lock:
-            if self._lifeline is not None:
-                self._lifeline.close()
-                self._lifeline = None
+            if self._liveness_lock is not None:
+                self._liveness_lock.close()
+                self._liveness_lock = None
 
     def _file(self, key: str) -> str:
         return os.path.join(self._directory, name_of(key))

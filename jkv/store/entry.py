@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -38,61 +38,6 @@ class Entry:
 
 class Private(np.ndarray):
     """Memory that a tier of this library has made, and that nothing else refers to."""
-
-
-@runtime_checkable
-class Tier(Protocol):
-    """A place for entries: plain, slow perhaps, and without an opinion on what should go.
-
-    Keys are texts of any characters. Limits, policies, counters and what moves where are the
-    store's affair. Methods may be called from several threads at once.
-
-    Others are optional: `write_many` and `read_many`; `describe`, an entry's meta without its
-    arrays; `version_of`, which put is there, for a tier that tells it in microseconds;
-    `delete_put`, of one put and no other of its key; `purge`, which waits for what was deleted;
-    `put_aside`, of a put that is not what it says; `lifeline` and `lives`. `jkv.store.Disk` has
-    them all.
-    """
-
-    name: str  # of its kind: "device", "memory", "disk", "remote"
-    max_bytes: int | None
-    max_entries: int | None
-
-    def scan(self) -> Mapping[str, int]:
-        """Keys that are there from before, and the bytes that each takes; oldest first.
-
-        Leftovers of a crash are cleaned up.
-        """
-        ...
-
-    def write(self, key: str, entry: Entry) -> int:
-        """Keep it, all of it or nothing, in place of what was there; the bytes that it takes.
-
-        Raises:
-            TierError: it could not be kept, and what was there before is, or nothing.
-        """
-        ...
-
-    def read(self, key: str) -> Entry | None:
-        """The entry, None if there is none.
-
-        Raises:
-            CorruptError: what is there is not what was written; it has been put aside.
-            TierError: it cannot be read now.
-        """
-        ...
-
-    def delete(self, key: str) -> None:
-        """Drop it; nothing happens if it is not there.
-
-        Raises:
-            TierError: it could not be dropped, and may still be there.
-        """
-        ...
-
-    def close(self) -> None:
-        """Let go of what it holds open."""
-        ...
 
 
 def check_store(store: Any, methods: Sequence[str]) -> None:

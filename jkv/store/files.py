@@ -29,7 +29,7 @@ _PIECES = 512  # buffers in one writev; POSIX promises 16, Linux and macOS take 
 _FIRST = 1 << 16  # bytes read first: while they are looked at, the system fetches what follows
 _BELIEVED = 1 << 26  # bytes of memory that a file may take before it is looked at
 _FORGOTTEN = 24 * 3600.0  # seconds, where a file system has no locks to ask
-_LIFELINE = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{24}")
+_NAME = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{24}")
 
 
 class Temporary:
@@ -94,7 +94,7 @@ def _begin_to_sync(file: int, start: int) -> None:
     Linux does so when told that nobody needs it in memory, where it stays until it is written. The
     page that the header is in is left out, or it would have to be written twice.
     """
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform == "linux":
         with contextlib.suppress(OSError):  # the sync tells what is wrong
             os.posix_fadvise(file, -(-start // 4096) * 4096, 0, os.POSIX_FADV_DONTNEED)
 
@@ -189,13 +189,13 @@ def _lock(file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def lives(directory: str, name: object) -> bool:
-    """Whether the process lives whose `Temporary` without contents has this name.
+def is_live(directory: str, name: str) -> bool:
+    """Tell whether the process is alive whose `Temporary` without contents has this name.
 
     Raises:
         OSError: it cannot be found out.
     """
-    if not isinstance(name, str) or not _LIFELINE.fullmatch(name):
+    if not _NAME.fullmatch(name):
         return False  # the name comes from a file that anybody may have written
     path = os.path.join(directory, name)
     try:
@@ -208,7 +208,7 @@ def lives(directory: str, name: object) -> bool:
 
 def is_temporary(name: str) -> bool:
     """Whether a file's name is one that `Temporary` gives, and no user's."""
-    return _LIFELINE.fullmatch(name) is not None
+    return _NAME.fullmatch(name) is not None
 
 
 def remove_if_abandoned(path: str) -> None:

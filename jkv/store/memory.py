@@ -1,19 +1,69 @@
-"""The tier in this process: entries as they are."""
+"""The tiers in this process: entries as they are, on the host or on the device."""
 
 from __future__ import annotations
 
+import abc
 import copy
 import threading
 from typing import Any
 
 import numpy as np
 
-from jkv.errors import UnsupportedError
-from jkv.store.checks import Limit, check_limit
+from jkv.errors import TierError, UnsupportedError
+from jkv.store.checks import Limit
 from jkv.store.entry import Entry, Private
+from jkv.store.tier import Tier
 
 
-class Memory:
+class _InProcess(Tier):
+    """A dictionary of entries, each kept so that nothing else can change it."""
+
+    immediate = True
+
+    def __init__(self, max_bytes: Limit = None, max_entries: Limit = None) -> None:
+        super().__init__(max_bytes, max_entries)
+        self._entries: dict[str, Entry] = {}
+        self._lock = threading.Lock()
+
+    @abc.abstractmethod
+    def _kept(self, entry: Entry) -> Entry:
+        """Return the entry as nothing else can change it."""
+
+    def scan(self) -> dict[str, int]:
+        """List the keys that are there and their bytes, the least recently written first."""
+        with self._lock:
+            return {key: entry.nbytes for key, entry in self._entries.items()}
+
+    def write(self, key: str, entry: Entry) -> int:
+        """Keep an entry; bytes of its arrays.
+
+        Raises:
+            TierError: there is no room for it.
+            UnsupportedError: its meta nests too deep.
+        """
+        kept = self._kept(entry)
+        with self._lock:
+            self._entries.pop(key, None)  # to the end of the order, if it was there
+            self._entries[key] = kept
+        return kept.nbytes
+
+    def read(self, key: str) -> Entry | None:
+        """Return the entry, None if there is none."""
+        with self._lock:
+            return self._entries.get(key)
+
+    def delete(self, key: str) -> None:
+        """Delete an entry; nothing happens if it is not there."""
+        with self._lock:
+            self._entries.pop(key, None)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        with self._lock:
+            self._entries.clear()
+
+
+class Memory(_InProcess):
     """Entries in the host's memory.
 
     Arrays are copied where something else may write to their memory: arrays that are not read-only,
@@ -29,61 +79,63 @@ class Memory:
     """
 
     name = "memory"
-    persistent = False
-    immediate = True  # a read waits for nothing: the store reads while it has its lock
-
-    def __init__(self, max_bytes: Limit = None, max_entries: Limit = None) -> None:
-        self.max_bytes = check_limit("max_bytes", max_bytes)
-        self.max_entries = check_limit("max_entries", max_entries)
-        self._entries: dict[str, Entry] = {}
-        self._lock = threading.Lock()
-
-    def scan(self) -> dict[str, int]:
-        """Keys that are there and their bytes, the least recently written first."""
-        with self._lock:
-            return {key: entry.nbytes for key, entry in self._entries.items()}
-
-    def write(self, key: str, entry: Entry) -> int:
-        """Keep it; bytes of its arrays.
-
-        Raises:
-            TierError: there is no room for it.
-            UnsupportedError: its meta nests too deep.
-        """
-        kept = self._kept(entry)
-        with self._lock:
-            self._entries.pop(key, None)  # to the end of the order, if it was there
-            self._entries[key] = kept
-        return kept.nbytes
 
     def _kept(self, entry: Entry) -> Entry:
-        """The entry as nobody else can change it."""
-        # A list of what is held, so that a blob that many arrays are views of counts once.
-        roots = {id(root): root for root in map(_root, entry.arrays.values())}
-        wasteful = sum(root.nbytes for root in roots.values()) > 2 * entry.nbytes + 4096
-        arrays = {
-            name: _copied(array) if wasteful or not _is_private(array) else array
+        return _host_entry(entry)
+
+
+class Device(_InProcess):
+    """Entries in the memory of JAX's default device, which need no transfer to go on.
+
+    What is read has arrays of JAX; a tier below gets them as numpy's. Arrays that JAX would round
+    stay as they are, on the host: those of 64 bits, unless `jax_enable_x64` is set.
+
+    Args:
+        max_bytes, max_entries: limits that a store is to keep; nothing is refused here.
+
+    Raises:
+        TypeError, ValueError: a limit that is no whole number from 0.
+    """
+
+    name = "device"
+
+    def _kept(self, entry: Entry) -> Entry:
+        """Copy to the device, and wait: no other's buffer is kept, and failures show here.
+
+        Raises:
+            TierError: the device has no room.
+        """
+        import jax
+
+        wide = {
+            name: array
             for name, array in entry.arrays.items()
+            if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
         }
-        return Entry(arrays, copied_meta(entry))
-
-    def read(self, key: str) -> Entry | None:
-        """The entry, None if there is none."""
-        with self._lock:
-            return self._entries.get(key)
-
-    def delete(self, key: str) -> None:
-        """Drop it; nothing happens if it is not there."""
-        with self._lock:
-            self._entries.pop(key, None)
-
-    def close(self) -> None:
-        """Let go of everything."""
-        with self._lock:
-            self._entries.clear()
+        stay = _host_entry(Entry(wide, {})).arrays
+        try:
+            arrays = {
+                name: stay[name] if name in stay else jax.numpy.array(array)
+                for name, array in entry.arrays.items()
+            }
+            return Entry(jax.block_until_ready(arrays), _copied_meta(entry))
+        except jax.errors.JaxRuntimeError as error:
+            raise TierError(f"the device does not take {entry.nbytes} bytes: {error}") from error
 
 
-def copied_meta(entry: Entry) -> dict[str, Any]:
+def _host_entry(entry: Entry) -> Entry:
+    """The entry in arrays that nothing else can write to."""
+    # A list of what is held, so that a blob that many arrays are views of counts once.
+    roots = {id(root): root for root in map(_root, entry.arrays.values())}
+    wasteful = sum(root.nbytes for root in roots.values()) > 2 * entry.nbytes + 4096
+    arrays = {
+        name: _copied(array) if wasteful or not _is_private(array) else array
+        for name, array in entry.arrays.items()
+    }
+    return Entry(arrays, _copied_meta(entry))
+
+
+def _copied_meta(entry: Entry) -> dict[str, Any]:
     """An entry's meta, of which its owner may change what is in it.
 
     Raises:

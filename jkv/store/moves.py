@@ -83,22 +83,22 @@ class Moves(Ledger):
                     shelf.counts["unconverted"] += 1
         # What a device tier had is JAX's.
         arrays = {name: np.asarray(array) for name, array in entry.arrays.items()}
-        lifeline = None
-        if record.ephemeral and hasattr(shelf.tier, "lifeline"):
+        lock = None
+        if record.ephemeral:
             try:
-                lifeline = shelf.tier.lifeline()
+                lock = shelf.tier.liveness_lock()
             except TierError:  # only its time to live will end it
                 with self.lock:
                     shelf.counts["errors"] += 1
-        return Entry(arrays, {**entry.meta, META: record.meta(lifeline)})
+        return Entry(arrays, {**entry.meta, META: record.meta(lock)})
 
     def _write(self, shelf: Shelf, items: list[tuple[str, Entry]]) -> list[int | None]:
         """The bytes that each takes; None where it failed."""
-        many = getattr(shelf.tier, "write_many", None)
-        if many is not None and len(items) > 1:
+        if len(items) > 1:
             try:
-                said = many(dict(items))
-                return [said[name] if isinstance(said[name], int) else None for name, _ in items]
+                said = shelf.tier.write_many(dict(items))
+                found = [said[name] for name, _ in items]
+                return [size if isinstance(size, int) else None for size in found]
             except (TierError, UnsupportedError):
                 pass  # one after the other, to see which
         sizes: list[int | None] = []
@@ -355,14 +355,8 @@ class Moves(Ledger):
         try:
             check_entry(entry)
         except CorruptError:
-            self.put_aside(at, name, None)
+            self.shelves[at].tier.put_aside(name, None)
             raise
-
-    def put_aside(self, at: int, name: str, version: str | None) -> None:
-        """Move what a shelf has of a name out of the way, where its tier can; one put, or any."""
-        move = getattr(self.shelves[at].tier, "put_aside", None)
-        if move is not None:
-            move(name, version)
 
     def fetch(self, at: int, record: Record) -> Entry | None:
         """Read what a shelf has, for a move. None: it cannot now, or is not there any more."""
@@ -400,11 +394,10 @@ class Moves(Ledger):
         None where it has none, or cannot say it in an instant.
         """
         shelf = self.shelves[at]
-        look = getattr(shelf.tier, "version_of", None)
-        if look is None or not shelf.persistent:
+        if not shelf.persistent:
             return None
         try:
-            return look(name)
+            return shelf.tier.version_of(name)
         except TierError:  # who reads it will know, and count it
             return None
 
@@ -464,10 +457,10 @@ class Moves(Ledger):
         """
         tier = self.shelves[at].tier
         try:
-            if version is not None and hasattr(tier, "delete_put"):
-                tier.delete_put(name, version)
-            else:
+            if version is None:
                 tier.delete(name)
+            else:
+                tier.delete_put(name, version)
         except TierError:
             with self.lock:
                 self.shelves[at].counts["errors"] += 1

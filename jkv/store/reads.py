@@ -187,7 +187,7 @@ class Reads(Moves):
                 lasting = [at for at in record.homes if self.shelves[at].persistent]
                 self.shelves[min(record.homes, default=0)].counts["corrupt"] += 1
             for at in lasting:
-                self.put_aside(at, name, record.version)
+                self.shelves[at].tier.put_aside(name, record.version)
             with self.lock:
                 for at in lasting:
                     self.drop_home(record, at)
@@ -213,10 +213,9 @@ class Reads(Moves):
         shelf = self.shelves[at]
         begun = self.timer()
         found: list[Any] = []
-        many = getattr(shelf.tier, "read_many", None)
-        if many is not None and len(asks) > 1:
+        if len(asks) > 1:
             try:
-                said = many(list(dict.fromkeys(ask.name for ask in asks)))
+                said = shelf.tier.read_many(list(dict.fromkeys(ask.name for ask in asks)))
                 found = [self._checked(at, ask.name, said[ask.name]) for ask in asks]
             except TierError as error:
                 found = [error] * len(asks)
@@ -476,7 +475,7 @@ class Reads(Moves):
         for shelf in self.shelves:
             if left := sum(name in shelf.rubbish for name in names):
                 problems.append(f"{left} could not be deleted from {shelf.name}")
-            if names and hasattr(shelf.tier, "purge"):
+            if names:
                 try:
                     shelf.tier.purge(names)
                 except TierError as error:

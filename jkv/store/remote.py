@@ -12,9 +12,10 @@ from jkv._text import brief
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store import codec, files, zstd
 from jkv.store.breaker import Breaker
-from jkv.store.checks import Limit, Seconds, check_count, check_limit, check_seconds
+from jkv.store.checks import Limit, Seconds, check_count, check_seconds
 from jkv.store.entry import Entry
 from jkv.store.names import is_name, key_of, name_of
+from jkv.store.tier import Tier
 
 QUARANTINE = "quarantine/"
 _AT_ONCE = 128  # requests in flight while headers are looked at
@@ -22,7 +23,7 @@ _AT_ONCE = 128  # requests in flight while headers are looked at
 _ERRORS = (ValueError, OSError, KeyError, IndexError, NotImplementedError, RuntimeError)
 
 
-class Remote:
+class Remote(Tier):
     """Entries as objects of a bucket, or files of a directory, that others read and write too.
 
     Nothing that others share is removed because of one reply: what comes damaged is asked for
@@ -74,9 +75,8 @@ class Remote:
             raise TypeError("timeout got None; expected seconds above 0")
         check_count("retries", retries)
         zstd.check(compression)
+        super().__init__(max_bytes, max_entries)
         self.timeout = seconds
-        self.max_bytes = check_limit("max_bytes", max_bytes)
-        self.max_entries = check_limit("max_entries", max_entries)
         self.compression = compression
         self.breaker = breaker or Breaker()
         try:

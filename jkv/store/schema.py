@@ -20,10 +20,10 @@ from jkv.store.checks import LONGEST
 from jkv.store.entry import Entry
 
 META = "store"  # where a stored entry's meta has what the store wrote
-LIFELINE = "lifeline"  # and in that, of an ephemeral one, what ends with its process
+LIVENESS_LOCK = "lifeline"  # and in that, of an ephemeral one, what ends with its process
 FORMAT = 1
 _LATEST = 2.5e11  # seconds since the epoch: the year 9892, and the last that dates can say is 9999
-_LONGEST = 256  # characters of a version or of a lifeline's name
+_LONGEST = 256  # characters of a version or of a lock's name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class PutMeta:
         created, updated, expires: seconds since the epoch.
         seconds: to make it again.
         tokens: int32 [T], whose keys and values it holds.
-        lifeline: names what ends with the process for which alone it was kept.
+        liveness_lock: names what ends with the process for which alone it was kept.
     """
 
     version: str | None
@@ -48,7 +48,7 @@ class PutMeta:
     whole: bool
     packed: bool
     pinned: bool
-    lifeline: str | None = None
+    liveness_lock: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it is written."""
@@ -56,8 +56,8 @@ class PutMeta:
         said["fingerprint"] = self.fingerprint.hex()
         if self.tokens is not None:
             said["tokens"] = base64.b64encode(self.tokens.astype("<i4").tobytes()).decode()
-        if self.lifeline is None:
-            del said[LIFELINE]
+        if (lock := said.pop("liveness_lock")) is not None:
+            said[LIVENESS_LOCK] = lock
         return {"format": FORMAT, **said}
 
 
@@ -85,7 +85,7 @@ def put_meta(meta: Mapping[str, Any]) -> PutMeta | None:
         whole=_flag(said, "whole"),
         packed=_flag(said, "packed"),
         pinned=_flag(said, "pinned"),
-        lifeline=_text(said, LIFELINE) if LIFELINE in said else None,
+        liveness_lock=_text(said, LIVENESS_LOCK) if LIVENESS_LOCK in said else None,
     )
 
 

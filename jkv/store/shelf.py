@@ -12,6 +12,7 @@ from jkv.store.checks import Limit, check_limit
 from jkv.store.entry import Entry
 from jkv.store.policy import Policy
 from jkv.store.schema import PutMeta
+from jkv.store.tier import Tier
 
 _BOUNDLESS = 1 << 62
 _SPOILS_AFTER = 60.0  # seconds, then a measured bandwidth says nothing any more
@@ -52,7 +53,7 @@ class Record:
         """Of making it again, in seconds; where nobody said, of moving its bytes at 1 GB/s."""
         return 1e-9 * self.nbytes if self.seconds is None else self.seconds
 
-    def meta(self, lifeline: str | None = None) -> dict[str, Any]:
+    def meta(self, liveness_lock: str | None = None) -> dict[str, Any]:
         """What is stored with the entry, for the next process."""
         return PutMeta(
             version=self.version,
@@ -65,7 +66,7 @@ class Record:
             whole=self.whole,
             packed=self.packed,
             pinned=self.pinned,
-            lifeline=lifeline,
+            liveness_lock=liveness_lock,
         ).to_json()
 
     def learn(self, put: PutMeta) -> None:
@@ -82,14 +83,14 @@ class Record:
 class Shelf:
     """A tier, its limits and what it holds. Changed under the store's lock only."""
 
-    def __init__(self, tier: Any, name: str, policy: Policy, form: str):
+    def __init__(self, tier: Tier, name: str, policy: Policy, form: str) -> None:
         self.tier = tier
         self.name = name
         self.form = form
         self.max_bytes: int | None = tier.max_bytes
         self.max_entries: int | None = tier.max_entries
-        self.persistent: bool = getattr(tier, "persistent", tier.name in ("disk", "remote"))
-        self.immediate: bool = getattr(tier, "immediate", False)
+        self.persistent = tier.persistent
+        self.immediate = tier.immediate
         self._by_bytes = self.max_bytes is not None
         self.evictor = policy.start(self._capacity())
         self.bytes = 0  # with what is being written, and what could not be deleted

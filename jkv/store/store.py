@@ -16,6 +16,7 @@ from jkv._text import brief
 from jkv.store import figures
 from jkv.store.answers import Handle, Match
 from jkv.store.checks import (
+    Checked,
     Key,
     Limit,
     Seconds,
@@ -31,6 +32,7 @@ from jkv.store.keys import as_tokens, content_key, name_of
 from jkv.store.policy import LRU, Policy
 from jkv.store.prefetch import Predictor, Prefetcher
 from jkv.store.shelf import Shelf
+from jkv.store.tier import Tier
 from jkv.store.upkeep import UNSET, Upkeep
 
 P = ParamSpec("P")
@@ -108,7 +110,7 @@ class Store:
 
     def __init__(
         self,
-        tiers: Sequence[Any] | Any,
+        tiers: Checked[Sequence[Tier]],
         policy: Policy | Any = None,
         *,
         fingerprint: bytes | Any = b"",
@@ -541,7 +543,7 @@ class Store:
         return len(self._inner.index)
 
 
-def _checked_tiers(tiers: Any) -> list[Any]:
+def _checked_tiers(tiers: Any) -> list[Tier]:
     """The tiers, each of which can do what a tier must.
 
     Raises:
@@ -554,15 +556,11 @@ def _checked_tiers(tiers: Any) -> list[Any]:
     if not tiers:
         raise ValueError("tiers got none; expected at least one, such as Memory(2**30)")
     for tier in tiers:
-        missing = [
-            what
-            for what in ("name", "max_bytes", "max_entries", "scan", "write", "read", "delete")
-            if isinstance(tier, type) or not hasattr(tier, what)
-        ]
-        if missing:
+        if not isinstance(tier, Tier):
             raise TypeError(
                 f"tiers got {brief(tier)}; expected objects such as jkv.store.Memory(2**30), "
-                "jkv.store.Disk(path) or jkv.store.Remote(url)"
+                "jkv.store.Disk(path) or jkv.store.Remote(url); a class of your own derives from "
+                f"jkv.store.Tier and implements {', '.join(sorted(Tier.__abstractmethods__))}"
             )
         check_text("a tier's name", tier.name)
         check_limit(f"max_bytes of the tier {brief(tier.name)}", tier.max_bytes)

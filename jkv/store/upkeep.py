@@ -91,14 +91,11 @@ class Upkeep(Writes):
         for at in sorted(record.homes):
             if record.version is not None:
                 return  # somebody else has read it
-            describe = getattr(self.shelves[at].tier, "describe", None)
-            if describe is None:
-                continue
             try:
-                said = put_meta(describe(record.name) or {})
+                said = put_meta(self.shelves[at].tier.describe(record.name) or {})
             except (TierError, CorruptError):
                 continue  # who reads it will know, and count it
-            outlived = said is not None and self._outlived(at, said.lifeline)
+            outlived = said is not None and self._outlived(at, said.liveness_lock)
             with self.lock:
                 if said is not None and record.version is None and self.current(record):
                     self.learn(record, said)
@@ -107,13 +104,12 @@ class Upkeep(Writes):
                     record.doubtful.discard(at)
                     return
 
-    def _outlived(self, at: int, lifeline: Any) -> bool:
-        """Whether the process is gone for which alone an entry was kept."""
-        lives = getattr(self.shelves[at].tier, "lives", None)
-        if lifeline is None or lives is None:  # a remote knows of no processes
+    def _outlived(self, at: int, lock: str | None) -> bool:
+        """Tell whether the process is gone for which alone an entry was kept."""
+        if lock is None:
             return False
         try:
-            return not lives(lifeline)
+            return not self.shelves[at].tier.is_live(lock)
         except TierError:  # until it is known, or its time to live ends it
             return False
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from jkv.errors import CorruptError, TierError
 from jkv.store.entry import Entry
+from jkv.store.tier import Tier
 
 
 class Clock:
@@ -21,7 +22,7 @@ class Clock:
         return self.now
 
 
-class Fake:
+class Fake(Tier):
     """A dictionary; `fail[what]` of the next calls of `what` raise, `odd` ones having worked."""
 
     def __init__(self, max_bytes=None, max_entries=None, name="memory", persistent=None, header=0):

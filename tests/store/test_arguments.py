@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
-from jkv.store import Device, Disk, Entry, Memory, Predictor, Remote, Store
+from jkv.store import Device, Disk, Entry, Memory, Predictor, Remote, Store, Tier
 from tests.store.fakes import check, entry, number
 
 NAN, INF = float("nan"), float("inf")
@@ -127,6 +129,7 @@ BAD_STORES = [
     (Memory(), TypeError, "tiers got .*; expected a list"),
     ([Memory], TypeError, "expected objects such as"),
     ([None], TypeError, "expected objects such as"),
+    ([SimpleNamespace(name="memory")], TypeError, "delete, read, scan, write"),
     ({"memory": 1}, TypeError, "expected a list"),
     ([], ValueError, "at least one"),
     ([TIER := Memory(), TIER], ValueError, "one tier twice"),
@@ -137,6 +140,43 @@ BAD_STORES = [
 def test_tiers_are_tiers(tiers, error, words):
     with pytest.raises(error, match=words):
         Store(tiers)
+
+
+class Plain(Tier):
+    """A tier of a user's own: no more than it must have."""
+
+    def __init__(self):
+        super().__init__(max_bytes=1000)
+        self.kept = {}
+
+    def scan(self):
+        return {}
+
+    def write(self, key, entry):
+        self.kept[key] = entry
+        return entry.nbytes
+
+    def read(self, key):
+        return self.kept.get(key)
+
+    def delete(self, key):
+        self.kept.pop(key, None)
+
+
+def test_a_tier_of_one_s_own_needs_four_methods(tmp_path):
+    with pytest.raises(TypeError, match="abstract"):
+        Tier()
+    own = Plain()
+    with Store([own, Disk(tmp_path)], write_through=True) as store:
+        assert [*store.stats()["tiers"]] == ["tier", "disk"]
+        store.put_many(["a", "b"], [entry(1), entry(2)], tokens=[[1] * 20, [2] * 20])
+        assert [number(got) for got in store.get_many(["a", "b", "a", "c"])] == [1, 2, 1, None]
+        store.put("c", entry(3), ephemeral=True)
+        assert store.refresh() == 0
+        assert store.reject("b")
+        assert store.remove("a")
+        assert len(own.kept) == 1
+        check(store)
 
 
 BAD_OPTIONS = [

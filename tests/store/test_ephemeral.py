@@ -131,26 +131,26 @@ def test_a_remote_does_not_ask_who_lives(tmp_path):
             check(other)
 
 
-@pytest.mark.parametrize("lie", ["../victim", ".tmp-../../victim", "victim", 7, ".tmp-" + "0" * 23])
-def test_a_lifeline_is_no_path(tmp_path, lie):
+@pytest.mark.parametrize("lie", ["../victim", ".tmp-../../victim", "victim", "", ".tmp-" + "0" * 23])
+def test_a_liveness_lock_is_no_path(tmp_path, lie):
     (tmp_path / "victim").touch()
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "victim").touch()
     tier = Disk(tmp_path / "d")
-    assert not tier.lives(lie)
+    assert not tier.is_live(lie)
     assert (tmp_path / "victim").exists()
     assert (tmp_path / "d" / "victim").exists()
-    assert tier.lives(tier.lifeline())
-    assert tier.lifeline() == tier.lifeline()
+    assert tier.is_live(tier.liveness_lock())
+    assert tier.liveness_lock() == tier.liveness_lock()
 
 
-def test_no_lifeline_is_an_error_and_nothing_more(tmp_path, monkeypatch):
+def test_no_liveness_lock_is_an_error_and_nothing_more(tmp_path, monkeypatch):
     tier = Disk(tmp_path)
 
     def failing():
         raise TierError("no")
 
-    monkeypatch.setattr(tier, "lifeline", failing)
+    monkeypatch.setattr(tier, "liveness_lock", failing)
     with Store([tier]) as store:
         assert store.put("a", entry(1), ephemeral=True) == "a"
         assert check(store)["tiers"]["disk"]["errors"] == 1

@@ -32,8 +32,8 @@ OPERATIONS = {
     "purge": lambda tier: tier.purge(["old", "put aside"]),
     "look which put": lambda tier: tier.version_of("old"),
     "delete a put": lambda tier: tier.delete_put("old", "0" * 16),
-    "begin to live": lambda tier: tier.lifeline(),
-    "look who lives": lambda tier: tier.lives(f".tmp-{0:024}"),
+    "begin to live": lambda tier: tier.liveness_lock(),
+    "look who lives": lambda tier: tier.is_live(f".tmp-{0:024}"),
     "scan": lambda tier: tier.scan(),
     "verify": lambda tier: tier.verify(),
 }

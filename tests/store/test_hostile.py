@@ -41,7 +41,7 @@ ODD = {
     "whole by a text": lambda put: put.update(whole="no"),
     "packed by a number": lambda put: put.update(packed=1),
     "pinned by None": lambda put: put.update(pinned=None),
-    "a lifeline of numbers": lambda put: put.update(lifeline=[1]),
+    "a liveness lock of numbers": lambda put: put.update(lifeline=[1]),
     "another format": lambda put: put.update(format=2),
     "no format": lambda put: put.pop("format"),
 }

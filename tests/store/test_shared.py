@@ -213,7 +213,7 @@ def test_files_are_for_their_owner_alone(tmp_path, umask):
     try:
         disk = Disk(tmp_path / "x" / "y")
         disk.write("k", entry(1))
-        disk.lifeline()
+        disk.liveness_lock()
         (tmp_path / "x/y" / name_of("k")).write_bytes(b"damaged")
         with pytest.raises(CorruptError):
             disk.read("k")
