@@ -1,5 +1,8 @@
 """Every path under JAX's settings: wide types, strict promotion, checks of NaN, keys and transfers.
 
+Wide types are tested together with all that refuses: where nothing is refused, the programs are
+those of wide types alone.
+
 The tokens are the same under each of them.
 """
 
@@ -51,10 +54,13 @@ def strict() -> Iterator[None]:
         yield
 
 
-SETTINGS: dict[str, Callable[[], Any]] = {
-    "strict": strict,
-    "x64": lambda: jax.enable_x64(True),
-}
+@contextlib.contextmanager
+def strict_x64() -> Iterator[None]:
+    with strict(), jax.enable_x64(True):
+        yield
+
+
+SETTINGS: dict[str, Callable[[], Any]] = {"strict": strict, "strict, x64": strict_x64}
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +164,21 @@ def test_the_same_tokens(model, plain, setting, path):
     with SETTINGS[setting]():
         got = call(model)
     assert got == plain[which][: len(got)]
+
+
+@pytest.mark.parametrize("text", ["window:12", "paged:4", "int4:residual=4,group=8", "sparse:0.5"])
+def test_passes_of_kinds_are_traced(model, text):
+    """What is refused is refused while tracing; the tokens are `test_every_kind`'s."""
+
+    def passes(model: Decoder, tokens: Any) -> Any:
+        cache = jkv.init_cache(model.config, spec.parse(text), batch=2, slots=64)
+        logits, cache = jkv.prefill(model, tokens, cache)
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jkv.decode_step(model, token, cache)
+
+    with strict_x64():
+        out = jax.eval_shape(passes, model, jax.ShapeDtypeStruct((2, 5), jnp.int32))
+    assert {leaf.dtype for leaf in jax.tree.leaves(out)}.isdisjoint({jnp.int64, jnp.float64})
 
 
 def test_load_under_a_transfer_guard():

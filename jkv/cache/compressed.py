@@ -109,7 +109,7 @@ class NearFar:
         check_heads(self.keys, k)
         first, unit = self.far(step.start), self.unit
         count = 1 if k.shape[1] == 1 else (k.shape[1] + unit - 1) // unit
-        numbers = first[:, None] // unit + jnp.arange(count)[None, :]
+        numbers = first[:, None] // unit + jnp.arange(count, dtype=jnp.int32)[None, :]
         numbers = jnp.where(numbers < self.far(step.stop)[:, None] // unit, numbers, -1)
         if result is not None:
             numbers = after(numbers, result)
@@ -117,7 +117,9 @@ class NearFar:
         # One new token at a time leaves the ring long after it came; of a chunk, part may leave
         # without ever having been in it.
         source = near if k.shape[1] == 1 else self.near
-        old_k, old_v = _leaving(source, k, v, step, first[:, None] + jnp.arange(count * unit)[None])
+        old_k, old_v = _leaving(
+            source, k, v, step, first[:, None] + jnp.arange(count * unit, dtype=jnp.int32)[None]
+        )
         real = (step.positions >= 0)[:, :, None, None]
         return replace(
             self,
@@ -249,7 +251,8 @@ def _slots(encoded: Encoded, first: Int[Array, " B"], size: int) -> Encoded:
     def cut(leaf: Array, axis: int) -> Array:
         per = slots // leaf.shape[axis]
         at = jnp.minimum(
-            first[:, None] // per + jnp.arange(size // per)[None], leaf.shape[axis] - 1
+            first[:, None] // per + jnp.arange(size // per, dtype=jnp.int32)[None],
+            leaf.shape[axis] - 1,
         )
         spread = [1] * leaf.ndim
         spread[0], spread[axis] = at.shape

@@ -107,7 +107,7 @@ class Recompute(Cache):
         (past,) = self.layers
         step, overflowed = self.admit(tokens.shape[1], counts)
         slots = jnp.where(step.positions < 0, past.capacity, step.positions)
-        rows = jnp.arange(self.batch)[:, None]
+        rows = jnp.arange(self.batch, dtype=jnp.int32)[:, None]
         history = past.tokens.at[rows, slots].set(tokens.astype(jnp.int32), mode="drop")
         whole = Step.after(jnp.zeros_like(step.stop), step.stop, past.capacity)
         hidden, _ = stack(history, whole, (Chunk(),) * past.layers)

@@ -123,7 +123,7 @@ class Paged:
         if broken is not None:
             # By single numbers, of which there are few: one for each page that is written.
             fine = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=(2, 3))
-            rows = jnp.arange(len(fine))[:, None, None]
+            rows = jnp.arange(len(fine), dtype=jnp.int32)[:, None, None]
             new = jnp.any(~fine[rows, jnp.maximum(plan.at, 0)] & (plan.at >= 0), axis=2)
             begun = plan.at[:, :, 0] < 0  # the source's tokens come first
             bad = new | (begun & broken[jnp.maximum(plan.source, 0)])

@@ -187,7 +187,9 @@ def _want(pool: Pool, table: Array, start: Array, counts: Array, new: int, fits:
     stop = (start + counts)[:, None]
     page, width = pool.page, table.shape[1]
     held = (
-        table if pool.managed else jnp.where(_seen(pool, jnp.arange(width)[None], stop), table, -1)
+        table
+        if pool.managed
+        else jnp.where(_seen(pool, jnp.arange(width, dtype=jnp.int32)[None], stop), table, -1)
     )
     touch = (new + page - 2) // page + 1
     at = start[:, None] // page + jnp.arange(touch, dtype=jnp.int32)[None]

@@ -42,7 +42,7 @@ class Ring:
     def held(self, count: Int[Array, " B"]) -> Int[Array, "B W"]:
         """Positions in the slots after `count` tokens, -1 where a slot is empty."""
         last = count[:, None] - 1
-        positions = last - (last - jnp.arange(self.size)[None, :]) % self.size
+        positions = last - (last - jnp.arange(self.size, dtype=jnp.int32)[None, :]) % self.size
         return jnp.maximum(positions, -1)
 
     def read(
@@ -84,7 +84,7 @@ class Ring:
         self, positions: Int[Array, "B R"]
     ) -> tuple[Float[Array, "B R K H"], Float[Array, "B R K H"]]:
         """Keys and values of tokens that it holds; whatever lies there for others."""
-        rows = jnp.arange(self.keys.shape[0])[:, None]
+        rows = jnp.arange(self.keys.shape[0], dtype=jnp.int32)[:, None]
         slots = positions % self.size
         return self.keys[rows, :, slots], self.values[rows, :, slots]
 

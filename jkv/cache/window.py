@@ -155,7 +155,9 @@ class Window:
                 "lay between, or, under jit, may have; to_legacy and convert need every token"
             )
         rows = self.ring.keys.shape[0]
-        at = jnp.broadcast_to(jnp.arange(self.first, most)[None], (rows, self.ring.size))
+        at = jnp.broadcast_to(
+            jnp.arange(self.first, most, dtype=jnp.int32)[None], (rows, self.ring.size)
+        )
         keys, values = (jnp.swapaxes(x, 1, 2) for x in self.ring.at(at))
         if self.sinks is None:
             return keys, values
@@ -198,7 +200,9 @@ def _read_sinks(
         return [read(_turned_back(q, back, rope), sinks.keys, at)]
     # A query up to `window` past a sink is as far as it is; all beyond are as far as that.
     near = read(q, sinks.keys, at, window=window + 1)
-    places = jnp.broadcast_to(jnp.arange(cache.first)[None], (q.shape[0], cache.first))
+    places = jnp.broadcast_to(
+        jnp.arange(cache.first, dtype=jnp.int32)[None], (q.shape[0], cache.first)
+    )
     keys = jnp.swapaxes(_turned_back(jnp.swapaxes(sinks.keys, 1, 2), places, rope), 1, 2)
     beyond = _turned_back(q, jnp.maximum(at - window, 0), rope)
     return [near, read(beyond, keys, at - (window + 1))]

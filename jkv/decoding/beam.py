@@ -255,7 +255,7 @@ def searched(
         if width > 1:
             # Here and not where the parents are chosen: a layer at a time needs room for its copy,
             # about half the memory that all of them at once need.
-            rows = (jnp.arange(batch)[:, None] * width + parents).reshape(-1)
+            rows = (jnp.arange(batch, dtype=jnp.int32)[:, None] * width + parents).reshape(-1)
             search = replace(search, cache=search.cache.take(rows))
         token = lax.dynamic_index_in_dim(search.tokens, i - 1, axis=2, keepdims=False)
         active = jnp.repeat(~search.done, width)
@@ -284,7 +284,7 @@ def select(
     faults = search.faults.note(~search.done, broken, broken, position)
     sums = search.sums[:, :, None] + jax.nn.log_softmax(logits)
     at = jnp.where(ends < 0, vocab, ends)  # negative indices would wrap
-    rows = jnp.arange(batch)[:, None]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     ending = jnp.zeros((batch, vocab), bool).at[rows, at].set(True, mode="drop")
     final = i + 1 >= steps
 

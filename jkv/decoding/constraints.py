@@ -86,7 +86,9 @@ class MinNewTokens:
         ends = jnp.asarray(NONE if self.ends is None else self.ends, jnp.int32)
         ends = jnp.broadcast_to(ends, (batch, ends.shape[-1] if ends.ndim else 1))
         at = jnp.where((ends < 0) | (state[:, None] >= count), vocab, ends)
-        return logits.at[jnp.arange(batch)[:, None], at].set(-jnp.inf, mode="drop"), state
+        return logits.at[jnp.arange(batch, dtype=jnp.int32)[:, None], at].set(
+            -jnp.inf, mode="drop"
+        ), state
 
 
 @pytree
@@ -110,11 +112,11 @@ class NoRepeatNgram:
         """Minus infinity for what followed earlier occurrences of the last n - 1 tokens."""
         history, lengths = state
         batch, slots = history.shape
-        rows = jnp.arange(batch)
+        rows = jnp.arange(batch, dtype=jnp.int32)
         at = jnp.where(token < 0, slots, lengths)
         history = history.at[rows, at].set(token.astype(history.dtype), mode="drop")
         lengths = lengths + (token >= 0).astype(lengths.dtype)
-        places = jnp.arange(slots)[None]
+        places = jnp.arange(slots, dtype=jnp.int32)[None]
         # Place i holds the last token of an earlier n-gram where the n - 1 before it are the
         # row's last n - 1.
         found = (places >= self.n - 1) & (places < lengths[:, None])

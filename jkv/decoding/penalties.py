@@ -24,7 +24,7 @@ class RepetitionPenalty:
 
     def init(self, tokens: Int[Array, "B T"], vocab: int) -> Bool[Array, "B V"]:
         """Which tokens have been there."""
-        rows = jnp.arange(tokens.shape[0])[:, None]
+        rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
         seen = jnp.zeros((tokens.shape[0], vocab), bool)
         return seen.at[rows, jnp.where(tokens < 0, vocab, tokens)].set(True, mode="drop")
 
@@ -72,7 +72,7 @@ class FrequencyPenalty:
     ) -> tuple[Float[Array, "B V"], Int[Array, "B V"]]:
         """Push down what has been generated, the last token included."""
         at = jnp.where(token < 0, logits.shape[-1], token)
-        state = state.at[jnp.arange(token.shape[0]), at].add(1, mode="drop")
+        state = state.at[jnp.arange(token.shape[0], dtype=jnp.int32), at].add(1, mode="drop")
         penalty = per_row("frequency_penalty", self.penalty, logits)
         # Not where the count is 0: a logit of minus infinity stays, and no other bit changes.
         return jnp.where(state > 0, logits - penalty * state.astype(logits.dtype), logits), state
@@ -81,7 +81,7 @@ class FrequencyPenalty:
 def _marked(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
     """`seen` with each row's token, none where it is -1."""
     at = jnp.where(token < 0, seen.shape[-1], token)
-    return seen.at[jnp.arange(token.shape[0]), at].set(True, mode="drop")
+    return seen.at[jnp.arange(token.shape[0], dtype=jnp.int32), at].set(True, mode="drop")
 
 
 def repetition_penalty(penalty: Parameter) -> RepetitionPenalty:

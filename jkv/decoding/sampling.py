@@ -325,7 +325,9 @@ def row_keys(key: Any, batch: int) -> Key[Array, " B"]:
         )
     key = _threefry(key)
     if key.shape == ():
-        return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+        return jax.vmap(lambda row: jax.random.fold_in(key, row))(
+            jnp.arange(batch, dtype=jnp.int32)
+        )
     if key.shape != (batch,):
         raise ValueError(
             f"got keys of shape {key.shape}; expected one key, or {batch}, one per row"

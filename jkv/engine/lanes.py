@@ -284,7 +284,7 @@ def _broken(layers: tuple[Any, ...], rows: Lanes) -> Array:
         if layer.broken is not None:
             table = rows.tables[layer.group]
             page = layer.k_pages.shape[2]
-            first = jnp.arange(table.shape[1])[None] * page
+            first = jnp.arange(table.shape[1], dtype=jnp.int32)[None] * page
             here = (table >= 0) & (first < rows.lengths[:, None])
             found |= jnp.any(here & layer.broken[jnp.maximum(table, 0)], axis=1)
     return found
@@ -293,8 +293,8 @@ def _broken(layers: tuple[Any, ...], rows: Lanes) -> Array:
 def _extended(table: Array, grown: Array) -> Array:
     """A table [R, M] with new pages from a column on, [R, 1 + n]."""
     pages = grown[:, 1:]
-    rows = jnp.arange(table.shape[0])[:, None]
-    columns = grown[:, :1] + jnp.arange(pages.shape[1])[None]
+    rows = jnp.arange(table.shape[0], dtype=jnp.int32)[:, None]
+    columns = grown[:, :1] + jnp.arange(pages.shape[1], dtype=jnp.int32)[None]
     columns = jnp.where(pages >= 0, columns, table.shape[1])
     return table.at[rows, columns].set(pages, mode="drop")
 

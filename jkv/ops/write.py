@@ -117,7 +117,7 @@ def _rows(buffer: Array, new: Array, slots: Array, run: int = 1) -> Array:
         each = jnp.arange(run, dtype=slots.dtype)[None, None]
         slots = (slots[:, :, None] * run + each).reshape(batch, -1)
     slots = jnp.broadcast_to(distinct(slots, size)[:, None], (batch, heads, count))
-    lines = jnp.arange(batch * heads)[:, None]
+    lines = jnp.arange(batch * heads, dtype=jnp.int32)[:, None]
     tokens = jnp.swapaxes(new, 1, 2).reshape(-1, count, *rest)
     merged = buffer.reshape(-1, size, *rest)
     return scatter(merged, (lines, slots.reshape(-1, count)), tokens).reshape(buffer.shape)

@@ -26,7 +26,7 @@ def attention(
     """Softmax attention of each query over the slots that it sees, in float32 or wider."""
     del chunk
     k, v = (x.decode() if isinstance(x, Encoded) else x for x in (k, v))
-    slots = jnp.arange(k.shape[2])[None]
+    slots = jnp.arange(k.shape[2], dtype=jnp.int32)[None]
     if slot_positions is None:
         slot_positions = jnp.broadcast_to(slots, (k.shape[0], k.shape[2]))
     if lengths is not None:

@@ -142,14 +142,18 @@ def _weighted(weights: Array, v: Array) -> Array:
 
 def _whole(mask, q, k, v, positions, slot_positions, lengths):
     """Output [Z, R, H] and log-sum-exp [Z, R], all slots at once."""
-    at = _positions_of(jnp.arange(k.shape[1]), slot_positions, lengths, positions.shape[0])
+    at = _positions_of(
+        jnp.arange(k.shape[1], dtype=jnp.int32), slot_positions, lengths, positions.shape[0]
+    )
     weights, total, lse = _softmax(_scores(mask, q, k, positions, at))
     return _weighted(weights, _zeroed(v, positions, at)) / total, lse
 
 
 def _whole_in_place(mask, q, k, v, positions, slot_positions, lengths):
     """Like `_whole`, reading the values where they lie."""
-    at = _positions_of(jnp.arange(k.shape[1]), slot_positions, lengths, positions.shape[0])
+    at = _positions_of(
+        jnp.arange(k.shape[1], dtype=jnp.int32), slot_positions, lengths, positions.shape[0]
+    )
     weights, total, lse = _softmax(_scores(mask, q, k, positions, at))
     return _weighted_in_place(weights, v, positions, at) / total, lse
 
@@ -173,7 +177,7 @@ def _weighted_in_place(weights: Array, v: Array, positions: Array, at: Array) ->
             values = _zeroed(v[z][None], positions[row][None], at[row][None])
             return _weighted(weights[z][None], values)[0]
 
-        return lax.map(line, jnp.arange(lines))
+        return lax.map(line, jnp.arange(lines, dtype=jnp.int32))
 
     return lax.cond(jnp.any(jnp.isnan(out)), zeroed, lambda w, v, out: out, weights, v, out)
 
@@ -216,7 +220,9 @@ def _shortest(mask, q, k, v, positions, slot_positions, lengths):
 @_shortest.defjvp
 def _shortest_jvp(mask, primals, tangents):
     q, k, v, positions, slot_positions, lengths = primals
-    at = _positions_of(jnp.arange(k.shape[1]), slot_positions, lengths, positions.shape[0])
+    at = _positions_of(
+        jnp.arange(k.shape[1], dtype=jnp.int32), slot_positions, lengths, positions.shape[0]
+    )
 
     def whole(q, k, v):
         # The scores of slots where no query can look are masked, their derivatives are not: zero
@@ -273,7 +279,7 @@ def walk(mask: Mask, where: Any, positions: Array, first: Array, last: Array):
         out, top, total = carry
         # The last block is moved back to end with the buffer; what it repeats is masked.
         start = jnp.minimum(i * size, where.slots - size)
-        numbers = start + jnp.arange(size)
+        numbers = start + jnp.arange(size, dtype=jnp.int32)
         at = where.at(numbers, positions.shape[0])
         at = jnp.where((numbers >= i * size)[None, :], at, -1)
         scores = _masked(mask, where.products(start), positions, at)

@@ -190,7 +190,7 @@ class ByToken(Stored):
         size = groups * self.group
         split = jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, size - self.dim)))
         split = split.reshape(*new.shape[:3], groups, self.group)
-        real = jnp.arange(size).reshape(1, 1, 1, groups, self.group) < self.dim
+        real = jnp.arange(size, dtype=jnp.int32).reshape(1, 1, 1, groups, self.group) < self.dim
         codes, steps, zeros = quantize.affine(split, -1, self.bits, real)
         codes = codes.reshape(*new.shape[:3], size)[..., : self.dim]
         return replace(

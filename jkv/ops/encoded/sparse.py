@@ -53,7 +53,7 @@ class Some(Stored):
     def decode(self) -> Float[Array, "*lines S H"]:
         """All of it in float32."""
         *lead, count = self.channels.shape
-        lines = jnp.arange(math.prod(lead))[:, None]
+        lines = jnp.arange(math.prod(lead), dtype=jnp.int32)[:, None]
         flat = jnp.zeros((math.prod(lead), self.dim), jnp.float32)
         channels, kept = (x.reshape(-1, count) for x in (self.channels, self.kept.decode()))
         flat = flat.at[lines, channels].set(kept, mode="drop", unique_indices=True)

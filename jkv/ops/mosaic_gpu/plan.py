@@ -147,7 +147,7 @@ def shares(layout: Layout, counts: Array) -> tuple[Array, Array]:
     """
     per_row = layout.kv_heads * layout.chunks
     # A sum for each row: a cumulative one is several programs, and rows are few.
-    numbers = jnp.arange(layout.batch)
+    numbers = jnp.arange(layout.batch, dtype=jnp.int32)
     before = numbers[None, :] <= numbers[:, None]
     ends = jnp.sum(jnp.where(before, counts[None, :], 0), axis=1) * per_row
     total = ends[-1]

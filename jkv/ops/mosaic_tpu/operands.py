@@ -105,7 +105,9 @@ def placed(q: Array, parts: int, beside: int) -> Array:
         return q
     apart = q.reshape(*q.shape[:-1], parts, 1, -1)
     rows = [
-        jnp.where(jnp.arange(beside)[:, None] == t, apart, 0).reshape(*q.shape[:-1], -1)
+        jnp.where(jnp.arange(beside, dtype=jnp.int32)[:, None] == t, apart, 0).reshape(
+            *q.shape[:-1], -1
+        )
         for t in range(beside)
     ]
     return jnp.concatenate(rows, axis=-2)

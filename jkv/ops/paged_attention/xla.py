@@ -107,7 +107,7 @@ class _Pages(NamedTuple):
     def numbers(self, start: Array) -> Array:
         """Pages [U] of a block."""
         # A slice instead, and XLA's CPU compiler fetches pages anew for each product, at 2.5 times.
-        return self.table[start // self.page + jnp.arange(self.together)]
+        return self.table[start // self.page + jnp.arange(self.together, dtype=jnp.int32)]
 
     def at(self, slots: Array, batch: int) -> Array:
         """Positions [1, S'] in the slots of a block, -1 where there is no token."""
