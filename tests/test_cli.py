@@ -142,7 +142,7 @@ def test_help_and_version_do_not_wait_for_jax():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
-    for word in ("generate", "chat", "info", "--max-new-tokens", f"jkv {jkv.__version__}"):
+    for word in ("generate", "chat", "score", "info", "--max-new-tokens", f"jkv {jkv.__version__}"):
         assert word in done.stdout
 
 
@@ -227,6 +227,70 @@ def test_ignore(run, tiny, tmp_path):
     assert "mystery" in error
     for command in (["info", str(model)], ["generate", "--model", str(model), "--prompt", "x"]):
         assert run(*command, "--ignore", "mystery")[0] in (None, 0)
+
+
+def test_plan_ignores_keys_too(run, tiny, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tiny) / name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mystery": 1}))
+    for command in (["plan", "--cache", "dense"], ["plan", "--seq-len", "8"], ["caches"]):
+        arguments = [*command, "--model", str(tmp_path)]
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, "")
+        assert "mystery" in err
+        assert run(*arguments, "--ignore", "mystery")[0] in (None, 0)
+    status, _, err = run("plan", "--model", "gpt2", "--ignore", "mystery")
+    assert status == 2
+    assert "plan got ignore=('mystery',) with 'gpt2'; expected it with a checkpoint" in err
+
+
+def test_score(run, tiny, lm):
+    texts = ["he wo", "x", "why, " * 20]
+    arguments = ["score", "--model", tiny, "--cache", "int8", *texts]
+    scores = jkv.score(lm, texts, top_logprobs=2, cache="int8")
+    status, out, err = run(*arguments, "--top-logprobs", "2", "--json")
+    report = json.loads(out)
+    assert (status, err) == (0, "")
+    assert list(report) == ["model", "cache", "dtype", "outputs"]
+    assert (report["model"], report["cache"], report["dtype"]) == (tiny, "int8", "float32")
+    for row, output in enumerate(report["outputs"]):
+        count = scores.lengths[row]
+        assert output["text"] == texts[row]
+        assert output["tokens"] == lm.encode(texts[row])[0]
+        assert output["logprob"] == scores.totals[row]
+        for name in ("logprobs", "top_tokens", "top_logprobs"):
+            first, *others = output[name]
+            assert first is None
+            assert others == getattr(scores, name)[row, 1:count].tolist()
+    assert report["outputs"][0]["perplexity"] == scores.perplexities[0]
+    assert report["outputs"][1]["perplexity"] is None
+
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "")
+    head, first, second, third = out.splitlines()
+    assert head.split() == ["log-probability", "perplexity", "tokens", "text"]
+    figures = [f"{scores.totals[0]:.4f}", f"{scores.perplexities[0]:.4g}", str(scores.lengths[0])]
+    assert first.split() == [*figures, "he", "wo"]
+    assert second.split() == ["0.0000", "-", "1", "x"]
+    assert third.endswith(f"  {('why, ' * 20)[:57]}...")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing argument 'TEXT"),
+        ([""], "prompt 0 is empty"),
+        (["x", "--top-logprobs", "2"], "give --json too"),
+        (["x", "--top-logprobs", "-1", "--json"], "top_logprobs got -1"),
+        (["x", "--cache", "ring"], "cache got 'ring'"),
+        (["x" * 200], "context of 128"),
+    ],
+)
+def test_score_says_what_is_wrong(run, tiny, arguments, message):
+    status, out, err = run("score", "--model", tiny, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
 
 
 def test_sampling_options_are_a_chain(run, tiny, lm):

@@ -20,13 +20,14 @@ from jkv.cli.errors import complain, is_ours
 from jkv.cli.generate import generate
 from jkv.cli.info import info
 from jkv.cli.plan import plan
+from jkv.cli.score import score
 from jkv.cli.store import store
 from jkv.errors import JkvError
 
 app = typer.Typer(
     name="jkv", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
-for command in (generate, chat, engine, info, plan, caches):
+for command in (generate, chat, score, engine, info, plan, caches):
     app.command()(command)
 app.add_typer(store)
 

@@ -16,13 +16,14 @@ def caches(
         int | None, typer.Option(help="Tokens in one row; by default the model's context.")
     ] = None,
     dtype: plan.PlannedDtype = None,
+    ignore: options.Ignore = None,
     as_json: options.AsJson = False,
 ) -> None:
     """List the kinds of cache, and what they take in a model."""
     from jkv import planning
     from jkv.cache import spec
 
-    made = planning.survey(model, seq_len=seq_len, dtype=dtype)
+    made = planning.survey(model, seq_len=seq_len, dtype=dtype, ignore=ignore or ())
     if as_json:
         keys = ("cache", "bytes_per_token", "cache_bytes", "seq_len", "model", "refused")
         listed = []

@@ -40,6 +40,7 @@ def plan(
     device_memory: Annotated[
         str | None, typer.Option(help="Such as 80GB or 24GiB: what would fit?")
     ] = None,
+    ignore: options.Ignore = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Tell what a model and its cache take, allocating nothing.
@@ -49,7 +50,13 @@ def plan(
     """
     from jkv import planning
 
-    asked = {"batch": batch, "seq_len": seq_len, "dtype": dtype, "device_memory": device_memory}
+    asked = {
+        "batch": batch,
+        "seq_len": seq_len,
+        "dtype": dtype,
+        "device_memory": device_memory,
+        "ignore": ignore or (),
+    }
     if cache is not None and len(cache) == 1:
         made = planning.plan(model, cache=cache[0], **asked)
         print(json.dumps(made.to_dict()) if as_json else report(made))

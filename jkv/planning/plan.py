@@ -17,6 +17,7 @@ from jkv.cache.dense import dense
 from jkv.decoding.options import Options, checked_kind
 from jkv.errors import UnsupportedError
 from jkv.models.config import Config
+from jkv.models.hf_keys import check_ignore
 from jkv.models.lm import read_config
 from jkv.planning import memory
 from jkv.planning.presets import PRESETS, preset
@@ -108,6 +109,7 @@ def plan(
     cache: Any = None,
     dtype: Any = None,
     device_memory: Any = None,
+    ignore: Any = (),
 ) -> Any:
     """What a model and its cache will take, in bytes and operations; nothing is allocated.
 
@@ -120,6 +122,7 @@ def plan(
             list of them gives a list.
         dtype: of the weights and of what is kept, by default the model's own.
         device_memory: bytes, or "80GB", "24GiB": how long and how many rows would fit?
+        ignore: keys of `config.json` to treat as absent, as of `jkv.load`.
 
     Returns:
         A `Plan`, or a list of them.
@@ -128,13 +131,14 @@ def plan(
         CheckpointError: no preset, and nothing that can be read.
         UnsupportedError: a kind that this model cannot have.
         TypeError: something that is no model or kind.
-        ValueError: numbers below 1, or a text that nobody understands.
+        ValueError: numbers below 1, a text that nobody understands, or keys to ignore where there
+            is no `config.json`.
 
     Example:
         >>> jkv.plan("llama-2-7b", seq_len=4096).bytes_per_token
         524288
     """
-    name, config = find_config(model, dtype)
+    name, config = find_config(model, dtype, ignore)
     batch = _size("batch", batch)
     seq_len = config.context if seq_len is None else _size("seq_len", seq_len)
     if config.rope is None and seq_len > config.context:
@@ -153,13 +157,14 @@ def survey(model: Any, **asked: Any) -> list[Plan | Refusal]:
 
     Args:
         model: see `plan`.
-        asked: `batch`, `seq_len`, `dtype` and `device_memory`, see `plan`.
+        asked: `batch`, `seq_len`, `dtype`, `device_memory` and `ignore`, see `plan`.
 
     Raises:
         CheckpointError: no preset, and nothing that can be read.
-        ValueError: numbers below 1, or a text that nobody understands.
+        ValueError: numbers below 1, a text that nobody understands, or keys to ignore where there
+            is no `config.json`.
     """
-    name, config = find_config(model, asked.pop("dtype", None))
+    name, config = find_config(model, asked.pop("dtype", None), asked.pop("ignore", ()))
     made: list[Plan | Refusal] = []
     for text in spec.examples():
         try:
@@ -169,12 +174,13 @@ def survey(model: Any, **asked: Any) -> list[Plan | Refusal]:
     return made
 
 
-def find_config(model: Any, dtype: Any = None) -> tuple[str, Config]:
+def find_config(model: Any, dtype: Any = None, ignore: Any = ()) -> tuple[str, Config]:
     """A name and a configuration for whatever stands for a model; see `plan`."""
+    keys, is_read = check_ignore(ignore), False
     if isinstance(model, str) and (known := preset(model)) is not None:
         name, config = next(n for n, c in PRESETS.items() if c is known), known
     elif isinstance(model, str | os.PathLike):
-        name, config = os.fspath(model), read_config(model)
+        name, config, is_read = os.fspath(model), read_config(model, ignore=keys), True
     else:
         config = model if isinstance(model, Config) else getattr(model, "config", None)
         if not isinstance(config, Config):
@@ -183,6 +189,11 @@ def find_config(model: Any, dtype: Any = None) -> tuple[str, Config]:
                 "or a jkv.Config"
             )
         name = getattr(model, "source", config.family)
+    if keys and not is_read:
+        raise ValueError(
+            f"plan got ignore={brief(keys)} with {brief(name)}; expected it with a checkpoint, "
+            "whose config.json has keys: leave it out"
+        )
     if dtype is not None or not config.dtype:
         config = dataclasses.replace(config, dtype=_dtype(dtype or "float32"))
     return name, config
