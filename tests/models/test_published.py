@@ -146,7 +146,12 @@ SAME = {
         "qk_layernorm": (False, True),
         "use_mrope": (False, True),
     },
-    "qwen3-gqa": {"qk_norm": (True, False), "mlp_bias": (False, True)},
+    "qwen3-gqa": {
+        "qk_norm": (True, False),
+        "mlp_bias": (False, True),
+        "rotary_emb_base": (500, 10000),
+        "rotary_dim": (6, 3),
+    },
     "glm-gqa": {
         "layer_types": (["full_attention"] * 2, ["sliding_attention"] * 2),
         "rope_interleaved": (True, False),
@@ -240,7 +245,7 @@ def test_one_key_to_ignore_as_a_text(checkpoint):
     assert jkv.load(copy.path, ignore="mystery").config.layers == 2
 
 
-@pytest.mark.parametrize("ignore", [3, None, [1], ("a", None), {"a": 1}, b"a"])
+@pytest.mark.parametrize("ignore", [3, None, [1], ("a", None), {"a": 1}, b"a", b""])
 def test_ignore_of_another_kind(ignore):
     with pytest.raises(ValueError, match=r"load got ignore=.*expected names of keys"):
         check_ignore(ignore)

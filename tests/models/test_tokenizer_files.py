@@ -81,6 +81,9 @@ def test_what_is_special_is_left_out_of_texts(tmp_path):
     )
     assert tokenizer.decode([3, 9, 10, 7]) == "cat mat"
     assert tokenizer.encode("cat   <y>", special=False) == [3, 10]
+    extra = {"added_tokens_decoder": {"9": X}, "extra_special_tokens": ["<x>"]}
+    stated, _ = read(tmp_path, tokenizer_config=extra)  # what says its id says whether it is one
+    assert stated.decode([3, 9, 7]) == "cat <x> mat"
     plain, _ = read(tmp_path, tokenizer_config={}, added_tokens={"<x>": 9})
     assert plain.decode([3, 9, 7]) == "cat <x> mat"
     marked, _ = read(tmp_path, special_tokens_map={"additional_special_tokens": ["<x>"]})
