@@ -181,6 +181,15 @@ def test_passes_of_kinds_are_traced(model, text):
     assert {leaf.dtype for leaf in jax.tree.leaves(out)}.isdisjoint({jnp.int64, jnp.float64})
 
 
+def test_conversion_to_a_kind_that_evicts_is_traced(model):
+    """Its scores are float32, and stand beside positions."""
+    cache = jkv.init_cache(model.config, jkv.dense(), batch=2, slots=64)
+    kind = spec.parse("evict:16,score=key_norm")
+    with strict_x64():
+        out = jax.eval_shape(lambda cache: cache.convert(kind), cache)
+    assert out.layers[0].scores.dtype == jnp.float32
+
+
 def test_load_under_a_transfer_guard():
     with jax.transfer_guard("disallow"):
         lm = jkv.load("shakespeare")

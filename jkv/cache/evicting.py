@@ -108,7 +108,8 @@ class Evicting:
         if k.shape[1] == 1:
             cache = self._put_one(k, v, step, None)
             return cache._judged(_nobody(cache.scores), queries, step)
-        nobody = _nobody(jnp.concatenate([self.scores, self._places(step)], axis=-1))
+        places = self._places(step).astype(self.scores.dtype)
+        nobody = _nobody(jnp.concatenate([self.scores, places], axis=-1))
         return self._put_many(k, v, step, nobody, queries, None, None)
 
     def _places(self, step: Step) -> Array:

@@ -131,7 +131,9 @@ def test_a_remote_does_not_ask_who_lives(tmp_path):
             check(other)
 
 
-@pytest.mark.parametrize("lie", ["../victim", ".tmp-../../victim", "victim", "", ".tmp-" + "0" * 23])
+@pytest.mark.parametrize(
+    "lie", ["../victim", ".tmp-../../victim", "victim", "", ".tmp-" + "0" * 23]
+)
 def test_a_liveness_lock_is_no_path(tmp_path, lie):
     (tmp_path / "victim").touch()
     (tmp_path / "d").mkdir()
