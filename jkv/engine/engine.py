@@ -485,7 +485,8 @@ class Engine(Steps):
     def _settle(self) -> None:
         """Recover from what was interrupted, and let go of what was abandoned."""
         with self._lock:
-            if (self._torn or self._abandoned) and not self._within():
+            swept = self._torn or self._abandoned or self.requests.deserted()
+            if swept and not self._within():
                 self._transact(lambda: None)
 
     def _step_or_charge(self) -> bool:

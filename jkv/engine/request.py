@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -76,6 +77,7 @@ class Request:
     first_token: float | None = None
     preemptions: int = 0
     swapped: Any = None  # its pages on the host while it waits to go on
+    readers: list[weakref.ref[Tokens | AsyncTokens]] = dataclasses.field(default_factory=list)
 
     @property
     def ending(self) -> Ending | None:
@@ -129,6 +131,14 @@ class Request:
             UnsupportedError: the engine's model has no tokenizer.
         """
         return self.engine.text(self)
+
+    @property
+    def deserted(self) -> bool:
+        """Whether an iteration over its tokens is gone before its end.
+
+        A finaliser says so too, unless an interrupt comes first, which Python swallows there.
+        """
+        return not self.endings and any(reader() is None for reader in self.readers)
 
     @property
     def watched(self) -> bool:
@@ -190,6 +200,7 @@ class Tokens(Iterator[int]):
 
     def __init__(self, request: Request):
         self._request, self._seen, self._closed = request, 0, False
+        request.readers.append(weakref.ref(self))
 
     def __next__(self) -> int:
         """The next token.
@@ -232,6 +243,7 @@ class AsyncTokens(AsyncIterator[int]):
 
     def __init__(self, request: Request):
         self._request, self._seen = request, 0
+        request.readers.append(weakref.ref(self))
 
     def __aiter__(self) -> AsyncTokens:
         """Itself."""

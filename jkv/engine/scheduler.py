@@ -58,6 +58,10 @@ class Requests:
         heapq.heapify(heap)
         self._heap, self._partial = heap, False
 
+    def deserted(self) -> list[Request]:
+        """Return the requests of which an iteration was left, and that have not ended."""
+        return [request for request in list(self.live.values()) if request.deserted]
+
     def discard(self, number: int) -> None:
         """Let go of one that has ended."""
         self.live.pop(number, None)

@@ -102,6 +102,9 @@ class Steps:
 
     def _sweep(self) -> None:
         """Let go of the requests that were ended between steps, wherever that was."""
+        for request in self.requests.deserted():
+            self._abandoned.append(request)
+            request.end("cancelled")
         while self._abandoned:
             request = self._abandoned[0]
             request.end("cancelled")  # where an interrupt came before

@@ -103,6 +103,22 @@ def test_an_iteration_whose_end_is_interrupted_leaves_no_request(lm):
     empty(engine)
 
 
+@pytest.mark.parametrize("read", [iter, aiter])
+def test_an_iteration_whose_finaliser_is_interrupted_is_noticed_all_the_same(lm, monkeypatch, read):
+    """Python swallows what a finaliser raises: nobody would hear of it."""
+    engine = made(lm, pages=PAGES, max_batch=2)
+    request = engine.submit(PROMPTS[2], max_new_tokens=12, stop=())
+    reader = read(request)
+    engine.step()
+    assert request.state == "running"
+    monkeypatch.setattr(type(reader), "__del__", lambda self: None)
+    del reader
+    engine.stats()
+    assert request.finish_reason == "cancelled"
+    assert engine.requests.live == {}
+    empty(engine)
+
+
 def test_what_generate_had_queued_is_cancelled_by_an_interrupt(lm):
     engine = made(lm, pages=PAGES, max_batch=2)
 
