@@ -209,11 +209,15 @@ class Remote(Tier):
         """
         name = name_of(key)
         part = slice(0, codec.PREFIX)
-        (found,) = self._ask_all("look", lambda: self._kvstore.read(name, byte_range=part))
-        if found is not None and found.state == "missing":
-            return True
-        if found is not None and codec.version_of(found.value) not in (None, version):
-            return False
+        for _ in range(2):  # a reply that names no put may have come damaged
+            (found,) = self._ask_all("look", lambda: self._kvstore.read(name, byte_range=part))
+            if found is not None and found.state == "missing":
+                return True
+            there = None if found is None else codec.version_of(found.value)
+            if there == version:
+                break
+            if there is not None:
+                return False
         stamp = {} if found is None else {"if_equal": found.stamp.generation}
         what = f"delete {brief(key[:80])}"
         self._ask(what, lambda: self._kvstore.write(name, None, **stamp))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -405,6 +406,27 @@ def test_what_is_written_while_a_damaged_one_is_put_aside_stays(tmp_path):
     with pytest.raises(CorruptError):
         remote.read("k")
     assert number(other.read("k")) == 2
+
+
+@pytest.mark.parametrize("damaged", [b"", bytes(64)])
+def test_no_put_is_deleted_because_of_one_reply(tmp_path, damaged):
+    remote = Remote(f"file://{tmp_path}/")
+    with Store([remote]) as store:
+        store.put("k", entry(1))
+    read, replies = remote._ask_all, []
+
+    def asked(what, start):
+        (result,) = read(what, start)
+        if what == "look":
+            replies.append(result)
+            if len(replies) == 1:
+                return [types.SimpleNamespace(state="value", value=damaged, stamp=result.stamp)]
+        return [result]
+
+    remote._ask_all = asked
+    assert not remote.delete_put("0::k", "0" * 16)
+    assert len(replies) == 2
+    assert number(remote.read("0::k")) == 1
 
 
 def test_of_a_remote_one_put_is_deleted_and_no_other(tmp_path):
