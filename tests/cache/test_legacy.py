@@ -71,6 +71,11 @@ def test_half_precision_keeps_its_dtype():
     assert jkv.from_legacy([(keys, values)]).layers[0].keys.dtype == jnp.bfloat16
 
 
+def test_traced_lengths_are_bounded_by_the_slots():
+    made = jax.jit(lambda lengths: jkv.from_legacy([pair()], lengths).lengths)
+    assert made(jnp.array([-1, 4])).tolist() == [0, 3]
+
+
 def test_lengths_may_be_a_list_of_traced_numbers():
     layers = [pair()]
     lengths = jax.jit(lambda one: jkv.from_legacy(layers, [one, 3]).lengths)(2)

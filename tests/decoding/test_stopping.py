@@ -241,6 +241,21 @@ def test_blocks_are_searched_like_the_whole(prompt, blocks, strings):
     assert (found.kept if found else None) == want
 
 
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "stop", "visible"),
+    [
+        ([], [256], "e", "e"),  # "he": its first letter is no part of the string
+        ([], [256, 257], "e w", "e w"),
+        ([256], [257], "he w", " w"),  # the prompt's part is not the row's
+        ([], [256, 257], " ", " w"),  # what follows in the last token goes with it
+        ([], [256, texts.END, 257], "<|end|> ", " w"),
+    ],
+)
+def test_what_is_visible_of_a_stop_string(prompt, tokens, stop, visible):
+    match = first_stop(texts.byte_level(), [stop], prompt, tokens, len(tokens))
+    assert match == StopMatch(len(tokens), visible)
+
+
 @pytest.mark.parametrize("tokenizer", [texts.byte_level(), texts.byte_fallback(), TOKENIZER])
 def test_the_bytes_of_a_row_are_its_text(tokenizer):
     tokens = tokenizer.encode("a the €\n", special=False)

@@ -249,6 +249,12 @@ def test_pieces_after_a_prompt_join_to_the_new_text(name, before, blocks):
         assert old + text == whole
 
 
+def test_a_token_without_a_text_takes_no_space_away():
+    """Ids past the vocabulary are such tokens: models are padded to more rows."""
+    pieces = Pieces(texts.byte_fallback())
+    assert [pieces.push([token]) for token in (258, 300, 259)] == ["a", "", " the"]
+
+
 def test_pieces_look_back_a_little_only(monkeypatch):
     """Also where special tokens follow each other, which have no text to look back at."""
     tokenizer = texts.sentencepiece()
