@@ -5,9 +5,66 @@ JAX to start.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jkv._version import __version__
+from jkv._version import __version__ as __version__
+
+if TYPE_CHECKING:  # what type checkers see of the lazy names
+    from jkv.cache import Cache as Cache
+    from jkv.cache import LayerCache as LayerCache
+    from jkv.cache import Step as Step
+    from jkv.cache import concat as concat
+    from jkv.cache import dense as dense
+    from jkv.cache import evicting as evicting
+    from jkv.cache import fp8 as fp8
+    from jkv.cache import from_legacy as from_legacy
+    from jkv.cache import init_cache as init_cache
+    from jkv.cache import near_far as near_far
+    from jkv.cache import none as none
+    from jkv.cache import paged as paged
+    from jkv.cache import per_layer as per_layer
+    from jkv.cache import pyramid as pyramid
+    from jkv.cache import quantized as quantized
+    from jkv.cache import scores as scores
+    from jkv.cache import sparse as sparse
+    from jkv.cache import window as window
+    from jkv.cache.spec import parse as parse
+    from jkv.decoding import Chat as Chat
+    from jkv.decoding import Result as Result
+    from jkv.decoding import beam_search as beam_search
+    from jkv.decoding import decode_step as decode_step
+    from jkv.decoding import generate as generate
+    from jkv.decoding import prefill as prefill
+    from jkv.decoding import prompt_lookup as prompt_lookup
+    from jkv.decoding import rollout as rollout
+    from jkv.decoding import sampling as sampling
+    from jkv.decoding import score as score
+    from jkv.decoding import stream as stream
+    from jkv.engine import Engine as Engine
+    from jkv.errors import CacheFullError as CacheFullError
+    from jkv.errors import CheckpointError as CheckpointError
+    from jkv.errors import JkvError as JkvError
+    from jkv.errors import NonFiniteError as NonFiniteError
+    from jkv.errors import PoolFullError as PoolFullError
+    from jkv.errors import StaleError as StaleError
+    from jkv.errors import UnsupportedError as UnsupportedError
+    from jkv.models import LM as LM
+    from jkv.models import Config as Config
+    from jkv.models import Decoder as Decoder
+    from jkv.models import Rope as Rope
+    from jkv.models import load as load
+    from jkv.models import shard as shard
+    from jkv.planning import plan as plan
+
+    from . import cache as cache
+    from . import decoding as decoding
+    from . import engine as engine
+    from . import errors as errors
+    from . import models as models
+    from . import ops as ops
+    from . import planning as planning
+    from . import store as store
+    from . import testing as testing
 
 _HOME = {
     "Cache": "jkv.cache",
@@ -70,15 +127,16 @@ _MODULES = {
 
 __all__ = ["__version__", *_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
+if not TYPE_CHECKING:  # there, a misspelt name is an error
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
-        globals()[name] = value
-        return value
-    if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
-    raise AttributeError(f"module 'jkv' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            value = getattr(importlib.import_module(_HOME[name]), name)
+            globals()[name] = value
+            return value
+        if name in _MODULES:
+            return importlib.import_module(_MODULES[name])
+        raise AttributeError(f"module 'jkv' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
