@@ -106,6 +106,5 @@ def _count(statements: Sequence[nodes.Node]) -> tuple[int, int]:
         count += 1
         if isinstance(node, nodes.TemplateData):
             size += sys.getsizeof(node.data)
-        if not isinstance(node, nodes.Block):
-            todo += node.iter_child_nodes(exclude=("body", "else_"))
+        todo += node.iter_child_nodes(exclude=("body", "else_"))
     return count, size

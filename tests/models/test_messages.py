@@ -295,6 +295,7 @@ def test_of_two_reasonings_the_named_one_is_continued():
         ("{{ content }}", USER | {"content": 3}, ValueError, "'content' is int"),
         ("x", USER, ValueError, "does not read 'content'"),
         ("{# content #}x", USER, UnsupportedError, "leaves out the last message"),
+        ("{{ messages[0].content | upper }}", USER, UnsupportedError, "or changes it"),
         ("{{ messages[0].content[::-1] }}", USER, UnsupportedError, "or changes it"),
     ],
 )

@@ -31,6 +31,8 @@ LARGE = {
     "expandtabs": "{{ '\t'.expandtabs(2000000000) }}",
     "text * number": "{{ 'a' * 10 ** 9 }}",
     "number * text": "{{ 10 ** 9 * 'a' }}",
+    "text of integers": "{% set x = 2 ** 4000 %}{{ [x] * 2000 }}",
+    "JSON's separators": "{{ ([1] * 2000) | tojson(separators=('x' * 10000, ':')) }}",
     "list * number": "{{ ([0] * 10 ** 9) | length }}",
     "tuple * number": "{{ ((0,) * 10 ** 9) | length }}",
     "% width": "{{ '%2000000000d' % 1 }}",
@@ -144,7 +146,7 @@ ENDLESS = {
 # To hash a tuple of many levels ends the process.
 HASHED = (
     "{{ {}[ns.t] }}",
-    "{{ {ns.t: 1} }}",
+    "{% set d = {ns.t: 1} %}",
     "{{ ns.t in {} }}",
     "{{ ns.t in {}.items() }}",
     "{{ {}.get(ns.t) }}",
