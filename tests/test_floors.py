@@ -50,6 +50,12 @@ BROAD = {
     "jkv.engine.steps": "a callback may raise anything, and ends its own request only",
 }
 
+# Where objects are of others' classes, and may lack what is looked for.
+FOREIGN = {
+    "jkv.store.entry": "a store of a user's own may be of any class",
+    "jkv.store.packing": "a function in a cache may be a callable of any class",
+}
+
 # Where a panic of Rust is caught, which is no Exception; all else is raised again.
 PANICS = ("jkv.models.tokenizer_files",)
 
@@ -157,6 +163,34 @@ def test_no_assert_and_no_swallowing(path):
                 assert name not in ("everything", "Exception", "BaseException"), (
                     f"{where} catches {name}"
                 )
+
+
+def declared(package: str) -> list[Path]:
+    return [path for path in FILES if module_of(path).startswith(f"{package}.")]
+
+
+@pytest.mark.parametrize("path", declared("jkv.store"), ids=module_of)
+def test_what_is_asked_of_an_object_is_declared(path):
+    """No `hasattr`, and no `getattr` with a default, on objects of our own."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            asked = node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) > 2)
+            where = f"{module_of(path)}:{node.lineno}"
+            assert not asked or module_of(path) in FOREIGN, f"{where}: declare it in a base class"
+
+
+@pytest.mark.parametrize("path", declared("jkv.store"), ids=module_of)
+def test_classes_are_abstract_or_final(path):
+    """What a class shares with another it has, or both implement: it inherits no implementation."""
+    module = importlib.import_module(module_of(path))
+    for cls in vars(module).values():
+        if isinstance(cls, type) and cls.__module__ == module.__name__:
+            concrete = [
+                base.__name__
+                for base in cls.__bases__
+                if base.__module__.startswith("jkv.") and not inspect.isabstract(base)
+            ]
+            assert not concrete, f"{cls.__name__} inherits from {concrete}, which is not abstract"
 
 
 @pytest.mark.parametrize("name", jkv.__all__)

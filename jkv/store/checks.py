@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, SupportsFloat, SupportsIndex, TypeVar
 
 from jkv._text import brief
@@ -27,11 +28,13 @@ else:
 Key = Checked[str]
 Seconds = Checked[int | float | None]
 Limit = Checked[int | None]
+Fingerprint = Checked[bytes | None]
 
+UNSET: Any = object()  # where None is a value
 LONGEST = 1e15  # seconds, 30 million years: what is longer would spoil sums
 
 
-def check_text(name: str, value: Any) -> str:
+def check_text(name: str, value: object) -> str:
     """Refuse anything but a text.
 
     Raises:
@@ -42,7 +45,7 @@ def check_text(name: str, value: Any) -> str:
     return value
 
 
-def check_bytes(name: str, value: Any) -> bytes:
+def check_bytes(name: str, value: object) -> bytes:
     """Refuse anything but bytes.
 
     Raises:
@@ -55,7 +58,7 @@ def check_bytes(name: str, value: Any) -> bytes:
     return value
 
 
-def check_flag(name: str, value: Any) -> bool:
+def check_flag(name: str, value: object) -> bool:
     """Refuse anything but True and False.
 
     Raises:
@@ -66,7 +69,7 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
-def check_count(name: str, value: Any, least: int = 0) -> int:
+def check_count(name: str, value: object, least: int = 0) -> int:
     """Refuse anything but a whole number from `least` on.
 
     Raises:
@@ -80,7 +83,7 @@ def check_count(name: str, value: Any, least: int = 0) -> int:
     return value.__index__()
 
 
-def check_limit(name: str, value: Any) -> int | None:
+def check_limit(name: str, value: object) -> int | None:
     """Refuse anything but a whole number from 0, or None for no limit.
 
     Raises:
@@ -91,7 +94,7 @@ def check_limit(name: str, value: Any) -> int | None:
 
 
 def check_seconds(
-    name: str, value: Any, *, positive: bool = False, may_be_infinite: bool = False
+    name: str, value: object, *, positive: bool = False, may_be_infinite: bool = False
 ) -> int | float | None:
     """Refuse anything but a number of seconds, or None.
 
@@ -109,3 +112,65 @@ def check_seconds(
     if not (short and (number > 0 if positive else number >= 0)):
         raise ValueError(f"{name} got {brief(value)}; {expected}")
     return number
+
+
+def check_keys(keys: Checked[Iterable[str]]) -> list[Key]:
+    """Return several keys as a list; each is checked where it becomes a name.
+
+    Raises:
+        TypeError: one text, whose characters would be keys.
+    """
+    if isinstance(keys, str):
+        raise TypeError(
+            f"keys got the text {brief(keys)}; expected several, such as [{brief(keys)}]"
+        )
+    return list(keys)
+
+
+def check_functions(**functions: object) -> None:
+    """Refuse anything but functions.
+
+    Raises:
+        TypeError: one of them is none.
+    """
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} got {brief(function)}; expected a function")
+
+
+def check_tenants(limits: object) -> int | dict[str, int] | None:
+    """Refuse anything but a limit, or limits by tenant.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: a limit below 0.
+    """
+    if not isinstance(limits, Mapping):
+        return check_limit("tenant_bytes", limits)
+    for tenant, limit in limits.items():
+        check_text("tenant_bytes", tenant)
+        check_limit(f"tenant_bytes of {brief(tenant)}", limit)
+    return dict(limits)
+
+
+def check_forms(forms: object, tiers: Sequence[str], *, known: bool) -> dict[str, str]:
+    """Return the forms by name of tier.
+
+    Args:
+        forms: what was given.
+        tiers: names.
+        known: whether jkv converts to them itself.
+
+    Raises:
+        TypeError: no mapping.
+        ValueError: a tier that is none, or a form that jkv does not know.
+    """
+    if forms is None:
+        return {}
+    if not isinstance(forms, Mapping):
+        raise TypeError(f"forms got {brief(forms)}; expected {{'disk': 'int8'}} or the like")
+    if unknown := set(forms) - set(tiers):
+        raise ValueError(f"forms got {sorted(unknown)}; expected names of tiers: {list(tiers)}")
+    if known and (unknown := set(forms.values()) - {"exact", "int8", "int4"}):
+        raise ValueError(f"forms got {sorted(unknown)}; expected int8 or int4, or convert=")
+    return dict(forms)

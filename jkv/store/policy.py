@@ -121,6 +121,19 @@ class CostAware(Policy):
         return ByRank(capacity, aging=True, by_cost=True)
 
 
+def check_policy(policy: object) -> Policy:
+    """Refuse anything but a policy.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy got {brief(policy)}; expected one of jkv.store, such as jkv.store.LRU()"
+        )
+    return policy
+
+
 POLICIES: dict[str, Policy] = {
     "fifo": FIFO(),
     "lru": LRU(),

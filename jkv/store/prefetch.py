@@ -1,4 +1,4 @@
-"""What will be asked for next, and copying it up while nobody reads."""
+"""What will be asked for next, and promoting it while no lookup is under way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from jkv.store.reads import Reads
+from jkv._text import brief
+from jkv.store.index import Index
+from jkv.store.reader import Reader
+from jkv.store.tiering import Tiering
 
 _NUMBERED = re.compile(r"(.*?)(\d+)", re.DOTALL)
 KINDS = ("next", "markov", "frequent")
@@ -57,7 +60,7 @@ class Predictor:
         self._lock = threading.Lock()
 
     def noted(self, key: str) -> None:
-        """A key was asked for."""
+        """Note a key that was asked for."""
         with self._lock:
             self._asked += 1
             if (guess := self._open.pop(key, None)) is not None:
@@ -80,7 +83,7 @@ class Predictor:
             self._last = key
 
     def guesses(self) -> list[tuple[str, str]]:
-        """Keys that may come next, likely ones first, each with the kind of guess."""
+        """Return keys that may come next, likely ones first, each with the kind of guess."""
         with self._lock:
             if self._last is None:
                 return []
@@ -103,13 +106,13 @@ class Predictor:
         return [f"{stem}{int(number) + 1:0{len(number)}d}"]
 
     def acted(self, key: str, kind: str) -> None:
-        """A guess was acted upon, and is right or wrong from now on."""
+        """Note that a guess was acted upon: it is right or wrong from now on."""
         with self._lock:
             if key not in self._open:
                 self._open[key] = kind, self._asked + self._horizon
 
     def stats(self) -> dict[str, Any]:
-        """Guesses acted upon that were right and wrong, the share of right ones, and by kind."""
+        """Count the guesses acted upon that were right and wrong; with their share, and by kind."""
         with self._lock:
             by_kind = {
                 kind: _precision(self._counts[kind, "right"], self._counts[kind, "wrong"])
@@ -120,34 +123,50 @@ class Predictor:
             return {**_precision(right, wrong), "open": len(self._open), "by_kind": by_kind}
 
 
-def _precision(right: Any, wrong: Any) -> dict[str, Any]:
+def _precision(right: int, wrong: int) -> dict[str, Any]:
     judged = right + wrong
     return {"right": right, "wrong": wrong, "precision": right / judged if judged else None}
 
 
+def check_predictor(predictor: object) -> None:
+    """Refuse anything but a predictor, or None.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if predictor is not None and not isinstance(predictor, Predictor):
+        raise TypeError(
+            f"predictor got {brief(predictor)}; expected a jkv.store.Predictor, or None"
+        )
+
+
 class Prefetcher:
-    """A thread that has a store copy up what is guessed, a little at a time while nobody reads."""
+    """A thread that promotes what is guessed, a little at a time while no lookup is under way."""
 
     def __init__(
         self,
-        store: Reads,
+        index: Index,
+        tiering: Tiering,
+        reader: Reader,
         predictor: Predictor,
         stopped: threading.Event,
         idle_seconds: float = 0.05,
     ) -> None:
-        self._store = store
+        self._index = index
+        self._tiering = tiering
+        self._reader = reader
         self._stopped = stopped
         self.predictor = predictor
         self._idle_seconds = idle_seconds
         self._news = threading.Event()
 
     def noted(self, name: str) -> None:
-        """A name was asked for."""
+        """Note a name that was asked for."""
         self.predictor.noted(name)
         self._news.set()
 
     def run(self) -> None:
-        """Until the store stops."""
+        """Promote until the store stops: a thread's work."""
         while not self._stopped.is_set():
             if not self._news.wait(self._idle_seconds):
                 continue
@@ -162,20 +181,19 @@ class Prefetcher:
                 acted += self._fetch(name, kind)
 
     def _idle(self) -> bool:
-        """Whether nobody reads, nobody did just now, and nothing waits to be moved up."""
-        store = self._store
-        quiet = store.timer() - store.last_read >= self._idle_seconds
-        return quiet and store.reading == 0 and len(store.movers[0]) == 0
+        """Whether no lookup is under way, none was just now, and no promotion waits."""
+        reader = self._reader
+        quiet = reader.timer() - reader.last_read >= self._idle_seconds
+        return quiet and reader.reading == 0 and len(self._tiering.promotions) == 0
 
     def _fetch(self, name: str, kind: str) -> bool:
         """Whether there was something to do, which is done when this returns."""
-        store = self._store
-        with store.lock:
-            record = store.index.get(name)
-            if record is None or 0 in record.homes or not record.homes:
+        with self._index.lock:
+            record = self._index.records.get(name)
+            if record is None or 0 in record.locations or not record.locations:
                 return False
-            if not store.promote(record, None):
+            if not self._tiering.promote(record, None):
                 return False
         self.predictor.acted(name, kind)
-        store.movers[0].drain()
+        self._tiering.promotions.drain()
         return True

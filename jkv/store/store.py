@@ -1,6 +1,6 @@
 """The store as users see it: entries by key and by content, over tiers, with figures of it all.
 
-How it is done stands in layers, which `jkv.store.ledger` names.
+It is composed of the parts that `jkv.store.index` names.
 """
 
 from __future__ import annotations
@@ -10,48 +10,60 @@ import importlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from numpy.typing import ArrayLike
 
 from jkv._text import brief
-from jkv.store import figures
-from jkv.store.answers import Handle, Match
+from jkv.store import metrics
 from jkv.store.checks import (
+    UNSET,
     Checked,
+    Fingerprint,
     Key,
     Limit,
     Seconds,
     check_bytes,
     check_count,
     check_flag,
-    check_limit,
+    check_forms,
+    check_functions,
+    check_keys,
     check_seconds,
-    check_text,
+    check_tenants,
 )
 from jkv.store.entry import Entry
+from jkv.store.handles import Handle, Match
+from jkv.store.index import Index
 from jkv.store.keys import as_tokens, content_key, name_of
-from jkv.store.policy import LRU, Policy
-from jkv.store.prefetch import Predictor, Prefetcher
-from jkv.store.shelf import Shelf
-from jkv.store.tier import Tier
-from jkv.store.upkeep import UNSET, Upkeep
+from jkv.store.lifecycle import Lifecycle
+from jkv.store.policy import LRU, Policy, check_policy
+from jkv.store.prefetch import Predictor, Prefetcher, check_predictor
+from jkv.store.reader import Reader
+from jkv.store.removal import Removal
+from jkv.store.tier import Tier, check_tiers
+from jkv.store.tiering import Tiering
+from jkv.store.writer import Writer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_INDEX_WAIT = 1.0  # seconds from the start that searches wait for entries from before
 
 
 def operation(
     method: Callable[Concatenate[Store, P], R],
 ) -> Callable[Concatenate[Store, P], R]:
-    """What users ask for: refused once the store is closed, and waited for when it is to be."""
+    """Refuse a call once the store is closed; else `close` waits for its end."""
 
     @functools.wraps(method)
     def wrapped(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        self._inner.begin(method.__name__)
+        self._lifecycle.begin(method.__name__)
         try:
             return method(self, *args, **kwargs)
         finally:
-            self._inner.end()
+            self._lifecycle.end()
 
     return wrapped
 
@@ -59,12 +71,12 @@ def operation(
 class Store:
     """Sequences' caches that outlive a request, over tiers from the fastest to the slowest.
 
-    An entry is put into the first tier that takes it. What a tier has no room for moves to the one
-    below, and out of the last one it is evicted; what is read further down is copied to the first.
-    Threads do both, from queues that are bounded: where the one down is full, the caller moves the
-    entry itself; where the one up is full, the entry stays where it is, counted. `close` finishes
-    what was begun and writes what only a tier in this process has to one that lasts; without it,
-    and without `write_through`, such entries end with the process.
+    An entry is put into the first tier that takes it. What a tier has no room for is demoted to the
+    one below, and out of the last one it is evicted; what is read further down is promoted to the
+    first. Threads do both, from queues that are bounded: where the one down is full, the caller
+    moves the entry itself; where the one up is full, the entry stays where it is, counted. `close`
+    finishes what was begun and writes what only a tier in this process has to one that lasts;
+    without it, and without `write_through`, such entries end with the process.
 
     An entry is whole and immutable: a put under the same key replaces it for later readers, whether
     there was room for the new one or not. `get` by key answers with the latest put;
@@ -83,7 +95,7 @@ class Store:
     from before. Of a tier: writes + found = entries + evictions + gone.
 
     Args:
-        tiers: from the fastest to the slowest, each with its own limits.
+        tiers: from the fastest to the slowest, each with its own limits; see `jkv.store.Tier`.
         policy: which entry goes first, in every tier and for every tenant; `LRU()` by default.
         fingerprint: of what made the entries: weights, configuration, rope, dtype, kind and layout
             of the cache. An entry of another one is a miss. Empty: it is not looked at.
@@ -93,11 +105,11 @@ class Store:
         forms: "int8" or "int4" by name of tier: what it holds is converted where that takes fewer
             bytes, and its meta says so.
         convert: does it, of an entry and a form; by default for caches, other entries stay.
-        chunk: tokens between two marks; a shorter prefix is not found. A mark takes about 450 bytes
-            of this process, a token 4 more.
+        chunk: tokens between two prefix hashes; a shorter prefix is not found. A hash takes about
+            450 bytes of this process, a token 4 more.
         queue_entries, queue_bytes: what may wait for each tier.
         sweep_every: seconds between two sweeps by a thread.
-        predictor: what to copy up before it is asked for, while nobody reads.
+        predictor: what to promote before it is asked for, while no lookup is under way.
         clock: seconds since the epoch; timer: seconds, for durations.
 
     Raises:
@@ -111,28 +123,24 @@ class Store:
     def __init__(
         self,
         tiers: Checked[Sequence[Tier]],
-        policy: Policy | Any = None,
+        policy: Checked[Policy | None] = None,
         *,
-        fingerprint: bytes | Any = b"",
+        fingerprint: Checked[bytes] = b"",
         ttl: Seconds = None,
-        tenant_bytes: Limit | Mapping[str, int] = None,
-        write_through: bool | Any = False,
-        forms: Mapping[str, str] | Any = None,
-        convert: Callable[[Entry, str], Entry] | Any = None,
-        chunk: int | Any = 16,
-        queue_entries: int | Any = 64,
-        queue_bytes: int | Any = 256 << 20,
+        tenant_bytes: Checked[int | Mapping[str, int] | None] = None,
+        write_through: Checked[bool] = False,
+        forms: Checked[Mapping[str, str] | None] = None,
+        convert: Checked[Callable[[Entry, str], Entry] | None] = None,
+        chunk: Checked[int] = 16,
+        queue_entries: Checked[int] = 64,
+        queue_bytes: Checked[int] = 256 << 20,
         sweep_every: Seconds = None,
-        predictor: Predictor | Any = None,
-        clock: Callable[[], float] | Any = time.time,
-        timer: Callable[[], float] | Any = time.perf_counter,
+        predictor: Checked[Predictor | None] = None,
+        clock: Checked[Callable[[], float]] = time.time,
+        timer: Checked[Callable[[], float]] = time.perf_counter,
     ) -> None:
-        tiers = _checked_tiers(tiers)
-        policy = LRU() if policy is None else policy
-        if not isinstance(policy, Policy):
-            raise TypeError(
-                f"policy got {brief(policy)}; expected one of jkv.store, such as jkv.store.LRU()"
-            )
+        named = check_tiers(tiers)
+        policy = check_policy(LRU() if policy is None else policy)
         chunk = check_count("chunk", chunk, 1)
         queue_entries = check_count("queue_entries", queue_entries, 1)
         queue_bytes = check_count("queue_bytes", queue_bytes)
@@ -140,47 +148,38 @@ class Store:
         check_flag("write_through", write_through)
         ttl = check_seconds("ttl", ttl)
         sweep_every = check_seconds("sweep_every", sweep_every, positive=True)
-        tenant_bytes = _checked_tenants(tenant_bytes)
-        _check_functions(convert=convert, clock=clock, timer=timer)
-        if predictor is not None and not isinstance(predictor, Predictor):
-            raise TypeError(
-                f"predictor got {brief(predictor)}; expected a jkv.store.Predictor, or None"
-            )
-        names = [tier.name for tier in tiers]
-        names = [n if names.count(n) == 1 else f"{n}{i}" for i, n in enumerate(names)]
-        if not isinstance(forms, Mapping | None):
-            raise TypeError(f"forms got {brief(forms)}; expected {{'disk': 'int8'}} or the like")
-        forms = dict(forms or {})
-        if unknown := set(forms) - set(names):
-            raise ValueError(f"forms got {sorted(unknown)}; expected names of tiers: {names}")
-        if convert is None and (unknown := set(forms.values()) - {"exact", "int8", "int4"}):
-            raise ValueError(f"forms got {sorted(unknown)}; expected int8 or int4, or convert=")
-        self._inner = inner = Upkeep(
-            [
-                Shelf(tier, name, policy, forms.get(name, "exact"))
-                for tier, name in zip(tiers, names, strict=True)
-            ],
-            policy,
-            chunk=chunk,
-            tenant_bytes=tenant_bytes,
+        tenant_bytes = check_tenants(tenant_bytes)
+        check_functions(clock=clock, timer=timer)
+        if convert is not None:
+            check_functions(convert=convert)
+        check_predictor(predictor)
+        forms = check_forms(forms, [name for name, _ in named], known=convert is None)
+        self._index = index = Index(
+            named, policy, forms=forms, chunk=chunk, tenant_bytes=tenant_bytes, clock=clock
+        )
+        self._removal = removal = Removal(index)
+        self._tiering = tiering = Tiering(
+            index,
+            removal,
             convert=_converted if convert is None else convert,
             queue_entries=queue_entries,
             queue_bytes=queue_bytes,
-            clock=clock,
-            timer=timer,
-            fingerprint=fingerprint,
-            ttl=ttl,
         )
-        self._write_through = write_through
-        inner.find_all()
-        self._index_until = time.monotonic() + _INDEX_WAIT
+        self._reader = reader = Reader(
+            index, tiering, removal, timer=timer, fingerprint=fingerprint
+        )
+        self._writer = Writer(
+            index, tiering, removal, fingerprint=fingerprint, ttl=ttl, through=write_through
+        )
+        self._lifecycle = lifecycle = Lifecycle(index, tiering, removal)
+        lifecycle.find_all()
         self._predictor = predictor
         if predictor is not None:
-            prefetcher = Prefetcher(inner, predictor, inner.stopped)
-            inner.noted = prefetcher.noted
-            inner.start("predict", prefetcher.run)
+            prefetcher = Prefetcher(index, tiering, reader, predictor, lifecycle.stopped)
+            reader.accessed = prefetcher.noted
+            lifecycle.start("predict", prefetcher.run)
         if sweep_every is not None:
-            inner.start("sweep", lambda: inner.sweeper(sweep_every))
+            lifecycle.start("sweep", functools.partial(lifecycle.sweep_every, sweep_every))
 
     # In.
 
@@ -190,14 +189,14 @@ class Store:
         key: Key | None,
         value: Any,
         *,
-        tokens: Any = None,
+        tokens: Checked[ArrayLike | None] = None,
         tenant: Key = "",
         seconds: Seconds = None,
-        fingerprint: bytes | Any = None,
+        fingerprint: Fingerprint = None,
         ttl: Seconds = None,
-        pin: bool | Any = False,
-        whole: bool | Any = False,
-        ephemeral: bool | Any = False,
+        pin: Checked[bool] = False,
+        whole: Checked[bool] = False,
+        ephemeral: Checked[bool] = False,
     ) -> str | None:
         """Keep a value; its key, or None where no tier had room for it (counted as rejected).
 
@@ -217,7 +216,7 @@ class Store:
             ValueError: no key and no tokens, tokens that are none, seconds that are NaN or below
                 0, or a closed store.
         """
-        record, entry = self._inner.record(
+        record, entry = self._writer.prepare(
             key,
             value,
             tokens=tokens,
@@ -229,8 +228,7 @@ class Store:
             whole=whole,
             ephemeral=ephemeral,
         )
-        kept = self._inner.keep([(record, entry)], through=self._write_through)[0]
-        return record.key if kept else None
+        return record.key if self._writer.put([(record, entry)])[0] else None
 
     @operation
     def put_many(
@@ -238,12 +236,12 @@ class Store:
         keys: Sequence[Key | None],
         values: Sequence[Any],
         *,
-        tokens: Sequence[Any] | None = None,
-        seconds: Sequence[int | float | None] | None = None,
+        tokens: Sequence[Checked[ArrayLike | None]] | None = None,
+        seconds: Sequence[Seconds] | None = None,
         tenant: Key = "",
-        fingerprint: bytes | Any = None,
+        fingerprint: Fingerprint = None,
         ttl: Seconds = None,
-        whole: bool | Any = False,
+        whole: Checked[bool] = False,
     ) -> list[str | None]:
         """`put` for several, each tier written to once; of a key that comes twice the last stays.
 
@@ -251,8 +249,8 @@ class Store:
             ValueError: as `put`, or lists of different lengths.
         """
         none = [None] * len(keys)
-        items = [
-            self._inner.record(
+        puts = [
+            self._writer.prepare(
                 key,
                 value,
                 tokens=ids,
@@ -266,8 +264,8 @@ class Store:
                 keys, values, tokens or none, seconds or none, strict=True
             )
         ]
-        kept = self._inner.keep_many(items, through=self._write_through)
-        return [record.key if record.name in kept else None for record, _ in items]
+        kept = self._writer.put_many(puts)
+        return [record.key if record.name in kept else None for record, _ in puts]
 
     # Out.
 
@@ -278,7 +276,7 @@ class Store:
         default: Any = None,
         *,
         tenant: Key = "",
-        fingerprint: bytes | Any = None,
+        fingerprint: Fingerprint = None,
         recompute_seconds: Seconds = None,
     ) -> Any:
         """What was put under a key: a cache for a cache, an entry for an entry; else `default`.
@@ -286,31 +284,31 @@ class Store:
         It is a miss too where reading would take longer than `recompute_seconds`, by default those
         of the put, as far as the tier's bandwidth was measured within a minute.
         """
-        asked = self._inner.asked([key], tenant, fingerprint)
-        asked[0].seconds = check_seconds(
+        lookups = self._reader.lookups([key], tenant, fingerprint)
+        lookups[0].seconds = check_seconds(
             "recompute_seconds", recompute_seconds, may_be_infinite=True
         )
-        value = self._inner.values(asked)[0]
+        value = self._reader.values(lookups)[0]
         return default if value is None else value
 
     @operation
     def get_entry(
-        self, key: Key, *, tenant: Key = "", fingerprint: bytes | Any = None
+        self, key: Key, *, tenant: Key = "", fingerprint: Fingerprint = None
     ) -> Entry | None:
         """The entry under a key, whatever was put."""
-        asked = self._inner.asked([key], tenant, fingerprint)
-        self._inner.take(asked)
-        self._inner.scored(asked)
-        return asked[0].entry
+        lookups = self._reader.lookups([key], tenant, fingerprint)
+        self._reader.take(lookups)
+        self._reader.scored(lookups)
+        return lookups[0].entry
 
     @operation
     def get_many(
-        self, keys: Sequence[Key], *, tenant: Key = "", fingerprint: bytes | Any = None
+        self, keys: Sequence[Key], *, tenant: Key = "", fingerprint: Fingerprint = None
     ) -> list[Any]:
         """`get` for several, each tier read once; None where there is none."""
-        return self._inner.values(self._inner.asked(_texts(keys), tenant, fingerprint))
+        return self._reader.values(self._reader.lookups(check_keys(keys), tenant, fingerprint))
 
-    def open(self, key: Key, *, tenant: Key = "", fingerprint: bytes | Any = None) -> Handle:
+    def open(self, key: Key, *, tenant: Key = "", fingerprint: Fingerprint = None) -> Handle:
         """The entry under a key, held: it is not evicted before the handle is released.
 
         Raises:
@@ -323,26 +321,18 @@ class Store:
 
     @operation
     def open_many(
-        self, keys: Sequence[Key], *, tenant: Key = "", fingerprint: bytes | Any = None
+        self, keys: Sequence[Key], *, tenant: Key = "", fingerprint: Fingerprint = None
     ) -> list[Handle | None]:
         """`open` for several, each tier read once; None where there is none."""
-        asked = self._inner.asked(_texts(keys), tenant, fingerprint)
-        self._inner.take(asked)
-        self._inner.scored(asked, release=False)
-        return [
-            None
-            if ask.record is None or ask.entry is None
-            else Handle(ask.record, ask.entry, self._inner.released)
-            for ask in asked
-        ]
+        return self._reader.handles(self._reader.lookups(check_keys(keys), tenant, fingerprint))
 
     @operation
     def longest_prefix(
         self,
-        tokens: Any,
+        tokens: Checked[ArrayLike],
         *,
         tenant: Key = "",
-        fingerprint: bytes | Any = None,
+        fingerprint: Fingerprint = None,
         limit: Limit = None,
         recompute_seconds: Seconds = None,
     ) -> Match | None:
@@ -357,16 +347,16 @@ class Store:
             ValueError: tokens that are none.
         """
         cost = check_seconds("recompute_seconds", recompute_seconds, may_be_infinite=True)
-        self._wait_for_index()
-        return self._inner.matches([tokens], [limit], tenant, fingerprint, cost)[0]
+        self._lifecycle.wait_for_index()
+        return self._reader.matches([tokens], [limit], tenant, fingerprint, cost)[0]
 
     @operation
     def longest_prefix_many(
         self,
-        tokens: Sequence[Any],
+        tokens: Sequence[Checked[ArrayLike]],
         *,
         tenant: Key = "",
-        fingerprint: bytes | Any = None,
+        fingerprint: Fingerprint = None,
         limits: Sequence[Limit] | None = None,
     ) -> list[Match | None]:
         """`longest_prefix` for several, each with a limit of its own, each tier read once.
@@ -375,17 +365,13 @@ class Store:
             ValueError: tokens that are none, or lists of different lengths.
         """
         limits = [None] * len(tokens) if limits is None else limits
-        self._wait_for_index()
-        return self._inner.matches(tokens, limits, tenant, fingerprint, None)
-
-    def _wait_for_index(self) -> None:
-        """What is there from before is found by content once its headers were read."""
-        self._inner.indexed.wait(max(self._index_until - time.monotonic(), 0))
+        self._lifecycle.wait_for_index()
+        return self._reader.matches(tokens, limits, tenant, fingerprint, None)
 
     @operation
-    def contains(self, key: Key, *, tenant: Key = "", fingerprint: bytes | Any = None) -> bool:
+    def contains(self, key: Key, *, tenant: Key = "", fingerprint: Fingerprint = None) -> bool:
         """Whether a `get` would find it; that is no access, and no promise."""
-        return self._inner.has(self._inner.asked([key], tenant, fingerprint)[0])
+        return self._reader.has(self._reader.lookups([key], tenant, fingerprint)[0])
 
     @operation
     def remove(self, key: Key, *, tenant: Key = "", sync: bool = True) -> bool:
@@ -397,7 +383,7 @@ class Store:
         Raises:
             TierError: it is not served any more, but something may be left, or come back.
         """
-        return self._inner.remove(name_of(tenant, key), sync)
+        return self._removal.remove(name_of(tenant, key), sync)
 
     @operation
     def reject(self, key: Key, *, tenant: Key = "") -> bool:
@@ -406,7 +392,7 @@ class Store:
         A tier of this machine moves it to ``quarantine/``. On one that others share it stays, since
         what this process cannot use another may.
         """
-        return self._inner.reject(name_of(tenant, key), lambda _: True)
+        return self._removal.reject(name_of(tenant, key), lambda _: True)
 
     @operation
     def clear(self, *, tenant: str | None = None) -> int:
@@ -415,16 +401,16 @@ class Store:
         Raises:
             TierError: of some of them something may be left, or come back.
         """
-        return self._inner.clear(tenant)
+        return self._removal.clear(tenant)
 
     # Ahead of time.
 
     @operation
     def prefetch(self, keys: Iterable[Key], *, tenant: Key = "") -> int:
         """Queue entries for the first tier; how many are there or on their way."""
-        with self._inner.lock:
-            records = [self._inner.index.get(name_of(tenant, key)) for key in _texts(keys)]
-            return sum(r is not None and self._inner.promote(r, None) for r in records)
+        with self._index.lock:
+            records = [self._index.records.get(name_of(tenant, key)) for key in check_keys(keys)]
+            return sum(r is not None and self._tiering.promote(r, None) for r in records)
 
     def warm(
         self, items: Iterable[Any], make: Callable[[Any], Any], *, tenant: Key = "", **put: Any
@@ -441,12 +427,12 @@ class Store:
             key, tokens = (item, None) if isinstance(item, str) else (None, as_tokens(item))
             fingerprint = put.get("fingerprint")
             if tokens is not None:
-                key = content_key(fingerprint or self._inner.fingerprint, tokens)
+                key = content_key(fingerprint or self._reader.fingerprint, tokens)
             if self.contains(str(key), tenant=tenant, fingerprint=fingerprint):
                 continue
-            begun = self._inner.timer()
+            begun = self._reader.timer()
             value = make(item)
-            seconds = self._inner.timer() - begun
+            seconds = self._reader.timer() - begun
             done = self.put(key, value, tokens=tokens, tenant=tenant, **{"seconds": seconds, **put})
             made += done is not None
         return made
@@ -463,12 +449,12 @@ class Store:
     @operation
     def unpin(self, key: Key, *, tenant: Key = "") -> None:
         """A pinned entry may go again; nothing happens to another one."""
-        self._inner.unpin(name_of(tenant, key))
+        self._index.unpin(name_of(tenant, key))
 
     @operation
     def sweep(self, older_than: Seconds = None) -> int:
         """Expired entries go, and those that nobody used for so many seconds; how many."""
-        return self._inner.clean_up(check_seconds("older_than", older_than))
+        return self._lifecycle.sweep(check_seconds("older_than", older_than))
 
     @operation
     def refresh(self) -> int:
@@ -477,7 +463,7 @@ class Store:
         A `get` by key finds them without; `longest_prefix` does not. Disk: a listing and a header
         of each new one; Remote: a request for every entry there is.
         """
-        return self._inner.find_more()
+        return self._lifecycle.find_more()
 
     @operation
     def resize(
@@ -488,40 +474,39 @@ class Store:
         Raises:
             ValueError: no such tier.
         """
-        self._inner.resize(tier, max_bytes, max_entries)
+        self._tiering.resize(tier, max_bytes, max_entries)
 
     @operation
     def drain(self) -> None:
         """Wait until what moves between tiers has arrived."""
-        self._inner.indexed.wait()
-        self._inner.settle_queues()
+        self._lifecycle.drain()
 
     # What it tells.
 
     def stats(self, *, detailed: bool = False) -> dict[str, Any]:
-        """Figures since the store was made; see `jkv.store.figures`. With `detailed`, by entry."""
-        with self._inner.lock:
-            self._inner.settle_released()
-            said = figures.collect(self._inner)
+        """Figures since the store was made; see `jkv.store.metrics`. With `detailed`, by entry."""
+        with self._index.lock:
+            self._index.settle_released()
+            figures = metrics.collect(self._index, self._tiering, self._reader.timer())
             if detailed:
-                said["by_entry"] = figures.by_entry(self._inner)
+                figures["by_entry"] = metrics.by_entry(self._index)
         if self._predictor is not None:
-            said["prediction"] = self._predictor.stats()
-        return said
+            figures["prediction"] = self._predictor.stats()
+        return figures
 
     def hot(self, k: int = 10) -> list[tuple[str, int]]:
         """The keys of most hits, and how many."""
-        with self._inner.lock:
-            records = sorted(self._inner.index.values(), key=lambda r: (-r.hits, -r.accessed))[:k]
+        with self._index.lock:
+            records = sorted(self._index.records.values(), key=lambda r: (-r.hits, -r.accessed))[:k]
             return [(record.key, record.hits) for record in records]
 
-    def report(self) -> Any:
+    def report(self) -> Table:
         """The figures as a `rich` table, to print."""
-        return figures.report(self.stats())
+        return metrics.report(self.stats())
 
     def prometheus(self) -> str:
         """The figures in Prometheus' text format."""
-        return figures.prometheus(self.stats())
+        return metrics.prometheus(self.stats())
 
     # The end.
 
@@ -530,7 +515,7 @@ class Store:
 
         Figures can be asked for afterwards; anything else raises ValueError.
         """
-        self._inner.finish()
+        self._lifecycle.close()
 
     def __enter__(self) -> Store:
         return self
@@ -540,58 +525,8 @@ class Store:
 
     def __len__(self) -> int:
         """Entries."""
-        return len(self._inner.index)
-
-
-def _checked_tiers(tiers: Any) -> list[Tier]:
-    """The tiers, each of which can do what a tier must.
-
-    Raises:
-        TypeError: something that is no tier, or no list of them.
-        ValueError: none, or one tier twice.
-    """
-    if isinstance(tiers, str | bytes | Mapping) or not isinstance(tiers, Iterable):
-        raise TypeError(f"tiers got {brief(tiers)}; expected a list, such as [Memory(2**30)]")
-    tiers = list(tiers)
-    if not tiers:
-        raise ValueError("tiers got none; expected at least one, such as Memory(2**30)")
-    for tier in tiers:
-        if not isinstance(tier, Tier):
-            raise TypeError(
-                f"tiers got {brief(tier)}; expected objects such as jkv.store.Memory(2**30), "
-                "jkv.store.Disk(path) or jkv.store.Remote(url); a class of your own derives from "
-                f"jkv.store.Tier and implements {', '.join(sorted(Tier.__abstractmethods__))}"
-            )
-        check_text("a tier's name", tier.name)
-        check_limit(f"max_bytes of the tier {brief(tier.name)}", tier.max_bytes)
-        check_limit(f"max_entries of the tier {brief(tier.name)}", tier.max_entries)
-    if len({id(tier) for tier in tiers}) < len(tiers):
-        raise ValueError("tiers got one tier twice; expected another object for each")
-    return tiers
-
-
-def _checked_tenants(limits: Any) -> int | dict[str, int] | None:
-    if not isinstance(limits, Mapping):
-        return check_limit("tenant_bytes", limits)
-    for tenant, limit in limits.items():
-        check_text("tenant_bytes", tenant)
-        check_limit(f"tenant_bytes of {brief(tenant)}", limit)
-    return dict(limits)
-
-
-def _check_functions(convert: Any, clock: Any, timer: Any) -> None:
-    for name, function in (("convert", convert), ("clock", clock), ("timer", timer)):
-        if not callable(function) and not (name == "convert" and function is None):
-            raise TypeError(f"{name} got {brief(function)}; expected a function")
+        return len(self._index.records)
 
 
 def _converted(entry: Entry, form: str) -> Entry:
     return importlib.import_module("jkv.store.packing").converted(entry, form)
-
-
-def _texts(keys: Iterable[Key]) -> list[Key]:
-    if isinstance(keys, str):
-        raise TypeError(
-            f"keys got the text {brief(keys)}; expected several, such as [{brief(keys)}]"
-        )
-    return list(keys)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jkv._text import brief
 from jkv.errors import CorruptError, TierError, UnsupportedError
-from jkv.store.checks import Limit, check_limit
+from jkv.store.checks import Limit, check_limit, check_text
 from jkv.store.entry import Entry
 
 
@@ -167,3 +168,33 @@ class Tier(abc.ABC):
             TierError: it cannot be found out now.
         """
         return True
+
+
+def check_tiers(tiers: object) -> list[tuple[str, Tier]]:
+    """Return the tiers with their names; those that share one get a number.
+
+    Raises:
+        TypeError: something that is no tier, or no list of them.
+        ValueError: none, or one tier twice.
+    """
+    if isinstance(tiers, str | bytes | Mapping) or not isinstance(tiers, Iterable):
+        raise TypeError(f"tiers got {brief(tiers)}; expected a list, such as [Memory(2**30)]")
+    found: list[Tier] = []
+    for tier in tiers:
+        if not isinstance(tier, Tier):
+            raise TypeError(
+                f"tiers got {brief(tier)}; expected objects such as jkv.store.Memory(2**30), "
+                "jkv.store.Disk(path) or jkv.store.Remote(url); a class of your own derives from "
+                f"jkv.store.Tier and implements {', '.join(sorted(Tier.__abstractmethods__))}"
+            )
+        check_text("a tier's name", tier.name)
+        check_limit(f"max_bytes of the tier {brief(tier.name)}", tier.max_bytes)
+        check_limit(f"max_entries of the tier {brief(tier.name)}", tier.max_entries)
+        found.append(tier)
+    if not found:
+        raise ValueError("tiers got none; expected at least one, such as Memory(2**30)")
+    if len({id(tier) for tier in found}) < len(found):
+        raise ValueError("tiers got one tier twice; expected another object for each")
+    names = [tier.name for tier in found]
+    names = [n if names.count(n) == 1 else f"{n}{i}" for i, n in enumerate(names)]
+    return list(zip(names, found, strict=True))

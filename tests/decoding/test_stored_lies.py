@@ -179,8 +179,8 @@ def lied(store, key, change, **kept):
     seconds = meta.pop("seconds", None)
     store.put(key, Entry(arrays, meta), tokens=tokens, **kept)
     if isinstance(seconds, str):
-        entry = store._inner.shelves[0].tier.read(store._inner.index[f"0::{key}"].name)
-        store._inner.shelves[0].tier.write(
+        entry = store._index.tiers[0].tier.read(store._index.records[f"0::{key}"].name)
+        store._index.tiers[0].tier.write(
             f"0::{key}", Entry(entry.arrays, {**entry.meta, "seconds": seconds})
         )
 

@@ -179,8 +179,8 @@ def test_pages_that_are_no_pages_of_this_engine(lm, alone, tmp_path, lie):
     """Under the right name and fingerprint, sealed: misses, counted and put aside."""
     with Store(tiers=[Disk(tmp_path)]) as store:
         asked(jkv.Engine(lm, pages=12, store=store, **SHAPE), TEXTS)
-        keys = [record.key for record in store._inner.index.values()]
-        mark = next(iter(store._inner.index.values())).fingerprint
+        keys = [record.key for record in store._index.records.values()]
+        mark = next(iter(store._index.records.values())).fingerprint
         for key in keys:
             entry = store.get(key, recompute_seconds=float("inf"))
             if lie is not None:
@@ -202,7 +202,7 @@ def test_a_waiting_request_that_is_none_is_computed_anew(lm, alone):
         requests = [engine.submit(p, max_new_tokens=n, stop=()) for p, n in plan]
         lied = 0
         while engine.step():
-            for record in list(store._inner.index.values()):
+            for record in list(store._index.records.values()):
                 if record.key.startswith("waiting/") and not record.whole:
                     entry = store.get_entry(record.key)
                     wrong = Entry(as_int32(dict(entry.arrays)), entry.meta)

@@ -141,10 +141,10 @@ def number(got):
 
 def check(store, accesses=None, exact=True):
     """Counters balance, indices agree, limits hold."""
-    inner = store._inner
+    index = store._index
     if exact:
-        inner.settle_queues()  # what is on its way has room reserved
-    with inner.lock:
+        store._tiering.drain()  # what is on its way has room reserved
+    with index.lock:
         figures = store.stats()
         for owner in (figures, *figures["tenants"].values()):
             fates = ("replaced", "removed", "expired", "evicted", "rejected", "lost")
@@ -158,31 +158,32 @@ def check(store, accesses=None, exact=True):
         assert figures["hits"] == sum(t["hits"] for t in figures["tiers"].values())
         if accesses is not None:
             assert figures["accesses"] == accesses
-        for at, (shelf, tier) in enumerate(
-            zip(inner.shelves, figures["tiers"].values(), strict=True)
+        for at, (state, tier) in enumerate(
+            zip(index.tiers, figures["tiers"].values(), strict=True)
         ):
-            homes = {r.name: r.homes[at] for r in inner.index.values() if at in r.homes}
-            leaving = sum(r.leaving == at for r in inner.index.values())
-            assert tier["entries"] + leaving == len(homes) == len(shelf.evictor) + leaving
-            assert tier["writes"] + tier["found"] == len(homes) + tier["evictions"] + tier["gone"]
-            held = sum(homes.values()) + sum(shelf.rubbish.values())
-            assert held <= shelf.bytes  # the rest is reserved
+            records = [r for r in index.records.values() if at in r.locations]
+            sizes = {r.name: r.locations[at] for r in records}
+            leaving = sum(r.leaving == at for r in index.records.values())
+            assert tier["entries"] + leaving == len(sizes) == len(state.evictor) + leaving
+            assert tier["writes"] + tier["found"] == len(sizes) + tier["evictions"] + tier["gone"]
+            held = sum(sizes.values()) + sum(state.orphans.values())
+            assert held <= state.bytes  # the rest is reserved
             if exact:
-                assert held == shelf.bytes
-                assert shelf.entries == len(homes) + len(shelf.rubbish)
-                if shelf.max_bytes is not None:
-                    assert shelf.bytes <= shelf.max_bytes
-                if shelf.max_entries is not None:
-                    assert shelf.entries <= shelf.max_entries
-        for name, tenant in inner.tenants.items():
-            mine = [r for r in inner.index.values() if r.tenant == name]
+                assert held == state.bytes
+                assert state.entries == len(sizes) + len(state.orphans)
+                if state.max_bytes is not None:
+                    assert state.bytes <= state.max_bytes
+                if state.max_entries is not None:
+                    assert state.entries <= state.max_entries
+        for name, tenant in index.tenants.items():
+            mine = [r for r in index.records.values() if r.tenant == name]
             assert tenant.entries == len(mine)
             assert tenant.bytes == sum(r.nbytes for r in mine)
             if exact and tenant.max_bytes is not None:
                 assert tenant.bytes <= tenant.max_bytes
                 assert tenant.reserved == 0
-        for record in inner.index.values():
-            assert record.homes or record.moving is not None or inner.claimed(record.name), record
+        for record in index.records.values():
+            assert record.locations or record.moving or index.is_claimed(record.name), record
         return figures
 
 

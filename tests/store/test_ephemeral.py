@@ -110,7 +110,7 @@ def test_another_process_that_looks_while_it_lives(tmp_path):
         two = Store([Disk(tmp_path)])
         one.put("one", entry(1), ephemeral=True)
         two.put("two", entry(2), ephemeral=True)
-        two._inner.shelves[0].tier.close()  # as at its death
+        two._index.tiers[0].tier.close()  # as at its death
         assert store.refresh() == 2
         assert number(store.get("one")) == 1
         assert store.get("two") is None

@@ -122,7 +122,7 @@ def test_a_tier_of_ones_own_that_answers_oddly(blobs, odd):
         for listed in (True, False):
             with Store([Fake(), tier], chunk=4) as store:
                 if not listed:
-                    store._inner.index.clear()
+                    store._index.records.clear()
                 store.drain()
                 assert store.get("odd") is None
                 assert store.get_many(["odd", "odd"]) == [None, None]
@@ -434,7 +434,7 @@ def test_of_a_remote_one_put_is_deleted_and_no_other(tmp_path):
     assert remote.delete_put("k", "0" * 16)
     with Store([remote]) as store:
         store.put("k", entry(1))
-        version = store._inner.index["0::k"].version
+        version = store._index.records["0::k"].version
         assert not remote.delete_put("0::k", "0" * 16)
         assert remote.read("0::k") is not None
         assert remote.delete_put("0::k", version)

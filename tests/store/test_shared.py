@@ -56,14 +56,14 @@ def test_what_another_put_since_is_not_deleted(pair, order):
         first.put(reason, entry(1), ttl=10.0 if reason == "expired" else None)
         second.put(reason, entry(2))
         if reason == "expired":
-            first._inner.clock.now += 20
+            first._index.clock.now += 20
             assert first.sweep() == 1
         elif reason == "evicted":
-            for tier in range(len(first._inner.shelves)):
+            for tier in range(len(first._index.tiers)):
                 first.resize(tier, max_entries=0)
                 first.resize(tier, max_entries=100)
         else:
-            first._inner.clock.now += 20
+            first._index.clock.now += 20
             first.sweep(older_than=10.0)
         first.drain()
         check(first)
@@ -78,7 +78,7 @@ def test_removing_removes_what_another_has_put_since(pair, how):
     second.put("k", entry(2))
     assert first.remove("k") if how == "remove" else first.clear() == 1
     assert first.get("k") is None
-    if len(second._inner.shelves) == 1:  # else it is in the other's memory, as is documented
+    if len(second._index.tiers) == 1:  # else it is in the other's memory, as is documented
         assert second.get("k") is None
     check(first)
 
@@ -174,7 +174,7 @@ def test_one_that_was_only_listed_does_not_replace_one_that_is_known(tmp_path):
         upper.read = busy
         assert store.get("k") is None
         assert number(store.get("k")) == 2
-        assert lower.read(store._inner.index["0::k"].name) is not None
+        assert lower.read(store._index.records["0::k"].name) is not None
         check(store)
 
 
@@ -194,7 +194,7 @@ def test_what_is_shared_says_which_put_it_is(tmp_path):
     assert disk.version_of("k") is None
     with Store([disk]) as store:
         store.put("k", entry(2))
-        version = store._inner.index["0::k"].version
+        version = store._index.records["0::k"].version
         assert disk.version_of("0::k") == version
         assert not disk.delete_put("0::k", "0" * 16)
         assert disk.read("0::k") is not None
@@ -247,7 +247,7 @@ def test_blobs_without_a_stamp_are_read_and_deleted_as_others(tmp_path):
     """Those that versions up to 0.1 wrote."""
     with Store([Disk(tmp_path)]) as store:
         store.put("k", entry(1), tokens=range(20))
-        version = store._inner.index["0::k"].version
+        version = store._index.records["0::k"].version
     path = tmp_path / name_of("0::k")
     path.write_bytes(reseal(path.read_bytes(), lambda said, prefix: None))
     disk = Disk(tmp_path)
@@ -308,7 +308,7 @@ def test_a_put_that_comes_while_another_is_deleted_stays(tmp_path, monkeypatch):
     disk, other = Disk(tmp_path), Disk(tmp_path)
     with Store([other]) as store:
         store.put("k", entry(1))
-        version = store._inner.index["0::k"].version
+        version = store._index.records["0::k"].version
         look = codec.version_of
 
         def replaced(prefix):

@@ -253,12 +253,12 @@ def test_an_error_on_the_way_to_the_reader_leaves_nothing_held(monkeypatch):
 
             with monkeypatch.context() as patch:
                 if what == "made of it":
-                    patch.setattr("jkv.store.reads.value_of", full)
+                    patch.setattr("jkv.store.reader.value_of", full)
                 else:
                     patch.setattr(tier, "read", failing)
                 with pytest.raises(MemoryError):
                     read()
-            held = [record.holds for record in store._inner.index.values()]
+            held = [record.holds for record in store._index.records.values()]
             assert held == [0, 0, 0], what
         for key in "def":
             assert store.put(key, entry(4)) == key

@@ -126,17 +126,18 @@ def test_nothing_is_brought_up_while_somebody_reads():
         for i in range(8):
             store.put(f"chat/{i}", entry(i))
         store.drain()
-        inner = store._inner
-        fetch = Prefetcher(inner, Predictor(["next"]), inner.stopped, idle_seconds=0.05)
+        parts = store._index, store._tiering, store._reader
+        stopped = store._lifecycle.stopped
+        fetch = Prefetcher(*parts, Predictor(["next"]), stopped, idle_seconds=0.05)
         assert fetch._idle()
         store.get("chat/1")
         store.drain()
         assert not fetch._idle()  # somebody did just now
         clock.now += 0.05
         assert fetch._idle()
-        store._inner.reading += 1
+        store._reader.reading += 1
         assert not fetch._idle()
-        store._inner.reading -= 1
+        store._reader.reading -= 1
         assert fetch._idle()
         memory.delay = 0.2
         store.prefetch(["chat/3"])

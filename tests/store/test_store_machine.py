@@ -199,8 +199,8 @@ class Life(RuleBasedStateMachine):
         figures = check(self.store, self.accesses, exact=not self.pinned_over())
         if sound:
             assert figures["lost"] == 0
-            for shelf, tier in zip(self.store._inner.shelves, self.tiers, strict=True):
-                assert shelf.bytes == tier.nbytes
+            for state, tier in zip(self.store._index.tiers, self.tiers, strict=True):
+                assert state.bytes == tier.nbytes
             for handle, tenant, known in self.handles:
                 if self.latest.get((tenant, handle.key)) == known and known[1] > self.clock():
                     assert self.resident(tenant, handle.key)

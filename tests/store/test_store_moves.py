@@ -187,8 +187,8 @@ def test_a_full_queue_is_the_callers_work():
     store = Store([memory, disk], queue_entries=3)
     for i in range(4):  # one is written, two wait
         store.put(f"k{i}", entry(i))
-    mover = store._inner.movers[1]
-    assert (len(mover), mover.peak_jobs, mover.nbytes) == (3, 3, 300)
+    worker = store._tiering.workers[1]
+    assert (len(worker), worker.peak_jobs, worker.nbytes) == (3, 3, 300)
     done = threading.Event()
 
     def more():
@@ -204,7 +204,7 @@ def test_a_full_queue_is_the_callers_work():
     store.drain()
     figures = check(store)
     assert figures["tiers"]["memory"]["demotions_by_caller"] >= 1
-    assert mover.peak_jobs == 3
+    assert worker.peak_jobs == 3
     assert figures["entries"] == 5
     store.close()
     assert len(disk.entries) == 5
@@ -223,7 +223,7 @@ def test_a_full_queue_up_leaves_entries_where_they_are():
         store.drain()
         assert names(memory) == ["k0"]
         assert check(store)["tiers"]["memory"]["promotions_dropped"] == 3
-        assert store._inner.movers[0].peak_bytes <= 150
+        assert store._tiering.workers[0].peak_bytes <= 150
 
 
 def test_forms_are_of_a_tier_and_said():
@@ -340,13 +340,13 @@ def test_two_stores_on_one_directory(tmp_path):
 def test_removed_while_a_reader_of_another_thread_finds_it(tmp_path, monkeypatch):
     with Store([Memory(), Disk(tmp_path)], write_through=True) as one, Store([Disk(tmp_path)]) as b:
         one.put("a", entry(1))
-        unknown = b._inner.delete_unknown
+        unknown = b._removal.delete_unknown
 
         def late(name):
             assert number(b.get("a")) == 1
             return unknown(name)
 
-        monkeypatch.setattr(b._inner, "delete_unknown", late)
+        monkeypatch.setattr(b._removal, "delete_unknown", late)
         assert b.remove("a")
         assert b.get("a") is None
         assert check(b)["removed"] == 1

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jkv.store import Disk, Memory, Remote, Store, keys
-from jkv.store import store as store_module
+from jkv.store import Disk, Memory, Remote, Store, keys, lifecycle
 from tests.store.fakes import Batched, Clock, Fake, check, entry, number
 
 TEXT = list(range(100, 150))
@@ -43,7 +42,7 @@ def test_any_prefix_of_a_chunk_and_more_is_found_to_the_token():
         assert figures["tokens_found"] <= figures["tokens_asked"]
         store.remove(key)
         assert length(store, TEXT) == 0
-        assert len(store._inner.prefixes) == 0
+        assert len(store._index.prefixes) == 0
 
 
 def test_a_limit_leaves_tokens_to_compute():
@@ -191,7 +190,7 @@ def test_it_is_found_after_a_restart(tmp_path, lasting):
 
 
 def test_a_search_waits_for_what_is_there_from_before(monkeypatch):
-    monkeypatch.setattr(store_module, "_INDEX_WAIT", 60.0)  # longer than any machine is busy
+    monkeypatch.setattr(lifecycle, "_INDEX_WAIT", 60.0)  # longer than any machine is busy
     tier = Fake(name="disk")
     with Store([tier], chunk=4) as store:
         store.put("a", entry(1), tokens=TEXT)
@@ -205,9 +204,9 @@ def test_a_search_waits_for_what_is_there_from_before(monkeypatch):
 
         monkeypatch.setattr(tier, "describe", slow)
         with Store([tier], chunk=4) as store:
-            waited = store._inner.indexed.wait
+            waited = store._lifecycle.indexed.wait
             monkeypatch.setattr(
-                store._inner.indexed, "wait", lambda *a, w=waited, e=asked: e.set() or w(*a)
+                store._lifecycle.indexed, "wait", lambda *a, w=waited, e=asked: e.set() or w(*a)
             )
             found = getattr(store, search)(TEXT if search == "longest_prefix" else [TEXT])
             assert (found if search == "longest_prefix" else found[0]).length == 50
@@ -306,14 +305,14 @@ def test_names():
 
 def test_marks_say_whose_they_are():
     ids = np.arange(8)
-    mine = list(keys.marks(b"weights", "x", ids, 4))
+    mine = list(keys.prefix_hashes(b"weights", "x", ids, 4))
     assert len(set(mine)) == 2
-    assert mine == list(keys.marks(b"weights", "x", np.arange(11), 4))
+    assert mine == list(keys.prefix_hashes(b"weights", "x", np.arange(11), 4))
     for other in (
-        keys.marks(b"other", "x", ids, 4),
-        keys.marks(b"weights", "y", ids, 4),
-        keys.marks(b"weightsx", "", ids, 4),
-        keys.marks(b"weights", "x", ids, 8),
-        keys.marks(b"weights", "x", ids + 1, 4),
+        keys.prefix_hashes(b"other", "x", ids, 4),
+        keys.prefix_hashes(b"weights", "y", ids, 4),
+        keys.prefix_hashes(b"weightsx", "", ids, 4),
+        keys.prefix_hashes(b"weights", "x", ids, 8),
+        keys.prefix_hashes(b"weights", "x", ids + 1, 4),
     ):
         assert not set(mine) & set(other)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jkv.store.entry import Entry
-from jkv.store.shelf import Record
+from jkv.store.state import Record
 
 
 class Handle:
@@ -92,17 +92,24 @@ class Match:
 
 
 def value_of(entry: Entry, packed: bool) -> Any:
-    """What was put, of what is stored."""
+    """Return what was put, of what is stored."""
     return importlib.import_module("jkv.store.packing").unpack(entry) if packed else entry
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class Ask:
-    """One entry that somebody wants, and what came of it: an entry, or why not.
+class Lookup:
+    """One entry that is asked for, and the outcome: an entry, or why there is none.
 
     Attributes:
-        only: this record, and no other of its name.
+        fingerprint: that the entry must have; None for any.
         seconds: to make it instead; by default `share` of what the record says.
+        only: this record, and no other of its name.
+        record: of the entry while it is read, and held.
+        reason: of a miss.
+        tried: tiers that could not give it.
+        looked: whether it was looked for where other processes write.
+        wait: whether to look again once nothing moves it.
+        at: the tier that had it.
     """
 
     name: str
@@ -113,19 +120,31 @@ class Ask:
     share: float = 1.0
     record: Record | None = None
     entry: Entry | None = None
-    why: str = ""
+    reason: str = ""
     tried: set[int] = dataclasses.field(default_factory=set)
-    looked: bool = False  # where other processes write
-    wait: bool = False  # for who is moving it
-    at: int = 0  # the shelf that had it
+    looked: bool = False
+    wait: bool = False
+    at: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is no outcome yet."""
+        return self.entry is None and not self.reason
 
 
 @dataclasses.dataclass(slots=True)
-class Search:
-    """Tokens of which the longest known beginning is looked for."""
+class PrefixQuery:
+    """Tokens whose longest stored prefix is asked for.
+
+    Attributes:
+        limit: tokens that may be shared at most.
+        lookup: of the candidate that is tried.
+        candidates: records that share tokens, with their number; the most first.
+        length: tokens that the one tried shares.
+    """
 
     tokens: np.ndarray
     limit: int | None
-    ask: Ask
-    candidates: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
+    lookup: Lookup
+    candidates: list[tuple[Record, int]] = dataclasses.field(default_factory=list)
     length: int = 0

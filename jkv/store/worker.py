@@ -5,33 +5,39 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, TypeVar
+
+Job = TypeVar("Job")
 
 
-class Mover:
-    """A queue with one thread, which starts with the first job and ends with `close`."""
+class BoundedWorker(Generic[Job]):
+    """A queue with one thread, which starts with the first job and ends with `close`.
+
+    Attributes:
+        nbytes: of jobs that wait or run.
+    """
 
     def __init__(
-        self, name: str, run: Callable[[Any], None], max_jobs: int, max_bytes: int
+        self, name: str, run: Callable[[Job], None], max_jobs: int, max_bytes: int
     ) -> None:
         self._name = name
         self._run = run
         self._max_jobs = max_jobs
         self._max_bytes = max_bytes
-        self._jobs: deque[tuple[Any, int]] = deque()
+        self._jobs: deque[tuple[Job, int]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
         self._running = False
-        self.nbytes = 0  # of jobs that wait or run
+        self.nbytes = 0
         self.peak_bytes = 0
         self.peak_jobs = 0
 
     def __len__(self) -> int:
-        """Jobs that wait or run."""
+        """Count the jobs that wait or run."""
         return len(self._jobs) + self._running
 
-    def offer(self, job: Any, nbytes: int = 0) -> bool:
+    def offer(self, job: Job, nbytes: int = 0) -> bool:
         """Take a job, or say that there is no room; a job of any size where there is no other."""
         with self._changed:
             full = len(self) >= self._max_jobs or self.nbytes + nbytes > self._max_bytes
@@ -46,7 +52,7 @@ class Mover:
             return True
 
     def _start(self) -> None:
-        """A thread, where there is none or a job of its ended it with an error."""
+        """Start a thread, where there is none or an error in a job ended it."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
             self._thread.start()

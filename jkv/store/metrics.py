@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from jkv.store.reads import Reads
+from jkv.store.index import Index
+from jkv.store.tiering import Tiering
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 REASONS = ("absent", "expired", "foreign", "declined", "error")
 FATES = ("replaced", "removed", "expired", "evicted", "rejected", "lost")
@@ -16,8 +21,8 @@ _TIER = (
 )
 
 
-def collect(inner: Reads) -> dict[str, Any]:
-    """All figures of a store by what is in it, whose lock the caller has.
+def collect(index: Index, tiering: Tiering, now: int | float) -> dict[str, Any]:
+    """Return all figures of a store, whose lock the caller has.
 
     Keys: `entries`, `bytes` (in all tiers); `accesses`, `hits`, `misses`, `hit_rate`,
     `misses_by_reason`; `tokens_asked` and `tokens_found` of `longest_prefix`; `puts`, `found` and
@@ -26,26 +31,26 @@ def collect(inner: Reads) -> dict[str, Any]:
     `tiers` and `tenants`, each with its own. Of a tier `accesses` are those that no tier above it
     served, `rejected` entries larger than it, `refused` those for which nothing could go.
     """
-    waiting = inner.counts["hits"] + inner.counts["misses"]
+    waiting = index.counts["hits"] + index.counts["misses"]
     tiers = {}
-    for shelf, mover in zip(inner.shelves, inner.movers, strict=True):
-        hits = shelf.counts["hits"]
-        rate = shelf.rate(inner.timer())
-        tiers[shelf.name] = {
-            "entries": len(shelf.evictor),
-            "bytes": shelf.bytes,
-            "limit_bytes": shelf.max_bytes,
-            "limit_entries": shelf.max_entries,
+    for state, worker in zip(index.tiers, tiering.workers, strict=True):
+        hits = state.counts["hits"]
+        rate = state.rate(now)
+        tiers[state.name] = {
+            "entries": len(state.evictor),
+            "bytes": state.bytes,
+            "limit_bytes": state.max_bytes,
+            "limit_entries": state.max_entries,
             "accesses": waiting,
             "hits": hits,
             "misses": waiting - hits,
             "hit_rate": hits / waiting if waiting else 0.0,
-            **{what: shelf.counts[what] for what in _TIER},
+            **{what: state.counts[what] for what in _TIER},
             "bytes_per_second": rate,
-            "rubbish": len(shelf.rubbish),
-            "queue": len(mover),
-            "queue_bytes": mover.nbytes,
-            "form": shelf.form,
+            "rubbish": len(state.orphans),
+            "queue": len(worker),
+            "queue_bytes": worker.nbytes,
+            "form": state.form,
         }
         waiting -= hits
     tenants = {
@@ -55,16 +60,16 @@ def collect(inner: Reads) -> dict[str, Any]:
             "limit_bytes": tenant.max_bytes,
             **_served(tenant.counts),
         }
-        for name, tenant in inner.tenants.items()
+        for name, tenant in index.tenants.items()
     }
     return {
-        "entries": len(inner.index),
-        "bytes": sum(shelf.bytes for shelf in inner.shelves),
-        **_served(inner.counts),
-        "bytes_read": sum(shelf.counts["bytes_read"] for shelf in inner.shelves),
-        "bytes_written": sum(shelf.counts["bytes_written"] for shelf in inner.shelves),
-        "evictions": inner.counts["evicted"],
-        "seconds_reading": float(inner.counts["seconds_reading"]),
+        "entries": len(index.records),
+        "bytes": sum(state.bytes for state in index.tiers),
+        **_served(index.counts),
+        "bytes_read": sum(state.counts["bytes_read"] for state in index.tiers),
+        "bytes_written": sum(state.counts["bytes_written"] for state in index.tiers),
+        "evictions": index.counts["evicted"],
+        "seconds_reading": float(index.counts["seconds_reading"]),
         "tiers": tiers,
         "tenants": tenants,
     }
@@ -87,9 +92,9 @@ def _served(counts: Counter[str]) -> dict[str, Any]:
     }
 
 
-def by_entry(inner: Reads) -> list[dict[str, Any]]:
-    """Each entry's own figures; times are seconds since the epoch, `age` those since the put."""
-    now = inner.clock()
+def by_entry(index: Index) -> list[dict[str, Any]]:
+    """Return figures by entry; times are seconds since the epoch, `age` those since the put."""
+    now = index.clock()
     return [
         {
             "key": record.key,
@@ -104,14 +109,14 @@ def by_entry(inner: Reads) -> list[dict[str, Any]]:
             "expires": record.expires,
             "seconds": record.seconds,
             "pinned": record.pinned,
-            "tiers": [inner.shelves[at].name for at in sorted(record.homes)],
+            "tiers": [index.tiers[at].name for at in sorted(record.locations)],
         }
-        for record in inner.index.values()
+        for record in index.records.values()
     ]
 
 
 def size_text(count: int | None) -> str:
-    """Bytes for people."""
+    """Return bytes for people."""
     if count is None:
         return "no limit"
     size, unit = float(count), "B"
@@ -122,8 +127,8 @@ def size_text(count: int | None) -> str:
     return f"{size:.4g} {unit}"
 
 
-def report(figures: dict[str, Any]) -> Any:
-    """A `rich` table of what `collect` gave."""
+def report(figures: dict[str, Any]) -> Table:
+    """Return a `rich` table of what `collect` gave."""
     from rich.table import Table
 
     table = Table(title="store", title_justify="left")
@@ -133,7 +138,7 @@ def report(figures: dict[str, Any]) -> Any:
     for name in columns:
         table.add_column(name, justify="right")
 
-    def row(title: str, key: str, form: Any = str) -> None:
+    def row(title: str, key: str, form: Callable[[Any], str] = str) -> None:
         table.add_row(title, *[form(f[key]) if key in f else "" for f in columns.values()])
 
     row("entries", "entries")
@@ -167,15 +172,15 @@ _HELP = {
 
 
 def prometheus(figures: dict[str, Any], prefix: str = "jkv_store") -> str:
-    """What `collect` gave, in Prometheus' text format."""
+    """Return what `collect` gave, in Prometheus' text format."""
     lines: list[str] = []
 
-    def family(name: str, kind: str, text: str, samples: list[tuple[str, Any]]) -> None:
+    def family(name: str, kind: str, text: str, samples: list[tuple[str, int | float]]) -> None:
         full = f"{prefix}_{name}" + ("_total" if kind == "counter" else "")
         lines.extend([f"# HELP {full} {text}", f"# TYPE {full} {kind}"])
         lines.extend(f"{full}{labels} {float(value):.17g}" for labels, value in samples)
 
-    def labelled(label: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
+    def labelled(label: str, values: Mapping[str, int | float]) -> list[tuple[str, int | float]]:
         return [(f'{{{label}="{_escaped(name)}"}}', value) for name, value in values.items()]
 
     for name, (kind, text) in _HELP.items():
