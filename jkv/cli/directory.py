@@ -134,13 +134,13 @@ def gc(
 def entries(path: Path) -> list[dict[str, Any]]:
     """What a directory holds, from headers alone: the oldest first, nothing is changed."""
     from jkv.store import Disk
-    from jkv.store.keys import split
+    from jkv.store.keys import split_name
     from jkv.store.schema import META
 
     disk = Disk(path)
     found = []
     for name, size in disk.scan().items():
-        tenant, key = split(name)
+        tenant, key = split_name(name)
         entry: dict[str, Any] = {"key": key, "tenant": tenant, "bytes": size, "damaged": False}
         try:
             meta = disk.describe(name)

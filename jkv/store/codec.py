@@ -49,6 +49,13 @@ _FIXED = struct.Struct("<8sIIQ16s")
 _MAX_JSON = 1 << 20  # bytes, and as many more as the payload has
 _MAX_AXES = 32
 _MAX_DEPTH = 100  # of the JSON; that of a cache's description takes 20
+SUFFIX = ".jkv"
+# Lower case only: some file systems take "A" for "a". Names keep room for what others append.
+_SPECIAL = re.compile(r"[^a-z0-9-]")
+_LONGEST_NAME = 180
+# What must not be escaped is not: a key has one name.
+_SPELLED = re.compile(r"k((?:[a-z0-9-]|_(?!2d|3\d|6[1-9a-f]|7[0-9a])[0-9a-f]{2})*)\.jkv")
+_HASHED = re.compile(r"h[0-9a-f]{64}\.jkv")
 _STAMP = re.compile("[0-9a-f]{16}")
 _as_json = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -303,3 +310,36 @@ def entry(header: Header, payload: memoryview, found: bytes) -> Entry:
         for name, dtype, shape, offset in header.arrays
     }
     return Entry(arrays, header.meta)
+
+
+def blob_name(key: str) -> str:
+    """Return the name of a key's blob, which is harmless whatever the key.
+
+    It is ``k`` and the key, all but a-z, 0-9 and ``-`` written as ``_`` and two digits.
+
+    A name longer than 180 would not fit; such a key's is ``h`` and its SHA-256, and what the key
+    was stands in the blob. Two keys never share a name.
+    """
+    data = key.encode("utf-8", "surrogatepass")
+    shown = data[: _LONGEST_NAME + 1].decode("latin-1")
+    escaped = _SPECIAL.sub(lambda hit: f"_{ord(hit[0]):02x}", shown)
+    if len(escaped) > _LONGEST_NAME:
+        return f"h{hashlib.sha256(data).hexdigest()}{SUFFIX}"
+    return f"k{escaped}{SUFFIX}"
+
+
+def is_blob_name(name: str) -> bool:
+    """Tell whether `blob_name` may have made it: no other file is the store's."""
+    return blob_key(name) is not None or _HASHED.fullmatch(name) is not None
+
+
+def blob_key(name: str) -> str | None:
+    """Return the key that a name spells; None for names of long keys, and for others."""
+    spelled = _SPELLED.fullmatch(name)
+    if spelled is None or len(spelled[1]) > _LONGEST_NAME:
+        return None
+    escaped = re.sub(r"_(..)", lambda hit: chr(int(hit[1], 16)), spelled[1])
+    try:
+        return escaped.encode("latin-1").decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return None

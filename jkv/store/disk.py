@@ -16,8 +16,8 @@ from jkv._text import brief
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store import codec, files, zstd
 from jkv.store.checks import Limit, check_count
+from jkv.store.codec import SUFFIX, blob_key, blob_name, is_blob_name
 from jkv.store.entry import Entry
-from jkv.store.names import SUFFIX, is_name, key_of, name_of
 from jkv.store.schema import META
 from jkv.store.tier import Tier
 
@@ -35,7 +35,7 @@ class Disk(Tier):
     A write goes to a temporary name, is synced (fsync), renamed, and the directory is synced: when
     it returns, the entry survives the end of the process, and a power cut as far as the disk keeps
     what it says. A reader sees an entry whole or not. `delete` does not wait for the disk: until
-    `purge` a power cut may bring back what it deleted. Names are those of `jkv.store.names`; blobs
+    `purge` a power cut may bring back what it deleted. Names are those of `blob_name`; blobs
     carry their key and a checksum, and what is not as it was written is moved to ``quarantine/``,
     where the newest 32 are kept. Files of other names are left alone, and no link is followed.
 
@@ -111,7 +111,7 @@ class Disk(Tier):
                 try:
                     if _is_leftover(item.name):
                         files.remove_if_abandoned(item.path)
-                    elif is_name(item.name) and (key := self._listed_key(item)) is not None:
+                    elif is_blob_name(item.name) and (key := self._listed_key(item)) is not None:
                         status = item.stat(follow_symlinks=False)
                         found.append((status.st_mtime_ns, key, status.st_size))
                 except OSError:  # gone meanwhile, or not ours to open: `read` says so, if asked
@@ -163,7 +163,7 @@ class Disk(Tier):
             for key, file in written:  # all were begun, so that the disk has enough to do
                 try:
                     os.fsync(file.file)
-                    self._rename(file, name_of(key))
+                    self._rename(file, blob_name(key))
                 except OSError as error:
                     results[key] = self._failed("written", key, error)
                 else:
@@ -208,7 +208,7 @@ class Disk(Tier):
                     header.check(key)
                     return entry
                 except CorruptError as error:
-                    self._put_aside(name_of(key), file)
+                    self._put_aside(blob_name(key), file)
                     raise CorruptError(f"{path}: {error}") from None
         except OSError as error:
             raise self._failed("read", key, error) from error
@@ -243,7 +243,7 @@ class Disk(Tier):
         except FileNotFoundError:
             pass
         except IsADirectoryError:
-            self._put_aside(name_of(key))
+            self._put_aside(blob_name(key))
         except OSError as error:
             raise self._failed("deleted", key, error) from error
 
@@ -283,7 +283,7 @@ class Disk(Tier):
         except FileNotFoundError:
             pass
         except IsADirectoryError:
-            self._put_aside(name_of(key))
+            self._put_aside(blob_name(key))
         except OSError as error:
             raise self._failed("deleted", key, error) from error
         return True
@@ -292,7 +292,7 @@ class Disk(Tier):
         """Move one put of a key, or any, into quarantine; what cannot be moved stays."""
         with contextlib.suppress(OSError), files.opened(self._file(key)) as file:
             if file is not None and (version is None or self.version_of(key) in (None, version)):
-                self._put_aside(name_of(key), file)
+                self._put_aside(blob_name(key), file)
 
     def purge(self, keys: Sequence[str]) -> None:
         """What was deleted of these keys stays so after a power cut, and leaves quarantine too.
@@ -300,7 +300,7 @@ class Disk(Tier):
         Raises:
             TierError: something of them may still be there, or come back.
         """
-        names = {name_of(key) for key in keys}
+        names = {blob_name(key) for key in keys}
         try:
             with self._quarantine() as aside:
                 if aside is not None:
@@ -351,7 +351,7 @@ class Disk(Tier):
         """
         problems = {}
         try:
-            names = sorted(item.name for item in self._listed() if is_name(item.name))
+            names = sorted(item.name for item in self._listed() if is_blob_name(item.name))
         except OSError as error:
             raise TierError(error.errno, f"{self.path} cannot be read: {error}") from error
         for name in names:
@@ -361,7 +361,7 @@ class Disk(Tier):
                         continue
                     try:
                         key = files.contents(file)[0].key
-                        if name_of(key) != name:
+                        if blob_name(key) != name:
                             raise CorruptError(f"it holds the key {brief(key)} of another file")
                     except CorruptError as error:
                         self._put_aside(name, file)
@@ -378,7 +378,7 @@ class Disk(Tier):
                 self._liveness_lock = None
 
     def _file(self, key: str) -> str:
-        return os.path.join(self._directory, name_of(key))
+        return os.path.join(self._directory, blob_name(key))
 
     def _listed(self) -> Iterator[os.DirEntry[str]]:
         with os.scandir(self.path) as items:
@@ -393,7 +393,7 @@ class Disk(Tier):
         if not is_file or item.stat(follow_symlinks=False).st_size < codec.PREFIX:
             self._put_aside(item.name)
             return None
-        if (key := key_of(item.name)) is not None:
+        if (key := blob_key(item.name)) is not None:
             return key
         with files.opened(item.path) as file:
             if file is None:
@@ -404,7 +404,7 @@ class Disk(Tier):
                 key = codec.read_header(
                     head if len(head) >= start else os.pread(file, start, 0)
                 ).key
-                if name_of(key) == item.name:
+                if blob_name(key) == item.name:
                     return key
             except CorruptError:
                 pass
@@ -456,7 +456,7 @@ class Disk(Tier):
 def _is_leftover(name: str) -> bool:
     """Whether a file is one that jkv, or tensorstore for it, writes to before it is renamed."""
     if name.endswith(_FOREIGN_LOCK):
-        return is_name(name.removesuffix(_FOREIGN_LOCK) + SUFFIX)
+        return is_blob_name(name.removesuffix(_FOREIGN_LOCK) + SUFFIX)
     return files.is_temporary(name)
 
 
@@ -476,4 +476,4 @@ def _aside_names(directory: int) -> list[tuple[str, str]]:
             for item in items
             if (match := _ASIDE.fullmatch(item.name)) and item.is_file(follow_symlinks=False)
         ]
-    return sorted((name, of) for name, of in named if is_name(of))
+    return sorted((name, of) for name, of in named if is_blob_name(of))

@@ -19,7 +19,7 @@ from jkv.store.state import Record
 PEERS = 256  # entries with the same hash that are looked at, the latest
 
 
-def name_of(tenant: Key, key: Key) -> str:
+def entry_name(tenant: Key, key: Key) -> str:
     """Return the name of a tenant's entry: no two tenants share one, nor do two keys of one tenant.
 
     Raises:
@@ -30,7 +30,7 @@ def name_of(tenant: Key, key: Key) -> str:
     return "".join((str(len(tenant)), ":", tenant, ":", key))
 
 
-def split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Split a name into tenant and key; one that no store made is a key without a tenant."""
     digits, colon, rest = name.partition(":")
     if colon and digits.isascii() and digits.isdigit() and rest[int(digits) :][:1] == ":":

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from jkv.errors import TierError
 from jkv.store.index import Index
-from jkv.store.keys import split
+from jkv.store.keys import split_name
 from jkv.store.removal import Removal
 from jkv.store.state import Record
 from jkv.store.tiering import Tiering
@@ -120,7 +120,7 @@ class Lifecycle:
             return {}
 
     def _listed(self, name: str, size: int) -> Record:
-        tenant, key = split(name)
+        tenant, key = split_name(name)
         record = Record(name, tenant, key, size, accessed=self._index.clock())
         self._index.install(record, "found")
         return record

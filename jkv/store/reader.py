@@ -14,7 +14,7 @@ from jkv.store.checks import Checked, Fingerprint, Key, Limit, check_bytes, chec
 from jkv.store.entry import Entry
 from jkv.store.handles import Handle, Lookup, Match, PrefixQuery, value_of
 from jkv.store.index import Index
-from jkv.store.keys import as_tokens, name_of, split
+from jkv.store.keys import as_tokens, entry_name, split_name
 from jkv.store.removal import Removal
 from jkv.store.schema import META
 from jkv.store.state import Record, TierState
@@ -68,7 +68,7 @@ class Reader:
         fingerprint = (self.fingerprint or None) if fingerprint is None else fingerprint
         if fingerprint is not None:
             check_bytes("fingerprint", fingerprint)
-        return [Lookup(name_of(tenant, key), tenant, fingerprint) for key in keys]
+        return [Lookup(entry_name(tenant, key), tenant, fingerprint) for key in keys]
 
     def scored(self, lookups: Sequence[Lookup], *, release: bool = True) -> None:
         """Count the outcomes."""
@@ -426,7 +426,7 @@ class Reader:
     def _adopt(self, name: str, at: int, entry: Entry) -> Record:
         """Index an entry that another process put, or one before. Under the lock."""
         index = self._index
-        tenant, key = split(name)
+        tenant, key = split_name(name)
         record = Record(name, tenant, key, entry.nbytes)
         index.verify(record, at, entry)
         index.install(record, "found")

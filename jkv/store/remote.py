@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,16 +12,92 @@ from typing import Any
 from jkv._text import brief
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store import codec, files, zstd
-from jkv.store.breaker import Breaker
 from jkv.store.checks import Limit, Seconds, check_count, check_seconds
+from jkv.store.codec import blob_key, blob_name, is_blob_name
 from jkv.store.entry import Entry
-from jkv.store.names import is_name, key_of, name_of
 from jkv.store.tier import Tier
 
 QUARANTINE = "quarantine/"
 _AT_ONCE = 128  # requests in flight while headers are looked at
 # What tensorstore's statuses become in Python; TimeoutError is an OSError.
 _ERRORS = (ValueError, OSError, KeyError, IndexError, NotImplementedError, RuntimeError)
+
+
+class Breaker:
+    """Closed (all calls pass), open (none does), or trying (one does, and decides).
+
+    Args:
+        failures: so many in a row open it.
+        wait: seconds until the first trial; doubled after each trial that fails.
+        longest: seconds that it never waits longer than.
+    """
+
+    def __init__(
+        self,
+        failures: int = 3,
+        wait: float = 1.0,
+        longest: float = 60.0,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if failures < 1 or not 0 < wait <= longest:
+            raise ValueError(
+                "a breaker takes failures >= 1 and 0 < wait <= longest, "
+                f"got {failures}, {wait}, {longest}"
+            )
+        self._failures = failures
+        self._wait = wait
+        self._longest = longest
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._in_a_row = 0
+        self._until: float | None = None  # when the next trial may be; None while closed
+        self._pause = wait
+        self._counts = {"failures": 0, "opened": 0, "refused": 0, "trials": 0}
+
+    def allow(self) -> bool:
+        """Whether to ask now. Who was allowed calls `succeeded` or `failed`."""
+        with self._lock:
+            if self._until is None:
+                return True
+            now = self._clock()
+            if now < self._until:
+                self._counts["refused"] += 1
+                return False
+            # The trial. Should its outcome never be told, the next one may try after as long.
+            self._until = now + self._pause
+            self._counts["trials"] += 1
+            return True
+
+    def succeeded(self) -> None:
+        """It answered: closed."""
+        with self._lock:
+            self._in_a_row = 0
+            self._until = None
+            self._pause = self._wait
+
+    def failed(self) -> None:
+        """It did not: open, if that was one too many."""
+        with self._lock:
+            self._counts["failures"] += 1
+            self._in_a_row += 1
+            if self._in_a_row < self._failures:
+                return
+            if self._until is None:
+                self._counts["opened"] += 1
+            elif self._in_a_row > self._failures:
+                self._pause = min(2 * self._pause, self._longest)
+            self._until = self._clock() + self._pause
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls are refused, but for trials."""
+        return self._until is not None
+
+    def stats(self) -> dict[str, int]:
+        """Failures, how often it opened, calls it refused, trials it let through."""
+        with self._lock:
+            return {**self._counts, "open": int(self._until is not None)}
 
 
 class Remote(Tier):
@@ -34,7 +111,7 @@ class Remote(Tier):
     made for its owner alone (0700). Make it beforehand for several accounts to share it.
 
     Every call ends after ``timeout`` seconds at most; after several failures in a row nothing is
-    asked for a while (`jkv.store.breaker`). A write that timed out may still arrive: entries under
+    asked for a while (`Breaker`). A write that timed out may still arrive: entries under
     keys of content are equal whenever they come; do not give one name to two contents in turn.
 
     Args:
@@ -107,7 +184,7 @@ class Remote(Tier):
         Raises:
             TierError: it does not answer, or not in time.
         """
-        names = list(filter(is_name, self._names()))
+        names = list(filter(is_blob_name, self._names()))
         found: dict[str, int] = {}
         for at in range(0, len(names), _AT_ONCE):
             prefixes = self._beginnings(dict.fromkeys(names[at : at + _AT_ONCE], codec.PREFIX))
@@ -116,13 +193,13 @@ class Remote(Tier):
                 # What is damaged is left for a read to put aside.
                 with contextlib.suppress(CorruptError):
                     sizes[name] = codec.measure(prefix)
-            keys = {name: key_of(name) for name in sizes}
+            keys = {name: blob_key(name) for name in sizes}
             hashed = {name: sizes[name][0] for name, key in keys.items() if key is None}
             for name, head in self._beginnings(hashed).items():
                 with contextlib.suppress(CorruptError):
                     keys[name] = codec.read_header(head).key
             for name, key in keys.items():
-                if key is not None and name_of(key) == name:
+                if key is not None and blob_name(key) == name:
                     found[key] = sizes[name][1]
         return found
 
@@ -134,7 +211,7 @@ class Remote(Tier):
             UnsupportedError: blobs cannot hold it.
         """
         blob = b"".join(codec.encode(entry, key, compression=self.compression))
-        self._ask(f"write {brief(key[:80])}", lambda: self._kvstore.write(name_of(key), blob))
+        self._ask(f"write {brief(key[:80])}", lambda: self._kvstore.write(blob_name(key), blob))
         return len(blob)
 
     def read(self, key: str) -> Entry | None:
@@ -145,7 +222,7 @@ class Remote(Tier):
                 two replies agree on it.
             TierError: it does not answer, or not in time.
         """
-        name = name_of(key)
+        name = blob_name(key)
         try:
             return self._read(key[:80], name, lambda blob: codec.decode(blob, key))
         except CorruptError as error:
@@ -185,7 +262,7 @@ class Remote(Tier):
             CorruptError: the header is damaged; `read` puts it aside.
             TierError: it does not answer, or not in time.
         """
-        name = name_of(key)
+        name = blob_name(key)
         prefix = self._beginnings({name: codec.PREFIX})
         head = self._beginnings({name: codec.measure(b)[0] for name, b in prefix.items()})
         if name not in head:
@@ -199,7 +276,7 @@ class Remote(Tier):
         Raises:
             TierError: it does not answer, or not in time.
         """
-        self._ask(f"delete {brief(key[:80])}", lambda: self._kvstore.write(name_of(key), None))
+        self._ask(f"delete {brief(key[:80])}", lambda: self._kvstore.write(blob_name(key), None))
 
     def delete_put(self, key: str, version: str) -> bool:
         """Drop one put of a key; whether it has gone, and is not another process's by now.
@@ -207,7 +284,7 @@ class Remote(Tier):
         Raises:
             TierError: it does not answer, or not in time.
         """
-        name = name_of(key)
+        name = blob_name(key)
         part = slice(0, codec.PREFIX)
         for _ in range(2):  # a reply that names no put may have come damaged
             (found,) = self._ask_all("look", lambda: self._kvstore.read(name, byte_range=part))
@@ -230,11 +307,11 @@ class Remote(Tier):
             TierError: it does not answer, or not in time.
         """
         problems = {}
-        for name in filter(is_name, self._names()):
+        for name in filter(is_blob_name, self._names()):
 
             def decode(blob: bytes, name: str = name) -> Entry:
                 key = codec.read_header(blob).key
-                if name_of(key) != name:
+                if blob_name(key) != name:
                     raise CorruptError(f"it holds the key {brief(key[:80])} of another name")
                 return codec.decode(blob)
 

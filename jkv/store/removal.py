@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from jkv.errors import TierError
 from jkv.store.index import Index
-from jkv.store.keys import split
+from jkv.store.keys import split_name
 from jkv.store.state import Record
 
 
@@ -152,7 +152,7 @@ class Removal:
         index = self._index
         with index.lock:
             known = [*index.records, *(name for state in index.tiers for name in state.orphans)]
-            names = [name for name in known if tenant is None or split(name)[0] == tenant]
+            names = [name for name in known if tenant is None or split_name(name)[0] == tenant]
         gone = self.drop(names, "removed", lambda _: True, any_put=True)
         self.clean_orphans()
         self.purge(names)

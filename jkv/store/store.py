@@ -35,7 +35,7 @@ from jkv.store.checks import (
 from jkv.store.entry import Entry
 from jkv.store.handles import Handle, Match
 from jkv.store.index import Index
-from jkv.store.keys import as_tokens, content_key, name_of
+from jkv.store.keys import as_tokens, content_key, entry_name
 from jkv.store.lifecycle import Lifecycle
 from jkv.store.policy import LRU, Policy, check_policy
 from jkv.store.prefetch import Predictor, Prefetcher, check_predictor
@@ -383,7 +383,7 @@ class Store:
         Raises:
             TierError: it is not served any more, but something may be left, or come back.
         """
-        return self._removal.remove(name_of(tenant, key), sync)
+        return self._removal.remove(entry_name(tenant, key), sync)
 
     @operation
     def reject(self, key: Key, *, tenant: Key = "") -> bool:
@@ -392,7 +392,7 @@ class Store:
         A tier of this machine moves it to ``quarantine/``. On one that others share it stays, since
         what this process cannot use another may.
         """
-        return self._removal.reject(name_of(tenant, key), lambda _: True)
+        return self._removal.reject(entry_name(tenant, key), lambda _: True)
 
     @operation
     def clear(self, *, tenant: str | None = None) -> int:
@@ -409,7 +409,7 @@ class Store:
     def prefetch(self, keys: Iterable[Key], *, tenant: Key = "") -> int:
         """Queue entries for the first tier; how many are there or on their way."""
         with self._index.lock:
-            records = [self._index.records.get(name_of(tenant, key)) for key in check_keys(keys)]
+            records = [self._index.records.get(entry_name(tenant, key)) for key in check_keys(keys)]
             return sum(r is not None and self._tiering.promote(r, None) for r in records)
 
     def warm(
@@ -449,7 +449,7 @@ class Store:
     @operation
     def unpin(self, key: Key, *, tenant: Key = "") -> None:
         """A pinned entry may go again; nothing happens to another one."""
-        self._index.unpin(name_of(tenant, key))
+        self._index.unpin(entry_name(tenant, key))
 
     @operation
     def sweep(self, older_than: Seconds = None) -> int:

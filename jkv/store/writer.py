@@ -85,7 +85,7 @@ class Writer:
             if ids is None:
                 raise ValueError("put got no key and no tokens; expected one of them")
             key = keys.content_key(fingerprint, ids)
-        name = keys.name_of(tenant, key)
+        name = keys.entry_name(tenant, key)
         packed = not isinstance(value, Entry)
         entry = value if isinstance(value, Entry) else _packed(value)
         if seconds is None:

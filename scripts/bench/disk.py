@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from jkv.store import Disk, Entry, Store
-from jkv.store.codec import encode
-from jkv.store.names import name_of
+from jkv.store.codec import blob_name, encode
 
 KiB, MiB = 1 << 10, 1 << 20
 SIZES = (64 * KiB, MiB, 4 * MiB, 16 * MiB, 64 * MiB)
@@ -235,7 +234,7 @@ def scans(path: Path, count: int) -> dict[str, Any]:
     small = Entry({"x": np.zeros(8)}, {})
     keys = ["k" * (64 if i % 2 else 300) + str(i) for i in range(count)]
     for key in keys:  # written plainly: a million syncs are not what is measured
-        (tier.path / name_of(key)).write_bytes(b"".join(encode(small, key)))
+        (tier.path / blob_name(key)).write_bytes(b"".join(encode(small, key)))
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

@@ -17,8 +17,7 @@ import pytest
 from jkv.errors import CorruptError, TierError
 from jkv.store import Disk, Entry, codec
 from jkv.store.checksum import checksum
-from jkv.store.codec import decode, encode, measure
-from jkv.store.names import name_of
+from jkv.store.codec import blob_name, decode, encode, measure
 
 RNG = np.random.default_rng(0)
 ENTRY = Entry(
@@ -38,7 +37,7 @@ class Bench:
     def __init__(self, path: Path, compression: str | None) -> None:
         self.disk = Disk(path, compression=compression)
         self.disk.write("key", ENTRY)
-        self.file = path / name_of("key")
+        self.file = path / blob_name("key")
         self.blob = self.file.read_bytes()
         self.start, _ = measure(self.blob)
         self.aside = path / "quarantine"
@@ -144,7 +143,7 @@ def test_swapped_entries(tmp_path):
     disk = Disk(tmp_path)
     for key in ("a", "b", "c" * 500, "d"):
         disk.write(key, Entry({"x": np.frombuffer(key.encode(), np.uint8)}, {}))
-    names = {key: tmp_path / name_of(key) for key in ("a", "b", "c" * 500, "d")}
+    names = {key: tmp_path / blob_name(key) for key in ("a", "b", "c" * 500, "d")}
     a, b = names["a"].read_bytes(), names["b"].read_bytes()
     names["a"].write_bytes(b)
     names["b"].write_bytes(a)
@@ -253,7 +252,7 @@ def test_a_frame_of_another_size_than_it_says():
 def test_a_future_version(tmp_path):
     disk = Disk(tmp_path)
     disk.write("k", ENTRY)
-    file = tmp_path / name_of("k")
+    file = tmp_path / blob_name("k")
 
     def change(said, prefix):
         prefix[8:12] = (2).to_bytes(4, "little")
@@ -278,7 +277,7 @@ def test_what_else_may_lie_in_the_directory(tmp_path):
     (tmp_path / "kempty.jkv").write_bytes(b"")
     (tmp_path / "kdirectory.jkv").mkdir()
     (tmp_path / "kdirectory.jkv" / "inside").write_bytes(b"kept")
-    (tmp_path / "klink.jkv").symlink_to(tmp_path / name_of("good"))
+    (tmp_path / "klink.jkv").symlink_to(tmp_path / blob_name("good"))
     (tmp_path / ("h" + "0" * 64 + ".jkv")).write_bytes(bytes(1000))
     os.mkfifo(tmp_path / "kpipe.jkv")
     (tmp_path / f".tmp-{0xDEAD:024x}").write_bytes(b"half of an en")
@@ -287,7 +286,7 @@ def test_what_else_may_lie_in_the_directory(tmp_path):
     assert set(disk.scan()) == {"good", "h" * 400}
     left = {path.name for path in tmp_path.iterdir()}
     strangers = {"README.md", "sub", "k_zz.jkv", "quarantine"}
-    assert left == strangers | {name_of("good"), name_of("h" * 400)}
+    assert left == strangers | {blob_name("good"), blob_name("h" * 400)}
     assert (tmp_path / "sub" / "kx.jkv").exists()
     aside = {path.name[21:]: path for path in (tmp_path / "quarantine").iterdir()}
     assert len(aside) == 5
@@ -297,7 +296,7 @@ def test_what_else_may_lie_in_the_directory(tmp_path):
 @pytest.mark.parametrize("action", ["read", "write", "delete"])
 def test_a_directory_in_the_place_of_a_file(tmp_path, action):
     disk = Disk(tmp_path)
-    (tmp_path / name_of("k") / "x").mkdir(parents=True)
+    (tmp_path / blob_name("k") / "x").mkdir(parents=True)
     if action == "read":
         with pytest.raises(CorruptError, match="not a file"):
             disk.read("k")
@@ -316,7 +315,7 @@ def test_quarantine_does_not_grow(tmp_path):
     disk = Disk(tmp_path)
     for i in range(40):
         disk.write("k", ENTRY)
-        (tmp_path / name_of("k")).write_bytes(f"{i}".encode())
+        (tmp_path / blob_name("k")).write_bytes(f"{i}".encode())
         with pytest.raises(CorruptError):
             disk.read("k")
     kept = sorted((tmp_path / "quarantine").iterdir())

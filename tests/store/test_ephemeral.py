@@ -16,7 +16,7 @@ import pytest
 
 from jkv.errors import TierError
 from jkv.store import Disk, Memory, Remote, Store, disk, files
-from jkv.store.names import name_of
+from jkv.store.codec import blob_name
 from tests.store.fakes import Clock, Fake, check, entry, names, number
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def test_requests_that_wait_go_with_their_process_only(tmp_path, child):
     child.wait()
     assert len(list(tmp_path.glob(".tmp-*"))) == 1
     assert there(tmp_path) == ["lasts"]
-    assert [path.name for path in tmp_path.iterdir()] == [name_of("0::lasts")]
+    assert [path.name for path in tmp_path.iterdir()] == [blob_name("0::lasts")]
 
 
 def test_engines_of_two_containers_do_not_share_a_name(monkeypatch):
@@ -98,10 +98,10 @@ def test_a_store_that_closes_leaves_nothing_of_its_own(tmp_path):
         store.put("mine", entry(1), ephemeral=True, pin=True)
         store.put("all", entry(2))
         assert number(store.get("mine")) == 1
-    assert [path.name for path in tmp_path.iterdir()] == [name_of("0::all")]
+    assert [path.name for path in tmp_path.iterdir()] == [blob_name("0::all")]
     with Store([Memory(), Disk(tmp_path)]) as store:  # nor is it written at the end
         store.put("mine", entry(1), ephemeral=True)
-    assert [path.name for path in tmp_path.iterdir()] == [name_of("0::all")]
+    assert [path.name for path in tmp_path.iterdir()] == [blob_name("0::all")]
 
 
 def test_another_process_that_looks_while_it_lives(tmp_path):
@@ -197,10 +197,10 @@ def test_what_is_removed_is_synced_once_and_what_is_evicted_is_not(tmp_path, mon
             store.put(key, entry(1))
         with observed(monkeypatch) as calls:
             assert store.remove("a")
-        assert calls == [("unlink", name_of("0::a")), ("fsync", "d")]
+        assert calls == [("unlink", blob_name("0::a")), ("fsync", "d")]
         with observed(monkeypatch) as calls:  # of another process, perhaps
             assert not store.remove("a")
-        assert calls == [("unlink", name_of("0::a")), ("fsync", "d")]
+        assert calls == [("unlink", blob_name("0::a")), ("fsync", "d")]
         with observed(monkeypatch) as calls:
             assert store.remove("b", sync=False)
             store.resize(0, max_entries=2)
@@ -228,13 +228,13 @@ def test_what_was_put_aside_of_it_goes_too(tmp_path):
     with Store([Disk(tmp_path)]) as store:
         for key in ("a", "b"):
             store.put(key, entry(1))
-            (tmp_path / name_of(f"0::{key}")).write_bytes(b"x" * 100)
+            (tmp_path / blob_name(f"0::{key}")).write_bytes(b"x" * 100)
             assert store.get(key) is None
         aside = tmp_path / "quarantine"
         assert len(list(aside.iterdir())) == 2
         store.remove("a")
         (left,) = aside.iterdir()
-        assert left.name.endswith(name_of("0::b"))
+        assert left.name.endswith(blob_name("0::b"))
 
 
 def test_what_may_come_back_is_not_said_to_be_gone(tmp_path, monkeypatch):

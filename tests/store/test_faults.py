@@ -16,7 +16,7 @@ import pytest
 
 from jkv.errors import CorruptError, TierError
 from jkv.store import Disk, Memory, Remote, Store, disk, files
-from jkv.store.names import name_of
+from jkv.store.codec import blob_name
 from tests.store.fakes import check, number
 from tests.store.fakes import entry as whole
 from tests.store.victim import number_of, value
@@ -71,12 +71,12 @@ def prepared(path: Path) -> Disk:
     tier.write("old", value(1))
     tier.write("long " * 100, value(5))
     tier.write("damaged", value(3))
-    with (path / name_of("damaged")).open("r+b") as file:
+    with (path / blob_name("damaged")).open("r+b") as file:
         file.write(b"?")
     (path / f".tmp-{1:024}").write_bytes(b"by somebody")
     (path / f".tmp-{0:024}").touch()  # a process that ended
     tier.write("put aside", value(6))
-    os.truncate(path / name_of("put aside"), 100)
+    os.truncate(path / blob_name("put aside"), 100)
     with pytest.raises(CorruptError):
         tier.read("put aside")
     return tier
@@ -122,7 +122,7 @@ def test_disk_fails_at_every_call(tmp_path, monkeypatch, operation, error):
             assert old is None
         if operation == "purge":
             aside = [name.partition("-")[2] for name in os.listdir(path / "quarantine")]
-            assert isinstance(result, TierError) or name_of("put aside") not in aside
+            assert isinstance(result, TierError) or blob_name("put aside") not in aside
         if operation == "look who lives":
             assert isinstance(result, bool | TierError)  # True where there are no locks to ask
 
@@ -234,7 +234,7 @@ def test_a_file_cut_short_while_it_is_read(tmp_path, monkeypatch):
 
     class Cut(Faulty):
         def preadv(self, file: int, views: list[memoryview], at: int) -> int:
-            os.truncate(tmp_path / name_of("k"), 1000)
+            os.truncate(tmp_path / blob_name("k"), 1000)
             return os.preadv(file, views, at)
 
     with monkeypatch.context() as patch:
@@ -271,24 +271,24 @@ def test_a_writer_at_work_is_left_alone(tmp_path, monkeypatch):
     assert scanned[0] == {}
     assert set(scanned[1]) == {"k"}
     assert number_of(other.read("k")) == 1
-    assert os.listdir(tmp_path) == [name_of("k")]
+    assert os.listdir(tmp_path) == [blob_name("k")]
 
 
 def test_a_file_damaged_and_replaced_at_once(tmp_path, monkeypatch):
     """Between reading it and putting it aside another process wrote it anew: that one stays."""
     tier = Disk(tmp_path)
     tier.write("k", value(1))
-    with (tmp_path / name_of("k")).open("r+b") as file:
+    with (tmp_path / blob_name("k")).open("r+b") as file:
         file.write(b"?")
 
     class Replaced(Faulty):
         def lstat(self, path: Path) -> os.stat_result:
             new = files.Temporary(str(tmp_path), 0, [memoryview(good)])
-            Disk(tmp_path)._rename(new, name_of("k"))
+            Disk(tmp_path)._rename(new, blob_name("k"))
             return os.lstat(path)
 
     Disk(tmp_path / "other").write("k", value(2))
-    good = (tmp_path / "other" / name_of("k")).read_bytes()
+    good = (tmp_path / "other" / blob_name("k")).read_bytes()
     with monkeypatch.context() as patch:
         faulty(patch, Replaced(os, "", [0], OSError()))
         with pytest.raises(CorruptError):
@@ -375,7 +375,7 @@ def test_two_processes_on_one_directory(tmp_path):
     assert [number_of(tier.read(f"theirs {i}")) for i in range(60)] == list(range(60))
     assert len(tier.scan()) == 121
     assert tier.verify() == {}
-    assert sorted(os.listdir(tmp_path)) == sorted(map(name_of, tier.scan()))
+    assert sorted(os.listdir(tmp_path)) == sorted(map(blob_name, tier.scan()))
 
 
 def test_threads_share_one_directory_with_scans(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store import Disk, Entry, Memory, Remote, Store, codec, zstd
 from jkv.store.checksum import checksum
-from jkv.store.names import name_of
+from jkv.store.codec import blob_name
 from tests.store.fakes import Fake, check, entry, number
 from tests.store.test_corruption import reseal
 
@@ -63,7 +63,7 @@ def blobs(tmp_path_factory):
     with Store([Disk(path)], chunk=4) as store:
         store.put("odd", entry(1), tokens=range(20), seconds=4.0)
         store.put("good", entry(2), tokens=range(50, 70))
-    return {key: (path / name_of(f"0::{key}")).read_bytes() for key in ("odd", "good")}
+    return {key: (path / blob_name(f"0::{key}")).read_bytes() for key in ("odd", "good")}
 
 
 def tiers(kind, path):
@@ -75,10 +75,10 @@ def tiers(kind, path):
 @pytest.mark.parametrize("odd", ODD)
 def test_odd_meta_is_a_miss_counted_and_put_aside(tmp_path, blobs, odd):
     """By key, by content, when listed, and beside an entry that is good."""
-    name = name_of("0::odd")
+    name = blob_name("0::odd")
     for limits in ({}, {"tenant_bytes": 10**6}):  # headers are read by a thread, or at once
         (tmp_path / name).write_bytes(changed(blobs["odd"], ODD[odd]))
-        (tmp_path / name_of("0::good")).write_bytes(blobs["good"])
+        (tmp_path / blob_name("0::good")).write_bytes(blobs["good"])
         with Store([Disk(tmp_path)], chunk=4, **limits) as store:
             store.drain()
             assert store.longest_prefix([*range(20), 1]) is None
@@ -97,8 +97,8 @@ def test_odd_meta_is_a_miss_counted_and_put_aside(tmp_path, blobs, odd):
 @pytest.mark.parametrize("kind", ["remote", "memory above"])
 @pytest.mark.parametrize("odd", ["no version", "NaN seconds", "expires soon"])
 def test_odd_meta_in_other_tiers(tmp_path, blobs, kind, odd):
-    (tmp_path / name_of("0::odd")).write_bytes(changed(blobs["odd"], ODD[odd]))
-    (tmp_path / name_of("0::good")).write_bytes(blobs["good"])
+    (tmp_path / blob_name("0::odd")).write_bytes(changed(blobs["odd"], ODD[odd]))
+    (tmp_path / blob_name("0::good")).write_bytes(blobs["good"])
     with Store(tiers(kind, tmp_path), chunk=4) as store:
         store.drain()
         assert store.get_many(["odd", "good"])[0] is None
@@ -144,7 +144,7 @@ def test_quarantine_keeps_to_its_own(tmp_path):
     (aside / f"{2:020d}-klink.jkv").symlink_to(outside)
     for i in range(40):
         disk.write("k", entry(i))
-        (tmp_path / name_of("k")).write_bytes(b"%d" % i)
+        (tmp_path / blob_name("k")).write_bytes(b"%d" % i)
         with pytest.raises(CorruptError):
             disk.read("k")
     left = {path.name for path in aside.iterdir()}
@@ -162,7 +162,7 @@ def test_quarantine_keeps_to_its_own(tmp_path):
 
 def test_leftovers_are_of_names_that_a_store_gives(tmp_path):
     users = [".tmp-mine", ".tmp-", ".tmp-" + "x" * 24, "notes.jkv.__lock", "foo.__lock"]
-    left = [".tmp-" + "a" * 24, f"{name_of('0::a')}.__lock"]
+    left = [".tmp-" + "a" * 24, f"{blob_name('0::a')}.__lock"]
     for name in users + left:
         (tmp_path / name).write_text("text")
     with Store([Disk(tmp_path)]):
@@ -178,7 +178,7 @@ def test_quarantine_that_is_a_link_is_not_followed(tmp_path):
     disk = Disk(tmp_path / "d")
     (tmp_path / "d" / "quarantine").symlink_to(elsewhere)
     disk.write("k", entry(1))
-    (tmp_path / "d" / name_of("k")).write_bytes(b"damaged")
+    (tmp_path / "d" / blob_name("k")).write_bytes(b"damaged")
     for _ in range(2):
         with pytest.raises(CorruptError):
             disk.read("k")
@@ -215,7 +215,7 @@ def bomb(nbytes, behind=b""):
 def test_a_small_frame_does_not_become_a_large_entry(tmp_path):
     pytest.importorskip("zstandard")
     disk = Disk(tmp_path, max_bytes=1 << 20)
-    (tmp_path / name_of("k")).write_bytes(blob := bomb(1 << 28))
+    (tmp_path / blob_name("k")).write_bytes(blob := bomb(1 << 28))
     assert len(blob) < 40_000
 
     def read():
@@ -223,7 +223,7 @@ def test_a_small_frame_does_not_become_a_large_entry(tmp_path):
             disk.read("k")
 
     assert peak_of(read) < 4 << 20
-    (tmp_path / name_of("k")).write_bytes(bomb(1 << 20))  # and what is small may be all zeros
+    (tmp_path / blob_name("k")).write_bytes(bomb(1 << 20))  # and what is small may be all zeros
     assert disk.read("k") is not None
 
 
@@ -240,7 +240,7 @@ def test_what_follows_a_frame_is_not_decompressed(tmp_path, behind):
     """The size that is checked is the first frame's; some libraries would go on with all."""
     pytest.importorskip("zstandard")
     disk = Disk(tmp_path)
-    (tmp_path / name_of("k")).write_bytes(bomb(1000, BEHIND[behind]()))
+    (tmp_path / blob_name("k")).write_bytes(bomb(1000, BEHIND[behind]()))
 
     def read():
         with pytest.raises(CorruptError, match="not to be decompressed"):
@@ -295,7 +295,7 @@ def test_headers_take_no_more_than_entries_need(tmp_path, kind):
     if text.startswith(b'{"') and b'"key"' not in text:
         text = json.dumps({**rest, **json.loads(text)}).encode()
     disk = Disk(tmp_path)
-    path = tmp_path / name_of("k")
+    path = tmp_path / blob_name("k")
     for call in (disk.describe, disk.read):
         path.write_bytes(sealed(text))
         errors = []
@@ -325,7 +325,7 @@ def test_meta_that_is_too_much_is_refused_when_it_is_written(tmp_path):
 
 def test_pipes_and_devices(tmp_path):
     disk = Disk(tmp_path)
-    name = name_of("k")
+    name = blob_name("k")
     for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
         make(tmp_path / name)
         for call in (disk.describe, disk.version_of, disk.read):
@@ -384,7 +384,7 @@ def test_bad_replies_remove_nothing_that_others_share(tmp_path):
         assert store.get("k") is None
         with pytest.raises(CorruptError, match="still there"):
             remote.read("0::k")
-        assert "still there" in remote.verify()[name_of("0::k")]
+        assert "still there" in remote.verify()[blob_name("0::k")]
         assert number(other.read("0::k")) == 1
         remote._kvstore.bad = lambda n: False
         assert number(store.get("k")) == 1
@@ -394,7 +394,7 @@ def test_bad_replies_remove_nothing_that_others_share(tmp_path):
 def test_what_is_written_while_a_damaged_one_is_put_aside_stays(tmp_path):
     remote, other = Remote(f"file://{tmp_path}/"), Remote(f"file://{tmp_path}/")
     remote.write("k", entry(1))
-    (tmp_path / name_of("k")).write_bytes(b"damaged" * 20)
+    (tmp_path / blob_name("k")).write_bytes(b"damaged" * 20)
     ask = remote._ask
 
     def asked(what, start):

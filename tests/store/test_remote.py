@@ -18,8 +18,8 @@ import pytest
 
 from jkv.errors import CorruptError, TierError
 from jkv.store import Memory, Remote, Store
-from jkv.store.breaker import Breaker
-from jkv.store.names import name_of
+from jkv.store.codec import blob_name
+from jkv.store.remote import Breaker
 from tests.store.fakes import check, entry, number
 from tests.store.victim import number_of, value
 
@@ -196,7 +196,7 @@ def test_s3(s3, server):
     assert other.stdout == "6\n", other.stderr
     assert number_of(tier.read("from the other")) == 8
 
-    name = name_of("a/b")
+    name = blob_name("a/b")
     blob = tier._kvstore[name]
     tier._kvstore[name] = blob[:-1] + bytes([blob[-1] ^ 1])
     with pytest.raises(CorruptError, match="payload is damaged"):

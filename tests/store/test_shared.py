@@ -9,7 +9,7 @@ import pytest
 
 from jkv.errors import CorruptError, TierError
 from jkv.store import Disk, Memory, Remote, Store, codec
-from jkv.store.names import name_of
+from jkv.store.codec import blob_name
 from tests.store.fakes import Clock, Fake, check, entry, number
 from tests.store.test_corruption import reseal
 
@@ -214,7 +214,7 @@ def test_files_are_for_their_owner_alone(tmp_path, umask):
         disk = Disk(tmp_path / "x" / "y")
         disk.write("k", entry(1))
         disk.liveness_lock()
-        (tmp_path / "x/y" / name_of("k")).write_bytes(b"damaged")
+        (tmp_path / "x/y" / blob_name("k")).write_bytes(b"damaged")
         with pytest.raises(CorruptError):
             disk.read("k")
         disk.write("k", entry(1))
@@ -230,7 +230,7 @@ def test_files_are_for_their_owner_alone(tmp_path, umask):
 def test_a_directory_for_a_group(tmp_path):
     disk = Disk(tmp_path / "d", mode=0o640)
     disk.write("k", entry(1))
-    assert modes(tmp_path) == {"d": 0o750, name_of("k"): 0o640}
+    assert modes(tmp_path) == {"d": 0o750, blob_name("k"): 0o640}
     for mode in (0o400, 0o777, 0o1600, -1):
         with pytest.raises(ValueError, match="mode got"):
             Disk(tmp_path / "e", mode=mode)
@@ -248,7 +248,7 @@ def test_blobs_without_a_stamp_are_read_and_deleted_as_others(tmp_path):
     with Store([Disk(tmp_path)]) as store:
         store.put("k", entry(1), tokens=range(20))
         version = store._index.records["0::k"].version
-    path = tmp_path / name_of("0::k")
+    path = tmp_path / blob_name("0::k")
     path.write_bytes(reseal(path.read_bytes(), lambda said, prefix: None))
     disk = Disk(tmp_path)
     assert disk.version_of("0::k") is None

@@ -9,7 +9,7 @@ import pytest
 
 from jkv.cli import main
 from jkv.store import Disk, Entry, Store
-from jkv.store.names import name_of
+from jkv.store.codec import blob_name
 from tests.store.fakes import Clock, entry
 from tests.store.test_corruption import reseal
 
@@ -134,7 +134,7 @@ def test_entries_of_others_making(path, capsys):
     ):
         disk = Disk(path)
         disk.write(f"0::odd{number}", disk.read("0::a"))
-        file = path / name_of(f"0::odd{number}")
+        file = path / blob_name(f"0::odd{number}")
         file.write_bytes(reseal(file.read_bytes(), lambda said, prefix, how=how: how(said["meta"])))
     disk = Disk(path)
     disk.write("0::strange", Entry({}, {"form": ["x"], "length": "many"}))  # by hand

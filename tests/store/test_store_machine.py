@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jkv.errors import TierError
 from jkv.store import ARC, LFU, LRU, SLRU, CostAware, Store
-from jkv.store.keys import name_of
+from jkv.store.keys import entry_name
 from tests.store.fakes import Clock, Fake, check, entry, number
 
 KEYS = st.sampled_from(["a", "b", "c", "d", "e", "f"])
@@ -120,7 +120,7 @@ class Life(RuleBasedStateMachine):
         except TierError:  # it is not said to be gone where it may not be
             assert faulty
         else:
-            assert all(name_of(tenant, key) not in tier.entries for tier in self.tiers)
+            assert all(entry_name(tenant, key) not in tier.entries for tier in self.tiers)
         self.latest.pop((tenant, key), None)
         assert not self.resident(tenant, key)
 
@@ -181,7 +181,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(at=st.integers(0, 2), key=KEYS, tenant=TENANTS)
     def damage(self, at, key, tenant):
-        name = name_of(tenant, key)
+        name = entry_name(tenant, key)
         if at < len(self.tiers) and name in self.tiers[at].entries:
             self.faults += 1
             self.tiers[at].corrupt.add(name)

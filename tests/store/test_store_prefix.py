@@ -295,10 +295,10 @@ def test_a_prefix_is_declined_by_its_share():
 
 def test_names():
     texts = ["", "a", "1:a", ":", "1::", "ü", "0::a", "a:b"]
-    made = {keys.name_of(t, k): (t, k) for t in texts for k in texts}
+    made = {keys.entry_name(t, k): (t, k) for t in texts for k in texts}
     assert len(made) == len(texts) ** 2
-    assert all(keys.split(name) == pair for name, pair in made.items())
-    assert keys.split("somebody else's") == ("", "somebody else's")
+    assert all(keys.split_name(name) == pair for name, pair in made.items())
+    assert keys.split_name("somebody else's") == ("", "somebody else's")
     assert keys.content_key(b"", np.arange(3)) != keys.content_key(b"", np.arange(4))
     assert keys.content_key(b"a", np.arange(3)) != keys.content_key(b"", np.arange(3))
 

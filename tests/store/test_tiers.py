@@ -12,8 +12,8 @@ import pytest
 
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store import Device, Disk, Entry, Memory, Remote
-from jkv.store.breaker import Breaker
-from jkv.store.names import is_name, key_of, name_of
+from jkv.store.codec import blob_key, blob_name, is_blob_name
+from jkv.store.remote import Breaker
 
 KEYS = ["", "a", "A", "../x", "a/b", "/etc/passwd", ".", "..", "a\0b", "naïve 漢字 🙂", "\ud800"]
 KEYS += ["k" * 180, "k" * 181, "é" * 5000, "a.jkv", ".tmp-1", "quarantine", "CON", "a_2f", "a%2f"]
@@ -170,13 +170,13 @@ def test_refuses_what_a_blob_cannot_say(name, tmp_path):
 
 
 def test_names():
-    made = {key: name_of(key) for key in KEYS}
+    made = {key: blob_name(key) for key in KEYS}
     assert len(set(made.values())) == len(KEYS)
     for key, name in made.items():
-        assert is_name(name)
+        assert is_blob_name(name)
         assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_.")
         assert len(name) + len(".__lock") <= 255
-        assert key_of(name) == (key if name.startswith("k") else None)
+        assert blob_key(name) == (key if name.startswith("k") else None)
     assert made["a"] == "ka.jkv"
     strangers = [
         "",
@@ -189,7 +189,7 @@ def test_names():
         "ka",
         "ha.jkv",
     ]
-    assert not any(map(is_name, [*strangers, "README.md", "ka.jkv.__lock", "k..jkv"]))
+    assert not any(map(is_blob_name, [*strangers, "README.md", "ka.jkv.__lock", "k..jkv"]))
 
 
 def test_disk_and_remote_share_a_directory(tmp_path):
@@ -256,7 +256,7 @@ def test_disk_scans_the_least_recently_written_first(tmp_path):
     disk = Disk(tmp_path)
     for at, key in enumerate(["b", "c" * 400, "a"]):
         disk.write(key, entry())
-        os.utime(tmp_path / name_of(key), (at, at))
+        os.utime(tmp_path / blob_name(key), (at, at))
     assert list(disk.scan()) == ["b", "c" * 400, "a"]
 
 
@@ -321,17 +321,17 @@ def test_remote_says_what_it_cannot_open(tmp_path):
 def test_remote_puts_aside_what_is_damaged():
     remote = Remote("memory://x")
     remote.write("a", entry(1))
-    blob = remote._kvstore[name_of("a")]
-    remote._kvstore[name_of("a")] = blob[:-1]
-    remote._kvstore[name_of("b")] = blob
-    remote._kvstore[name_of("c")] = b""
+    blob = remote._kvstore[blob_name("a")]
+    remote._kvstore[blob_name("a")] = blob[:-1]
+    remote._kvstore[blob_name("b")] = blob
+    remote._kvstore[blob_name("c")] = b""
     remote._kvstore["README"] = b"somebody else's"
     assert "b" not in remote.scan() or remote.scan()["b"] == len(blob)
     with pytest.raises(CorruptError, match="bytes where"):
         remote.read("a")
     assert remote.read("a") is None
     assert remote._kvstore["quarantine/ka.jkv"] == blob[:-1]
-    assert set(remote.verify()) == {name_of("b"), name_of("c")}
+    assert set(remote.verify()) == {blob_name("b"), blob_name("c")}
     assert remote.scan() == {}
     assert remote._kvstore["README"] == b"somebody else's"
     remote.write("a", entry(2))
