@@ -37,7 +37,7 @@ class Checksum:
         self._held = 0  # bytes in it
 
     def update(self, piece: memoryview) -> None:
-        """Goes on with these bytes."""
+        """Add these bytes."""
         while size := len(piece):
             if not self._held and size >= PIECE:
                 taken = size - size % PIECE
@@ -54,7 +54,7 @@ class Checksum:
             piece = piece[taken:]
 
     def finish(self) -> bytes:
-        """The sixteen bytes, after the last piece."""
+        """Return the sixteen bytes, after the last piece."""
         rest = self._block[: self._held]
         rows = len(rest) - len(rest) % _ROW
         if rows:
@@ -63,7 +63,7 @@ class Checksum:
         return self._digest.digest()[:SIZE]
 
     def _fold(self, blocks: memoryview) -> None:
-        """Adds the sums of blocks of 64 rows of 4 KiB, or of one of fewer."""
+        """Add the sums of blocks of 64 rows of 4 KiB, or of one of fewer."""
         rows = np.frombuffer(blocks, _WORD).reshape(-1, _WORDS)
         for at in range(0, len(rows), _ROWS):
             self._digest.update(np.add.reduce(rows[at : at + _ROWS], axis=0).data)
@@ -71,7 +71,7 @@ class Checksum:
 
 
 def checksum(pieces: Iterable[memoryview]) -> bytes:
-    """`Checksum` of these pieces."""
+    """Return the `Checksum` of these pieces."""
     sums = Checksum()
     for piece in pieces:
         sums.update(piece)

@@ -82,7 +82,7 @@ class Header:
     checksum: bytes
 
     def check(self, key: str) -> None:
-        """It was written for this key.
+        """Check that it was written for this key.
 
         Raises:
             CorruptError: it was not.
@@ -96,7 +96,7 @@ def _aligned(offset: int) -> int:
 
 
 def encode(value: Entry, key: str = "", *, compression: str | None = None) -> list[memoryview]:
-    """The blob of an entry, in pieces to be written one after the other; see `prepare`."""
+    """Encode an entry into pieces to be written one after the other; see `prepare`."""
     _, payload, header = prepare(value, key, compression=compression)
     return [header(), *payload]
 
@@ -104,7 +104,7 @@ def encode(value: Entry, key: str = "", *, compression: str | None = None) -> li
 def prepare(
     value: Entry, key: str = "", *, compression: str | None = None
 ) -> tuple[int, list[memoryview], Callable[[], memoryview]]:
-    """Where a blob's payload begins, its pieces, and what makes the header that comes before it.
+    """Return where a blob's payload begins, its pieces, and a function that makes the header.
 
     The payload can be on its way while it is summed up for the header. Arrays are not copied.
 
@@ -168,13 +168,13 @@ def _stamp(meta: Mapping[str, Any]) -> bytes:
 
 
 def version_of(prefix: bytes | memoryview) -> str | None:
-    """The version of the put, from a blob's first 64 bytes; None where they do not say it."""
+    """Return the version of the put, from a blob's first 64 bytes; None where they have none."""
     stamp = bytes(prefix[56:64])
     return stamp.hex() if len(stamp) == 8 and any(stamp) else None
 
 
 def measure(prefix: bytes | memoryview) -> tuple[int, int]:
-    """Bytes of the header and of the whole blob, from its first 64 bytes.
+    """Return the bytes of the header and of the whole blob, from its first 64 bytes.
 
     Raises:
         CorruptError: these are not the first bytes of a blob that this version reads.
@@ -193,7 +193,7 @@ def measure(prefix: bytes | memoryview) -> tuple[int, int]:
 
 
 def read_header(data: bytes | memoryview) -> Header:
-    """What a blob says of itself, from its beginning; the payload need not be there.
+    """Read a blob's header, from its beginning; the payload need not be there.
 
     Raises:
         CorruptError: what is wrong with it.
@@ -250,7 +250,7 @@ def read_header(data: bytes | memoryview) -> Header:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON in which no name stands twice."""
+    """Make an object of JSON in which no name stands twice."""
     made = dict(pairs)
     if len(made) != len(pairs):
         raise ValueError("a name stands twice in one object")
@@ -273,7 +273,7 @@ def _check_depth(said: Any) -> None:
 
 
 def decode(data: bytes | memoryview, key: str | None = None) -> Entry:
-    """The entry in a blob; its arrays are read-only views of ``data``, unless it is compressed.
+    """Decode a blob; arrays are read-only views of ``data``, unless it is compressed.
 
     Args:
         key: what it must have been written for; None for any.
@@ -293,7 +293,7 @@ def decode(data: bytes | memoryview, key: str | None = None) -> Entry:
 
 
 def entry(header: Header, payload: memoryview, found: bytes) -> Entry:
-    """The entry of a payload, whose checksum was computed by who read it.
+    """Make the entry of a payload whose checksum was computed while it was read.
 
     Raises:
         CorruptError: the checksum is another, or it cannot be decompressed.

@@ -14,7 +14,7 @@ from jkv._text import brief
 
 
 def root(*parts: bytes | str | int) -> bytes:
-    """The key of no tokens at all, where everything in `parts` is the same; 32 bytes.
+    """Return the key of no tokens at all, given everything in `parts`; 32 bytes.
 
     Each part goes with its type and length: parts that look alike when joined stay apart.
     """
@@ -31,7 +31,7 @@ def root(*parts: bytes | str | int) -> bytes:
 
 
 def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of what `parent` is the key of, and these tokens after it; 32 bytes.
+    """Return the key of what `parent` is the key of, followed by these tokens; 32 bytes.
 
     Raises:
         TypeError: tokens that are not whole numbers of 64 bits.

@@ -97,7 +97,7 @@ class Disk(Tier):
             raise TierError(error.errno, f"no directory for the disk tier: {error}") from error
 
     def scan(self) -> dict[str, int]:
-        """Keys that are there and the bytes of their files, the least recently written first.
+        """List the keys that are there and the bytes of their files, the oldest first.
 
         Looks at names and sizes, and into the headers of keys too long for a name; not into
         payloads. Temporary files of dead writers are removed; what cannot be a blob is put aside.
@@ -121,7 +121,7 @@ class Disk(Tier):
         return {key: size for _, key, size in sorted(found)}
 
     def write(self, key: str, entry: Entry) -> int:
-        """Keep it; bytes of its file.
+        """Keep an entry; bytes of its file.
 
         Raises:
             TierError: it could not be kept. What was there before is; where only the last sync, of
@@ -192,7 +192,7 @@ class Disk(Tier):
         file.renamed = True
 
     def read(self, key: str) -> Entry | None:
-        """The entry, its arrays read-only in memory of their own; None if there is none.
+        """Return the entry, its arrays read-only in memory of their own; None if there is none.
 
         Raises:
             CorruptError: what is there is not what was written; it is in quarantine now.
@@ -216,7 +216,7 @@ class Disk(Tier):
             raise TierError(f"{brief(key[:80])} not read in {self.path}: {error}") from error
 
     def describe(self, key: str) -> Mapping[str, Any] | None:
-        """The meta of an entry, from its header alone; None if there is none.
+        """Return an entry's meta, from its header alone; None if there is none.
 
         Raises:
             CorruptError: the header is damaged; `read` puts it aside.
@@ -233,7 +233,7 @@ class Disk(Tier):
         return header.meta if header.key == key else None
 
     def delete(self, key: str) -> None:
-        """Drop it; nothing happens if it is not there.
+        """Delete an entry; nothing happens if it is not there.
 
         Raises:
             TierError: it could not be dropped, and may still be there.
@@ -248,7 +248,7 @@ class Disk(Tier):
             raise self._failed("deleted", key, error) from error
 
     def version_of(self, key: str) -> str | None:
-        """Which put is there, in 64 bytes; None where there is none, or one that does not say it.
+        """Return which put is there, from 64 bytes; None where they do not say it.
 
         Raises:
             TierError: it cannot be read now.
@@ -260,7 +260,7 @@ class Disk(Tier):
             raise self._failed("looked at", key, error) from error
 
     def delete_put(self, key: str, version: str) -> bool:
-        """Drop one put of a key; whether it has gone, and is not another process's by now.
+        """Delete one put of a key; whether it has gone, and is not another process's by now.
 
         Raises:
             TierError: it could not be dropped, and may still be there.
@@ -295,7 +295,7 @@ class Disk(Tier):
                 self._put_aside(blob_name(key), file)
 
     def purge(self, keys: Sequence[str]) -> None:
-        """What was deleted of these keys stays so after a power cut, and leaves quarantine too.
+        """Wait until these keys stay deleted after a power cut; quarantine loses them too.
 
         Raises:
             TierError: something of them may still be there, or come back.
@@ -344,7 +344,7 @@ class Disk(Tier):
             raise TierError(error.errno, f"{self.path}: {error.strerror}") from error
 
     def verify(self) -> dict[str, str]:
-        """Reads everything there is; what is wrong, by file name; what is damaged goes aside.
+        """Read everything; what is wrong, by file name. What is damaged is put aside.
 
         Raises:
             TierError: the directory cannot be read.
@@ -371,7 +371,7 @@ class Disk(Tier):
         return problems
 
     def close(self) -> None:
-        """Nothing is held open between calls, but for the liveness lock."""
+        """Let go of the liveness lock; nothing else is open between calls."""
         with self._lock:
             if self._liveness_lock is not None:
                 self._liveness_lock.close()
@@ -385,7 +385,7 @@ class Disk(Tier):
             yield from items
 
     def _listed_key(self, item: os.DirEntry[str]) -> str | None:
-        """The key of a blob, looked for in its header if it is too long for a name.
+        """Return the key of a blob, from its header if it is too long for a name.
 
         None if it cannot be a blob, which is put aside.
         """
@@ -412,7 +412,7 @@ class Disk(Tier):
         return None
 
     def _put_aside(self, name: str, file: int | None = None) -> None:
-        """Into quarantine, unless the name has meanwhile been given to another file."""
+        """Move a file into quarantine, unless its name is meanwhile another's."""
         path = os.path.join(self._directory, name)
         # What cannot be moved stays and is looked at again: the caller's error is the one to tell.
         with contextlib.suppress(OSError):
@@ -430,7 +430,7 @@ class Disk(Tier):
 
     @contextlib.contextmanager
     def _quarantine(self) -> Iterator[int | None]:
-        """The directory of what was put aside; None where there is none, or a link to elsewhere.
+        """Open the directory of what was put aside; None where there is none, or a link.
 
         Raises:
             OSError: as the system said.
@@ -454,19 +454,19 @@ class Disk(Tier):
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether a file is one that jkv, or tensorstore for it, writes to before it is renamed."""
+    """Tell whether jkv, or tensorstore for it, has written to a file and not renamed it yet."""
     if name.endswith(_FOREIGN_LOCK):
         return is_blob_name(name.removesuffix(_FOREIGN_LOCK) + SUFFIX)
     return files.is_temporary(name)
 
 
 def _same(path: str, file: int) -> bool:
-    """Whether a path still names an open file."""
+    """Tell whether a path still names an open file."""
     return os.path.samestat(os.lstat(path), os.fstat(file))
 
 
 def _aside_names(directory: int) -> list[tuple[str, str]]:
-    """Files in quarantine, the oldest first, with the names that they had.
+    """List the files in quarantine, the oldest first, with the names that they had.
 
     Only what this tier has put there: other files, links and directories are not its own.
     """

@@ -210,7 +210,7 @@ class Evictor(abc.ABC):
         return item
 
     def _free(self, key: Hashable) -> Item:
-        """An entry that is not pinned."""
+        """Return an entry that is not pinned."""
         item = self._get(key)
         if item.pinned:
             raise ValueError(f"{brief(key)} is held; release it first")

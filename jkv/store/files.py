@@ -33,7 +33,7 @@ _NAME = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{24}")
 
 
 class Temporary:
-    """A file under a name that nobody looks for, locked while its writer lives.
+    """A file under a name that no reader looks for, locked while its writer lives.
 
     Args:
         start, payload, header: as `codec.prepare` has them; empty without.
@@ -89,9 +89,9 @@ class Temporary:
 
 
 def _begin_to_sync(file: int, start: int) -> None:
-    """The disk begins with what was written, while the header is made: a tenth of 1 MB's time.
+    """Let the disk begin with the payload while the header is made: a tenth of 1 MB's time.
 
-    Linux does so when told that nobody needs it in memory, where it stays until it is written. The
+    Linux does so when told that it is not needed in memory, where it stays until it is written. The
     page that the header is in is left out, or it would have to be written twice.
     """
     if sys.platform == "linux":
@@ -100,7 +100,7 @@ def _begin_to_sync(file: int, start: int) -> None:
 
 
 def _write_all(file: int, pieces: Sequence[memoryview], at: int) -> None:
-    """All of them from there on, however little the system takes at a time (Linux: 2 GiB)."""
+    """Write all pieces, however little the system takes at a time (Linux: 2 GiB)."""
     os.lseek(file, at, os.SEEK_SET)
     rest = [piece for piece in pieces if len(piece)]
     while rest:
@@ -116,7 +116,7 @@ def _write_all(file: int, pieces: Sequence[memoryview], at: int) -> None:
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[int | None]:
-    """The file to be read, None if there is none; a directory opens too, a pipe does not hang."""
+    """Open a file to read, None if there is none; a directory opens too, a pipe never hangs."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         file = os.open(path, flags)
@@ -131,7 +131,7 @@ def opened(path: str) -> Iterator[int | None]:
 
 
 def contents(file: int) -> tuple[codec.Header, Entry]:
-    """What a blob says of itself, and its entry, on a boundary of 64 as XLA likes it.
+    """Read a blob's header and its entry, on a boundary of 64 as XLA likes it.
 
     Read, and not mapped: a mapped file that somebody cuts short ends the process. The header is
     read into while the system fetches the rest, and each piece is summed up while it is in the
@@ -167,7 +167,7 @@ def contents(file: int) -> tuple[codec.Header, Entry]:
 
 
 def _check_length(head: bytes | memoryview, nbytes: int) -> int:
-    """Where the payload starts; CorruptError where a blob has not the length of its file."""
+    """Return where the payload starts; refuse a blob that has not its file's length."""
     start, written = codec.measure(head)
     if nbytes != written:
         raise CorruptError(f"{nbytes} bytes where {written} were written")
@@ -207,12 +207,12 @@ def is_live(directory: str, name: str) -> bool:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file's name is one that `Temporary` gives, and no user's."""
+    """Tell whether a file's name is one that `Temporary` gives, and no user's."""
     return _NAME.fullmatch(name) is not None
 
 
 def remove_if_abandoned(path: str) -> None:
-    """Removes a temporary file that nobody holds a lock on: the lock goes with its process.
+    """Remove a temporary file that is not locked any more: a lock ends with its process.
 
     Raises:
         OSError: it cannot be opened or removed.
@@ -259,7 +259,7 @@ def make_directory(path: str, mode: int) -> None:
 
 
 def sync_directory(path: str) -> None:
-    """What was renamed and removed in it stays so after a power cut.
+    """Make what was renamed and removed in a directory survive a power cut.
 
     Raises:
         OSError: as the system said.

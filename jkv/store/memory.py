@@ -124,7 +124,7 @@ class Device(_InProcess):
 
 
 def _host_entry(entry: Entry) -> Entry:
-    """The entry in arrays that nothing else can write to."""
+    """Return the entry in arrays that nothing else can write to."""
     # A list of what is held, so that a blob that many arrays are views of counts once.
     roots = {id(root): root for root in map(_root, entry.arrays.values())}
     wasteful = sum(root.nbytes for root in roots.values()) > 2 * entry.nbytes + 4096
@@ -136,7 +136,7 @@ def _host_entry(entry: Entry) -> Entry:
 
 
 def _copied_meta(entry: Entry) -> dict[str, Any]:
-    """An entry's meta, of which its owner may change what is in it.
+    """Copy an entry's meta, whose owner may change what is in it.
 
     Raises:
         UnsupportedError: it nests deeper than Python recurses.
@@ -154,14 +154,14 @@ def _copied(array: np.ndarray) -> np.ndarray:
 
 
 def _root(array: np.ndarray) -> np.ndarray:
-    """The array whose memory it is a view of, as far as numpy knows."""
+    """Return the array whose memory it is a view of, as far as numpy knows."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
 
 
 def _is_private(array: np.ndarray) -> bool:
-    """Whether nothing else can write to its memory without turning a switch on purpose.
+    """Tell whether nothing else can write to its memory without doing so on purpose.
 
     That a view is read-only says nothing of what it is a view of, and a buffer of JAX may be that
     of an array of numpy's.

@@ -44,7 +44,7 @@ _ERRORS = (
 
 @transfers
 def pack(cache: Any, **meta: Any) -> Entry:
-    """One row's cache as an entry, without the slots that it does not use.
+    """Pack one row's cache into an entry, without the slots that it does not use.
 
     Args:
         cache: of one row, of any kind of this library; it stays as it is.
@@ -53,7 +53,7 @@ def pack(cache: Any, **meta: Any) -> Entry:
     Raises:
         TypeError: no cache.
         ValueError: several rows.
-        UnsupportedError: pages that somebody else manages, or a kind or score of another module.
+        UnsupportedError: pages that another owner manages, or a kind or score of another module.
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"the store got {type(cache).__name__}; expected a cache, or an Entry")
@@ -85,7 +85,7 @@ def check_kind(kind: Any) -> None:
 
 @transfers
 def unpack(entry: Entry) -> Cache:
-    """The cache that was packed, to the bit; pages as this process lays them.
+    """Unpack a cache, the same to the bit; pages as this process lays them out.
 
     Raises:
         CorruptError: it is none, or one of another version.
@@ -107,7 +107,7 @@ def unpack(entry: Entry) -> Cache:
 
 
 def _check_rows(cache: Cache, length: Any) -> None:
-    """What every program takes for granted of a cache of one row.
+    """Check what every program takes for granted of a cache of one row.
 
     Raises:
         TypeError, ValueError: it is not so.
@@ -158,7 +158,7 @@ def check_like(cache: Cache, config: Any, kind: Any) -> None:
 
 @transfers
 def converted(entry: Entry, form: str) -> Entry:
-    """An entry's exact cache in fewer bits; one that is rounded already stays as it is.
+    """Convert an entry's exact cache to fewer bits; one that is rounded stays as it is.
 
     So does one that would take no fewer bytes: below some 230 tokens "int4" takes more.
 
@@ -230,7 +230,7 @@ def _converted(kind: Any, slots: int, cache: Cache) -> Cache:
 
 
 def _fitted(cache: Cache, length: int) -> Cache:
-    """The cache in buffers that are just long enough."""
+    """Resize a cache to buffers that are just long enough."""
     if cache.capacity is None:
         return cache
     slots = max(SLOTS, -(-length // SLOTS) * SLOTS)
@@ -248,7 +248,7 @@ def _resized(cache: Cache, slots: int) -> Cache:
 
 
 def _plain(cache: Cache) -> Cache:
-    """The cache in the arrangement that processes of all platforms have."""
+    """Return the cache in the layout that processes of all platforms share."""
     laid = any(isinstance(x, Paged) and isinstance(x.k_pages, Tiled) for x in cache.layers)
     return _unlaid(cache) if laid else cache
 
@@ -265,7 +265,7 @@ def _owned(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _words(value: Any, path: str, arrays: dict[str, Any]) -> Any:
-    """What JSON can say of a value; arrays go to `arrays` under their paths."""
+    """Convert a value to words of JSON; arrays go to `arrays` under their paths."""
     if isinstance(value, jax.Array | np.ndarray):
         arrays[path] = value
         return {"array": path}
@@ -289,7 +289,7 @@ def _under(path: str, name: Any) -> str:
 
 
 def _name(what: Any) -> str:
-    """Where something of this library is."""
+    """Return where something of this library is."""
     module, name = getattr(what, "__module__", ""), getattr(what, "__qualname__", "")
     if not module.startswith("jkv.") or "." in name or "<" in name:
         raise UnsupportedError(
@@ -300,7 +300,7 @@ def _name(what: Any) -> str:
 
 
 def _value(words: Any, arrays: Any) -> Any:
-    """What `_words` had."""
+    """Make the value that `_words` described."""
     if not isinstance(words, dict):
         return words
     if words.keys() == {"array"}:
@@ -324,7 +324,7 @@ def _value(words: Any, arrays: Any) -> Any:
 
 
 def _named(words: Any) -> Iterator[str]:
-    """The arrays that `_value` would take."""
+    """Yield the names of arrays that `_value` would take."""
     if isinstance(words, dict):
         if "array" in words:
             yield words["array"]

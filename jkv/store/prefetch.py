@@ -181,13 +181,13 @@ class Prefetcher:
                 acted += self._fetch(name, kind)
 
     def _idle(self) -> bool:
-        """Whether no lookup is under way, none was just now, and no promotion waits."""
+        """Tell whether no lookup is under way, none was just now, and no promotion waits."""
         reader = self._reader
         quiet = reader.timer() - reader.last_read >= self._idle_seconds
         return quiet and reader.reading == 0 and len(self._tiering.promotions) == 0
 
     def _fetch(self, name: str, kind: str) -> bool:
-        """Whether there was something to do, which is done when this returns."""
+        """Promote a guess, and wait; whether there was anything to promote."""
         with self._index.lock:
             record = self._index.records.get(name)
             if record is None or 0 in record.locations or not record.locations:

@@ -262,7 +262,7 @@ class Reader:
                     lookup.record = None
 
     def _locate(self, lookup: Lookup) -> int | None:
-        """The tier to read it from; None: it is answered, or is not known here."""
+        """Find the tier to read from; None: it is answered, or is not known here."""
         index = self._index
         record = index.records.get(lookup.name)
         if record is None or (lookup.only is not None and record is not lookup.only):
@@ -292,7 +292,7 @@ class Reader:
         return at
 
     def _is_unfit(self, lookup: Lookup, record: Record) -> bool:
-        """Whether it is a miss although it is there."""
+        """Tell whether it is a miss although it is there."""
         if self._index.is_expired(record):
             lookup.reason = "expired"
         elif record.version is not None and lookup.fingerprint not in (None, record.fingerprint):
@@ -371,7 +371,7 @@ class Reader:
             self._tiering.trim(at)
 
     def _checked(self, state: TierState, name: str, found: Outcome) -> Outcome:
-        """What a tier has read, or the error of an entry that says what no store has written."""
+        """Return what was read, or the error of an entry that no store has written so."""
         try:
             if isinstance(found, Entry):
                 state.check(name, found)
@@ -464,6 +464,6 @@ class Reader:
 
 
 def _nearness(record: Record) -> tuple[int, int]:
-    """Of entries with as long a prefix, the one in the fastest tier, then the smallest."""
+    """Rank entries with as long a prefix: the fastest tier first, then the smallest."""
     fastest = 0 if record.moving is not None else min(record.locations, default=99)
     return fastest, record.nbytes

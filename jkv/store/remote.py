@@ -56,7 +56,7 @@ class Breaker:
         self._counts = {"failures": 0, "opened": 0, "refused": 0, "trials": 0}
 
     def allow(self) -> bool:
-        """Whether to ask now. Who was allowed calls `succeeded` or `failed`."""
+        """Tell whether to ask now. A caller that may then calls `succeeded` or `failed`."""
         with self._lock:
             if self._until is None:
                 return True
@@ -70,14 +70,14 @@ class Breaker:
             return True
 
     def succeeded(self) -> None:
-        """It answered: closed."""
+        """Note an answer: the breaker closes."""
         with self._lock:
             self._in_a_row = 0
             self._until = None
             self._pause = self._wait
 
     def failed(self) -> None:
-        """It did not: open, if that was one too many."""
+        """Note a failure: the breaker opens if that was one too many."""
         with self._lock:
             self._counts["failures"] += 1
             self._in_a_row += 1
@@ -95,7 +95,7 @@ class Breaker:
         return self._until is not None
 
     def stats(self) -> dict[str, int]:
-        """Failures, how often it opened, calls it refused, trials it let through."""
+        """Count failures, how often it opened, calls refused and trials let through."""
         with self._lock:
             return {**self._counts, "open": int(self._until is not None)}
 
@@ -171,12 +171,12 @@ class Remote(Tier):
         except (*_ERRORS, TypeError) as error:
             raise TierError(f"no remote tier at {brief(url)}: {error}") from error
         self.persistent = spec["driver"] != "memory"
-        # For messages; a spec may hold credentials, which are nobody's to read there.
+        # For messages; a spec may hold credentials, which must not be read there.
         place = "/".join(spec[part] for part in ("bucket", "path") if part in spec)
         self.url = f"{spec['driver']}://{place}"
 
     def scan(self) -> dict[str, int]:
-        """Keys that are there and the bytes of their objects, in the order of their names.
+        """List the keys that are there and the bytes of their objects, ordered by name.
 
         tensorstore lists names only: sizes come from the first 64 bytes of each, which is a
         request per entry, 128 at a time.
@@ -204,7 +204,7 @@ class Remote(Tier):
         return found
 
     def write(self, key: str, entry: Entry) -> int:
-        """Keep it; bytes of its object.
+        """Keep an entry; bytes of its object.
 
         Raises:
             TierError: it does not answer, or not in time, when it may still arrive.
@@ -215,7 +215,7 @@ class Remote(Tier):
         return len(blob)
 
     def read(self, key: str) -> Entry | None:
-        """The entry, None if there is none.
+        """Return the entry, None if there is none.
 
         Raises:
             CorruptError: what is there is not what was written; it was moved to ``quarantine/``, if
@@ -231,7 +231,7 @@ class Remote(Tier):
             raise TierError(f"{brief(key[:80])} not read: {error}") from error
 
     def _read(self, shown: str, name: str, decode: Callable[[bytes], Entry]) -> Entry | None:
-        """An object, asked for again where it came damaged: others share what would be removed.
+        """Read an object, again where it came damaged: others share what would be removed.
 
         Raises:
             CorruptError: it was damaged twice; where both replies are alike it was put aside.
@@ -256,7 +256,7 @@ class Remote(Tier):
                 raise CorruptError(f"{error}{said}") from None
 
     def describe(self, key: str) -> Mapping[str, Any] | None:
-        """The meta of an entry, from its header alone, in two requests; None if there is none.
+        """Return an entry's meta, from its header alone, in two requests.
 
         Raises:
             CorruptError: the header is damaged; `read` puts it aside.
@@ -271,7 +271,7 @@ class Remote(Tier):
         return header.meta if header.key == key else None
 
     def delete(self, key: str) -> None:
-        """Drop it; nothing happens if it is not there.
+        """Delete an entry; nothing happens if it is not there.
 
         Raises:
             TierError: it does not answer, or not in time.
@@ -279,7 +279,7 @@ class Remote(Tier):
         self._ask(f"delete {brief(key[:80])}", lambda: self._kvstore.write(blob_name(key), None))
 
     def delete_put(self, key: str, version: str) -> bool:
-        """Drop one put of a key; whether it has gone, and is not another process's by now.
+        """Delete one put of a key; whether it has gone, and is not another process's by now.
 
         Raises:
             TierError: it does not answer, or not in time.
@@ -301,7 +301,7 @@ class Remote(Tier):
         return True
 
     def verify(self) -> dict[str, str]:
-        """Read everything there is; what is wrong, by name; what is damaged goes aside.
+        """Read everything; what is wrong, by name. What is damaged is put aside.
 
         Raises:
             TierError: it does not answer, or not in time.
@@ -324,10 +324,10 @@ class Remote(Tier):
         return problems
 
     def close(self) -> None:
-        """Nothing to let go of: connections are tensorstore's."""
+        """Do nothing: connections are tensorstore's."""
 
     def stats(self) -> dict[str, int]:
-        """What the breaker counted."""
+        """Return what the breaker counted."""
         return self.breaker.stats()
 
     def _names(self) -> list[str]:
@@ -335,7 +335,7 @@ class Remote(Tier):
         return sorted(name.decode("utf-8", "replace") for name in listed)
 
     def _ask(self, what: str, start: Callable[[], Any]) -> Any:
-        """What tensorstore answers in time.
+        """Return what tensorstore answers in time.
 
         Raises:
             TierError: it does not, or the breaker is open.
@@ -343,7 +343,7 @@ class Remote(Tier):
         return self._ask_all(what, start)[0]
 
     def _ask_all(self, what: str, *starts: Callable[[], Any]) -> list[Any]:
-        """What it answers to several, asked at once; all of them share the time.
+        """Return its answers to several requests at once, which share the time.
 
         Raises:
             TierError: one of them is not answered, or the breaker is open.
@@ -371,7 +371,7 @@ class Remote(Tier):
         return answers
 
     def _beginnings(self, sizes: Mapping[str, int]) -> dict[str, bytes]:
-        """The first bytes of several objects, without those that are gone or shorter."""
+        """Read the first bytes of several objects, without those that are gone or shorter."""
         answers = self._ask_all(
             "read headers",
             *(
@@ -386,7 +386,7 @@ class Remote(Tier):
         }
 
     def _put_aside(self, name: str, result: Any) -> str:
-        """A copy into quarantine, and the object deleted unless it was written anew meanwhile.
+        """Move an object into quarantine, unless it was written anew meanwhile.
 
         Returns what to add to a message: nothing, or that it could not be done.
         """

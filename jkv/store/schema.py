@@ -1,7 +1,7 @@
 """What the store writes into an entry's meta, and the check of what is read back.
 
-Anybody may have written what lies in a directory or a bucket: every field is checked before one is
-used, and an entry that fails is damaged, as one with a wrong checksum is.
+Any program may have written what lies in a directory or a bucket: every field is checked before one
+is used, and an entry that fails is damaged, as one with a wrong checksum is.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PutMeta:
     liveness_lock: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written."""
+        """Return it as it is written."""
         said = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         said["fingerprint"] = self.fingerprint.hex()
         if self.tokens is not None:
@@ -102,7 +102,7 @@ def check_entry(entry: Entry) -> PutMeta | None:
 
 
 def seconds_of(meta: Mapping[str, Any]) -> int | float | None:
-    """What an entry cost, as its maker said.
+    """Read what an entry cost to make.
 
     Raises:
         CorruptError: no number from 0.

@@ -101,7 +101,7 @@ class Outcome:
         self.cost += wanted.cost * min(1.0, stored.tokens / wanted.tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return it as JSON has it."""
         return {
             "policy": self.policy,
             "capacity": self.capacity,
@@ -115,7 +115,7 @@ class Outcome:
 def simulate(
     trace: Sequence[Request], policy: Policy | None, capacity: int, name: str = ""
 ) -> Outcome:
-    """What a store of so many bytes finds with a policy; with the optimum for None.
+    """Simulate what a store of so many bytes finds with a policy; the optimum for None.
 
     A request's blocks stay while it is served. What does not fit beside them is not stored.
 
@@ -165,7 +165,7 @@ class _Tier:
                 self.evictor.release(key)
 
     def _store(self, block: Block) -> bool:
-        """Whether the block is new and was stored; one that is there may have grown."""
+        """Store a block, which may have grown; whether it is new and was stored."""
         stored = self.blocks.get(block.key)
         if block.nbytes > self.capacity or (stored and stored.nbytes == block.nbytes):
             return False
@@ -196,7 +196,7 @@ class _Tier:
 
 
 def _foresee(trace: Sequence[Request], capacity: int, outcome: Outcome) -> None:
-    """Belady's optimum: what is needed again the latest is not kept, be it what was just made.
+    """Follow Belady's optimum: what is needed again the latest is not kept, be it new.
 
     For entries of one size no policy finds more (Belady, "A Study of Replacement Algorithms for a
     Virtual-Storage Computer", 1966); for others it is what to compare with, and not a bound. Blocks
@@ -232,7 +232,7 @@ def _foresee(trace: Sequence[Request], capacity: int, outcome: Outcome) -> None:
 
 
 def whole(trace: Iterable[Request]) -> int:
-    """The bytes that hold all of a trace."""
+    """Count the bytes that hold all of a trace."""
     most: dict[Hashable, int] = {}
     for request in trace:
         for block in request.blocks:
@@ -243,7 +243,7 @@ def whole(trace: Iterable[Request]) -> int:
 def needed(
     trace: Sequence[Request], policy: Policy | None, target: int | float, precision: float = 0.005
 ) -> int | None:
-    """About the smallest capacity that finds a share of the tokens; None if none does.
+    """Find about the smallest capacity that finds a share of the tokens; None if none does.
 
     Where a larger store finds less, which can happen with some policies, it is a capacity that does
     and below which one was seen that does not.
@@ -272,7 +272,7 @@ def needed(
 
 
 def read_trace(path: str | Path, *, block: int = 16, bytes_per_token: int = 1) -> list[Request]:
-    """The requests of a file with a JSON object per line.
+    """Read the requests of a file with a JSON object per line.
 
     ``{"key": "chat-7", "tokens": 512}`` asks for an entry, ``{"tokens": [5, 6, ...]}`` for what is
     common with what was there before, of the same ``tenant`` where one is said. ``bytes`` and

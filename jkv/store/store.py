@@ -181,7 +181,7 @@ class Store:
         if sweep_every is not None:
             lifecycle.start("sweep", functools.partial(lifecycle.sweep_every, sweep_every))
 
-    # In.
+    # Writes.
 
     @operation
     def put(
@@ -243,7 +243,7 @@ class Store:
         ttl: Seconds = None,
         whole: Checked[bool] = False,
     ) -> list[str | None]:
-        """`put` for several, each tier written to once; of a key that comes twice the last stays.
+        """Keep several values, each tier written to once; of equal keys the last stays.
 
         Raises:
             ValueError: as `put`, or lists of different lengths.
@@ -267,7 +267,7 @@ class Store:
         kept = self._writer.put_many(puts)
         return [record.key if record.name in kept else None for record, _ in puts]
 
-    # Out.
+    # Reads.
 
     @operation
     def get(
@@ -279,7 +279,7 @@ class Store:
         fingerprint: Fingerprint = None,
         recompute_seconds: Seconds = None,
     ) -> Any:
-        """What was put under a key: a cache for a cache, an entry for an entry; else `default`.
+        """Return what was put under a key, a cache for a cache; else `default`.
 
         It is a miss too where reading would take longer than `recompute_seconds`, by default those
         of the put, as far as the tier's bandwidth was measured within a minute.
@@ -295,7 +295,7 @@ class Store:
     def get_entry(
         self, key: Key, *, tenant: Key = "", fingerprint: Fingerprint = None
     ) -> Entry | None:
-        """The entry under a key, whatever was put."""
+        """Return the entry under a key, whatever was put."""
         lookups = self._reader.lookups([key], tenant, fingerprint)
         self._reader.take(lookups)
         self._reader.scored(lookups)
@@ -305,11 +305,11 @@ class Store:
     def get_many(
         self, keys: Sequence[Key], *, tenant: Key = "", fingerprint: Fingerprint = None
     ) -> list[Any]:
-        """`get` for several, each tier read once; None where there is none."""
+        """Return what was put under several keys, each tier read once; None for a miss."""
         return self._reader.values(self._reader.lookups(check_keys(keys), tenant, fingerprint))
 
     def open(self, key: Key, *, tenant: Key = "", fingerprint: Fingerprint = None) -> Handle:
-        """The entry under a key, held: it is not evicted before the handle is released.
+        """Open the entry under a key: it is not evicted before the handle is released.
 
         Raises:
             KeyError: a miss.
@@ -323,7 +323,7 @@ class Store:
     def open_many(
         self, keys: Sequence[Key], *, tenant: Key = "", fingerprint: Fingerprint = None
     ) -> list[Handle | None]:
-        """`open` for several, each tier read once; None where there is none."""
+        """Open several entries, each tier read once; None where there is none."""
         return self._reader.handles(self._reader.lookups(check_keys(keys), tenant, fingerprint))
 
     @operation
@@ -336,7 +336,7 @@ class Store:
         limit: Limit = None,
         recompute_seconds: Seconds = None,
     ) -> Match | None:
-        """The entry that shares the most first tokens with these, at least `chunk` of them; held.
+        """Find the entry that shares the most first tokens, at least `chunk`, and hold it.
 
         Args:
             tokens: [T].
@@ -359,7 +359,7 @@ class Store:
         fingerprint: Fingerprint = None,
         limits: Sequence[Limit] | None = None,
     ) -> list[Match | None]:
-        """`longest_prefix` for several, each with a limit of its own, each tier read once.
+        """Find the longest prefix of several prompts, each tier read once.
 
         Raises:
             ValueError: tokens that are none, or lists of different lengths.
@@ -370,15 +370,15 @@ class Store:
 
     @operation
     def contains(self, key: Key, *, tenant: Key = "", fingerprint: Fingerprint = None) -> bool:
-        """Whether a `get` would find it; that is no access, and no promise."""
+        """Tell whether a `get` would find it; that is no access, and no promise."""
         return self._reader.has(self._reader.lookups([key], tenant, fingerprint)[0])
 
     @operation
     def remove(self, key: Key, *, tenant: Key = "", sync: bool = True) -> bool:
-        """An entry goes, from all tiers; whether there was one that the store knew of.
+        """Remove an entry from all tiers; whether there was one that the store knew of.
 
         When it returns nothing of it is left, nor comes back after a power cut. With `sync=False`
-        nobody waits for that: what could not be deleted is tried again later.
+        it does not wait for that: what could not be deleted is tried again later.
 
         Raises:
             TierError: it is not served any more, but something may be left, or come back.
@@ -396,7 +396,7 @@ class Store:
 
     @operation
     def clear(self, *, tenant: str | None = None) -> int:
-        """All entries go that the store knows of, or all of one tenant, as by `remove`; how many.
+        """Remove all entries that the store knows of, or all of one tenant; how many.
 
         Raises:
             TierError: of some of them something may be left, or come back.
@@ -440,20 +440,20 @@ class Store:
     def warm_from(
         self, history: Iterable[Any], make: Callable[[Any], Any], *, most: int = 100, **put: Any
     ) -> int:
-        """`warm` with the `most` frequent keys or prompts of a history."""
+        """Warm with the `most` frequent keys or prompts of a history; see `warm`."""
         seen = Counter(x if isinstance(x, str) else tuple(as_tokens(x).tolist()) for x in history)
         return self.warm([item for item, _ in seen.most_common(most)], make, **put)
 
-    # Upkeep.
+    # Maintenance.
 
     @operation
     def unpin(self, key: Key, *, tenant: Key = "") -> None:
-        """A pinned entry may go again; nothing happens to another one."""
+        """Let a pinned entry be evicted again; nothing happens to another one."""
         self._index.unpin(entry_name(tenant, key))
 
     @operation
     def sweep(self, older_than: Seconds = None) -> int:
-        """Expired entries go, and those that nobody used for so many seconds; how many."""
+        """Remove expired entries, and those unused for so many seconds; how many."""
         return self._lifecycle.sweep(check_seconds("older_than", older_than))
 
     @operation
@@ -469,7 +469,7 @@ class Store:
     def resize(
         self, tier: str | int, *, max_bytes: Limit = UNSET, max_entries: Limit = UNSET
     ) -> None:
-        """Other limits for a tier, by name or number; what has no room any more moves down.
+        """Change a tier's limits, by name or number; what has no room is demoted.
 
         Raises:
             ValueError: no such tier.
@@ -481,10 +481,10 @@ class Store:
         """Wait until what moves between tiers has arrived."""
         self._lifecycle.drain()
 
-    # What it tells.
+    # Figures.
 
     def stats(self, *, detailed: bool = False) -> dict[str, Any]:
-        """Figures since the store was made; see `jkv.store.metrics`. With `detailed`, by entry."""
+        """Return figures since the start; see `jkv.store.metrics`. With `detailed`, by entry."""
         with self._index.lock:
             self._index.settle_released()
             figures = metrics.collect(self._index, self._tiering, self._reader.timer())
@@ -495,17 +495,17 @@ class Store:
         return figures
 
     def hot(self, k: int = 10) -> list[tuple[str, int]]:
-        """The keys of most hits, and how many."""
+        """Return the keys of most hits, and how many."""
         with self._index.lock:
             records = sorted(self._index.records.values(), key=lambda r: (-r.hits, -r.accessed))[:k]
             return [(record.key, record.hits) for record in records]
 
     def report(self) -> Table:
-        """The figures as a `rich` table, to print."""
+        """Return the figures as a `rich` table, to print."""
         return metrics.report(self.stats())
 
     def prometheus(self) -> str:
-        """The figures in Prometheus' text format."""
+        """Return the figures in Prometheus' text format."""
         return metrics.prometheus(self.stats())
 
     # The end.
@@ -524,7 +524,7 @@ class Store:
         self.close()
 
     def __len__(self) -> int:
-        """Entries."""
+        """Count the entries."""
         return len(self._index.records)
 
 

@@ -103,7 +103,7 @@ class Tiering:
         return results
 
     def _formed(self, entry: Entry, record: Record, state: TierState) -> Entry:
-        """The entry in the tier's form, with what the store knows of it."""
+        """Convert an entry to the tier's form, with what the store knows of it."""
         exact = entry.meta.get("form", "exact") == "exact"
         if exact and state.form != "exact":
             try:
@@ -122,7 +122,7 @@ class Tiering:
         return Entry(arrays, {**entry.meta, META: record.meta(lock)})
 
     def _write(self, state: TierState, items: list[tuple[str, Entry]]) -> list[int | None]:
-        """The bytes that each takes; None where it failed."""
+        """Write entries; the bytes that each takes, None where it failed."""
         if len(items) > 1:
             try:
                 written = state.tier.write_many(dict(items))
@@ -425,7 +425,7 @@ class Tiering:
                     return
 
     def _is_outlived(self, state: TierState, lock: str | None) -> bool:
-        """Whether the process is gone for which alone an entry was kept."""
+        """Tell whether the process is gone for which alone an entry was kept."""
         if lock is None:
             return False
         try:

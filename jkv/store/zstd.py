@@ -31,7 +31,7 @@ def _zstd() -> _Zstd:
     else:
 
         def one_frame(data: Any) -> bytes:
-            # Theirs goes on with the frames that follow, whose sizes nobody has looked at.
+            # Theirs goes on with the frames that follow, whose sizes were not looked at.
             decompressor = zstd.ZstdDecompressor()
             out = decompressor.decompress(data)
             if not decompressor.eof or decompressor.unused_data:
@@ -60,7 +60,7 @@ def _zstd() -> _Zstd:
 
 
 def compress(data: bytes, method: str) -> bytes:
-    """One frame, with its size in it.
+    """Compress into one frame, with its size in it.
 
     Raises:
         UnsupportedError: another method than "zstd", or zstd is not installed.
@@ -70,7 +70,7 @@ def compress(data: bytes, method: str) -> bytes:
 
 
 def decompress(data: memoryview, nbytes: int, method: str) -> bytes:
-    """What was compressed, which must have been so many bytes.
+    """Decompress what must have been so many bytes.
 
     Raises:
         CorruptError: it is no such frame.
@@ -93,12 +93,12 @@ def decompress(data: memoryview, nbytes: int, method: str) -> bytes:
 
 
 def largest(nbytes: int) -> int:
-    """What a frame of so many bytes may become."""
+    """Return the bytes that a frame of so many may become."""
     return max(_LARGEST_RATIO * nbytes, _ALWAYS)
 
 
 def check(method: str | None) -> None:
-    """Raises at once what `compress` would raise later.
+    """Raise at once what `compress` would raise later.
 
     Raises:
         UnsupportedError: another method than "zstd", or zstd is not installed.
