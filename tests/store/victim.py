@@ -73,14 +73,19 @@ def main(path: str) -> None:
     say("ready")
     for line in sys.stdin:
         command, *words = line.split()
+        announced, announce = os.pipe()
         child = os.fork()
         if not child:
+            os.read(announced, 1)  # what it says comes after its number
             if command == "write":
                 write(disk, words[0], int(words[1]), words[2])
             else:
                 loop(disk, int(words[0]))
             os._exit(0)
         say("child", child)
+        os.write(announce, b".")
+        os.close(announced)
+        os.close(announce)
         _, status = os.waitpid(child, 0)
         say("ended", os.waitstatus_to_exitcode(status))
 
