@@ -101,7 +101,7 @@ class Tier(abc.ABC):
                 results[key] = error
         return results
 
-    def read_many(self, keys: Sequence[str]) -> dict[str, Entry | CorruptError | TierError | None]:
+    def read_many(self, keys: Iterable[str]) -> dict[str, Entry | CorruptError | TierError | None]:
         """Return what `read` returns or raises for each of them.
 
         Raises:
