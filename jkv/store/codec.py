@@ -257,7 +257,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _check_depth(said: Any) -> None:
+def _check_depth(said: object) -> None:
     """Refuse what nests so deep that others' recursion would end at it."""
     level = [said]
     for _ in range(_MAX_DEPTH):

@@ -216,12 +216,7 @@ class Disk(Tier):
             raise TierError(f"{brief(key[:80])} not read in {self.path}: {error}") from error
 
     def describe(self, key: str) -> Mapping[str, Any] | None:
-        """Return an entry's meta, from its header alone; None if there is none.
-
-        Raises:
-            CorruptError: the header is damaged; `read` puts it aside.
-            TierError: it cannot be read now.
-        """
+        """Return an entry's meta, from its header alone; None if there is none."""
         try:
             with files.opened(self._file(key)) as file:
                 if file is None:
@@ -233,11 +228,7 @@ class Disk(Tier):
         return header.meta if header.key == key else None
 
     def delete(self, key: str) -> None:
-        """Delete an entry; nothing happens if it is not there.
-
-        Raises:
-            TierError: it could not be dropped, and may still be there.
-        """
+        """Delete an entry; nothing happens if it is not there."""
         try:
             os.unlink(self._file(key))
         except FileNotFoundError:
@@ -248,11 +239,7 @@ class Disk(Tier):
             raise self._failed("deleted", key, error) from error
 
     def version_of(self, key: str) -> str | None:
-        """Return which put is there, from 64 bytes; None where they do not say it.
-
-        Raises:
-            TierError: it cannot be read now.
-        """
+        """Return which put is there, from 64 bytes; None where they do not say it."""
         try:
             with files.opened(self._file(key)) as file:
                 return None if file is None else codec.version_of(os.pread(file, codec.PREFIX, 0))
@@ -260,11 +247,7 @@ class Disk(Tier):
             raise self._failed("looked at", key, error) from error
 
     def delete_put(self, key: str, version: str) -> bool:
-        """Delete one put of a key; whether it has gone, and is not another process's by now.
-
-        Raises:
-            TierError: it could not be dropped, and may still be there.
-        """
+        """Delete one put of a key; whether it has gone, and is not another process's by now."""
         path = self._file(key)
         try:
             with files.opened(path) as file:
@@ -317,11 +300,7 @@ class Disk(Tier):
             ) from error
 
     def liveness_lock(self) -> str:
-        """Return the name of a file that is there while this process lives and the tier is open.
-
-        Raises:
-            TierError: it cannot be made.
-        """
+        """Return the name of a file that is there while this process lives and the tier is open."""
         with self._lock:
             try:
                 if self._liveness_lock is None:
@@ -334,9 +313,6 @@ class Disk(Tier):
         """Tell whether a process that has named this `liveness_lock`, here, is alive.
 
         Where a file system has no locks it is believed to, for a day.
-
-        Raises:
-            TierError: it cannot be found out.
         """
         try:
             return files.is_live(self._directory, lock)

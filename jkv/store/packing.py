@@ -22,6 +22,7 @@ from jkv.cache.base import Cache
 from jkv.cache.init import init_cache
 from jkv.cache.paged import Paged
 from jkv.errors import CorruptError, JkvError, UnsupportedError
+from jkv.models.config import Config
 from jkv.ops.pages import Tiled
 from jkv.store.entry import Entry
 
@@ -106,7 +107,7 @@ def unpack(entry: Entry) -> Cache:
         raise CorruptError(f"an entry that is no cache: {brief(error)}") from error
 
 
-def _check_rows(cache: Cache, length: Any) -> None:
+def _check_rows(cache: Cache, length: object) -> None:
     """Check what every program takes for granted of a cache of one row.
 
     Raises:
@@ -128,7 +129,7 @@ def _check_rows(cache: Cache, length: Any) -> None:
         raise ValueError(f"a row of {held} tokens, said to have {brief(length)}")
 
 
-def check_like(cache: Cache, config: Any, kind: Any) -> None:
+def check_like(cache: Cache, config: Config, kind: Any) -> None:
     """Refuse a cache that this model and kind would not make.
 
     Raises:
@@ -192,7 +193,7 @@ def converted(entry: Entry, form: str) -> Entry:
     return result if form == "exact" or result.nbytes < entry.nbytes else entry
 
 
-def form_kind(form: Any) -> Any:
+def form_kind(form: object) -> Any:
     """Return the kind of the caches that entries of a form hold, where exact ones are dense.
 
     Raises:
@@ -201,12 +202,12 @@ def form_kind(form: Any) -> Any:
     from jkv.cache import dense, quantized
 
     kinds = {"int8": quantized(bits=8), "int4": quantized(bits=4), "exact": dense()}
-    if form not in kinds:
+    if not isinstance(form, str) or form not in kinds:
         raise UnsupportedError(f"converted got {brief(form)}; expected one of {sorted(kinds)}")
     return kinds[form]
 
 
-def restored(cache: Cache, config: Any, form: Any) -> Cache:
+def restored(cache: Cache, config: Config, form: object) -> Cache:
     """Give the exact cache, of rounded numbers, of one that a tier has rounded.
 
     Raises:
@@ -284,7 +285,7 @@ def _words(value: Any, path: str, arrays: dict[str, Any]) -> Any:
     raise UnsupportedError(f"the store cannot keep {value!r:.60} of a cache")
 
 
-def _under(path: str, name: Any) -> str:
+def _under(path: str, name: str | int) -> str:
     return f"{path}.{name}" if path else str(name)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from jkv._text import brief
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store import codec, files, zstd
-from jkv.store.checks import Limit, Seconds, check_count, check_seconds
+from jkv.store.checks import Checked, Limit, Seconds, check_count, check_seconds
 from jkv.store.codec import blob_key, blob_name, is_blob_name
 from jkv.store.entry import Entry
 from jkv.store.tier import Tier
@@ -137,7 +137,7 @@ class Remote(Tier):
         url: str | Mapping[str, Any],
         *,
         timeout: Seconds = 5.0,
-        retries: int | Any = 2,
+        retries: Checked[int] = 2,
         endpoint: str | None = None,
         region: str | None = None,
         max_bytes: Limit = None,
@@ -256,12 +256,7 @@ class Remote(Tier):
                 raise CorruptError(f"{error}{said}") from None
 
     def describe(self, key: str) -> Mapping[str, Any] | None:
-        """Return an entry's meta, from its header alone, in two requests.
-
-        Raises:
-            CorruptError: the header is damaged; `read` puts it aside.
-            TierError: it does not answer, or not in time.
-        """
+        """Return an entry's meta, from its header alone, in two requests."""
         name = blob_name(key)
         prefix = self._beginnings({name: codec.PREFIX})
         head = self._beginnings({name: codec.measure(b)[0] for name, b in prefix.items()})
@@ -271,19 +266,11 @@ class Remote(Tier):
         return header.meta if header.key == key else None
 
     def delete(self, key: str) -> None:
-        """Delete an entry; nothing happens if it is not there.
-
-        Raises:
-            TierError: it does not answer, or not in time.
-        """
+        """Delete an entry; nothing happens if it is not there."""
         self._ask(f"delete {brief(key[:80])}", lambda: self._kvstore.write(blob_name(key), None))
 
     def delete_put(self, key: str, version: str) -> bool:
-        """Delete one put of a key; whether it has gone, and is not another process's by now.
-
-        Raises:
-            TierError: it does not answer, or not in time.
-        """
+        """Delete one put of a key; whether it has gone, and is not another process's by now."""
         name = blob_name(key)
         part = slice(0, codec.PREFIX)
         for _ in range(2):  # a reply that names no put may have come damaged

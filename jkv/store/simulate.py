@@ -303,7 +303,7 @@ def read_trace(path: str | Path, *, block: int = 16, bytes_per_token: int = 1) -
     return trace
 
 
-def _request(said: Any, block: int, bytes_per_token: int) -> Request:
+def _request(said: object, block: int, bytes_per_token: int) -> Request:
     if not isinstance(said, dict) or not said.keys() <= {
         *("key", "tokens", "bytes", "cost", "tenant")
     }:
