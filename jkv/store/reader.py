@@ -22,7 +22,7 @@ from jkv.store.tiering import Tiering
 
 _CANDIDATES = 8  # entries that a query tries to read, the longest prefix first
 
-Outcome = Entry | CorruptError | TierError | None  # of a read
+ReadResult = Entry | CorruptError | TierError | None  # of a read
 
 
 class Reader:
@@ -345,7 +345,7 @@ class Reader:
         index = self._index
         state = index.tiers[at]
         begun = self.timer()
-        found: list[Outcome] = []
+        found: list[ReadResult] = []
         if len(lookups) > 1:
             try:
                 read = state.tier.read_many(list(dict.fromkeys(x.name for x in lookups)))
@@ -370,7 +370,7 @@ class Reader:
         if full:  # another process's put was longer than what was known
             self._tiering.trim(at)
 
-    def _checked(self, state: TierState, name: str, found: Outcome) -> Outcome:
+    def _checked(self, state: TierState, name: str, found: ReadResult) -> ReadResult:
         """Return what was read, or the error of an entry that no store has written so."""
         try:
             if isinstance(found, Entry):
@@ -379,7 +379,7 @@ class Reader:
             return error
         return found
 
-    def _took(self, lookup: Lookup, at: int, found: Outcome) -> int:
+    def _took(self, lookup: Lookup, at: int, found: ReadResult) -> int:
         """Note what a tier gave for an entry that is held; bytes. Under the lock."""
         index, record = self._index, lookup.record
         if record is None:

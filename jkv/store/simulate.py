@@ -24,7 +24,7 @@ OPTIMUM = "optimum"
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class TraceBlock:
     """What is stored and found as a whole.
 
     Attributes:
@@ -41,7 +41,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class TraceRequest:
     """What is asked for at once.
 
     Attributes:
@@ -51,7 +51,7 @@ class Request:
         cost: of making all of it.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[TraceBlock, ...]
     tokens: int
     nbytes: int
     cost: int | float
@@ -94,7 +94,7 @@ class Outcome:
         """The share of the cost that was spared."""
         return _share(self.cost, self.asked[2])
 
-    def found(self, stored: Block, wanted: Block) -> None:
+    def found(self, stored: TraceBlock, wanted: TraceBlock) -> None:
         """Count what was stored of a block, which may have grown since."""
         self.tokens += min(stored.tokens, wanted.tokens)
         self.nbytes += min(stored.nbytes, wanted.nbytes)
@@ -113,7 +113,7 @@ class Outcome:
 
 
 def simulate(
-    trace: Sequence[Request], policy: Policy | None, capacity: int, name: str = ""
+    trace: Sequence[TraceRequest], policy: Policy | None, capacity: int, name: str = ""
 ) -> Outcome:
     """Simulate what a store of so many bytes finds with a policy; the optimum for None.
 
@@ -131,21 +131,21 @@ def simulate(
     if policy is None:
         _foresee(trace, capacity, outcome)
         return outcome
-    tier = _Tier(policy.start(capacity), capacity, outcome)
+    tier = _SimulatedTier(policy.start(capacity), capacity, outcome)
     for request in trace:
         tier.serve(request)
     return outcome
 
 
-class _Tier:
+class _SimulatedTier:
     """A store of nothing but sizes."""
 
     def __init__(self, evictor: Evictor, capacity: int, outcome: Outcome) -> None:
         self.evictor, self.capacity, self.outcome = evictor, capacity, outcome
-        self.blocks: dict[Hashable, Block] = {}
+        self.blocks: dict[Hashable, TraceBlock] = {}
         self.nbytes = 0
 
-    def serve(self, request: Request) -> None:
+    def serve(self, request: TraceRequest) -> None:
         """Find what there is of a request, and store the rest."""
         held = []
         for block in request.blocks:
@@ -164,7 +164,7 @@ class _Tier:
             if key in self.evictor:
                 self.evictor.release(key)
 
-    def _store(self, block: Block) -> bool:
+    def _store(self, block: TraceBlock) -> bool:
         """Store a block, which may have grown; whether it is new and was stored."""
         stored = self.blocks.get(block.key)
         if block.nbytes > self.capacity or (stored and stored.nbytes == block.nbytes):
@@ -195,7 +195,7 @@ class _Tier:
         return True
 
 
-def _foresee(trace: Sequence[Request], capacity: int, outcome: Outcome) -> None:
+def _foresee(trace: Sequence[TraceRequest], capacity: int, outcome: Outcome) -> None:
     """Follow Belady's optimum: what is needed again the latest is not kept, be it new.
 
     For entries of one size no policy finds more (Belady, "A Study of Replacement Algorithms for a
@@ -210,7 +210,7 @@ def _foresee(trace: Sequence[Request], capacity: int, outcome: Outcome) -> None:
     for at in range(len(uses) - 1, -1, -1):
         following[at] = last.get(uses[at].key, math.inf)
         last[uses[at].key] = at
-    stored: dict[Hashable, tuple[Block, float]] = {}  # with the next use
+    stored: dict[Hashable, tuple[TraceBlock, float]] = {}  # with the next use
     farthest: list[tuple[float, int]] = []  # minus the next use, and the use before it
     nbytes = 0
     for at, block in enumerate(uses):
@@ -231,7 +231,7 @@ def _foresee(trace: Sequence[Request], capacity: int, outcome: Outcome) -> None:
                 outcome.evicted += which != at
 
 
-def whole(trace: Iterable[Request]) -> int:
+def whole(trace: Iterable[TraceRequest]) -> int:
     """Count the bytes that hold all of a trace."""
     most: dict[Hashable, int] = {}
     for request in trace:
@@ -241,7 +241,10 @@ def whole(trace: Iterable[Request]) -> int:
 
 
 def needed(
-    trace: Sequence[Request], policy: Policy | None, target: int | float, precision: float = 0.005
+    trace: Sequence[TraceRequest],
+    policy: Policy | None,
+    target: int | float,
+    precision: float = 0.005,
 ) -> int | None:
     """Find about the smallest capacity that finds a share of the tokens; None if none does.
 
@@ -271,7 +274,9 @@ def needed(
     return enough
 
 
-def read_trace(path: str | Path, *, block: int = 16, bytes_per_token: int = 1) -> list[Request]:
+def read_trace(
+    path: str | Path, *, block: int = 16, bytes_per_token: int = 1
+) -> list[TraceRequest]:
     """Read the requests of a file with a JSON object per line.
 
     ``{"key": "chat-7", "tokens": 512}`` asks for an entry, ``{"tokens": [5, 6, ...]}`` for what is
@@ -303,7 +308,7 @@ def read_trace(path: str | Path, *, block: int = 16, bytes_per_token: int = 1) -
     return trace
 
 
-def _request(said: object, block: int, bytes_per_token: int) -> Request:
+def _request(said: object, block: int, bytes_per_token: int) -> TraceRequest:
     if not isinstance(said, dict) or not said.keys() <= {
         *("key", "tokens", "bytes", "cost", "tenant")
     }:
@@ -326,8 +331,8 @@ def _request(said: object, block: int, bytes_per_token: int) -> Request:
     if "key" in said:
         if isinstance(ids, list) or not isinstance(said["key"], str | int):
             raise ValueError("with a key, which is a text or a number, tokens is their number")
-        only = Block((tenant, said["key"]), tokens, nbytes, cost)
-        return Request((only,), tokens, nbytes, cost)
+        only = TraceBlock((tenant, said["key"]), tokens, nbytes, cost)
+        return TraceRequest((only,), tokens, nbytes, cost)
     if not isinstance(ids, list):
         raise ValueError("got neither a key nor a list of tokens; expected one of them")
     if not all(type(token) is int for token in ids):
@@ -337,8 +342,8 @@ def _request(said: object, block: int, bytes_per_token: int) -> Request:
         name = digest.chain(name, ids[end - block : end])
         # What is left of a division goes to the first blocks: together they take their share.
         taken = nbytes * end // tokens - nbytes * (end - block) // tokens
-        blocks.append(Block(name, block, max(taken, 1), cost * block / tokens))
-    return Request(tuple(blocks), tokens, nbytes, cost)
+        blocks.append(TraceBlock(name, block, max(taken, 1), cost * block / tokens))
+    return TraceRequest(tuple(blocks), tokens, nbytes, cost)
 
 
 def _share(part: int | float, of: int | float) -> float:

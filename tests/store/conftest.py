@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 # A sample, for the newer Python.
-BOTH = ("test_tiers.py", "test_store.py", "test_store_moves.py", "test_store_prefix.py")
+BOTH = ("test_tiers.py", "test_store.py", "test_tiering.py", "test_store_prefix.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -113,6 +113,49 @@ def test_what_goes_next_is_what_a_search_finds(name, steps):
         assert all((k in evictor) == (k in model.entries) for k in range(12))
 
 
+class MostRecent(Evictor):
+    """A policy of one's own: the latest goes first. No more than it must implement."""
+
+    def __init__(self, capacity):
+        super().__init__(capacity)
+        self.stack = []
+
+    def _insert(self, item):
+        self.stack.append(item.key)
+
+    def _touch(self, item):
+        if not item.pinned:
+            self._remove(item)
+            self._insert(item)
+
+    def _remove(self, item):
+        self.stack.remove(item.key)
+
+    def _next(self):
+        return self.stack[-1]
+
+
+def test_a_policy_of_one_s_own_owes_four_methods():
+    assert Evictor.__abstractmethods__ == {"_insert", "_touch", "_remove", "_next"}
+    evictor = MostRecent(4)
+    for key in "abcd":
+        evictor.add(key)
+    evictor.hold("d")
+    evictor.touch("d")
+    evictor.touch("a")
+    assert drained(evictor) == list("acb")
+    evictor.release("d")
+    evictor.update("b", size=2)
+    assert drained(evictor) == list("dacb")
+    evictor.hold("b")
+    evictor.removed("b")
+    evictor.hold("c")
+    with pytest.raises(ValueError, match="is held"):
+        evictor.evicted("c")
+    assert drained(evictor) == list("da")
+    assert len(evictor) == 3
+
+
 @every_policy
 def test_a_value_serves_several_tiers(policy):
     one, two = policy.start(2), policy.start(2)

@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 
 from jkv.cli import main
 from jkv.store.policy import FIFO, LFU, LRU, POLICIES, CostAware
-from jkv.store.simulate import Block, Request, needed, read_trace, simulate, whole
+from jkv.store.simulate import TraceBlock, TraceRequest, needed, read_trace, simulate, whole
 
 
-def of(keys: str, size: int = 1) -> list[Request]:
+def of(keys: str, size: int = 1) -> list[TraceRequest]:
     """Entries of one size."""
-    blocks = [Block(key, size, size, float(size)) for key in keys]
-    return [Request((block,), size, size, float(size)) for block in blocks]
+    blocks = [TraceBlock(key, size, size, float(size)) for key in keys]
+    return [TraceRequest((block,), size, size, float(size)) for block in blocks]
 
 
 @pytest.fixture
 def written(tmp_path) -> Any:
     """Writes a trace, and reads it."""
 
-    def write(*requests: Any, **more: Any) -> list[Request]:
+    def write(*requests: Any, **more: Any) -> list[TraceRequest]:
         (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, requests)) + "\n\n")
         return read_trace(tmp_path / "trace.jsonl", **more)
 
@@ -46,13 +46,13 @@ def test_a_trace_by_hand(policy, tokens, evicted):
 
 
 def test_cost_and_bytes_are_counted_by_themselves():
-    dear = Request((Block("dear", 1, 10, 90.0),), 1, 10, 90.0)
-    long = Request((Block("long", 9, 10, 10.0),), 9, 10, 10.0)
+    dear = TraceRequest((TraceBlock("dear", 1, 10, 90.0),), 1, 10, 90.0)
+    long = TraceRequest((TraceBlock("long", 9, 10, 10.0),), 9, 10, 10.0)
     outcome = simulate([dear, dear, long, long, dear], LRU(), 10)
     assert outcome.asked == (21, 50, 290.0)
     assert (outcome.tokens, outcome.nbytes, outcome.cost) == (10, 20, 100.0)
     assert outcome.cost_saved == pytest.approx(100 / 290)
-    small = [Request((Block(k, 1, 1, 1.0),), 1, 1, 1.0) for k in "abcdefgh"]
+    small = [TraceRequest((TraceBlock(k, 1, 1, 1.0),), 1, 1, 1.0) for k in "abcdefgh"]
     trace = [dear, *small, dear]
     assert simulate(trace, LRU(), 14).tokens == 0
     assert simulate(trace, CostAware(), 14).cost == 90.0
@@ -139,8 +139,8 @@ def test_no_policy_finds_more_than_the_optimum(keys, capacity, size):
 def test_no_policy_finds_more_prefixes_than_the_optimum(prompts, capacity):
     trace = []
     for ids in prompts:
-        blocks = [Block(tuple(ids[:end]), 1, 1, 1.0) for end in range(1, len(ids) + 1)]
-        trace.append(Request(tuple(blocks), len(ids), len(ids), float(len(ids))))
+        blocks = [TraceBlock(tuple(ids[:end]), 1, 1, 1.0) for end in range(1, len(ids) + 1)]
+        trace.append(TraceRequest(tuple(blocks), len(ids), len(ids), float(len(ids))))
     best = simulate(trace, None, capacity)
     for policy in POLICIES.values():
         assert simulate(trace, policy, capacity).tokens <= best.tokens
