@@ -133,7 +133,7 @@ def opened(path: str) -> Iterator[int | None]:
 def contents(file: int) -> tuple[codec.Header, Entry]:
     """Read a blob's header and its entry, on a boundary of 64 as XLA likes it.
 
-    Read, and not mapped: a mapped file that somebody cuts short ends the process. The header is
+    Read, and not mapped: a mapped file that is cut short ends the process. The header is
     read into while the system fetches the rest, and each piece is summed up while it is in the
     processor's cache.
 
@@ -196,7 +196,7 @@ def is_live(directory: str, name: str) -> bool:
         OSError: it cannot be found out.
     """
     if not _NAME.fullmatch(name):
-        return False  # the name comes from a file that anybody may have written
+        return False  # the name comes from a file that any program may have written
     path = os.path.join(directory, name)
     try:
         remove_if_abandoned(path)
