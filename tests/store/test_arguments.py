@@ -170,6 +170,7 @@ def test_a_tier_of_one_s_own_needs_four_methods(tmp_path):
     with Store([own, Disk(tmp_path)], write_through=True) as store:
         assert [*store.stats()["tiers"]] == ["tier", "disk"]
         store.put_many(["a", "b"], [entry(1), entry(2)], tokens=[[1] * 20, [2] * 20])
+        assert len(own.kept) == 2
         assert [number(got) for got in store.get_many(["a", "b", "a", "c"])] == [1, 2, 1, None]
         store.put("c", entry(3), ephemeral=True)
         assert store.refresh() == 0
