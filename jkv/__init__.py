@@ -14,21 +14,21 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.cache import LayerCache as LayerCache
     from jkv.cache import Step as Step
     from jkv.cache import concat as concat
-    from jkv.cache import dense as dense
-    from jkv.cache import evicting as evicting
     from jkv.cache import fp8 as fp8
     from jkv.cache import from_legacy as from_legacy
     from jkv.cache import init_cache as init_cache
     from jkv.cache import near_far as near_far
-    from jkv.cache import none as none
-    from jkv.cache import paged as paged
-    from jkv.cache import per_layer as per_layer
-    from jkv.cache import pyramid as pyramid
     from jkv.cache import quantized as quantized
     from jkv.cache import scores as scores
     from jkv.cache import sparse as sparse
-    from jkv.cache import window as window
+    from jkv.cache.dense import dense as dense
+    from jkv.cache.evicting import evicting as evicting
+    from jkv.cache.none import none as none
+    from jkv.cache.paged import paged as paged
+    from jkv.cache.per_layer import per_layer as per_layer
+    from jkv.cache.pyramid import pyramid as pyramid
     from jkv.cache.spec import parse as parse
+    from jkv.cache.window import window as window
     from jkv.decoding import Chat as Chat
     from jkv.decoding import Result as Result
     from jkv.decoding import beam_search as beam_search
@@ -38,8 +38,8 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.decoding import prompt_lookup as prompt_lookup
     from jkv.decoding import rollout as rollout
     from jkv.decoding import sampling as sampling
-    from jkv.decoding import score as score
-    from jkv.decoding import stream as stream
+    from jkv.decoding.score import score as score
+    from jkv.decoding.stream import stream as stream
     from jkv.engine import Engine as Engine
     from jkv.errors import CacheFullError as CacheFullError
     from jkv.errors import CheckpointError as CheckpointError
@@ -53,8 +53,8 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.models import Decoder as Decoder
     from jkv.models import Rope as Rope
     from jkv.models import load as load
-    from jkv.models import shard as shard
-    from jkv.planning import plan as plan
+    from jkv.models.shard import shard as shard
+    from jkv.planning.plan import plan as plan
 
     from . import cache as cache
     from . import decoding as decoding
@@ -66,31 +66,33 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from . import store as store
     from . import testing as testing
 
+# A function that a module of its name defines comes from there: in the cycle of imports which the
+# block above makes for it, mypy (2.4) takes `from jkv.cache import dense` to be the module.
 _HOME = {
     "Cache": "jkv.cache",
     "LayerCache": "jkv.cache",
     "Step": "jkv.cache",
     "concat": "jkv.cache",
-    "dense": "jkv.cache",
-    "evicting": "jkv.cache",
+    "dense": "jkv.cache.dense",
+    "evicting": "jkv.cache.evicting",
     "fp8": "jkv.cache",
     "from_legacy": "jkv.cache",
     "init_cache": "jkv.cache",
     "near_far": "jkv.cache",
-    "none": "jkv.cache",
-    "paged": "jkv.cache",
+    "none": "jkv.cache.none",
+    "paged": "jkv.cache.paged",
     "parse": "jkv.cache.spec",
     "quantized": "jkv.cache",
     "sparse": "jkv.cache",
-    "per_layer": "jkv.cache",
-    "pyramid": "jkv.cache",
-    "window": "jkv.cache",
+    "per_layer": "jkv.cache.per_layer",
+    "pyramid": "jkv.cache.pyramid",
+    "window": "jkv.cache.window",
     "Config": "jkv.models",
     "Decoder": "jkv.models",
     "LM": "jkv.models",
     "Rope": "jkv.models",
     "load": "jkv.models",
-    "shard": "jkv.models",
+    "shard": "jkv.models.shard",
     "Chat": "jkv.decoding",
     "Result": "jkv.decoding",
     "beam_search": "jkv.decoding",
@@ -99,9 +101,9 @@ _HOME = {
     "prefill": "jkv.decoding",
     "prompt_lookup": "jkv.decoding",
     "rollout": "jkv.decoding",
-    "score": "jkv.decoding",
-    "stream": "jkv.decoding",
-    "plan": "jkv.planning",
+    "score": "jkv.decoding.score",
+    "stream": "jkv.decoding.stream",
+    "plan": "jkv.planning.plan",
     "Engine": "jkv.engine",
     "CacheFullError": "jkv.errors",
     "CheckpointError": "jkv.errors",

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 import jkv
+from jkv.decoding.arguments import CacheLike
 
 
-def timed(lm: jkv.LM, kind: object, args: argparse.Namespace) -> tuple[jkv.Result, float]:
+def timed(lm: jkv.LM, kind: CacheLike, args: argparse.Namespace) -> tuple[jkv.Result, float]:
     """A generation and the seconds it took, programs compiled beforehand."""
 
     def run() -> jkv.Result:

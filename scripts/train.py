@@ -197,8 +197,8 @@ def fresh_model(args: argparse.Namespace, vocab: int) -> Decoder:
 
 def losses(model: Decoder, tokens: Array, branch: Callable[..., Array] | None = None) -> Array:
     """Negative log-likelihood ``[B, T]`` of each token of ``[B, T + 1]`` but the first."""
-    extra = {} if branch is None else {"branch": branch}
-    logits, _ = model(tokens[:, :-1], **extra)
+    inputs = tokens[:, :-1]
+    logits, _ = model(inputs) if branch is None else model(inputs, branch=branch)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests import quick
+from tests import quick, typecheck
 
 # Before JAX reads it; processes that tests start compile alike, and compute the same bits.
 os.environ["XLA_FLAGS"] = quick.flags(os.environ)
@@ -16,7 +16,7 @@ os.environ["XLA_FLAGS"] = quick.flags(os.environ)
 from jaxtyping import install_import_hook
 
 # Before jkv is imported by anything: every annotated shape and dtype is checked at each call.
-install_import_hook("jkv", "beartype.beartype")
+install_import_hook("jkv", f"{typecheck.__name__}.checked")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -77,7 +77,7 @@ def chat(
         max_new_tokens=max_new_tokens,
         cache=kind,
         stop=stop or None,
-        on_full=on_full,
+        on_full=cast(Literal["raise", "drop"], on_full),  # Chat refuses others
         **drawing,
     )
     if isinstance(sys.stdin, io.TextIOWrapper):

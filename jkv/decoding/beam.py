@@ -20,10 +20,11 @@ from jkv._text import brief
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.decoding import loop
+from jkv.decoding.arguments import CacheLike, Model, Progress, Prompts, Stop
 from jkv.decoding.faults import Faults
 from jkv.decoding.options import Options
 from jkv.decoding.request import PAD, bucket, integer
-from jkv.decoding.result import texts_of
+from jkv.decoding.result import Result, texts_of
 from jkv.decoding.run import Run
 
 
@@ -89,19 +90,19 @@ class Search:
 
 @transfers
 def beam_search(
-    model: Any,
-    prompts: Any,
+    model: Model,
+    prompts: Prompts,
     *,
-    max_new_tokens: Any,
-    beams: Any = 4,
-    length_penalty: Any = 1.0,
-    early_stopping: Any = False,
-    stop: Any = None,
-    cache: Any = None,
-    resume: Any = None,
-    slots: Any = None,
-    prefill_chunk: Any = 256,
-    progress: Any = None,
+    max_new_tokens: int,
+    beams: int = 4,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
+    stop: Stop | None = None,
+    cache: CacheLike | None = None,
+    resume: Result | None = None,
+    slots: int | None = None,
+    prefill_chunk: int = 256,
+    progress: Progress | None = None,
 ) -> Beams:
     """The W best continuations of each prompt among those that W beams come across.
 

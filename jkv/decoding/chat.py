@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import loop, request, room, sampling, stored
 from jkv.decoding.apply import check_updates
+from jkv.decoding.arguments import CacheLike, Sampler, Stop
 from jkv.decoding.detokenize import Pieces
 from jkv.decoding.options import Options, checked_kind
 from jkv.decoding.request import PAD
@@ -24,10 +25,27 @@ from jkv.decoding.result import Result
 from jkv.decoding.stopping import first_stop
 from jkv.decoding.stream import Stream, stream
 from jkv.errors import CacheFullError, CorruptError, JkvError, UnsupportedError
+from jkv.models.lm import LM
 from jkv.models.template import plain_message
 from jkv.models.weights import still, weights_of
 
+if TYPE_CHECKING:
+    from jkv.store import Store
+
 Message = dict[str, Any]
+
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class _Pydantic(Protocol):
+    def model_dump(self) -> dict[str, Any]: ...
+
+
+Given = Mapping[str, Any] | _Dataclass | _Pydantic  # a message
+Turn = str | Given | Sequence[Given]
+Tool = Mapping[str, Any] | Callable[..., Any]  # a JSON schema, or a function that becomes one
 
 # What the template reads and `Chat` writes.
 _OWN = ("messages", "add_generation_prompt", "continue_final_message")
@@ -74,21 +92,21 @@ class Chat:
     @transfers
     def __init__(
         self,
-        lm: Any,
+        lm: LM,
         *,
-        system: Any = None,
-        max_new_tokens: Any = 256,
-        cache: Any = None,
-        sampler: Any = None,
-        key: Any = None,
-        stop: Any = None,
-        context: Any = None,
-        on_full: Any = "raise",
-        store: Any = None,
-        sequence_id: Any = None,
-        tenant: Any = "",
-        tools: Any = None,
-        template: Any = None,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        cache: CacheLike | None = None,
+        sampler: Sampler | None = None,
+        key: jax.Array | None = None,
+        stop: Stop | None = None,
+        context: int | None = None,
+        on_full: Literal["raise", "drop"] = "raise",
+        store: Store | None = None,
+        sequence_id: str | None = None,
+        tenant: str = "",
+        tools: Sequence[Tool] | None = None,
+        template: str | None = None,
         **values: Any,
     ):
         """Begin a conversation.
@@ -146,7 +164,7 @@ class Chat:
         self._strings = stops.strings[0]
         self._begun = _beginnings(self._strings, self._tokenizer)
         self._reach = max(map(len, self._strings), default=0)
-        self._options = {"cache": cache, "sampler": sampler, "stop": stop}
+        self._cache, self._sampler, self._stop = cache, sampler, stop
         self._key = key
         source = self._tokenizer.template_source(template, tools=tools is not None)
         _check_values(source, tools, values)
@@ -202,7 +220,7 @@ class Chat:
         """Begin anew: the same system prompt, still in the cache, and the same keys."""
         self._past = _Past(self._system, self._past.result)
 
-    def send(self, message: Any) -> str:
+    def send(self, message: Turn) -> str:
         """Say something and wait for the whole reply.
 
         Args:
@@ -218,7 +236,7 @@ class Chat:
         return "".join(self.stream(message))
 
     @transfers
-    def stream(self, message: Any) -> Iterator[str]:
+    def stream(self, message: Turn) -> Iterator[str]:
         """Say something and get the reply in pieces; the turn counts once all have been taken.
 
         Args:
@@ -240,9 +258,15 @@ class Chat:
         start, new = _common(known or self._found(ids), ids)
         reused = 0 if start is None else len(start.history[0]) - 1
         key = None if self._key is None else jax.random.fold_in(self._key, past.turns)
-        options = self._options | ({} if start is None else {"cache": None})
         blocks = stream(
-            self._lm, [new], max_new_tokens=self._max_new, resume=start, key=key, **options
+            self._lm,
+            [new],
+            max_new_tokens=self._max_new,
+            cache=self._cache if start is None else None,
+            sampler=self._sampler,
+            stop=self._stop,
+            key=key,
+            resume=start,
         )
         after = _Past(messages, None, past.turns + 1, reused, len(ids) - reused)
         return self._reply(past, after, blocks, ids)

@@ -76,7 +76,7 @@ class PromptLookup:
         return jnp.where(found, tokens, PAD)
 
 
-def prompt_lookup(ngram: Any = 3, tokens: Any = 8) -> PromptLookup:
+def prompt_lookup(ngram: int = 3, tokens: int = 8) -> PromptLookup:
     """Propose what followed the same words earlier in the row: for texts that repeat themselves.
 
     The row's last `ngram` tokens are looked for in all that is before them, prompt and answer, and

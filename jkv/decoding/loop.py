@@ -18,9 +18,11 @@ from jkv.cache import heads, pages
 from jkv.cache.base import Cache, on_device
 from jkv.cache.init import init_cache
 from jkv.decoding import apply, sampling
+from jkv.decoding.arguments import Sampler
 from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.logprobs import Logprobs
 from jkv.decoding.request import PAD, integer
+from jkv.models.decoder import Decoder
 
 
 @pytree
@@ -58,10 +60,10 @@ class Rollout:
 
 @transfers
 def prefill(
-    model: Any,
-    tokens: Any,
-    cache: Any,
-    counts: Any = None,
+    model: Decoder,
+    tokens: Array | np.ndarray,
+    cache: Cache,
+    counts: Array | np.ndarray | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after each row's last new token, and the cache with all of them; pure.
 
@@ -95,7 +97,10 @@ def prefill(
 
 @transfers
 def decode_step(
-    model: Any, token: Any, cache: Any, active: Any = None
+    model: Decoder,
+    token: Array | np.ndarray,
+    cache: Cache,
+    active: Array | np.ndarray | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after one more token in each row, and the cache with it; pure.
 
@@ -130,15 +135,15 @@ def decode_step(
 
 @transfers
 def rollout(
-    model: Any,
-    logits: Any,
-    cache: Any,
+    model: Decoder,
+    logits: Array | np.ndarray,
+    cache: Cache,
     *,
-    steps: Any,
-    sampler: Any = None,
-    key: Any = None,
-    ends: Any = None,
-    said: Any = None,
+    steps: int,
+    sampler: Sampler | None = None,
+    key: jax.Array | None = None,
+    ends: Array | np.ndarray | None = None,
+    said: Array | np.ndarray | None = None,
 ) -> Rollout:
     """Draw `steps` tokens after a prefill, in one `lax.scan`; pure: trace it inside your own jit.
 

@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from jkv._text import brief
 from jkv.cache.base import Cache
 from jkv.cache.protocol import as_kind
+from jkv.decoding.arguments import CacheLike, Progress, Sampler, Stop
+from jkv.decoding.draft import Draft
 from jkv.decoding.request import integer
+from jkv.decoding.result import Result
 
-Progress = Callable[[int, int], None]  # tokens of the longest prompt done, and in all
+if TYPE_CHECKING:
+    from jkv.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How to generate, see `jkv.generate`; unchecked until a `Run` says what is wrong."""
 
-    max_new_tokens: Any
-    cache: Any = None
-    sampler: Any = None
-    stop: Any = None
-    key: Any = None
-    return_logprobs: Any = False
-    top_logprobs: Any = 0
-    resume: Any = None  # Result
-    slots: Any = None
-    block: Any = 32
-    prefill_chunk: Any = 256
-    progress: Any = None  # Progress
-    samples: Any = 1
-    draft: Any = None  # Draft
-    store: Any = None  # Store
-    sequence_ids: Any = None
-    tenant: Any = ""
+    max_new_tokens: int
+    cache: CacheLike | None = None
+    sampler: Sampler | None = None
+    stop: Stop | None = None
+    key: jax.Array | None = None
+    return_logprobs: bool = False
+    top_logprobs: int = 0
+    resume: Result | None = None
+    slots: int | None = None
+    block: int = 32
+    prefill_chunk: int = 256
+    progress: Progress | None = None
+    samples: int = 1
+    draft: Draft | None = None
+    store: Store | None = None
+    sequence_ids: Sequence[str] | None = None
+    tenant: str = ""
 
 
 def check_plain(options: Options) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import draft, loop, room, sampling, stored
 from jkv.decoding.apply import check_updates
+from jkv.decoding.arguments import CacheLike, Model, Progress, Prompts, Sampler, Stop
+from jkv.decoding.draft import Draft
 from jkv.decoding.faults import Faults, raise_faults
 from jkv.decoding.logprobs import stacked
 from jkv.decoding.options import Options, check_plain, checked_kind, checked_top
@@ -38,6 +40,9 @@ from jkv.decoding.stopping import first_stop
 from jkv.errors import CacheFullError, StaleError, UnsupportedError
 from jkv.models.weights import still, weights_of
 
+if TYPE_CHECKING:
+    from jkv.store import Store
+
 
 @dataclasses.dataclass
 class _Row:
@@ -55,7 +60,7 @@ class Run:
     """A generation under way: `blocks` yields what is new, `result` closes it."""
 
     @transfers
-    def __init__(self, model: Any, prompts: Any, options: Options):
+    def __init__(self, model: Model, prompts: Prompts, options: Options):
         self.started = self.first_read = self.last_read = time.perf_counter()
         self.options = options
         check_fork()
@@ -378,25 +383,25 @@ class Run:
 
 @transfers
 def generate(
-    model: Any,
-    prompts: Any,
+    model: Model,
+    prompts: Prompts,
     *,
-    max_new_tokens: Any,
-    cache: Any = None,
-    sampler: Any = None,
-    stop: Any = None,
-    key: Any = None,
-    return_logprobs: Any = False,
-    top_logprobs: Any = 0,
-    resume: Any = None,
-    slots: Any = None,
-    prefill_chunk: Any = 256,
-    progress: Any = None,
-    samples: Any = 1,
-    draft: Any = None,
-    store: Any = None,
-    sequence_ids: Any = None,
-    tenant: Any = "",
+    max_new_tokens: int,
+    cache: CacheLike | None = None,
+    sampler: Sampler | None = None,
+    stop: Stop | None = None,
+    key: jax.Array | None = None,
+    return_logprobs: bool = False,
+    top_logprobs: int = 0,
+    resume: Result | None = None,
+    slots: int | None = None,
+    prefill_chunk: int = 256,
+    progress: Progress | None = None,
+    samples: int = 1,
+    draft: Draft | None = None,
+    store: Store | None = None,
+    sequence_ids: Sequence[str] | None = None,
+    tenant: str = "",
 ) -> Result:
     """Continue prompts of any lengths, in one batch.
 

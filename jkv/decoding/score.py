@@ -17,6 +17,7 @@ from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import loop, room
+from jkv.decoding.arguments import CacheLike, Model, Prompts
 from jkv.decoding.faults import MODEL
 from jkv.decoding.logprobs import Logprobs
 from jkv.decoding.options import checked_kind, checked_top
@@ -64,12 +65,12 @@ class Scores:
 
 @transfers
 def score(
-    model: Any,
-    prompts: Any,
+    model: Model,
+    prompts: Prompts,
     *,
-    top_logprobs: Any = 0,
-    cache: Any = None,
-    prefill_chunk: Any = 256,
+    top_logprobs: int = 0,
+    cache: CacheLike | None = None,
+    prefill_chunk: int = 256,
 ) -> Scores:
     """Score prompts of any lengths, in one batch: each token's log-probability given those before.
 

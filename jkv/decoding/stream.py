@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 
 from jkv._fork import check_fork
 from jkv._transfer import transfers
+from jkv.decoding.arguments import CacheLike, Model, Progress, Prompts, Sampler, Stop
 from jkv.decoding.detokenize import Pieces, incomplete
+from jkv.decoding.draft import Draft
 from jkv.decoding.options import Options
 from jkv.decoding.request import PAD
 from jkv.decoding.result import Result
 from jkv.decoding.run import Run
 from jkv.errors import JkvError
+
+if TYPE_CHECKING:
+    from jkv.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,26 +101,26 @@ class Stream(Iterator[Block]):
 
 
 def stream(
-    model: Any,
-    prompts: Any,
+    model: Model,
+    prompts: Prompts,
     *,
-    max_new_tokens: Any,
-    block: Any = 16,
-    cache: Any = None,
-    sampler: Any = None,
-    stop: Any = None,
-    key: Any = None,
-    return_logprobs: Any = False,
-    top_logprobs: Any = 0,
-    resume: Any = None,
-    slots: Any = None,
-    prefill_chunk: Any = 256,
-    progress: Any = None,
-    samples: Any = 1,
-    draft: Any = None,
-    store: Any = None,
-    sequence_ids: Any = None,
-    tenant: Any = "",
+    max_new_tokens: int,
+    block: int = 16,
+    cache: CacheLike | None = None,
+    sampler: Sampler | None = None,
+    stop: Stop | None = None,
+    key: jax.Array | None = None,
+    return_logprobs: bool = False,
+    top_logprobs: int = 0,
+    resume: Result | None = None,
+    slots: int | None = None,
+    prefill_chunk: int = 256,
+    progress: Progress | None = None,
+    samples: int = 1,
+    draft: Draft | None = None,
+    store: Store | None = None,
+    sequence_ids: Sequence[str] | None = None,
+    tenant: str = "",
 ) -> Stream:
     """The tokens of `jkv.generate` in blocks, the first alone: an iterator of `Block`.
 

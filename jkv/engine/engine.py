@@ -12,9 +12,9 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import jax
 import numpy as np
@@ -22,7 +22,9 @@ import numpy as np
 from jkv._fork import check_fork
 from jkv._text import brief
 from jkv._transfer import intended, transfers
+from jkv.cache.paged import PagedKind
 from jkv.decoding import loop, sampling
+from jkv.decoding.arguments import Ids, Model, Prompts, Sampler, Stop
 from jkv.decoding.detokenize import new_text
 from jkv.decoding.request import (
     check_concrete,
@@ -36,6 +38,10 @@ from jkv.engine.batch import Batch
 from jkv.engine.request import Request
 from jkv.engine.steps import PassError, Steps
 from jkv.errors import UnsupportedError
+from jkv.store.policy import Policy
+
+if TYPE_CHECKING:
+    from jkv.store import Store
 
 T = TypeVar("T")
 
@@ -78,20 +84,20 @@ class Engine(Steps):
     @transfers
     def __init__(
         self,
-        lm: Any,
+        lm: Model,
         *,
-        pages: Any,
-        page: Any = None,
-        max_batch: Any = 8,
-        cache: Any = None,
-        block: Any = 4,
-        prefill_chunk: Any = 256,
-        prefill_rows: Any = 4,
-        policy: Any = None,
-        share: Any = True,
-        preemption: Any = "auto",
-        swap_bytes: Any = 1 << 30,
-        store: Any = None,
+        pages: int,
+        page: int | None = None,
+        max_batch: int = 8,
+        cache: PagedKind | str | None = None,
+        block: int = 4,
+        prefill_chunk: int = 256,
+        prefill_rows: int = 4,
+        policy: Policy | None = None,
+        share: bool = True,
+        preemption: Literal["auto", "recompute", "swap"] = "auto",
+        swap_bytes: int = 1 << 30,
+        store: Store | None = None,
     ):
         model, tokenizer = split_model(lm)
         if preemption not in ("auto", "recompute", "swap"):
@@ -125,21 +131,53 @@ class Engine(Steps):
 
     # What users do.
 
+    @overload
+    def submit(
+        self,
+        prompt: str | Ids,
+        *,
+        max_new_tokens: int,
+        sampler: Sampler | None = None,
+        key: jax.Array | None = None,
+        stop: Stop | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        on_token: Callable[[Request, int], object] | None = None,
+        samples: None = None,
+        request_id: Any = None,
+    ) -> Request: ...
+
+    @overload
+    def submit(
+        self,
+        prompt: str | Ids,
+        *,
+        max_new_tokens: int,
+        sampler: Sampler | None = None,
+        key: jax.Array | None = None,
+        stop: Stop | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        on_token: Callable[[Request, int], object] | None = None,
+        samples: int,
+        request_id: Any = None,
+    ) -> list[Request]: ...
+
     @transfers
     def submit(
         self,
-        prompt: Any,
+        prompt: str | Ids,
         *,
-        max_new_tokens: Any,
-        sampler: Any = None,
-        key: Any = None,
-        stop: Any = None,
-        priority: Any = 0,
-        tenant: Any = "",
-        on_token: Any = None,
-        samples: Any = None,
+        max_new_tokens: int,
+        sampler: Sampler | None = None,
+        key: jax.Array | None = None,
+        stop: Stop | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        on_token: Callable[[Request, int], object] | None = None,
+        samples: int | None = None,
         request_id: Any = None,
-    ) -> Any:
+    ) -> Request | list[Request]:
         """Queue a prompt.
 
         Args:
@@ -171,8 +209,8 @@ class Engine(Steps):
         """
         check_concrete("prompt", prompt)
         config = self.batch.config
-        prompt = [prompt] if isinstance(prompt, str) else [np.asarray(prompt)]
-        rows = rows_of_tokens(prompt, config.vocab, tokenizer=self.tokenizer)
+        row = prompt if isinstance(prompt, str) else np.asarray(prompt)
+        rows = rows_of_tokens([row], config.vocab, tokenizer=self.tokenizer)
         count = 1 if samples is None else integer("samples", samples, 1)
         requests = self._requests(
             rows,
@@ -195,13 +233,13 @@ class Engine(Steps):
         samples: int,
         ids: Sequence[Any],
         *,
-        max_new_tokens: Any,
-        sampler: Any,
-        key: Any,
-        stop: Any,
-        priority: Any,
-        tenant: Any,
-        on_token: Any,
+        max_new_tokens: int,
+        sampler: Sampler | None,
+        key: jax.Array | None,
+        stop: Stop | None,
+        priority: int,
+        tenant: str,
+        on_token: Callable[[Request, int], object] | None,
     ) -> list[Request]:
         """Make requests, `samples` of each row; they are not queued yet.
 
@@ -264,16 +302,16 @@ class Engine(Steps):
     @transfers
     def generate(
         self,
-        prompts: Any,
+        prompts: Prompts,
         *,
-        max_new_tokens: Any,
-        sampler: Any = None,
-        key: Any = None,
-        stop: Any = None,
-        priority: Any = 0,
-        tenant: Any = "",
-        on_token: Any = None,
-        request_ids: Any = None,
+        max_new_tokens: int,
+        sampler: Sampler | None = None,
+        key: jax.Array | None = None,
+        stop: Stop | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        on_token: Callable[[Request, int], object] | None = None,
+        request_ids: Sequence[Any] | None = None,
     ) -> list[Request]:
         """Submit prompts, run until all of them have ended, and return their requests.
 
@@ -384,7 +422,7 @@ class Engine(Steps):
             self._abandoned.append(request)
             request.end("cancelled")
 
-    def update(self, lm: Any) -> None:
+    def update(self, lm: Model) -> None:
         """Take new weights, of the same model after a training step for example.
 
         Requests that run or wait keep their tokens and go on with the new weights; what was cached
@@ -451,7 +489,7 @@ class Engine(Steps):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def warm(self, samplers: Any = ()) -> None:
+    def warm(self, samplers: Iterable[Sampler] = ()) -> None:
         """Compile all that is needed for requests with these samplers, and greedy ones."""
 
         def warm() -> None:

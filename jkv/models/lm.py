@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jkv._bytes import parse_bytes
 from jkv._fork import check_fork
@@ -48,7 +49,7 @@ class LM:
     directory: Path | None = None
     ignored: tuple[str, ...] = ()
 
-    def encode(self, texts: Any) -> list[list[int]]:
+    def encode(self, texts: str | Sequence[str]) -> list[list[int]]:
         """Encode each text, one list of ids per text, with the special tokens the checkpoint adds.
 
         A text that begins with the start token's own text does not get a second one.
@@ -92,7 +93,7 @@ class LM:
         self,
         directory: str | os.PathLike[str],
         *,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
     ) -> None:
@@ -136,7 +137,7 @@ class LM:
 def load(
     source: str | os.PathLike[str],
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     revision: str | None = None,
     ignore: Sequence[str] = (),
     progress: Progress | None = None,
@@ -176,7 +177,7 @@ def load(
 def read_config(
     source: str | os.PathLike[str],
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     revision: str | None = None,
     ignore: Sequence[str] = (),
 ) -> Config:
@@ -202,7 +203,7 @@ def read_config(
 def outline(
     source: str | os.PathLike[str],
     *,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     revision: str | None = None,
     ignore: Sequence[str] = (),
 ) -> LM:

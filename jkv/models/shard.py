@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -14,8 +14,10 @@ from jkv.models.decoder import Decoder
 from jkv.models.lm import LM
 from jkv.models.weights import are_copies
 
+M = TypeVar("M", LM, Decoder)
 
-def shard(lm: Any, mesh: Any) -> Any:
+
+def shard(lm: M, mesh: Mesh) -> M:
     """The same model over the devices of a mesh, each with its own heads and their caches.
 
     Heads, the feed-forward's inner units and the vocabulary are parted, and two sums per layer
