@@ -12,6 +12,7 @@ import itertools
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -421,6 +422,10 @@ class Engine(Steps):
             # First the intent: a request that has ended and is not swept would be live for ever.
             self._abandoned.append(request)
             request.end("cancelled")
+
+    def watch(self, reader: weakref.ref[Any], request: Request) -> None:
+        """Cancel the request once this iteration over its tokens is gone."""
+        self.requests.readers[reader] = request
 
     def update(self, lm: Model) -> None:
         """Take new weights, of the same model after a training step for example.

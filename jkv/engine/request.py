@@ -24,6 +24,7 @@ class Driver(Protocol):
     def cancel(self, request: Request) -> None: ...  # noqa: D102
     def abandon(self, request: Request) -> None: ...  # noqa: D102
     def text(self, request: Request) -> str: ...  # noqa: D102
+    def watch(self, reader: weakref.ref[Any], request: Request) -> None: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,6 @@ class Request:
     first_token: float | None = None
     preemptions: int = 0
     swapped: Any = None  # its pages on the host while it waits to go on
-    readers: list[weakref.ref[Tokens | AsyncTokens]] = dataclasses.field(default_factory=list)
 
     @property
     def ending(self) -> Ending | None:
@@ -131,14 +131,6 @@ class Request:
             UnsupportedError: the engine's model has no tokenizer.
         """
         return self.engine.text(self)
-
-    @property
-    def deserted(self) -> bool:
-        """Whether an iteration over its tokens is gone before its end.
-
-        A finaliser says so too, unless an interrupt comes first, which Python swallows there.
-        """
-        return not self.endings and any(reader() is None for reader in self.readers)
 
     @property
     def watched(self) -> bool:
@@ -200,7 +192,7 @@ class Tokens(Iterator[int]):
 
     def __init__(self, request: Request):
         self._request, self._seen, self._closed = request, 0, False
-        request.readers.append(weakref.ref(self))
+        request.engine.watch(weakref.ref(self), request)
 
     def __next__(self) -> int:
         """The next token.
@@ -243,7 +235,7 @@ class AsyncTokens(AsyncIterator[int]):
 
     def __init__(self, request: Request):
         self._request, self._seen = request, 0
-        request.readers.append(weakref.ref(self))
+        request.engine.watch(weakref.ref(self), request)
 
     def __aiter__(self) -> AsyncTokens:
         """Itself."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import threading
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,10 +22,12 @@ class Requests:
 
     Attributes:
         live: by number.
+        readers: iterations over tokens, and the request of each.
     """
 
     def __init__(self) -> None:
         self.live: dict[int, Request] = {}
+        self.readers: dict[weakref.ref[Any], Request] = {}
         self._heap: list[tuple[int, int, Request]] = []
         self._partial = False  # the heap may lack some of those that wait
 
@@ -59,8 +62,18 @@ class Requests:
         self._heap, self._partial = heap, False
 
     def deserted(self) -> list[Request]:
-        """Return the requests of which an iteration was left, and that have not ended."""
-        return [request for request in list(self.live.values()) if request.deserted]
+        """Return the requests of which an iteration was left, and that have not ended.
+
+        The iteration's finaliser cancels them too, unless an interrupt comes first, which Python
+        swallows there.
+        """
+        found = []
+        for reader, request in list(self.readers.items()):
+            if request.endings:
+                self.readers.pop(reader, None)
+            elif reader() is None:
+                found.append(request)
+        return found
 
     def discard(self, number: int) -> None:
         """Let go of one that has ended."""
