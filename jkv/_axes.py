@@ -27,6 +27,7 @@ import jax
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
+Shaped = jax.Array | jax.ShapeDtypeStruct  # what is asked for a shape and a dtype alone
 
 Queries = Float[Array, "B T N H"]
 NewKeys = Float[Array, "B T K H"]

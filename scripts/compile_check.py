@@ -31,7 +31,7 @@ from jax.experimental import topologies
 from bench.cases import SHAPES, wanted
 from bench.loops import Case, Paged, over, paged_program, program
 from jkv._pytree import nbytes
-from jkv.ops import choice
+from jkv.ops import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = 77
@@ -78,7 +78,7 @@ def measure(case: Case | Paged, there: Any = None, platform: str = "cpu") -> Rep
         sharding = jax.sharding.SingleDeviceSharding(there[0]) if there is not None else None
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    with choice.target(platform), choice.record() as chosen:
+    with dispatch.target(platform), dispatch.record() as chosen:
         function, shapes, cache = make(case)
         shapes = jax.tree.map(placed, shapes) if parts == 1 else over(shapes, there[:parts])
         lowered = function.lower(*shapes)

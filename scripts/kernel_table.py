@@ -88,7 +88,7 @@ def case(codecs: Any, new: int, groups: int, dim: int, sharding: Any, dump: Path
 
     from jkv import ops
     from jkv._pytree import nbytes
-    from jkv.ops import choice
+    from jkv.ops import dispatch
     from jkv.ops.mosaic_gpu.call import layout_of
 
     batch, heads, slots = 8, 8, 32768
@@ -108,9 +108,9 @@ def case(codecs: Any, new: int, groups: int, dim: int, sharding: Any, dump: Path
         old.unlink()
 
     def attend(q: Any, k: Any, v: Any, at: Any) -> Any:
-        return ops.attention(q, k, v, positions=at, implementation="mosaic_gpu")
+        return ops.attention(q, ops.ContiguousKV(k, v), at, implementation="mosaic_gpu")
 
-    with choice.target("cuda"):
+    with dispatch.target("cuda"):
         jax.jit(attend).lower(*operands).compile()
     first = min(dump.glob("*.ptxas"), key=lambda path: path.stat().st_ctime_ns)
     said = first.read_text()

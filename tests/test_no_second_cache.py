@@ -57,13 +57,13 @@ class Textbook:
     values: jax.Array
     capacity: int = static(default=4096)
 
-    def attend(self, q, k, v, step: Step, *, scale, window=None, softcap=None):
+    def attend(self, q, k, v, step: Step, spec):
         def put(buffer, new):
             start = (0, 0, step.start[0], 0)
             return jax.lax.dynamic_update_slice(buffer, jnp.swapaxes(new, 1, 2), start)
 
         cache = Textbook(put(self.keys, k), put(self.values, v), self.capacity)
-        scores = jnp.einsum("btkh,bksh->bkts", q, cache.keys) * scale
+        scores = jnp.einsum("btkh,bksh->bkts", q, cache.keys) * spec.scale
         seen = jnp.arange(self.capacity)[None, None, None] < step.stop[0]
         weights = jax.nn.softmax(jnp.where(seen, scores, -1e30))
         return jnp.einsum("bkts,bksh->btkh", weights, cache.values), cache

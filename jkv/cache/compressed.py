@@ -16,8 +16,9 @@ from jkv._pytree import pytree, replace, static
 from jkv._text import brief
 from jkv.cache.dense import check_heads, write
 from jkv.cache.protocol import Step, as_kind
-from jkv.cache.ring import Ring, chunk, with_past
+from jkv.cache.ring import Ring
 from jkv.ops.encoded import Affine, Encoded, Float8, Sparse, finite
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.order import after
 
 # Tokens that can be rolled back without rounding any a second time: drafts are shorter.
@@ -61,40 +62,28 @@ class NearFar:
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         step: Step,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], NearFar]:
         """Attention over both parts and the new tokens as they are, and the cache with all.
 
         Raises:
             ValueError: keys of other heads than the cache was made for.
         """
-        options = {"scale": scale, "window": window, "softcap": softcap}
+        at, since = step.positions, self.far(step.start)
         if q.shape[1] == 1:
             # One token overwrites nothing that it sees: written first, nothing is ever copied.
             stored = self.put(k, v, step)
             if stored.near is None:
-                parts = [
-                    stored._read(q, step, step.start, options),
-                    chunk(q, k, v, step, **options),
-                ]
+                part = ops.attention_with_chunk(q, k, v, at, spec, stored._far(step.start))
             else:
                 # What this token pushes out of the near part is still there, and still exact.
-                since = self.far(step.start)
-                near = stored.near.read(q, step, step.stop, since, **options)
-                parts = [stored._read(q, step, since, options), near]
-            return ops.merge(*parts).out.astype(q.dtype), stored
-        since = self.far(step.start)
-
-        def past() -> ops.Partial:
-            far = self._read(q, step, since, options)
-            if self.near is None:
-                return far
-            return ops.merge(far, self.near.read(q, step, step.start, since, **options))
-
-        out = with_past(q, k, v, step, past, **options).out
+                near = stored.near.operand(step.stop, since)
+                part = ops.attention(q, [stored._far(since), near], at, spec)
+            return part.out.astype(q.dtype), stored
+        past = [self._far(since)]
+        if self.near is not None:
+            past.append(self.near.operand(step.start, since))
+        out = ops.attention_with_chunk(q, k, v, at, spec, past).out
         return out.astype(q.dtype), self._put(k, v, step, out)
 
     def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> NearFar:
@@ -129,10 +118,9 @@ class NearFar:
             broken=self.broken | ~(finite(k, real) & finite(v, real)),
         )
 
-    def _read(self, q: Array, step: Step, count: Array, options: dict[str, Any]) -> ops.Partial:
-        return ops.attention(
-            q, self.keys, self.values, positions=step.positions, lengths=count, **options
-        )
+    def _far(self, count: Int[Array, " B"]) -> ops.ContiguousKV:
+        """Return the first `count` tokens, all in the far part, for attention."""
+        return ops.ContiguousKV(self.keys, self.values, lengths=count)
 
     def take(self, rows: Int[Array, " R"]) -> NearFar:
         """The cache with other rows."""

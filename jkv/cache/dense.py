@@ -19,7 +19,7 @@ from jkv._text import brief
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.cache.protocol import Step, check_heads
-from jkv.cache.ring import apart, with_past
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.write import write
 
 
@@ -42,10 +42,7 @@ class Dense:
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         step: Step,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], Dense]:
         """Write the new tokens, then attend to all that each may see.
 
@@ -53,17 +50,16 @@ class Dense:
             ValueError: keys of other heads than the cache was made for.
         """
         cache = self.put(k, v, step)
-        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-
-        def read(count: Array) -> ops.Partial:
-            held = (cache.keys, cache.values)
-            return ops.attention(q, *held, positions=step.positions, lengths=count, **options)
-
-        k, v = k.astype(self.keys.dtype), v.astype(self.values.dtype)
-        if apart(q, k, v, step, **options):
-            part = with_past(q, k, v, step, lambda: read(step.start), **options)
-        else:
-            part = read(step.stop)
+        keys, values = cache.keys, cache.values
+        part = ops.attention_with_chunk(
+            q,
+            k.astype(keys.dtype),
+            v.astype(values.dtype),
+            step.positions,
+            spec,
+            ops.ContiguousKV(keys, values, lengths=step.start),
+            written=ops.ContiguousKV(keys, values, lengths=step.stop),
+        )
         return part.out.astype(q.dtype), cache
 
     def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Dense:

@@ -20,6 +20,7 @@ from jkv.cache import scores as _scores
 from jkv.cache.protocol import Step, check_heads
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.weights import attention_weights
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.order import after
 from jkv.ops.write import write
 
@@ -68,10 +69,7 @@ class Evicting:
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         step: Step,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], Evicting]:
         """One new token takes a slot and looks at what is left; several look at all, then some go.
 
@@ -79,22 +77,17 @@ class Evicting:
             ValueError: keys of other heads than the cache was made for, or a score of another
                 shape than the tokens.
         """
-        options: dict[str, Any] = {
-            "positions": step.positions,
-            "scale": scale,
-            "window": window,
-            "softcap": softcap,
-        }
+        at, window = step.positions, spec.window
         check_heads(self.keys, k)
         if q.shape[1] == 1:
             cache = self._put_one(k, v, step, window)
             held = (cache.keys, cache.values, cache.positions)
-            out, weights = attention_weights(q, [held], **options)
-            return out.astype(q.dtype), cache._judged(weights, step.positions, step)
+            out, weights = attention_weights(q, [held], at, spec)
+            return out.astype(q.dtype), cache._judged(weights, at, step)
         new = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), self._places(step))
         held = (self.keys, self.values, self.positions)
-        out, weights = attention_weights(q, [held, new], **options)
-        cache = self._put_many(k, v, step, weights, step.positions, window, out)
+        out, weights = attention_weights(q, [held, new], at, spec)
+        cache = self._put_many(k, v, step, weights, at, window, out)
         return out.astype(q.dtype), cache
 
     def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Evicting:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from jkv._axes import Array
 from jkv.cache.protocol import Step
 from jkv.errors import UnsupportedError
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.pages import Tiled
 
 
@@ -79,7 +80,7 @@ def attend(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     step: Step,
-    **options: Any,
+    spec: AttentionSpec,
 ) -> tuple[Float[Array, "B T N H"], Any]:
     """`LayerCache.attend`, on each device for its own heads.
 
@@ -90,19 +91,19 @@ def attend(
         k: keys.
         v: values.
         step: as of `LayerCache.attend`.
-        options: likewise.
+        spec: likewise.
 
     Raises:
         UnsupportedError: a layer that cannot be parted.
     """
     if mesh is None:
-        return layer.attend(q, k, v, step, **options)
+        return layer.attend(q, k, v, step, spec)
     _check(layer)
     (axis,) = mesh.axis_names
     heads, held = PartitionSpec(None, None, axis), specs(layer, mesh)
 
     def own(layer: Any, q: Array, k: Array, v: Array, step: Step) -> tuple[Array, Any]:
-        out, after = layer.attend(q, k, v, step, **options)
+        out, after = layer.attend(q, k, v, step, spec)
         return out, jax.tree.map(whole, after)
 
     def whole(leaf: Array) -> Array:

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.cache.base import Cache
 from jkv.cache.protocol import Shape, Stack, Step
-from jkv.cache.ring import chunk
 from jkv.errors import UnsupportedError
+from jkv.ops.masks import AttentionSpec
 
 
 @pytree
@@ -32,13 +33,10 @@ class Chunk:
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         step: Step,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], Chunk]:
         """Causal attention within the chunk."""
-        part = chunk(q, k, v, step, scale=scale, window=window, softcap=softcap)
+        part = ops.attention_with_chunk(q, k, v, step.positions, spec)
         return part.out.astype(q.dtype), self
 
     def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Chunk:

@@ -21,10 +21,10 @@ from jkv.cache.base import Cache
 from jkv.cache.compressed import NearFarKind
 from jkv.cache.pages import Plan, Pool
 from jkv.cache.protocol import Step, as_kind, check_heads
-from jkv.cache.ring import chunk
 from jkv.errors import UnsupportedError
+from jkv.ops.attention.reference import gathered
 from jkv.ops.encoded import Affine, Encoded
-from jkv.ops.paged_attention.reference import gathered
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.pages import Tiled, arranged, copy, empty, laid, untiled, write_tokens
 
 
@@ -68,10 +68,7 @@ class Paged:
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         step: Step,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], Paged]:
         """Attention over the pages and the new tokens as they are, and the cache with all.
 
@@ -79,20 +76,19 @@ class Paged:
             ValueError: keys of other heads than the cache was made for.
             UnsupportedError: a step without pages: a layer alone has no table.
         """
-        options = {"scale": scale, "window": window, "softcap": softcap}
-        plan, one = self._plan(step), q.shape[1] == 1
+        plan, one, at = self._plan(step), q.shape[1] == 1, step.positions
         if one or self.window is None:
             # Written first, nothing is ever copied. One token sees no page that leaves its window.
             stored = self.put(k, v, step)
             if one and not self.rounds:
-                part = stored._read(q, step, plan.table, step.stop, options)
+                part = ops.attention(q, stored._kv(plan.table, step.stop), at, spec)
             else:
                 # A chunk among itself is one product, and not one for each block of pages.
-                old = stored._read(q, step, plan.table, step.start, options)
-                part = ops.merge(old, chunk(q, k, v, step, **options))
+                past = stored._kv(plan.table, step.start)
+                part = ops.attention_with_chunk(q, k, v, at, spec, past)
             return part.out.astype(q.dtype), stored
-        old = self._read(q, step, plan.before, step.start, options)
-        out = ops.merge(old, chunk(q, k, v, step, **options)).out
+        past = self._kv(plan.before, step.start)
+        out = ops.attention_with_chunk(q, k, v, at, spec, past).out
         # The pages that leave the window with these tokens may be written by others.
         return out.astype(q.dtype), self._put(k, v, plan, ops.after(plan.into, out))
 
@@ -133,18 +129,8 @@ class Paged:
             self, k_pages=put(self.k_pages, k), v_pages=put(self.v_pages, v), broken=broken
         )
 
-    def _read(
-        self, q: Array, step: Step, table: Array, count: Array, options: dict[str, Any]
-    ) -> ops.Partial:
-        return ops.paged_attention(
-            q,
-            self.k_pages,
-            self.v_pages,
-            table,
-            positions=step.positions,
-            lengths=count,
-            **options,
-        )
+    def _kv(self, table: Int[Array, "B M"], lengths: Int[Array, " B"]) -> ops.PagedKV:
+        return ops.PagedKV(self.k_pages, self.v_pages, table, lengths)
 
     def take(self, rows: Int[Array, " R"]) -> Paged:
         """The same: rows are in the table."""

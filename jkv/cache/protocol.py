@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree
+from jkv.ops.masks import AttentionSpec
 
 
 @pytree
@@ -56,10 +57,7 @@ class LayerCache(Protocol):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         step: Step,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], LayerCache]:
         """Attention of the new tokens over the old and themselves, and the cache with both.
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
@@ -45,21 +43,14 @@ class Ring:
         positions = last - (last - jnp.arange(self.size, dtype=jnp.int32)[None, :]) % self.size
         return jnp.maximum(positions, -1)
 
-    def read(
-        self,
-        q: Float[Array, "B T N H"],
-        step: Step,
-        count: Int[Array, " B"],
-        since: Int[Array, " B"] | None = None,
-        **options: Any,
-    ) -> ops.Partial:
-        """Attention over what the ring holds after `count` tokens, from position `since` on."""
+    def operand(
+        self, count: Int[Array, " B"], since: Int[Array, " B"] | None = None
+    ) -> ops.ContiguousKV:
+        """Return what the ring holds after `count` tokens, from position `since` on."""
         held = self.held(count)
         if since is not None:
             held = jnp.where(held >= since[:, None], held, -1)
-        return ops.attention(
-            q, self.keys, self.values, positions=step.positions, slot_positions=held, **options
-        )
+        return ops.ContiguousKV(self.keys, self.values, slot_positions=held)
 
     def put(
         self,
@@ -117,64 +108,3 @@ class Ring:
                 "tokens of the window, so the ones before the last have been overwritten; keep the "
                 "cache from before, it is still a value"
             )
-
-
-def chunk(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    step: Step,
-    since: int = 0,
-    **options: Any,
-) -> ops.Partial:
-    """Attention of the new tokens among themselves, from position `since` on."""
-    if since and apart(q, k, v, step, **options):
-        return _from(since, q, k, v, step, options)
-    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    if not since:
-        return ops.attention(q, keys, values, positions=step.positions, chunk=True, **options)
-    positions = jnp.where(step.positions >= since, step.positions, -1)
-    return ops.attention(q, keys, values, positions=positions, slot_positions=positions, **options)
-
-
-def _from(since: int, q: Array, k: Array, v: Array, step: Step, options: Any) -> ops.Partial:
-    """The part of `chunk` from that position on, brought to the front of each row and back."""
-    new = q.shape[1]
-    skipped = jnp.clip(since - step.start, 0, new)
-    counts = jnp.maximum(step.stop - step.start - skipped, 0)
-    offsets = jnp.arange(new, dtype=jnp.int32)[None]
-
-    def moved(x: Array, by: Array) -> Array:
-        at = (offsets + by[:, None]) % new
-        return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 2)), axis=1)
-
-    later = Step.after(step.start + skipped, counts, new)
-    q, k, v = (moved(x, skipped) for x in (q, k, v))
-    part = chunk(q, k, v, later, **options)
-    return jax.tree.map(lambda x: moved(x, -skipped), part)
-
-
-def apart(q: Array, k: Array, v: Array, step: Step, **options: Any) -> bool:
-    """Whether there is something for a chunk among itself that cannot do it with what is before."""
-    batch, new, heads, dim = k.shape
-    shapes = [jax.ShapeDtypeStruct((batch, heads, new, dim), x.dtype) for x in (k, v)]
-    chosen = ops.explain(q, *shapes, positions=step.positions, chunk=True, **options)
-    return chosen.name == "cudnn"
-
-
-def with_past(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    step: Step,
-    past: Callable[[], ops.Partial],
-    since: int = 0,
-    **options: Any,
-) -> ops.Partial:
-    """`chunk` merged with what `past` finds among the tokens before it."""
-    own = chunk(q, k, v, step, since, **options)
-    if not apart(q, k, v, step, **options):
-        return ops.merge(past(), own)
-    # Before most prefills there is nothing, and not even a ring is to be walked. Only here, since
-    # on a TPU a branch takes copies of encoded buffers.
-    return lax.cond(jnp.any(step.start > 0), lambda: ops.merge(past(), own), lambda: own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
@@ -18,8 +17,9 @@ from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache.dense import Dense, dense
 from jkv.cache.protocol import Step
-from jkv.cache.ring import Ring, with_past
+from jkv.cache.ring import Ring
 from jkv.errors import UnsupportedError
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.rope import angles, rotate
 
 Positions = Literal["cache", "text", "clamped"]
@@ -67,10 +67,7 @@ class Window:
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         step: Step,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], Window]:
         """Each new token over the sinks and the W tokens up to itself, however many are new.
 
@@ -79,20 +76,19 @@ class Window:
         Raises:
             ValueError: keys of other heads than the cache was made for.
         """
-        window = self.ring.size if window is None else min(window, self.ring.size)
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        spec = spec.within(self.ring.size)
         since = jnp.full_like(step.start, self.first)
         sinks = self._put_sinks(k, v, step)
-        parts = _read_sinks(replace(self, sinks=sinks), q, step, window, options)
-        options["window"] = window
+        parts = _read_sinks(replace(self, sinks=sinks), q, step, spec)
         if q.shape[1] == 1:
             # The token that one new token overwrites is the one that leaves its window.
             ring = self.ring.put(k, v, step)
-            part = ops.merge(*parts, ring.read(q, step, step.stop, since, **options))
+            own = ops.attention(q, ring.operand(step.stop, since), step.positions, spec)
+            part = ops.merge(*parts, own)
         else:
-            past = functools.partial(self.ring.read, q, step, step.start, since, **options)
             # Queries among the sinks see sinks alone.
-            own = with_past(q, k, v, step, past, self.first, **options)
+            past = self.ring.operand(step.start, since)
+            own = ops.attention_with_chunk(q, k, v, step.positions, spec, past, since=self.first)
             part = ops.merge(*parts, own)
             ring = self.ring.put(k, v, step, part.out)
         return part.out.astype(q.dtype), replace(self, ring=ring, sinks=sinks)
@@ -179,33 +175,31 @@ def _where(chosen: Array, positions: Array) -> Array:
     return jnp.where(chosen, positions, -1)
 
 
-def _read_sinks(
-    cache: Window, q: Array, step: Step, window: int, options: dict[str, Any]
-) -> list[ops.Partial]:
-    """Attention over the sinks by the cache's rule of positions, in disjoint parts."""
+def _read_sinks(cache: Window, q: Array, step: Step, spec: AttentionSpec) -> list[ops.Partial]:
+    """Attend to the sinks by the cache's rule of positions, in disjoint parts."""
     sinks, rope, at = cache.sinks, cache.rope, step.positions
-    if sinks is None:
+    if sinks is None or spec.window is None:
         return []
+    everything, window = dataclasses.replace(spec, window=None), spec.window
 
-    def read(q: Array, keys: Array, positions: Array, **more: Any) -> ops.Partial:
-        return ops.attention(
-            q, keys, sinks.values, positions=positions, lengths=step.stop, **options, **more
-        )
+    def read(q: Array, keys: Array, positions: Array, spec: AttentionSpec) -> ops.Partial:
+        kv = ops.ContiguousKV(keys, sinks.values, lengths=step.stop)
+        return ops.attention(q, kv, positions, spec)
 
     if cache.positions == "text":
-        return [read(q, sinks.keys, at)]
+        return [read(q, sinks.keys, at, everything)]
     if cache.positions == "cache":
         # In the cache the query is at the end, as soon as it is full.
         back = jnp.maximum(at - (cache.first + window - 1), 0)
-        return [read(_turned_back(q, back, rope), sinks.keys, at)]
+        return [read(_turned_back(q, back, rope), sinks.keys, at, everything)]
     # A query up to `window` past a sink is as far as it is; all beyond are as far as that.
-    near = read(q, sinks.keys, at, window=window + 1)
+    near = read(q, sinks.keys, at, dataclasses.replace(spec, window=window + 1))
     places = jnp.broadcast_to(
         jnp.arange(cache.first, dtype=jnp.int32)[None], (q.shape[0], cache.first)
     )
     keys = jnp.swapaxes(_turned_back(jnp.swapaxes(sinks.keys, 1, 2), places, rope), 1, 2)
     beyond = _turned_back(q, jnp.maximum(at - window, 0), rope)
-    return [near, read(beyond, keys, at - (window + 1))]
+    return [near, read(beyond, keys, at - (window + 1), everything)]
 
 
 def _turned_back(x: Array, by: Array, rope: Any) -> Array:

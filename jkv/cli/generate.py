@@ -101,10 +101,10 @@ def _attention(lm: Any, result: Any) -> str:
     import jax.numpy as jnp
 
     from jkv.decoding.loop import decode_step
-    from jkv.ops import choice
+    from jkv.ops import dispatch
 
     token = jnp.zeros((result.cache.batch,), jnp.int32)
-    with choice.record() as names:
+    with dispatch.record() as names:
         jax.eval_shape(lambda cache: decode_step(lm.model, token, cache), result.cache)
     return ", ".join(names)
 

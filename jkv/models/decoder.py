@@ -17,6 +17,7 @@ from jkv.cache.base import on_device
 from jkv.cache.none import Chunk
 from jkv.cache.protocol import Step
 from jkv.models.config import Config
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.rope import angles, rotate
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -94,7 +95,7 @@ class Attention(nnx.Module):
     """Projections around `LayerCache.attend`; what is stored, and how, is the cache's affair."""
 
     def __init__(self, config: Config, window: int | None, rngs: nnx.Rngs):
-        self.config, self.window = config, window
+        self.configure(config, window)
         self.mesh: Any = None  # of the devices that have the heads, see `jkv.shard`
         width, dim, dtype = config.width, config.head_dim, config.dtype
         queries, keys = config.heads * dim, config.kv_heads * dim
@@ -105,6 +106,11 @@ class Attention(nnx.Module):
         self.o = Linear(queries, width, bias=config.out_bias, dtype=dtype, rngs=rngs)
         self.q_norm = Norm(dim, config, rms=True) if config.qk_norm else None
         self.k_norm = Norm(dim, config, rms=True) if config.qk_norm else None
+
+    def configure(self, config: Config, window: int | None) -> None:
+        """Set the configuration and the layer's window."""
+        self.config = config
+        self.spec = AttentionSpec(config.scale, window, softcap=config.attention_softcap)
 
     def __call__(
         self, x: Float[Array, "B T D"], cache: Any, step: Step, turn: tuple[Array, Array] | None
@@ -127,9 +133,7 @@ class Attention(nnx.Module):
             k,
             v,
             step,
-            scale=config.scale,
-            window=self.window,
-            softcap=config.attention_softcap,
+            self.spec,
         )
         return self.o(out.reshape(batch, new, -1)), cache
 

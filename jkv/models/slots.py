@@ -87,7 +87,7 @@ def outline_model(config: Config) -> Decoder:
     graph, state = nnx.split(model.blocks[0])
     blocks = [nnx.merge(graph, state, copy=True) for _ in range(config.layers)]
     for i, block in enumerate(blocks):
-        block.attention.config, block.attention.window = config, config.window(i)
+        block.attention.configure(config, config.window(i))
     model.config, model.blocks = config, nnx.List(blocks)
     return model
 

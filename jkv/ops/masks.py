@@ -1,23 +1,69 @@
-"""Who sees whom, from positions only."""
+"""Who sees whom, from positions only, and what is done to the scores."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Int
 
 from jkv._axes import Array
+from jkv._text import brief
 
 
 @dataclasses.dataclass(frozen=True)
-class Mask:
-    """The static part of who sees whom, and of the scores; see `jkv.ops.attention`."""
+class AttentionSpec:
+    """The static part of an attention: its mask, and what is done to its scores.
+
+    It is hashable, so it may be a static argument of `jax.jit`.
+
+    Attributes:
+        scale: of the scores, ``1 / sqrt(H)`` in most models.
+        window: a query sees the last `window` positions, its own included; None for all.
+        sinks: positions below this are seen whatever the window.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2, arXiv:2408.00118).
+
+    Raises:
+        TypeError: a traced value, or one that is no number.
+        ValueError: a window below 1, or sinks below 0.
+    """
 
     scale: float
-    window: int | None
-    sinks: int
-    softcap: float | None
+    window: int | None = None
+    sinks: int = 0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values, and drop sinks that mean nothing without a window."""
+        for name, value in (("scale", self.scale), ("softcap", self.softcap)):
+            optional = name == "softcap" and value is None
+            if not optional and not isinstance(value, int | float | np.floating):
+                raise TypeError(
+                    f"AttentionSpec got {name}={brief(value)}; expected a number that is known "
+                    "when the program is traced"
+                )
+        for name, value, least in (("window", self.window, 1), ("sinks", self.sinks, 0)):
+            if name == "window" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise TypeError(
+                    f"AttentionSpec got {name}={brief(value)}; expected an integer that is known "
+                    "when the program is traced"
+                )
+            if value < least:
+                hint = ", or None for all" if name == "window" else ""
+                raise ValueError(
+                    f"AttentionSpec got {name}={value}; expected at least {least}{hint}"
+                )
+        if self.window is None:
+            object.__setattr__(self, "sinks", 0)
+
+    def within(self, window: int | None) -> AttentionSpec:
+        """Narrow the window to at most `window` tokens; None leaves it."""
+        if window is None or (self.window is not None and self.window <= window):
+            return self
+        return dataclasses.replace(self, window=window)
 
 
 def visible(
@@ -27,7 +73,7 @@ def visible(
     window: int | None = None,
     sinks: int = 0,
 ) -> Bool[Array, "*rows T S"]:
-    """Whether the query at each position sees each slot.
+    """Return whether the query at each position sees each slot.
 
     A query at position p sees a slot at position s when ``0 <= s <= p``, and, where a window is
     set, ``p - s < window`` or ``s < sinks``. Padding, causality, windows, attention sinks and the

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
-from jkv.ops import choice
+from jkv.ops import dispatch
 from jkv.ops.encoded import Encoded
 from jkv.ops.encoded.affine import ByToken
 from jkv.ops.encoded.floats import Floats8
@@ -127,7 +127,7 @@ def arranged(keys: Any, values: Any) -> tuple[Any, Any]:
 
 
 def _wanted(forms: list[Any], page: int) -> bool:
-    return "tpu" in choice.platforms() and _fits(forms, page)
+    return "tpu" in dispatch.platforms() and _fits(forms, page)
 
 
 def _beside(forms: list[Any]) -> int:
@@ -271,7 +271,7 @@ def _sent(pages: Tiled, written: Tiled, into: Int[Array, " N"]) -> Tiled:
         return _scattered(pages, new, at)
 
     def one(leaf: Array, new: Array) -> Array:
-        return choice.kernel(write_pages, plain, pages=leaf, new=new, at=into)
+        return dispatch.kernel(write_pages, plain, (leaf, new, into))
 
     return jax.tree.map(one, pages, written)
 

@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Int, Num
 
 from jkv._axes import Array
-from jkv.ops import choice
+from jkv.ops import dispatch
+from jkv.ops.dispatch import fold_unless_shared
 from jkv.ops.tile import LANES
 
 FEW = 16  # tokens that are worth a pass of a kernel each
@@ -62,7 +63,7 @@ def write_runs(
 def _each(kernel: Any, plain: Any, run: int, buffer: Array, new: Array, at: Array) -> Array:
     """With a kernel for TPUs if they are compiled for and the runs are few."""
     count = at.shape[1]
-    if "tpu" not in choice.platforms() or count > FEW:
+    if "tpu" not in dispatch.platforms() or count > FEW:
         return plain(buffer, new, at)
 
     def one_by_one(buffer: Array, new: Array, at: Array) -> Array:
@@ -71,7 +72,7 @@ def _each(kernel: Any, plain: Any, run: int, buffer: Array, new: Array, at: Arra
         return buffer
 
     def for_tpu(buffer: Array, new: Array, at: Array) -> Array:
-        return choice.kernel(one_by_one, plain, buffer=buffer, new=new, at=at)
+        return dispatch.kernel(one_by_one, plain, (buffer, new, at), fold=fold_unless_shared(0))
 
     return lax.platform_dependent(buffer, new, at, tpu=for_tpu, default=plain)
 

@@ -18,9 +18,8 @@ import numpy as np
 from jkv import ops
 from jkv._pytree import nbytes
 from jkv.errors import UnsupportedError
-from jkv.ops import choice
+from jkv.ops import dispatch
 from jkv.ops.encoded import Affine, Float8
-from jkv.ops.paged_attention import paged_attention
 
 # Query heads, key/value heads and channels of one layer.
 MODELS = {
@@ -161,14 +160,14 @@ class Mine:
     def __call__(self, q: Any, cache: Any, lengths: Any) -> Any:
         """Output [B, 1, N, H]."""
         point = self.point
-        options = {"positions": lengths[:, None] - 1, "lengths": lengths}
-        k, v = cache
+        at, kv = lengths[:, None] - 1, ops.ContiguousKV(*cache, lengths=lengths)
         if point.page is None:
-            return ops.attention(q, k, v, **options, implementation=self.implementation).out
+            return ops.attention(q, kv, at, implementation=self.implementation).out
         many = point.rows * point.slots // point.page
         table = np.random.default_rng(0).permutation(many).reshape(point.rows, -1)
         table = jnp.asarray(table, jnp.int32)
-        return paged_attention(q, k, v, table, **options, implementation=self.implementation).out
+        paged = ops.PagedKV(*cache, table, lengths)
+        return ops.attention(q, paged, at, implementation=self.implementation).out
 
 
 class Library(Mine):
@@ -309,7 +308,7 @@ def _seconds(
         contender.prepared(q, *drawn(point, i)) for i in range(min(-(-grid.pool // size), 32))
     ]
     lengths = jnp.full((point.rows,), point.slots, jnp.int32)
-    with choice.record() as names:
+    with dispatch.record() as names:
         one = jax.jit(contender)
         first = one(q, caches[0], lengths)
     extra: dict[str, Any] = {"attention": "+".join(names)} if names else {}

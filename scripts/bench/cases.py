@@ -58,7 +58,7 @@ def paged_cases(target: str) -> dict[str, Paged]:
     """Loops over pages by name, of sizes that people have.
 
     Small pages of keys that are encoded some tokens at a time are no block of a TPU's memory: they
-    are as large as a tile there, see `jkv.ops.paged_attention.mosaic_tpu`.
+    are as large as a tile there, see `jkv.ops.attention.mosaic_tpu`.
     """
     dtype = "float32" if target == "cpu" else "bfloat16"
     found = {}

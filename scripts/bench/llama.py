@@ -30,7 +30,7 @@ from jkv._pytree import nbytes, replace
 from jkv.decoding import loop
 from jkv.decoding.faults import Faults
 from jkv.models import Config, Decoder, Rope
-from jkv.ops import choice
+from jkv.ops import dispatch
 
 Tell = Callable[[dict[str, Any], str], None]
 STEPS = 32  # of one program
@@ -143,7 +143,7 @@ def lowered(point: Point) -> tuple[Any, str]:
     shapes = outline(point.config), jax.eval_shape(functools.partial(state_of, point))
     ends = jax.ShapeDtypeStruct((point.rows, 1), jnp.int32)
     steps = jax.ShapeDtypeStruct((), jnp.int32)
-    with choice.record() as names:
+    with dispatch.record() as names:
         program = loop.advanced.lower(STEPS, *shapes, None, None, ends, steps)
     return program, "+".join(names)
 

@@ -13,12 +13,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jkv
+from jkv import ops
 from jkv._pytree import replace
 from jkv.cache import heads, init_cache
 from jkv.decoding import loop
 from jkv.decoding.faults import Faults
 from jkv.models import Config, Decoder, Rope
-from jkv.ops import paged_attention, pages
+from jkv.ops import pages
 from jkv.ops.encoded import Affine, Encoded, Float8
 
 
@@ -133,8 +134,8 @@ def paged_program(case: Paged) -> tuple[Any, Any, Any]:
         for pools in layers:
             new = jnp.mean(x.reshape(case.batch, 1, case.kv_heads, case.groups, -1), axis=3)
             k, v = (put(p, u, new, table, length) for p, u in zip(pools, units, strict=True))
-            options = {"positions": length[:, None], "lengths": length + 1}
-            x = paged_attention(x, k, v, table, **options).out.astype(case.dtype)
+            kv = ops.PagedKV(k, v, table, length + 1)
+            x = ops.attention(x, kv, length[:, None]).out.astype(case.dtype)
             after.append((k, v))
         return after, table, length + 1, x
 

@@ -16,7 +16,7 @@ import jkv
 from jkv import ops
 from jkv.cache.protocol import Step
 from jkv.errors import UnsupportedError
-from jkv.ops import choice
+from jkv.ops import AttentionSpec, dispatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +51,14 @@ TINY = (
 
 def chosen(q: Any, k: Any, v: Any, layer: Any, step: Step) -> Any:
     """As a cache does it."""
-    return layer.attend(q, k, v, step, scale=q.shape[-1] ** -0.5)
+    return layer.attend(q, k, v, step, AttentionSpec(q.shape[-1] ** -0.5))
 
 
 def whole(q: Any, k: Any, v: Any, layer: Any, step: Step) -> Any:
     """By XLA alone, over all that is held once the new tokens are."""
     layer = layer.put(k, v, step)
-    part = ops.attention(
-        q,
-        layer.keys,
-        layer.values,
-        positions=step.positions,
-        lengths=step.stop,
-        implementation="xla",
-    )
+    kv = ops.ContiguousKV(layer.keys, layer.values, lengths=step.stop)
+    part = ops.attention(q, kv, step.positions, implementation="xla")
     return part.out.astype(q.dtype), layer
 
 
@@ -108,7 +102,7 @@ def _measured(point: Prefill, contender: Any, want: Any) -> tuple[dict[str, Any]
     )
     start = jnp.full((point.rows,), point.past, jnp.int32)
     step = Step.after(start, jnp.full_like(start, point.new), point.new)
-    with choice.record() as names:
+    with dispatch.record() as names:
         run = jax.jit(functools.partial(contender), donate_argnums=3)
         out, layer = run(q, k, v, layer, step)
     entry: dict[str, Any] = {"attention": "+".join(names)}

@@ -16,6 +16,7 @@ from jkv._pytree import nbytes
 from jkv.cache.compressed import SLACK, far_slots
 from jkv.cache.protocol import Step
 from jkv.errors import NonFiniteError
+from jkv.ops import AttentionSpec
 from jkv.ops.encoded import Affine, Cast
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
@@ -33,7 +34,7 @@ KINDS = {
     "near/far": jkv.near_far(recent=6, far=jkv.quantized(bits=4, group=16)),
 }
 every_kind = pytest.mark.parametrize("name", KINDS)
-OPTIONS = {"scale": 0.4, "window": None, "softcap": None}
+SPEC = AttentionSpec(0.4)
 
 
 @functools.cache
@@ -54,7 +55,7 @@ def attend(layer, qkv, start, size, counts=None):
     at = jnp.clip(start[:, None] + jnp.arange(size)[None], 0, SLOTS - 1)
     q, k, v = (jnp.take_along_axis(x, at[..., None, None], axis=1) for x in qkv)
     counts = jnp.full((B,), size) if counts is None else counts
-    return layer.attend(q, k, v, Step.after(start, counts, size), **OPTIONS)
+    return layer.attend(q, k, v, Step.after(start, counts, size), SPEC)
 
 
 crop = jax.jit(lambda layer, held, kept: layer.crop(held, kept))
@@ -119,14 +120,8 @@ def holds(name, layer, count):
 @jax.jit
 def oracle(q, keys, values, positions):
     """Exact attention over all of the material, [B, S, K, H], as far as a query may look."""
-    return ops.attention(
-        q,
-        jnp.swapaxes(keys, 1, 2),
-        jnp.swapaxes(values, 1, 2),
-        positions=positions,
-        scale=OPTIONS["scale"],
-        implementation="reference",
-    ).out
+    kv = ops.ContiguousKV(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2))
+    return ops.attention(q, kv, positions, SPEC, implementation="reference").out
 
 
 @every_kind

@@ -15,6 +15,7 @@ from jkv import ops, scores
 from jkv._pytree import replace
 from jkv.cache import Evicting, Step
 from jkv.errors import UnsupportedError
+from jkv.ops import AttentionSpec
 from jkv.ops.attention.weights import attention_weights
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
@@ -130,7 +131,7 @@ class Listed:
 
 @functools.partial(jax.jit, static_argnums=5)
 def attend(layer, q, k, v, step, window):
-    return layer.attend(q, k, v, step, scale=SCALE, window=window, softcap=SOFTCAP)
+    return layer.attend(q, k, v, step, AttentionSpec(SCALE, window, softcap=SOFTCAP))
 
 
 def material(rng, new):
@@ -238,16 +239,14 @@ def test_weights():
     positions = jnp.asarray([[5, 6, -1, 2, 3, 4, 9]] * B, jnp.int32)
     slots = jnp.asarray([0, 7, -1, 2, 3, -2, 9], jnp.int32)
     dirty = jnp.where((slots < 0)[:, None], jnp.nan, 1.0)[None, None]
-    options = {"positions": positions, "scale": SCALE, "window": 5, "softcap": SOFTCAP}
-    want = ops.attention(
-        q, k, v, slot_positions=jnp.broadcast_to(slots, (B, T)), implementation="reference",
-        **options,
-    )  # fmt: skip
+    spec = AttentionSpec(SCALE, 5, softcap=SOFTCAP)
+    kv = ops.ContiguousKV(k, v, slot_positions=jnp.broadcast_to(slots, (B, T)))
+    want = ops.attention(q, kv, positions, spec, implementation="reference")
     held = jnp.broadcast_to(slots, (B, K, T))
     whole = (k * dirty, v * dirty, held)
     parts = [tuple(x[:, :, :3] for x in whole), tuple(x[:, :, 3:] for x in whole)]
     for given in ([whole], parts):
-        out, weights = jax.jit(lambda given: attention_weights(q, given, **options))(given)
+        out, weights = jax.jit(lambda given: attention_weights(q, given, positions, spec))(given)
         assert weights.shape == (B, K, G, T, T)
         np.testing.assert_allclose(out, want.out, atol=1e-5)
         total = np.asarray(weights.sum(axis=-1))

@@ -16,6 +16,7 @@ import jkv
 from bench.loops import Case
 from jkv import scores
 from jkv.cache import Step
+from jkv.ops import AttentionSpec
 from tests.decoding import texts
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
@@ -104,7 +105,7 @@ def decode(layer, new, start):
     def body(carry, token):
         layer, start = carry
         step = Step.after(start, jnp.ones_like(start), 1)
-        out, layer = layer.attend(*token, step, scale=1.0)
+        out, layer = layer.attend(*token, step, AttentionSpec(1.0))
         return (layer, step.stop), out
 
     (layer, _), out = jax.lax.scan(body, (layer, start), new)

@@ -20,6 +20,7 @@ import jkv
 from jkv.cache import Cache, LayerCache
 from jkv.errors import CacheFullError, UnsupportedError
 from jkv.models import Decoder
+from jkv.ops import AttentionSpec
 from tests.cache import kinds
 
 # Each kind costs a dozen compilations of a whole model, so those that differ from these in their
@@ -220,7 +221,7 @@ def test_padding_is_not_stored(case, model):
     @jax.jit
     def attend(cache, k, v):
         def stack(tokens, step, layers):
-            found = [layer.attend(q, k, v, step, scale=0.3) for layer in layers]
+            found = [layer.attend(q, k, v, step, AttentionSpec(0.3)) for layer in layers]
             return found[0][0].reshape(B, 5, -1), tuple(layer for _, layer in found)
 
         return cache.advance(stack, jnp.zeros((B, 5), jnp.int32), counts)
@@ -463,10 +464,10 @@ def test_dtypes_and_head_dimensions(case, dim, dtype, size):
     def follow(*qkv):
         def chunk(cache, qkv):
             qkv = [x.swapaxes(0, 1) for x in qkv]
-            options = {"scale": scale, "window": case.window, "softcap": softcap}
+            spec = AttentionSpec(scale, case.window, softcap=softcap)
 
             def stack(tokens, step, layers):
-                out, layer = layers[0].attend(*qkv, step, **options)
+                out, layer = layers[0].attend(*qkv, step, spec)
                 return out.reshape(2, size, -1), (layer,)
 
             out, cache = cache.advance(stack, jnp.zeros((2, size), jnp.int32))

@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 import jkv
 from jkv.cache import Cache
 from jkv.cache.evicting import Evicting
+from jkv.ops import AttentionSpec
 from tests.cache.kinds import KINDS
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
@@ -50,7 +51,7 @@ def appended(cache, tokens, counts):
 
     def stack(tokens, step, layers):
         k, v = material(tokens, step.positions)
-        out, layer = layers[0].attend(jnp.zeros_like(k), k, v, step, scale=SHARP)
+        out, layer = layers[0].attend(jnp.zeros_like(k), k, v, step, AttentionSpec(SHARP))
         return out.reshape(*tokens.shape, -1), (layer,)
 
     return cache.advance(stack, tokens, counts)[1]
@@ -70,7 +71,7 @@ def asked(cache, token):
         def stack(tokens, step, layers):
             k, v = material(tokens, step.positions)
             q = jnp.broadcast_to(target, (*k.shape[:2], HEADS, DIM))
-            out, layer = layers[0].attend(q, k, v, step, scale=SHARP)
+            out, layer = layers[0].attend(q, k, v, step, AttentionSpec(SHARP))
             return out.reshape(*tokens.shape, -1), (layer,)
 
         out, _ = cache.advance(stack, token[:, None])

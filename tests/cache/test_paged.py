@@ -16,7 +16,7 @@ from jkv._pytree import replace
 from jkv.cache import Cache, copy_pages
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 from jkv.models import Decoder
-from jkv.ops import choice
+from jkv.ops import AttentionSpec, dispatch
 from jkv.ops.encoded import Affine, Sparse
 from jkv.ops.pages import Tiled
 from jkv.testing import check_kind
@@ -227,7 +227,7 @@ def test_what_nobody_has_is_seen_by_nobody():
     def steps(cache):
         def one(cache, qkv):
             def stack(tokens, step, layers):
-                out, layer = layers[0].attend(*(x[:, None] for x in qkv), step, scale=0.3)
+                out, layer = layers[0].attend(*(x[:, None] for x in qkv), step, AttentionSpec(0.3))
                 return out.reshape(3, 1, -1), (layer,)
 
             out, cache = cache.advance(stack, jnp.zeros((3, 1), jnp.int32))
@@ -493,7 +493,7 @@ def test_pages_as_they_lie_on_a_tpu(bits, dim):
         @jax.jit
         def more(cache, q, k, v, counts):
             def stack(_, step, layers):
-                out, layer = layers[0].attend(q, k, v, step, scale=dim**-0.5)
+                out, layer = layers[0].attend(q, k, v, step, AttentionSpec(dim**-0.5))
                 return out, (layer,)
 
             return cache.advance(stack, jnp.zeros(q.shape[:2], jnp.int32), counts)
@@ -513,7 +513,7 @@ def test_pages_as_they_lie_on_a_tpu(bits, dim):
 
     kind, again = jkv.paged(16, bits=bits), jkv.paged(16, bits=8)
     want, plain = life(kind, again)
-    with choice.target("tpu"):
+    with dispatch.target("tpu"):
         got, held = life(kind, again)
         assert isinstance(held.layers[0].k_pages, Tiled)
     assert held.layers[0].k_pages.shape == plain.layers[0].k_pages.shape

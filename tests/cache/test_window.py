@@ -25,6 +25,7 @@ from jkv.cache import Dense, Step
 from jkv.cache.window import WindowKind
 from jkv.errors import UnsupportedError
 from jkv.models import Decoder, Rope
+from jkv.ops import AttentionSpec
 from jkv.ops.rope import angles, rotate
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
@@ -116,7 +117,7 @@ def attend(rope, window, softcap, layer, q, k, v, start, counts):
         turn = angles(step.positions, rope.frequencies(), rope.magnitude)
         q = rotate(q, *turn, interleaved=rope.interleaved)
         k = rotate(k, *turn, interleaved=rope.interleaved)
-    return layer.attend(q, k, v, step, scale=SCALE, window=window, softcap=softcap)
+    return layer.attend(q, k, v, step, AttentionSpec(SCALE, window, softcap=softcap))
 
 
 def fed(layer, tokens, sizes, rope, window=None, softcap=None):

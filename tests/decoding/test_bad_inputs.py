@@ -728,7 +728,8 @@ AT = jnp.full((2, 1), 4)
 
 
 def attend(q=Q, k=K, v=K, positions=AT, **kwargs):
-    return jkv.ops.attention(q, k, v, positions=positions, **kwargs)
+    spec = jkv.ops.AttentionSpec(0.3, kwargs.pop("window", None))
+    return jkv.ops.attention(q, jkv.ops.ContiguousKV(k, v), positions, spec, **kwargs)
 
 
 bad(

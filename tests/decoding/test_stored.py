@@ -15,7 +15,7 @@ from jkv._pytree import replace
 from jkv.cache.base import Cache, concat
 from jkv.cache.spec import parse
 from jkv.decoding import stored
-from jkv.ops import choice
+from jkv.ops import dispatch
 from jkv.ops.pages import Tiled
 from jkv.store import Device, Disk, Memory, Store
 from jkv.store.packing import converted, pack
@@ -219,7 +219,7 @@ def test_pages_of_a_tpu_and_of_others_are_the_same_entries(kind, dim):
         tables=(jnp.asarray([[2, 0, 3, 1]], jnp.int32),),
     )
     entry = pack(cache)
-    with choice.target("tpu"):
+    with dispatch.target("tpu"):
         there = jkv.store.unpack(entry)
         assert isinstance(there.layers[0].k_pages, Tiled)
         both = concat([new(), there])  # as a batch of one row that is found and one that is not

@@ -10,7 +10,7 @@ import pytest
 
 import jkv
 from jkv.engine.kept import Kept
-from jkv.ops import choice
+from jkv.ops import dispatch
 from jkv.ops.pages import Tiled
 from jkv.store import Disk, Entry, Memory, Store
 from tests.decoding import oracle
@@ -66,7 +66,7 @@ def test_pages_are_kept_alike_however_they_lie_in_memory(lm, alone):
     prompt, want = (np.arange(40) % 11).tolist(), []
     with Store(tiers=[Memory(1 << 24)]) as store:
         for there in (True, False, True):
-            with choice.target("tpu") if there else contextlib.nullcontext():
+            with dispatch.target("tpu") if there else contextlib.nullcontext():
                 # Other pages than before: what is traced keeps its choice.
                 engine = jkv.Engine(lm, pages=16 + there, store=store, **SHAPE | {"page": 16})
                 tiled = isinstance(engine.batch.layers[0].k_pages, Tiled)

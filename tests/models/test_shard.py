@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 import jkv
 from jkv._pytree import replace
 from jkv.decoding import loop
-from jkv.ops import choice
+from jkv.ops import dispatch
 from jkv.ops.pages import Tiled
 from tests.conftest import ROOT
 
@@ -28,6 +28,7 @@ import jkv
 from flax import nnx
 from jkv.cache import heads
 from jkv.cache.protocol import Step
+from jkv.ops import AttentionSpec
 from jax.sharding import NamedSharding
 
 assert len(jax.devices()) == 2
@@ -52,7 +53,7 @@ def life(arrays, cache, mesh):
     for first, new in ((0, 20), (20, 1)):
         def stack(tokens, step, layers):
             q, k, v = (x[:, first : first + new] for x in arrays)
-            out, layer = heads.attend(layers[0], mesh, q, k, v, step, scale=0.4)
+            out, layer = heads.attend(layers[0], mesh, q, k, v, step, AttentionSpec(0.4))
             return out, (layer,)
         out, cache = cache.advance(stack, jnp.zeros((2, new), jnp.int32))
         outs.append(out)
@@ -84,7 +85,8 @@ step = Step.after(jnp.zeros((2,), jnp.int32), jnp.full((2,), 4, jnp.int32), 4)
 q, k, v = (x[:, :4] for x in arrays)
 for head in (0, 3):
     bad = k.at[1, 2, head].set(jnp.nan)
-    after = jax.jit(lambda *a: heads.attend(layer, mesh, *a, step, scale=0.4)[1])(q, bad, v)
+    run = jax.jit(lambda *a: heads.attend(layer, mesh, *a, step, AttentionSpec(0.4))[1])
+    after = run(q, bad, v)
     shards = [np.asarray(s.data) for s in after.broken.addressable_shards]
     assert len(shards) == 2 and all((s == [False, True]).all() for s in shards), head
 print("same")
@@ -210,7 +212,7 @@ def test_rounded_pages_of_a_tpu_are_not_parted():
     def tiled(cache):
         return isinstance(cache.layers[0].k_pages, Tiled)
 
-    with choice.target("tpu"):
+    with dispatch.target("tpu"):
         cache = jkv.init_cache(config, kind, batch=1, slots=64)
         own = jax.eval_shape(lambda: loop.new_cache(config, kind, 1, 64, "float32", mesh))
     assert tiled(cache)

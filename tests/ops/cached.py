@@ -94,7 +94,7 @@ def drawn(case: Case, seed: int = 0) -> tuple[dict[str, Any], np.ndarray, np.nda
         arguments |= {"k": stored[0], "v": stored[1], "slot_positions": told}
     else:
         table, pages = _paged(case, rng, stored, lengths)
-        arguments |= {"k_pages": pages[0], "v_pages": pages[1], "block_table": table}
+        arguments |= {"k": pages[0], "v": pages[1], "block_table": table}
     return arguments, *_oracle(case, np.asarray(q, np.float64), decoded, positions, held)
 
 

@@ -12,14 +12,14 @@ from jkv import ops
 from jkv.errors import UnsupportedError
 from jkv.ops.attention import xla
 from jkv.ops.attention.xla import BLOCK
-from jkv.ops.masks import Mask
+from jkv.ops.masks import AttentionSpec
 from tests import quick
+from tests.ops import calls
 
 # Two buffers: one of several blocks whose last is not full, one of a single block.
 LONG, SHORT = 3 * BLOCK + 16, 48
 IMPLEMENTATIONS = ("xla", "reference")  # that run on a CPU
-STATIC = ("scale", "window", "sinks", "softcap", "implementation")
-attention = jax.jit(ops.attention, static_argnames=STATIC)
+attention = jax.jit(calls.attention, static_argnames=calls.STATIC)
 
 
 def oracle(q, k, v, positions, held, scale=None, window=None, sinks=0, softcap=None):
@@ -250,7 +250,7 @@ def test_derivatives_are_those_of_the_reference(slots, new, groups):
     mix = draw(3, new, 2, groups, 8, slots, seed=9)
 
     def loss(arrays, implementation):
-        part = ops.attention(
+        part = calls.attention(
             *arrays,
             positions=positions,
             lengths=jnp.asarray(lengths),
@@ -285,7 +285,7 @@ def test_what_is_beyond_the_lengths_has_no_part_in_derivatives(slots, new, group
     positions = jnp.asarray(step(lengths, new))
 
     def loss(arrays):
-        part = ops.attention(
+        part = calls.attention(
             *arrays,
             positions=positions,
             lengths=jnp.asarray(lengths),
@@ -309,7 +309,7 @@ def test_second_derivatives():
     positions = jnp.array([[200, 201]])
 
     def curve(scale, implementation):
-        part = ops.attention(q * scale, k, v, positions=positions, implementation=implementation)
+        part = calls.attention(q * scale, k, v, positions=positions, implementation=implementation)
         return jnp.sum(part.out**2)
 
     second = jax.jit(jax.grad(jax.grad(curve)), static_argnums=1)
@@ -320,7 +320,7 @@ def test_vmap():
     """Over models' layers, say: the same as a loop, also where positions differ."""
     layers = [draw(2, 2, 1, 2, 8, LONG, seed=s) for s in range(3)]
     positions = [jnp.asarray(step(n, 2)) for n in ([5, 300], [1, 0], [LONG, 129])]
-    mapped = jax.jit(jax.vmap(lambda q, k, v, p: ops.attention(q, k, v, positions=p)))
+    mapped = jax.jit(jax.vmap(lambda q, k, v, p: calls.attention(q, k, v, positions=p)))
     got = mapped(*(jnp.stack(x) for x in zip(*layers, strict=True)), jnp.stack(positions))
     for i, (arrays, p) in enumerate(zip(layers, positions, strict=True)):
         want = attention(*arrays, positions=p)
@@ -330,11 +330,11 @@ def test_vmap():
 
 def blocks_walked(slots, positions, **options):
     """The bounds of the loop over blocks, as it computes them from its arguments."""
-    mask = Mask(1.0, options.get("window"), options.get("sinks", 0), None)
+    spec = AttentionSpec(1.0, options.get("window"), options.get("sinks", 0))
     lengths = options.get("lengths")
     lengths = None if lengths is None else jnp.asarray(lengths)
     held = options.get("slot_positions")
-    first, last = xla.block_range(mask, jnp.asarray(positions), held, lengths, slots)
+    first, last = xla.block_range(spec, jnp.asarray(positions), held, lengths, slots)
     return int(first), int(last)
 
 
@@ -357,7 +357,7 @@ def test_the_loop_over_blocks_is_in_the_program():
     """The bounds above are those of a loop, and a short buffer has none."""
     for slots, loops in ((LONG, True), (SHORT, False)):
         arrays = draw(1, 1, 1, 2, 8, slots)
-        lowered = jax.jit(ops.attention).lower(*arrays, positions=jnp.zeros((1, 1), jnp.int32))
+        lowered = jax.jit(calls.attention).lower(*arrays, positions=jnp.zeros((1, 1), jnp.int32))
         assert ("stablehlo.while" in lowered.as_text()) == loops
 
 
@@ -368,7 +368,7 @@ def test_the_cost_follows_the_filled_length():
     A block costs about twice its share of the whole. The bound leaves what others take from a
     machine: the two run in turns, and the best of each counts.
     """
-    attention = jax.jit(ops.attention, compiler_options=quick.OPTIMISED)
+    attention = jax.jit(calls.attention, compiler_options=quick.OPTIMISED)
     sizes = (8 * BLOCK, 256 * BLOCK)
     arrays = {slots: draw(1, 1, 4, 1, 64, slots) for slots in sizes}
     times = dict.fromkeys(sizes, float("inf"))
@@ -385,8 +385,8 @@ def test_what_is_refused():
     q, k, v = draw(1, 1, 2, 2, 4, 8)
     at = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(ValueError, match="3 query heads over 2"):
-        ops.attention(q[:, :, :3], k, v, positions=at)
+        calls.attention(q[:, :, :3], k, v, positions=at)
     with pytest.raises(ValueError, match="window=0"):
-        ops.attention(q, k, v, positions=at, window=0)
+        calls.attention(q, k, v, positions=at, window=0)
     with pytest.raises(UnsupportedError, match="'fast'"):
-        ops.attention(q, k, v, positions=at, implementation="fast")
+        calls.attention(q, k, v, positions=at, implementation="fast")

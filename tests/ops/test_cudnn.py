@@ -6,7 +6,9 @@ float32 too, so that what is around it is compared sharply.
 
 from __future__ import annotations
 
+import dataclasses
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,10 @@ import jkv
 from jkv import ops
 from jkv.cache.none import Chunk
 from jkv.cache.protocol import Step
-from jkv.cache.ring import with_past
 from jkv.errors import UnsupportedError
-from jkv.ops import choice
-from jkv.ops.attention import cudnn
+from jkv.ops import dispatch
+from jkv.ops.attention import OPERATION, cudnn
+from tests.ops import calls
 from tests.ops.test_attention import close, draw, oracle
 
 NEW, DIM = 18, 8
@@ -29,13 +31,22 @@ SHAPE = jax.ShapeDtypeStruct
 SIZES = types.SimpleNamespace(layers=1, kv_heads=1, head_dim=DIM)
 
 
+def offer(monkeypatch, platforms):
+    """Have cuDNN as a candidate on these platforms."""
+    listed = [
+        dataclasses.replace(each, platforms=platforms) if each.name == "cudnn" else each
+        for each in OPERATION.implementations
+    ]
+    monkeypatch.setattr(OPERATION, "implementations", listed)
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     """What would be cuDNN's, by XLA."""
     monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
     monkeypatch.setattr(cudnn, "DTYPES", (*cudnn.DTYPES, "float32"))
     monkeypatch.setattr(cudnn, "installed", lambda: True)
-    monkeypatch.setitem(choice.BEFORE, ("attention", "cpu"), ("cudnn",))
+    offer(monkeypatch, ("cuda", "cpu"))
 
 
 def poisoned(x, counts, value=jnp.nan):
@@ -52,8 +63,8 @@ def test_a_chunk_among_itself(window, poison):
     q, k, v = draw(4, NEW, 2, 3, DIM, NEW)
     step = Step.after(jnp.asarray(start), jnp.asarray(counts), NEW)
     new = [jnp.swapaxes(poisoned(jnp.swapaxes(x, 1, 2), counts, poison), 1, 2) for x in (k, v)]
-    with choice.record() as names:
-        part = ops.attention(q, *new, positions=step.positions, window=window, chunk=True)
+    with dispatch.record() as names:
+        part = calls.attention(q, *new, positions=step.positions, window=window, chunk=True)
     assert names == ["cudnn"]
     positions = np.asarray(step.positions)
     close(part, oracle(q, k, v, positions, positions, window=window))
@@ -68,7 +79,7 @@ def test_derivatives_and_rows_of_rows():
     positions = jnp.broadcast_to(jnp.arange(NEW)[None], (2, NEW))
 
     def loss(arrays, implementation):
-        part = ops.attention(
+        part = calls.attention(
             *arrays, positions=positions, chunk=True, implementation=implementation
         )
         return jnp.sum(part.out**2) + jnp.sum(part.lse)
@@ -107,7 +118,7 @@ def test_kinds(name, stand_in, monkeypatch):
 
         @jax.jit  # not shared between two lives, each of which chooses for itself
         def attend(cache, q, k, v, step):
-            return cache.attend(q, k, v, step, scale=0.3, window=window)
+            return cache.attend(q, k, v, step, ops.AttentionSpec(0.3, window))
 
         for counts, (q, k, v) in zip(CHUNKS, draws, strict=True):
             step = Step.after(start, jnp.asarray(counts), NEW)
@@ -117,11 +128,11 @@ def test_kinds(name, stand_in, monkeypatch):
             start = step.stop
         return outs, cache
 
-    with choice.record() as names:
+    with dispatch.record() as names:
         got, cache = life()
     assert "cudnn" in names
-    monkeypatch.setitem(choice.BEFORE, ("attention", "cpu"), ())
-    with choice.record() as names:
+    offer(monkeypatch, ("cuda",))
+    with dispatch.record() as names:
         want, same = life()
     assert "cudnn" not in names
     for i in range(2):
@@ -137,7 +148,7 @@ def test_pages():
     q, k, v = draw(4, NEW, 1, 2, DIM, NEW)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
     step, _ = cache.admit(NEW, jnp.asarray(CHUNKS[0]))
-    with choice.record() as names:
+    with dispatch.record() as names:
         out, _ = cache.layers[0].attend(q, k, v, step, scale=0.3)
     assert "cudnn" in names
     want, _ = oracle(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), *[step.positions] * 2, scale=0.3)
@@ -150,18 +161,23 @@ def test_nothing_before_is_not_read(stand_in, monkeypatch):
     q, k, v = draw(2, NEW, 1, 2, DIM, NEW)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
 
-    def past():
-        return ops.Partial(out=q * jnp.nan, lse=jnp.zeros(q.shape[:3]))
+    lost = jnp.full((2, 1, 4, DIM), jnp.nan)
+    past = ops.ContiguousKV(lost, lost, lengths=jnp.full((2,), 3))
 
     first, second = (
         Step.after(jnp.asarray(s), jnp.asarray([NEW, 1]), NEW) for s in ([0, 0], [0, 3])
     )
-    run = jax.jit(lambda step: with_past(q, k, v, step, past, scale=0.3).out)
+
+    def out(step):
+        spec = ops.AttentionSpec(0.3)
+        return ops.attention_with_chunk(q, k, v, step.positions, spec, past).out
+
+    run = jax.jit(out)
     assert jnp.isfinite(run(first)).all()
     assert jnp.isnan(run(second)).all()
     # Where all is done by what does both, there is no such branch.
-    monkeypatch.setitem(choice.BEFORE, ("attention", "cpu"), ())
-    plain = jax.jit(lambda step: with_past(q, k, v, step, past, scale=0.3).out)
+    offer(monkeypatch, ("cuda",))
+    plain = jax.jit(lambda step: out(step))
     assert jnp.isnan(plain(first)).all()
 
 
@@ -172,7 +188,7 @@ def shapes(new=512, dim=128, dtype="bfloat16", slots=None):
 
 
 def explained(*arrays, chunk=True, **options):
-    found = ops.explain(*arrays, positions=None, platform="cuda", chunk=chunk, **options)
+    found = calls.explain(*arrays, platform="cuda", chunk=chunk, **options)
     assert (found.name == "cudnn") == ("cudnn" not in found.refused)
     return found.refused.get("cudnn")
 
@@ -198,9 +214,9 @@ def test_what_it_takes(monkeypatch):
     with monkeypatch.context() as flags:
         flags.setenv("XLA_FLAGS", "--xla_allow_excess_precision=false")
         assert "its lse comes rounded" in (explained(*shapes()) or "")
-    monkeypatch.setattr(choice, "capability", lambda: "9.0")
+    monkeypatch.setattr(dispatch, "capability", lambda: "9.0")
     assert explained(*shapes(dim=256)) is None
-    monkeypatch.setattr(choice, "capability", lambda: "7.5")
+    monkeypatch.setattr(dispatch, "capability", lambda: "7.5")
     assert "capability 7.5" in (explained(*shapes()) or "")
     monkeypatch.setattr(cudnn, "installed", lambda: False)
     assert "no JAX for NVIDIA GPUs" in (explained(*shapes()) or "")
@@ -210,11 +226,15 @@ def test_by_name():
     q, k, v = draw(1, NEW, 1, 1, DIM, NEW)
     at = jnp.arange(NEW)[None]
     with pytest.raises(UnsupportedError, match=r"'cudnn', which runs on \['cuda'\]"):
-        ops.attention(q, k, v, positions=at, chunk=True, implementation="cudnn")
-    with choice.target("cuda"), pytest.raises(UnsupportedError, match="float32"):
-        ops.attention(q, k, v, positions=at, chunk=True, implementation="cudnn")
+        calls.attention(q, k, v, positions=at, chunk=True, implementation="cudnn")
+    with dispatch.target("cuda"), pytest.raises(UnsupportedError, match="float32"):
+        calls.attention(q, k, v, positions=at, chunk=True, implementation="cudnn")
     table = jnp.zeros((1, 1), jnp.int32)
-    with pytest.raises(UnsupportedError, match=r"'cudnn'; expected one of.*mosaic_gpu"):
-        ops.paged_attention(q, k, v, table, positions=at, lengths=at[0, :1], implementation="cudnn")
-    with pytest.raises(ValueError, match="chunk=True with 17 slots for 18 queries"):
-        ops.attention(q, k[:, :, 1:], v[:, :, 1:], positions=at, chunk=True)
+    paged: Any = {"positions": at, "lengths": at[0, :1], "implementation": "cudnn"}
+    with (
+        dispatch.target("cuda"),
+        pytest.raises(UnsupportedError, match=r"'cudnn', which cannot do this: tokens of a cache"),
+    ):
+        calls.attention(q, k, v, table, **paged)
+    with pytest.raises(ValueError, match="a chunk of 17 slots for 18 queries"):
+        calls.attention(q, k[:, :, 1:], v[:, :, 1:], positions=at, chunk=True)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jkv import ops
 from jkv._pytree import nbytes
 from jkv.ops.encoded import Affine, Cast, Codec, Encoded, Float8, Sparse, finite
+from tests.ops import calls
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
 
@@ -254,7 +254,7 @@ def test_bytes_by_hand():
 @functools.partial(jax.jit, static_argnames=("implementation", "window", "sinks", "softcap"))
 def attention(q, k, v, held, **options):
     positions = jnp.asarray(np.array([[S - 6, S - 5], [-1, 40]], np.int32))
-    return ops.attention(q, k, v, positions=positions, slot_positions=held, scale=0.7, **options)
+    return calls.attention(q, k, v, positions=positions, slot_positions=held, scale=0.7, **options)
 
 
 @pytest.mark.parametrize("name", ["int8 groups", "int4 channel", "int2", "fp8", "mixed"])

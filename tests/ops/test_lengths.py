@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jkv import ops
+from tests.ops import calls
 from tests.ops.cached import Case, close, drawn
 
 CASES = {
@@ -20,6 +20,6 @@ CASES = {
 def test_lengths_are_not_positions(name, implementation):
     case = CASES[name]
     arguments, out, lse = drawn(case)
-    got = ops.attention(**arguments, **case.options, implementation=implementation)
+    got = calls.attention(**arguments, **case.options, implementation=implementation)
     close(case, got, out, lse)
     assert np.isfinite(np.asarray(got.out)).all()

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from jkv import ops
-from jkv.ops import choice
+from jkv.ops import dispatch
 from jkv.ops.encoded import Affine, Float8, Sparse
-from jkv.ops.masks import Mask
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_gpu import plan
 from jkv.ops.mosaic_gpu.plan import Layout
+from tests.ops import calls
 from tests.ops.cached import Case, close, drawn
 
 VERSION = jax.__version_info__[:2]
@@ -71,15 +72,10 @@ def test_arithmetic(name):
 
     case = CASES[name]
     arguments, out, lse = drawn(case)
-    if case.page is None:
-        from jkv.ops.attention import mosaic_gpu
+    from jkv.ops.attention import mosaic_gpu
 
-        run = mosaic_gpu.attention
-    else:
-        from jkv.ops.paged_attention import mosaic_gpu
-
-        run = mosaic_gpu.paged_attention
-    assert mosaic_gpu.unsupported(**arguments, **case.options) is None
+    run = calls.by(mosaic_gpu.attention)
+    assert mosaic_gpu.unsupported(*calls.operands(**arguments, **case.options)) is None
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     got = jax.jit(functools.partial(run, **case.options, interpret=interpret))(**arguments)
     close(case, got, out, lse)
@@ -142,13 +138,13 @@ def test_every_block_belongs_to_one_program(counts, programs):
     ],
 )
 def test_blocks_outside_of_the_window_are_left_out(window, sinks, want):
-    mask = Mask(1.0, window, sinks, None)
+    spec = AttentionSpec(1.0, window, sinks)
     last = 510 if window == 65 else 511
     positions = jnp.asarray([[last], [-1], [64]])
-    rows = plan.rows(LAYOUT, mask, positions, jnp.asarray([512, 0, 65]), in_order=True)
+    rows = plan.rows(LAYOUT, spec, positions, jnp.asarray([512, 0, 65]), in_order=True)
     assert [tuple(row) for row in np.asarray(rows)[:, :2].tolist()] == want
     assert np.asarray(rows)[:, 2].tolist() == [last + 1, 0, 65]
-    anywhere = plan.rows(LAYOUT, mask, positions, None, in_order=False)
+    anywhere = plan.rows(LAYOUT, spec, positions, None, in_order=False)
     assert np.asarray(anywhere)[:, :3].tolist() == [[8, 0, 512]] * 3
 
 
@@ -199,11 +195,9 @@ def any_version(monkeypatch):
 def test_what_is_supported(any_version, form, dim, new, groups):
     q, k, v = operands(form, new, dim, groups=groups)
     if form == "int4" and dim == 80:  # 40 bytes: no multiple of the 16 that are copied at least
-        assert "80 channels in codes of 4 bits" in any_version.refusal(
-            q, k, v, page=None, slots=512
-        )
+        assert "80 channels in codes of 4 bits" in any_version.refusal(q, ops.ContiguousKV(k, v))
         return
-    assert any_version.refusal(q, k, v, page=None, slots=512) is None
+    assert any_version.refusal(q, ops.ContiguousKV(k, v)) is None
     layout = any_version.layout_of(q, k, v, None, 512)
     assert layout.chunks * layout.columns >= new * groups
     assert layout.stages >= 2
@@ -235,11 +229,11 @@ def test_what_is_supported(any_version, form, dim, new, groups):
 )
 def test_what_is_refused_and_why(changes, why):
     q, k, v = operands(**changes)
-    chosen = ops.explain(q, k, v, positions=None, platform="cuda")
+    chosen = calls.explain(q, k, v, platform="cuda")
     assert chosen.name == "xla"
     assert why in chosen.refused["mosaic_gpu"]
     q, k, v = operands()
-    assert ops.explain(q, k, v, positions=None, platform="cuda").name == "mosaic_gpu"
+    assert calls.explain(q, k, v, platform="cuda").name == "mosaic_gpu"
 
 
 @pytest.mark.usefixtures("any_version")
@@ -257,20 +251,22 @@ def test_what_is_refused_and_why(changes, why):
 )
 def test_pages(any_version, form, page, why):
     q, k, v = operands(form, slots=page)
-    refused = any_version.refusal(q, k, v, page=page, slots=8 * page)
+    table, lengths = (jax.ShapeDtypeStruct(x, jnp.int32) for x in ((2, 8), (2,)))
+    refused = any_version.refusal(q, ops.PagedKV(k, v, table, lengths))
     assert refused is None if why is None else why in refused
 
 
 @pytest.mark.skipif(VERSION >= (0, 11), reason="the kernels are for this version")
 def test_an_older_jax_is_refused():
     q, k, v = operands()
-    chosen = ops.explain(q, k, v, positions=None, platform="cuda")
+    chosen = calls.explain(q, k, v, platform="cuda")
     assert f"JAX {jax.__version__}" in chosen.refused["mosaic_gpu"]
 
 
 def test_another_gpu_is_refused(any_version, monkeypatch):
-    monkeypatch.setattr(choice, "capability", lambda: "8.0")
-    assert "compute capability 8.0" in any_version.refusal(*operands(), page=None, slots=512)
+    monkeypatch.setattr(dispatch, "capability", lambda: "8.0")
+    q, k, v = operands()
+    assert "compute capability 8.0" in any_version.refusal(q, ops.ContiguousKV(k, v))
 
 
 def test_channels_come_back_in_order():
@@ -296,9 +292,9 @@ def test_derivatives_are_those_of_xla(monkeypatch):
 
     def total(q, implementation):
         rest = {**arguments, "q": q, **options, "implementation": implementation}
-        return jnp.sum(ops.attention(**rest).out ** 2)
+        return jnp.sum(calls.attention(**rest).out ** 2)
 
-    with choice.target("cuda"):
+    with dispatch.target("cuda"):
         got = jax.jit(jax.grad(functools.partial(total, implementation="mosaic_gpu")))
         got = got(arguments["q"])
     want = jax.jit(jax.grad(functools.partial(total, implementation="xla")))(arguments["q"])

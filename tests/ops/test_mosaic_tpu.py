@@ -14,17 +14,17 @@ from jax.experimental.pallas import tpu as pltpu
 from jkv import ops
 from jkv._pytree import replace
 from jkv.errors import UnsupportedError
-from jkv.ops import choice
+from jkv.ops import dispatch
 from jkv.ops.attention import mosaic_tpu
 from jkv.ops.attention.weights import attention_weights
 from jkv.ops.encoded import Affine, Cast, Float8, Sparse
-from jkv.ops.masks import Mask
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash, operands
 from jkv.ops.mosaic_tpu import weights as tpu_weights
 from jkv.ops.mosaic_tpu import write as mosaic_write
-from jkv.ops.paged_attention import mosaic_tpu as paged_tpu
 from jkv.ops.pages import Tiled, _sent, empty, put
 from jkv.ops.write import write, write_last, write_runs
+from tests.ops import calls
 from tests.ops.test_attention import oracle
 
 pytestmark = pytest.mark.slow  # a minute in the interpreter: once is enough, on one version of JAX
@@ -33,9 +33,9 @@ BLOCK, SLOTS, B = 128, 320, 2  # two blocks and half of one
 EDGES = ([0, 1], [BLOCK - 1, BLOCK], [BLOCK + 1, SLOTS])
 RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 NAN, NAN16 = np.nan, 0x7FC0  # and its bits in bfloat16
-STATIC = ("scale", "window", "sinks", "softcap", "interpret")
-attention = jax.jit(mosaic_tpu.attention, static_argnames=STATIC)
-paged = jax.jit(paged_tpu.paged_attention, static_argnames=STATIC)
+attention = paged = jax.jit(
+    calls.by(mosaic_tpu.attention), static_argnames=(*calls.SPEC, "interpret")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +241,7 @@ def test_encoded_pages(monkeypatch):
     q, table, lengths = jnp.asarray(q), jnp.asarray(table), jnp.asarray([150, 384])
     arguments: Any = {"positions": jnp.asarray(last([150, 384], 1)), "lengths": lengths}
     got = paged(q, k, v, table, scale=0.1, interpret=True, **arguments)
-    want = ops.paged_attention(q, k, v, table, scale=0.1, implementation="reference", **arguments)
+    want = calls.attention(q, k, v, table, scale=0.1, implementation="reference", **arguments)
     np.testing.assert_allclose(got.out, want.out, atol=1e-5)
     np.testing.assert_allclose(got.lse, want.lse, atol=1e-5)
 
@@ -256,7 +256,7 @@ def small_pages(codecs, pages, table, lengths):
     for row, n in zip(table, lengths, strict=True):
         for c, number in enumerate(row):
             used[number] |= (number >= 0) & (c * page + np.arange(page) < n)
-    with choice.target("tpu"):
+    with dispatch.target("tpu"):
         held = empty(codecs, count, heads, page, dim, "float32")
     made, meant = [], []
     for pool, x, codec in zip(held, pages, codecs, strict=True):
@@ -298,7 +298,7 @@ def test_small_pages(monkeypatch, name):
         "scale": 0.1,
     } | options
     got = paged(q, k, v, table, interpret=True, **arguments)
-    want = ops.paged_attention(
+    want = calls.attention(
         jnp.asarray(q), kp, vp, jnp.asarray(table), implementation="reference", **arguments
     )
     np.testing.assert_allclose(got.out, want.out, atol=2e-5)
@@ -308,7 +308,7 @@ def test_small_pages(monkeypatch, name):
 @pytest.mark.usefixtures("interpreted")
 def test_pages_are_sent():
     """Into their places, and into none where there is none."""
-    with choice.target("tpu"):
+    with dispatch.target("tpu"):
         pool, _ = empty((Affine(4), Affine(4)), 5, 2, 16, 64, "float32")
     x = np.random.default_rng(0).normal(size=(3, 2, 16, 64)).astype(np.float32)
     new, at = pool.of(encoded(Affine(4), x)), jnp.asarray([3, -1, 0])
@@ -323,9 +323,9 @@ def test_blocks_that_nobody_sees_are_not_fetched(window, sinks):
     """A step beyond a row's last block names it again, which fetches nothing."""
     lengths = [1, 127, 128, 129, 640, 1000]
     plan = flash.Plan(1, 1, 1, BLOCK, first=-(-sinks // BLOCK), pages=1)
-    mask = Mask(1.0, window, sinks, None)
+    spec = AttentionSpec(1.0, window, sinks)
     info, steps = flash.scalars_of(
-        plan, mask, jnp.asarray(last(lengths, 1)), jnp.asarray(lengths), in_order=True
+        plan, spec, jnp.asarray(last(lengths, 1)), jnp.asarray(lengths), in_order=True
     )
     counts = []
     for b, n in enumerate(lengths):
@@ -353,7 +353,7 @@ def interpreted(monkeypatch):
     for name in ("write_run", "write_pages"):
         put = functools.partial(getattr(mosaic_write, name), interpret=True)
         monkeypatch.setattr(mosaic_write, name, put)
-    monkeypatch.setattr(choice, "platforms", lambda: ("tpu",))
+    monkeypatch.setattr(dispatch, "platforms", lambda: ("tpu",))
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -362,7 +362,7 @@ def test_derivatives_and_vmap():
     call: Any = {"positions": jnp.asarray(last([100, 7], 1)), "lengths": jnp.asarray([100, 7])}
 
     def loss(name, q, k, v):
-        part = ops.attention(q, k, v, implementation=name, **call)
+        part = calls.attention(q, k, v, implementation=name, **call)
         return jnp.sum(part.out**2) + jnp.sum(part.lse)
 
     def all_of(name):
@@ -430,7 +430,7 @@ def test_writes_are_those_of_the_cpu(monkeypatch):
         )
 
     want = both()
-    monkeypatch.setattr(choice, "platforms", lambda: ("tpu", "cpu"))
+    monkeypatch.setattr(dispatch, "platforms", lambda: ("tpu", "cpu"))
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, tpu, **_: tpu(*a))
     for got, wanted in zip(both(), want, strict=True):
         np.testing.assert_array_equal(got, wanted)
@@ -480,15 +480,15 @@ KEYS = shape(1, 2, 256, 64)
     ],
 )
 def test_what_is_not_for_the_kernel_says_why(q, k, v, options, why):
-    chosen = ops.explain(q, k, v, positions=shape(1, 1, dtype="int32"), platform="tpu", **options)
+    chosen = calls.explain(q, k, v, platform="tpu", **options)
     assert chosen.name == "xla"
     assert why in chosen.refused["mosaic_tpu"]
 
 
 def test_what_is_for_the_kernel():
-    q, at = shape(1, 1, 2, 64), shape(1, 1, dtype="int32")
+    q = shape(1, 1, 2, 64)
     for k, v in ((KEYS, KEYS), (form(Affine(8)), form(Float8())), [form(c) for c in INT4]):
-        assert ops.explain(q, k, v, positions=at, platform="tpu").name == "mosaic_tpu"
+        assert calls.explain(q, k, v, platform="tpu").name == "mosaic_tpu"
 
 
 @pytest.mark.parametrize(
@@ -519,9 +519,9 @@ def test_weights_are_by_kernels_where_there_are_some():
 
         def call(q, held, positions, places):
             part = (held, held, places)
-            return attention_weights(q, [part], positions=positions, scale=1.0)
+            return attention_weights(q, [part], positions, AttentionSpec(1.0))
 
-        with choice.target("tpu"), choice.record() as found:
+        with dispatch.target("tpu"), dispatch.record() as found:
             jax.eval_shape(call, q, held, *at)
         return found
 
@@ -537,8 +537,8 @@ def test_pages_of_codes(codecs, least):
 
     def chosen(page):
         pages = [form(codec, page) for codec in codecs]
-        call: Any = {"positions": shape(1, 1), "lengths": shape(1), "platform": "tpu"}
-        return ops.explain_paged(shape(1, 1, 2, 64), pages[0], pages[1], shape(1, 8), **call)
+        where: Any = {"lengths": shape(1), "platform": "tpu"}
+        return calls.explain(shape(1, 1, 2, 64), *pages, shape(1, 8), **where)
 
     assert f"in pages of multiples of {least}" in chosen(least // 2).refused["mosaic_tpu"]
     assert chosen(least).name == "mosaic_tpu"
@@ -550,19 +550,9 @@ def test_pages_of_codes(codecs, least):
 )
 def test_pages_that_are_not_for_the_kernel(page, dim, table, why):
     pages = shape(9, 2, page, dim)
-    call: Any = {"positions": shape(1, 1), "lengths": shape(1), "scale": 1.0}
-    assert why in str(
-        paged_tpu.unsupported(shape(1, 1, 2, dim), pages, pages, shape(1, table), **call)
+    call = calls.operands(
+        shape(1, 1, 2, dim), pages, pages, shape(1, table), positions=shape(1, 1), lengths=shape(1)
     )
+    assert why in str(mosaic_tpu.unsupported(*call))
     with pytest.raises(UnsupportedError, match="mosaic_tpu"):
-        choice.run(
-            "paged_attention",
-            "mosaic_tpu",
-            {
-                "q": shape(1, 1, 2, dim),
-                "k_pages": pages,
-                "v_pages": pages,
-                "block_table": shape(1, table),
-                **call,
-            },
-        )
+        ops.attention(*call, implementation="mosaic_tpu")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jkv.ops.encoded import Affine
-from jkv.ops.masks import Mask
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash
 from tests.ops.test_mosaic_tpu import (
     BLOCK,
@@ -107,8 +107,8 @@ def test_pages(lengths, at):
 def test_blocks_past_what_is_filled_or_asked_for_are_not_fetched(lengths, at):
     plan = flash.Plan(2, 1, 1, BLOCK, first=0, pages=1)
     positions = jnp.asarray(at, jnp.int32)
-    mask = Mask(1.0, None, 0, None)
-    info, steps = flash.scalars_of(plan, mask, positions, jnp.asarray(lengths), in_order=True)
+    spec = AttentionSpec(1.0)
+    info, steps = flash.scalars_of(plan, spec, positions, jnp.asarray(lengths), in_order=True)
     for b, (length, last) in enumerate(zip(lengths, np.max(at, axis=1), strict=True)):
         visited = {int(flash._block_of(plan, b, i, info)) for i in range(int(steps))}
         assert visited == {s // BLOCK for s in range(min(length, last + 1))}

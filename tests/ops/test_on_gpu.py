@@ -14,8 +14,8 @@ import pytest
 
 import jkv
 from jkv import ops
-from jkv.ops import choice
-from jkv.ops.paged_attention import paged_attention
+from jkv.ops import dispatch
+from tests.ops import calls
 from tests.ops.cached import CODECS, Case, close, drawn
 
 pytestmark = pytest.mark.skipif(
@@ -31,8 +31,7 @@ FORMS = tuple(CODECS)
 def check(case: Case, seed: int = 0) -> None:
     """The kernel, asked for by name: not supported is an error."""
     arguments, out, lse = drawn(case, seed)
-    run = ops.attention if case.page is None else paged_attention
-    run = jax.jit(functools.partial(run, **case.options, implementation="mosaic_gpu"))
+    run = jax.jit(functools.partial(calls.attention, **case.options, implementation="mosaic_gpu"))
     got = jax.tree.map(np.asarray, run(**arguments))
     close(case, got, out, lse)
     # Once more: nothing is left over from the first call, and no program depends on another.
@@ -118,7 +117,7 @@ def test_a_chunk_among_itself(dtype, window, dim):
         np.where(at < counts[:, None], at + np.array([[0], [7], [5], [90]]), -1)
     )
     k, v = (jnp.where((positions >= 0)[:, None, :, None], x, jnp.nan).astype(dtype) for x in (k, v))
-    run = functools.partial(ops.attention, positions=positions, window=window, chunk=True)
+    run = functools.partial(calls.attention, positions=positions, window=window, chunk=True)
     got = jax.jit(functools.partial(run, implementation="cudnn"))(q, k, v)
     want = jax.jit(functools.partial(run, implementation="reference"))(q, k, v)
     np.testing.assert_allclose(got.out, want.out, atol=1e-2 * float(jnp.abs(want.out).max()))
@@ -152,11 +151,11 @@ def test_chunks_one_after_another(kind, window):
         outs = []
 
         def stack(tokens, step, layers, arrays=(q, k, v), outs=outs):
-            out, layer = layers[0].attend(*arrays, step, scale=0.2, window=window)
+            out, layer = layers[0].attend(*arrays, step, ops.AttentionSpec(0.2, window))
             outs.append((out, step))
             return tokens[..., None].astype(jnp.float32), (layer,)
 
-        with choice.record() as names:
+        with dispatch.record() as names:
             _, cache = cache.advance(stack, tokens, jnp.asarray(counts))
         assert "cudnn" in names
         ((out, step),) = outs
@@ -164,7 +163,7 @@ def test_chunks_one_after_another(kind, window):
         options: Any = {"window": window}
         if kind.startswith("window"):
             options = {"window": 200, "sinks": 4}
-        want = ops.attention(
+        want = calls.attention(
             q,
             keys,
             values,

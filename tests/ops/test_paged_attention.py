@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jkv import ops
 from jkv.errors import UnsupportedError
 from jkv.ops.encoded import Affine, Float8
+from tests.ops import calls
 from tests.ops.test_attention import oracle
 
 B, K, G, H, SLOTS = 3, 2, 3, 8, 192
-STATIC = ("scale", "window", "sinks", "softcap", "implementation")
-paged = jax.jit(ops.paged_attention, static_argnames=STATIC)
+paged = jax.jit(calls.attention, static_argnames=calls.STATIC)
 BOTH = pytest.mark.parametrize("implementation", ["xla", "reference"])
 
 
@@ -160,7 +159,7 @@ def test_the_work_follows_the_tokens_and_not_the_longest_row(monkeypatch):
         where = {"positions": last(lengths, 1), "lengths": lengths}
         # A fresh function: what has been compiled knows no spy.
         jax.block_until_ready(
-            jax.jit(lambda *a, **w: ops.paged_attention(*a, **w))(q, kp, vp, table, **where)
+            jax.jit(lambda *a, **w: calls.attention(*a, **w))(q, kp, vp, table, **where)
         )
         jax.effects_barrier()
         assert sum(steps) == blocks
@@ -172,7 +171,7 @@ def test_nothing_is_gathered_as_a_whole():
     """What is in memory beside the pages is a block of each row."""
     pages = jax.ShapeDtypeStruct((1024, 2, 16, 64), jnp.float32)
     compiled = (
-        jax.jit(ops.paged_attention)
+        jax.jit(calls.attention)
         .lower(
             jax.ShapeDtypeStruct((2, 1, 4, 64), jnp.float32),
             pages,
@@ -197,7 +196,7 @@ def test_derivatives():
     @functools.partial(jax.jit, static_argnums=3)
     def slopes(q, kp, vp, implementation):
         def total(q, kp, vp):
-            part = ops.paged_attention(q, kp, vp, table, **options, implementation=implementation)
+            part = calls.attention(q, kp, vp, table, **options, implementation=implementation)
             return jnp.sum(part.out**2) + jnp.sum(part.lse)
 
         return jax.grad(total, argnums=(0, 1, 2))(q, kp, vp)
@@ -212,12 +211,12 @@ def test_what_cannot_be():
     (kp, table), (vp, _) = cut(k, 64), cut(v, 64)
     q, kp, vp, table = (jnp.asarray(x) for x in (q, kp, vp, table))
     options = {"positions": jnp.full((B, 1), 63), "lengths": jnp.full((B,), 64)}
-    assert ops.explain_paged(q, kp, vp, table, **options, platform="cpu").name == "xla"
+    assert calls.explain(q, kp, vp, table, **options, platform="cpu").name == "xla"
     with pytest.raises(ValueError, match="5 query heads over 2 key/value heads"):
-        ops.paged_attention(q[:, :, :5], kp, vp, table, **options)
+        calls.attention(q[:, :, :5], kp, vp, table, **options)
     with pytest.raises(ValueError, match="window=0"):
-        ops.paged_attention(q, kp, vp, table, **options, window=0)
+        calls.attention(q, kp, vp, table, **options, window=0)
     with pytest.raises(ValueError, match="without columns"):
-        ops.paged_attention(q, kp, vp, table[:, :0], **options)
+        calls.attention(q, kp, vp, table[:, :0], **options)
     with pytest.raises(UnsupportedError, match="expected one of"):
-        ops.paged_attention(q, kp, vp, table, **options, implementation="triton")
+        calls.attention(q, kp, vp, table, **options, implementation="triton")

@@ -1,138 +1,237 @@
 """Attention over a cache: one meaning (`reference`), several implementations, one choice."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Float, Int
 
-from jkv._axes import Array
-from jkv.ops import choice
-from jkv.ops.choice import IMPLEMENTATIONS
-from jkv.ops.encoded import Encoded
-from jkv.ops.partial import Partial
+from jkv._axes import Array, Shaped
+from jkv._text import brief
+from jkv.ops import dispatch
+from jkv.ops.attention import reference, xla, xla_paged
+from jkv.ops.dispatch import Choice, Implementation, fold_rows, lazily
+from jkv.ops.kv import KV, ContiguousKV, PagedKV
+from jkv.ops.masks import AttentionSpec
+from jkv.ops.partial import Partial, merge
 
-__all__ = ["IMPLEMENTATIONS", "attention", "explain"]
+__all__ = ["IMPLEMENTATIONS", "attention", "attention_with_chunk", "explain"]
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+def _anything(q: Any, kv: Any, positions: Any, spec: Any) -> None:
+    """No reason against any case."""
+    del q, kv, positions, spec
+
+
+def _by_xla(q: Array, kv: KV, positions: Array, spec: AttentionSpec) -> Partial:
+    if isinstance(kv, PagedKV):
+        return xla_paged.attention(q, kv, positions, spec)
+    return xla.attention(q, kv, positions, spec)
+
+
+def _fold(operands: Any, batched: Any, size: int) -> tuple[Any, ...] | None:
+    q, kv, positions = operands
+    folded = kv.fold(batched[1], size)
+    if folded is None:
+        return None
+    q, positions = fold_rows((q, positions), (batched[0], batched[2]), size)
+    return q, folded, positions
+
+
+def _kernel(name: str, platform: str, *, only_chunks: bool = False) -> Implementation:
+    module = f"{__name__}.{name}"
+    return Implementation(
+        name,
+        (platform,),
+        lazily(module, "unsupported"),
+        lazily(module, "attention"),
+        only_chunks=only_chunks,
+    )
+
+
+# Best first.
+OPERATION = dispatch.Operation(
+    "attention",
+    [
+        _kernel("cudnn", "cuda", only_chunks=True),
+        _kernel("mosaic_gpu", "cuda"),
+        _kernel("mosaic_tpu", "tpu"),
+        Implementation("xla", dispatch.PLATFORMS, _anything, _by_xla, differentiable=True),
+        Implementation("reference", (), _anything, reference.attention, differentiable=True),
+    ],
+    _fold,
+)
+IMPLEMENTATIONS = OPERATION.names
+
+
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"] | Encoded,
-    v: Float[Array, "B K S H"] | Encoded,
-    *,
+    kv: KV | Sequence[KV],
     positions: Int[Array, "B T"],
-    slot_positions: Int[Array, "B S"] | None = None,
-    lengths: Int[Array, " B"] | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    sinks: int = 0,
-    softcap: float | None = None,
-    chunk: bool = False,
+    spec: AttentionSpec | None = None,
+    *,
     implementation: str | None = None,
 ) -> Partial:
-    """Attention of new tokens over cached ones, as a `Partial` that merges with others.
+    """Attend from new tokens to cached ones, as a `Partial` that merges with others.
 
     Args:
-        q: queries, already rotated.
-        k: keys of the slots; each of the K heads serves N / K query heads. An array, or in a
-            codec's form (`jkv.ops.encoded`), which is read a block at a time and never decoded
-            as a whole.
-        v: values of the slots, likewise.
+        q: queries, already rotated; each of the K key/value heads serves N / K of the N heads.
+        kv: what is attended to, `ContiguousKV` or `PagedKV`, whose keys and values are arrays or
+            in a codec's form (`jkv.ops.encoded`), which is read a block at a time. Several of
+            them, over disjoint tokens, are attended to as one: their partial results merged.
         positions: of the queries; -1 is padding, which sees nothing.
-        slot_positions: of the tokens in the slots, -1 where a slot is empty. Without it slot s
-            holds position s.
-        lengths: only the first `lengths[b]` slots of a row hold anything. Without it all do.
-            What is beyond may be anything, NaN included.
-        scale: of the scores, by default ``1 / sqrt(H)``.
-        window: a query sees the last `window` positions, its own included.
-        sinks: positions below this are seen whatever the window.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2, arXiv:2408.00118).
-        chunk: the slots hold the queries' own tokens, each row's real ones first and in order:
-            `positions` are those of the slots too. A prefill among itself, which some
-            implementations can do and no more.
+        spec: scale, window, sinks and softcap; by default a scale of ``1 / sqrt(H)`` alone.
         implementation: one of `IMPLEMENTATIONS`; by default the best of those that can do this on
             the platform compiled for, see `explain`.
 
     Raises:
-        ValueError: shapes that do not fit together, a window below 1, or slots that are described
-            twice.
+        TypeError: something else in place of `kv` or `spec`.
+        ValueError: shapes that do not fit together.
         UnsupportedError: an implementation of that name does not exist, or cannot do this.
+
+    Example:
+        >>> spec = AttentionSpec(scale=64**-0.5, window=1024)
+        >>> attention(q, ContiguousKV(k, v, lengths=lengths), positions, spec).out
     """
-    arguments = _arguments(
-        q, k, v, positions, slot_positions, lengths, scale, window, sinks, softcap, chunk
-    )
-    return choice.run("attention", implementation, arguments)
+    spec = _checked(q, spec)
+    parts = [
+        OPERATION.run(implementation, (q, one.for_queries(positions), positions), spec)
+        for one in _operands(q, kv)
+    ]
+    return parts[0] if len(parts) == 1 else merge(*parts)
 
 
 def explain(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: Shaped,
+    kv: KV,
+    spec: AttentionSpec | None = None,
     *,
-    positions: Any,
-    slot_positions: Any = None,
-    lengths: Any = None,
-    scale: float | None = None,
-    window: int | None = None,
-    sinks: int = 0,
-    softcap: float | None = None,
-    chunk: bool = False,
     platform: str | None = None,
-) -> choice.Choice:
-    """Which implementation `attention` would choose, and why not those before it in the list.
+) -> Choice:
+    """Return which implementation `attention` would choose, and why not those before it.
 
     Args:
-        q: and the others as for `attention`; shapes (`jax.ShapeDtypeStruct`) do.
+        q: queries; shapes (`jax.ShapeDtypeStruct`) do, also in `kv`.
+        kv: what is attended to.
+        spec: as for `attention`.
         platform: "cuda", "tpu" or "cpu", by default that of this process.
 
     Raises:
-        ValueError: as `attention` does.
+        TypeError, ValueError: as `attention` does.
         UnsupportedError: another platform.
     """
-    arguments = _arguments(
-        q, k, v, positions, slot_positions, lengths, scale, window, sinks, softcap, chunk
-    )
-    return choice.choose("attention", platform, arguments)
+    spec = _checked(q, spec)
+    (one,) = _operands(q, kv)
+    return OPERATION.choose(platform, (q, one, None), spec)
 
 
-def _arguments(
-    q: Any,
-    k: Any,
-    v: Any,
-    positions: Any,
-    slot_positions: Any,
-    lengths: Any,
-    scale: float | None,
-    window: int | None,
-    sinks: int,
-    softcap: float | None,
-    chunk: bool,
-) -> dict[str, Any]:
-    """What every implementation is given, after what none could do."""
-    if q.shape[2] % k.shape[1]:
-        raise ValueError(
-            f"attention got {q.shape[2]} query heads over {k.shape[1]} key/value heads; "
-            "expected a multiple"
+def attention_with_chunk(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    spec: AttentionSpec,
+    past: KV | Sequence[KV] = (),
+    *,
+    written: KV | None = None,
+    since: int = 0,
+) -> Partial:
+    """Attend from a chunk of new tokens to those before it and to itself.
+
+    Each row's real tokens come first and in order, and follow those of `past`.
+
+    Args:
+        q: queries, already rotated.
+        k: keys of the chunk.
+        v: values of the chunk.
+        positions: of the chunk's tokens, -1 for padding.
+        spec: scale, window, sinks and softcap.
+        past: the tokens before the chunk.
+        written: the tokens before it and its own in one operand, where there is one: attended to
+            as it is, unless an implementation is better at the chunk alone.
+        since: the chunk's tokens before this position neither see nor are seen.
+    """
+    own = ContiguousKV.of_chunk(k, v)
+    apart = _is_apart(q, own, spec)
+    if written is not None and not apart:
+        return attention(q, written, positions, spec)
+    past = _operands(q, past)
+    if since and apart:
+        part = _shifted(q, k, v, positions, spec, since)
+    elif since:
+        positions = jnp.where(positions >= since, positions, -1)
+        part = attention(q, ContiguousKV(own.k, own.v, slot_positions=positions), positions, spec)
+    else:
+        part = attention(q, own, positions, spec)
+    if not past:
+        return part
+
+    def merged() -> Partial:
+        return merge(attention(q, past, positions, spec), part)
+
+    if not apart:
+        return merged()
+    # Before most prefills there is nothing, and not even a ring is to be walked. Only here, since
+    # on a TPU a branch takes copies of encoded buffers.
+    return lax.cond(jnp.any(positions[:, 0] > 0), merged, lambda: part)
+
+
+def _is_apart(q: Shaped, own: ContiguousKV, spec: AttentionSpec) -> bool:
+    """Whether the best implementation for a chunk alone can attend to nothing else."""
+    return OPERATION.find(explain(q, own, spec).name).only_chunks
+
+
+def _shifted(
+    q: Array, k: Array, v: Array, positions: Array, spec: AttentionSpec, since: int
+) -> Partial:
+    """The chunk's tokens from a position on, brought to the front of each row and back."""
+    new = q.shape[1]
+    skipped = jnp.sum((positions >= 0) & (positions < since), axis=1)
+    offsets = jnp.arange(new, dtype=jnp.int32)[None]
+
+    def moved(x: Array, by: Array) -> Array:
+        at = (offsets + by[:, None]) % new
+        return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 2)), axis=1)
+
+    later = moved(jnp.where(positions >= since, positions, -1), skipped)
+    q, k, v = (moved(x, skipped) for x in (q, k, v))
+    part = attention(q, ContiguousKV.of_chunk(k, v), later, spec)
+    return jax.tree.map(lambda x: moved(x, -skipped), part)
+
+
+def _checked(q: Any, spec: AttentionSpec | None) -> AttentionSpec:
+    if spec is None:
+        return AttentionSpec(scale=q.shape[-1] ** -0.5)
+    if not isinstance(spec, AttentionSpec):
+        raise TypeError(
+            f"attention got spec={brief(spec)}; expected an AttentionSpec, such as "
+            "AttentionSpec(scale=64**-0.5, window=1024)"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"attention got window={window}; expected at least 1, or None for all")
-    if chunk and not (slot_positions is None and lengths is None and k.shape[2] == q.shape[1]):
-        raise ValueError(
-            f"attention got chunk=True with {k.shape[2]} slots for {q.shape[1]} queries, and slots "
-            "that are described otherwise; expected as many, without slot_positions and lengths"
+    return spec
+
+
+def _operands(q: Any, kv: KV | Sequence[KV]) -> list[KV]:
+    found = [kv] if isinstance(kv, ContiguousKV | PagedKV) else kv
+    if not isinstance(found, list | tuple) or not all(
+        isinstance(one, ContiguousKV | PagedKV) for one in found
+    ):
+        raise TypeError(
+            f"attention got kv={brief(kv)}; expected jkv.ops.ContiguousKV(k, v, ...), "
+            "jkv.ops.PagedKV(...), or a list of them"
         )
-    return {
-        "q": q,
-        "k": k,
-        "v": v,
-        "positions": positions,
-        "slot_positions": positions if chunk else slot_positions,
-        "lengths": lengths,
-        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
-        "window": window,
-        "sinks": sinks,
-        "softcap": softcap,
-        "chunk": chunk,
-    }
+    for one in found:
+        if q.shape[2] % one.kv_heads:
+            raise ValueError(
+                f"attention got {q.shape[2]} query heads over {one.kv_heads} key/value heads; "
+                "expected a multiple"
+            )
+        one.check(q)
+    return list(found)

@@ -15,8 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jkv._axes import Array
-from jkv.ops import choice
+from jkv._axes import Array, Shaped
+from jkv.ops import dispatch
+from jkv.ops.encoded import Encoded
+from jkv.ops.kv import KV, ContiguousKV
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.partial import Partial
 
 FEW = 16  # new tokens for which it is not worth a call of its own
@@ -24,27 +27,19 @@ DTYPES = ("bfloat16", "float16")
 IMPLEMENTATION: Any = "cudnn"  # of `jax.nn.dot_product_attention`; tests have another
 
 
-def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    positions: Array,
-    scale: float,
-    window: int | None = None,
-    **_: Any,
-) -> Partial:
-    """See `jkv.ops.attention`, with `chunk`."""
+def attention(q: Array, kv: ContiguousKV, positions: Array, spec: AttentionSpec) -> Partial:
+    """Attend from a chunk to itself, see `jkv.ops.attention`."""
     # Padding comes after all that is real: no real query looks so far, and what padding sees is
     # not used. But a weight of zero leaves NaN what it is.
     real = (positions >= 0)[..., None]
-    k, v = (jnp.where(real[..., None], jnp.swapaxes(x, 1, 2), 0) for x in (k, v))
+    k, v = (jnp.where(real[..., None], jnp.swapaxes(x, 1, 2), 0) for x in (kv.k, kv.v))  # pyright: ignore[reportArgumentType]
+    window = spec.window
     within = None if window is None or window >= q.shape[1] else (window - 1, 0)
     out, lse = jax.nn.dot_product_attention(
         q,
         k,
         v,
-        scale=scale,
+        scale=spec.scale,
         is_causal=True,
         local_window_size=within,
         implementation=IMPLEMENTATION,
@@ -60,28 +55,21 @@ def attention(
     )
 
 
-def unsupported(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    chunk: bool = False,
-    window: int | None = None,
-    sinks: int = 0,
-    softcap: float | None = None,
-    **_: Any,
-) -> str | None:
-    """Why this implementation cannot do this, in words, or None."""
-    if not chunk:
+def unsupported(q: Shaped, kv: KV, positions: Shaped | None, spec: AttentionSpec) -> str | None:
+    """Return why this implementation cannot do this, or None."""
+    del positions
+    if not isinstance(kv, ContiguousKV) or not kv.chunk:
         return "tokens of a cache (it is for a chunk's attention among itself)"
     if q.shape[1] <= FEW:
         return f"{q.shape[1]} new tokens (it is for more than {FEW})"
-    names = [str(x.dtype) for x in (q, k, v)]
+    if isinstance(kv.k, Encoded) or isinstance(kv.v, Encoded):
+        return "keys or values in a codec's form"
+    names = [str(x.dtype) for x in (q, kv.k, kv.v)]
     if names[0] not in DTYPES or len(set(names)) > 1:
         return f"{', '.join(names)} (cuDNN takes {' or '.join(DTYPES)}, one for all)"
-    if softcap is not None:
+    if spec.softcap is not None:
         return "a softcap (cuDNN has none)"
-    if sinks and window is not None and window < q.shape[1]:
+    if spec.sinks and spec.window is not None and spec.window < q.shape[1]:
         return "sinks beside a window (cuDNN has none)"
     return _refused(q.shape[-1])
 
@@ -92,7 +80,7 @@ def _refused(dim: int) -> str | None:
         return "no JAX for NVIDIA GPUs is installed, which brings cuDNN"
     if "xla_allow_excess_precision=false" in os.environ.get("XLA_FLAGS", "").lower():
         return "xla_allow_excess_precision is off, with which its lse comes rounded"
-    found = choice.capability()
+    found = dispatch.capability()
     major = 0 if found is None else int(found.split(".")[0])
     if found is not None and major < 8:
         return f"a GPU of compute capability {found} (cuDNN's is for 8.0 and later)"

@@ -1,46 +1,29 @@
 """Attention over the cache on Hopper GPUs: split over programs by what is filled, one launch and a
-small one that merges. See `jkv.ops.mosaic_gpu`.
+small one that merges; each page is copied from where it lies. See `jkv.ops.mosaic_gpu`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from jkv._axes import Array
-from jkv.ops.masks import Mask
+from jkv._axes import Array, Shaped
+from jkv.ops.kv import KV, PagedKV
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_gpu import call
+from jkv.ops.pages import Tiled
 from jkv.ops.partial import Partial
 
 
 def attention(
-    q: Array,
-    k: Any,
-    v: Any,
-    *,
-    positions: Array,
-    slot_positions: Array | None,
-    lengths: Array | None,
-    scale: float,
-    window: int | None = None,
-    sinks: int = 0,
-    softcap: float | None = None,
-    chunk: bool = False,
-    interpret: Any = False,
+    q: Array, kv: KV, positions: Array, spec: AttentionSpec, interpret: Any = False
 ) -> Partial:
     """See `jkv.ops.attention`; `interpret` is that of `plgpu.kernel`."""
-    del chunk
-    return call.attend(
-        q,
-        k,
-        v,
-        positions=positions,
-        lengths=lengths,
-        mask=Mask(scale, window, sinks, softcap),
-        slot_positions=slot_positions,
-        interpret=interpret,
-    )
+    return call.attend(q, kv, positions, spec, interpret=interpret)
 
 
-def unsupported(q: Any, k: Any, v: Any, **_: Any) -> str | None:
-    """Why there is no kernel for these operands, or None."""
-    return call.refusal(q, k, v, page=None, slots=k.shape[2])
+def unsupported(q: Shaped, kv: KV, positions: Shaped | None, spec: AttentionSpec) -> str | None:
+    """Return why there is no kernel for these operands, or None."""
+    del positions, spec
+    if isinstance(kv, PagedKV) and any(isinstance(x, Tiled) for x in (kv.k, kv.v)):
+        return "pages that lie as a TPU wants them"
+    return call.refusal(q, kv)

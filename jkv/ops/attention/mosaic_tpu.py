@@ -2,72 +2,127 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 
-from jkv._axes import Array
-from jkv.ops.masks import Mask
+from jkv._axes import Array, Shaped
+from jkv.ops.encoded import Encoded
+from jkv.ops.kv import KV, ContiguousKV, PagedKV
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash
-from jkv.ops.mosaic_tpu.operands import LANES, operand
+from jkv.ops.mosaic_tpu.operands import LANES, Leaf, operand, outline
+from jkv.ops.pages import Tiled
 from jkv.ops.partial import Partial
 
+TILES = 16  # pages of a step, each an operand of the kernel
+TABLE = 2**17  # numbers of pages that fit into the memory of scalars
 
-def unsupported(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    positions: Any,
-    slot_positions: Any,
-    lengths: Any,
-    scale: Any,
-    window: Any = None,
-    sinks: Any = 0,
-    softcap: Any = None,
-    chunk: bool = False,
-) -> str | None:
-    """Why this implementation cannot do this, in words, or None."""
-    del positions, slot_positions, lengths, sinks, chunk
-    if k.shape[2] < LANES:
-        return f"{k.shape[2]} slots, fewer than a tile has lanes ({LANES})"
-    return flash.unsupported(q, k, v, scale, window, softcap)
+
+def unsupported(q: Shaped, kv: KV, positions: Shaped | None, spec: AttentionSpec) -> str | None:
+    """Return why this implementation cannot do this, or None."""
+    del positions, spec
+    if isinstance(kv, PagedKV):
+        return flash.unsupported(q, kv) or _unsupported_pages(q, kv)
+    if kv.slots < LANES:
+        return f"{kv.slots} slots, fewer than a tile has lanes ({LANES})"
+    return flash.unsupported(q, kv)
+
+
+def _unsupported_pages(q: Shaped, kv: PagedKV) -> str | None:
+    if math.prod(kv.block_table.shape) > TABLE:
+        return f"a block table of {math.prod(kv.block_table.shape)} pages; up to {TABLE}"
+    tiled = [x.beside for x in (kv.k, kv.v) if isinstance(x, Tiled)]
+    if tiled:
+        alike = len(tiled) == 2 and tiled[0] == tiled[1]
+        return None if alike else "keys and values that do not lie alike"
+    for name, x in (("keys", kv.k), ("values", kv.v)):
+        why = _scattered(name, outline(x, q.dtype), kv.page, x)
+        if why is not None:
+            return why
+    return None
+
+
+def _scattered(name: str, leaves: list[Leaf], page: int, x: Any) -> str | None:
+    """Why a page of an operand is no block of memory, if so.
+
+    An array whose last axis is no whole tile (few channels, steps of a few tokens) XLA lays with
+    the pages side by side, which fills its tiles: a page is then one number of each of many. A
+    cache's own small pages are `Tiled`.
+    """
+    least = 1
+    for leaf in leaves:
+        if leaf.axis == 2 and not leaf.rows:
+            least = max(least, 8 * 4 // leaf.array.dtype.itemsize, LANES // TILES)
+        else:
+            share = leaf.share  # numbers for each slot
+            least = max(least, LANES, LANES * share.denominator // math.gcd(LANES, share.numerator))
+    if page % least:
+        form = type(x).__name__ if isinstance(x, Encoded) else f"{x.shape[3]} channels"
+        return (
+            f"pages of {page} tokens; {name} as {form} are read in pages of multiples of {least}, "
+            "or as `jkv.ops.pages.Tiled`, which a cache's are where that is possible"
+        )
+    return None
 
 
 def attention(
-    q: Array,
-    k: Any,
-    v: Any,
-    *,
-    positions: Array,
-    slot_positions: Array | None,
-    lengths: Array | None,
-    scale: float,
-    window: int | None = None,
-    sinks: int = 0,
-    softcap: float | None = None,
-    chunk: bool = False,
-    interpret: Any = False,
+    q: Array, kv: KV, positions: Array, spec: AttentionSpec, interpret: Any = False
 ) -> Partial:
     """See `jkv.ops.attention`; `interpret` is that of `pl.pallas_call`."""
-    del chunk
+    if isinstance(kv, PagedKV):
+        return _over_pages(q, kv, positions, spec, interpret)
+    return _over_slots(q, kv, positions, spec, interpret)
+
+
+def _over_slots(
+    q: Array, kv: ContiguousKV, positions: Array, spec: AttentionSpec, interpret: Any
+) -> Partial:
     batch, new, heads, _ = q.shape
-    _, kv_heads, slots, _ = k.shape
-    keys, values = operand(k, q.dtype), operand(v, q.dtype)
-    mask = Mask(scale, window, sinks if window is not None else 0, softcap)
-    plan = _plan(new, heads // kv_heads, kv_heads, slots, keys[1], mask)
-    if lengths is None:
-        lengths = jnp.full((batch,), slots, jnp.int32)
+    kv_heads, slots = kv.kv_heads, kv.slots
+    keys, values = operand(kv.k, q.dtype), operand(kv.v, q.dtype)
+    plan = _plan(new, heads // kv_heads, kv_heads, slots, keys[1], spec)
+    lengths = jnp.full((batch,), slots, jnp.int32) if kv.lengths is None else kv.lengths
     lengths = jnp.clip(lengths, 0, slots)
-    info, steps = flash.scalars_of(plan, mask, positions, lengths, slot_positions is None)
-    return flash.flash(q, keys, values, plan, mask, (info,), steps, 0, slot_positions, interpret)
+    info, steps = flash.scalars_of(plan, spec, positions, lengths, kv.slot_positions is None)
+    return flash.flash(q, keys, values, plan, spec, (info,), steps, 0, kv.slot_positions, interpret)
 
 
-def _plan(new: int, groups: int, kv_heads: int, slots: int, leaves: Any, mask: Mask) -> flash.Plan:
+def _plan(
+    new: int, groups: int, kv_heads: int, slots: int, leaves: list[Leaf], spec: AttentionSpec
+) -> flash.Plan:
     heads = flash.heads_of(kv_heads)
     size = flash.slots_of(leaves, kv_heads, slots)
     # Whole tiles of lanes in every array.
     while any(size * leaf.share % LANES for leaf in leaves if leaf.rows):
         size *= 2
-    first = -(-mask.sinks // size)
+    first = -(-spec.sinks // size)
     return flash.Plan(new=new, groups=groups, heads=heads, size=size, first=first, pages=1)
+
+
+def _over_pages(
+    q: Array, kv: PagedKV, positions: Array, spec: AttentionSpec, interpret: Any
+) -> Partial:
+    _, new, heads, _ = q.shape
+    kv_heads, page, columns = kv.kv_heads, kv.page, kv.block_table.shape[1]
+    keys, values = operand(kv.k, q.dtype), operand(kv.v, q.dtype)
+    wanted = flash.slots_of(keys[1], kv_heads, columns * page)
+    beside = kv.k.beside if isinstance(kv.k, Tiled) else 1
+    lanes = LANES * beside
+    whole = lanes // math.gcd(page, lanes)  # pages that fill tiles
+    pages = min(max(wanted // page // whole, 1) * whole, max(TILES // whole, 1) * whole)
+    size = pages * page
+    plan = flash.Plan(
+        new=new,
+        groups=heads // kv_heads,
+        heads=flash.heads_of(kv_heads),
+        size=size,
+        first=-(-spec.sinks // size),
+        pages=pages,
+        beside=beside,
+    )
+    lengths = jnp.clip(kv.lengths, 0, columns * page)
+    info, steps = flash.scalars_of(plan, spec, positions, lengths, True)
+    table = kv.block_table.astype(jnp.int32).reshape(-1)
+    return flash.flash(q, keys, values, plan, spec, (info, table), steps, columns, None, interpret)

@@ -11,9 +11,10 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
-from jkv.ops import choice
+from jkv.ops import dispatch
 from jkv.ops.attention import xla
-from jkv.ops.masks import Mask
+from jkv.ops.dispatch import fold_unless_shared
+from jkv.ops.masks import AttentionSpec
 
 # Keys [B, K, S, H], values [B, K, S, H] and positions [B, K, S], -1 and below where there is none.
 Part = tuple[Array, Array, Array]
@@ -22,13 +23,10 @@ Part = tuple[Array, Array, Array]
 def attention_weights(
     q: Float[Array, "B T N H"],
     parts: Sequence[Part],
-    *,
     positions: Int[Array, "B T"],
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    spec: AttentionSpec,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K G T S"]]:
-    """Attention over the union of some parts, and how much each query looks at each slot.
+    """Attend to the union of some parts, and return how much each query looks at each slot.
 
     Unlike in `jkv.ops.attention`, every key/value head has tokens of its own. The weights are
     written out, as many as queries times slots, so this is for few slots, or few queries.
@@ -38,9 +36,7 @@ def attention_weights(
         parts: keys, values and positions of the slots, each head's own; S counts those of all
             parts, one after another. What lies in an empty slot may be anything, NaN included.
         positions: of the queries; -1 is padding, which sees nothing and has weights of zero.
-        scale: of the scores.
-        window: a query sees the last `window` positions, its own included.
-        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        spec: scale, window, sinks and softcap.
 
     Returns:
         The output and the weights, both float32; a query's weights sum to 1 if it sees anything.
@@ -48,13 +44,12 @@ def attention_weights(
     batch, new, heads, dim = q.shape
     kv_heads = parts[0][0].shape[1]
     groups = heads // kv_heads
-    mask = Mask(scale, window, 0, softcap)
     # Each row and head is a row of its own here: one axis, as in `xla`, and for its reasons.
     at = jnp.repeat(positions, kv_heads, axis=0)
     lines = [[x.reshape(batch * kv_heads, *x.shape[2:]) for x in part] for part in parts]
 
     def attend(q, lines, products, sums):
-        scores = [xla._masked(mask, products(q, k), at, held) for k, _, held in lines]
+        scores = [xla._masked(spec, products(q, k), at, held) for k, _, held in lines]
         weights, total, _ = xla._softmax(jnp.concatenate(scores, axis=-1))
         weights = weights / total
         out, start = jnp.zeros(q.shape, jnp.float32), 0
@@ -80,7 +75,7 @@ def attention_weights(
     kernels = _kernels(rows, *lines[0][:2]) if len(parts) == 1 else None
     if kernels is not None:
         forms["tpu"] = functools.partial(attend, products=kernels[0], sums=kernels[1])
-    choice.note("xla" if kernels is None else "mosaic_tpu")
+    dispatch.note("xla" if kernels is None else "mosaic_tpu")
     out, weights = lax.platform_dependent(rows, lines, **forms)
     out = out.reshape(batch, kv_heads, groups, new, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q.shape), weights.reshape(batch, kv_heads, groups, new, -1)
@@ -98,7 +93,7 @@ def _sums(w: Float[Array, "Z R S"], v: Float[Array, "Z S H"]) -> Float[Array, "Z
 
 def _kernels(q: Array, k: Array, v: Array) -> tuple[Any, Any] | None:
     """Products and sums by kernels for TPUs, if those are compiled for and take such operands."""
-    if "tpu" not in choice.platforms():
+    if "tpu" not in dispatch.platforms():
         return None
     from jkv.ops.mosaic_tpu import weights as tpu  # its language takes a while to import
 
@@ -107,10 +102,10 @@ def _kernels(q: Array, k: Array, v: Array) -> tuple[Any, Any] | None:
 
     # Under `vmap` of more lines, or by what stands beside each kernel.
     def products(q: Array, k: Array) -> Array:
-        return choice.kernel(tpu.products, _products, q=q, k=k)
+        return dispatch.kernel(tpu.products, _products, (q, k), fold=fold_unless_shared(1))
 
     def sums(w: Array, v: Array, held: Array) -> Array:
         del held
-        return choice.kernel(tpu.sums, _sums, w=w, v=v)
+        return dispatch.kernel(tpu.sums, _sums, (w, v), fold=fold_unless_shared(1))
 
     return products, sums

@@ -19,7 +19,8 @@ from jax import lax
 
 from jkv._axes import Array
 from jkv.ops.encoded import Encoded
-from jkv.ops.masks import Mask, visible
+from jkv.ops.kv import ContiguousKV
+from jkv.ops.masks import AttentionSpec, visible
 from jkv.ops.partial import Partial
 
 BLOCK = 128  # slots; measured on the CPU against 64, 256, 512 and 1024
@@ -33,31 +34,17 @@ _PRODUCT: dict[str, Any] = {
 }
 
 
-def attention(
-    q: Array,
-    k: Any,
-    v: Any,
-    *,
-    positions: Array,
-    slot_positions: Array | None,
-    lengths: Array | None,
-    scale: float,
-    window: int | None = None,
-    sinks: int = 0,
-    softcap: float | None = None,
-    chunk: bool = False,
-) -> Partial:
-    """See `jkv.ops.attention`."""
-    del chunk
-    rows = rows_of(q, k.shape[1])
+def attention(q: Array, kv: ContiguousKV, positions: Array, spec: AttentionSpec) -> Partial:
+    """Attend to one buffer of slots per row, see `jkv.ops.attention`."""
+    rows = rows_of(q, kv.kv_heads)
+    slot_positions, lengths = kv.slot_positions, kv.lengths
     # Encoded tokens are decoded a block at a time, never all of them.
-    encoded = isinstance(k, Encoded) or isinstance(v, Encoded)
-    k, v = _merged(k), _merged(v)
-    mask = Mask(scale, window, sinks, softcap)
+    encoded = isinstance(kv.k, Encoded) or isinstance(kv.v, Encoded)
+    k, v = _merged(kv.k), _merged(kv.v)
     form = _walk if encoded else _shortest
 
     def plain(q, k, v):
-        return form(mask, q, k, v, positions, slot_positions, lengths)
+        return form(spec, q, k, v, positions, slot_positions, lengths)
 
     def in_pairs(q, k, v):
         # One query row makes a vector product, for which XLA copies or converts the whole cache
@@ -106,18 +93,18 @@ def _positions_of(slots: Array, slot_positions: Array | None, lengths: Array | N
     return jnp.where(slots[None, :] < lengths[:, None], at, -1)
 
 
-def _scores(mask: Mask, q: Array, k: Array, positions: Array, at: Array) -> Array:
+def _scores(spec: AttentionSpec, q: Array, k: Array, positions: Array, at: Array) -> Array:
     """Masked scores [Z, R, S'] in float32; R counts groups first, then new tokens."""
-    return _masked(mask, jnp.einsum("zrh,zsh->zrs", q, k, **_PRODUCT), positions, at)
+    return _masked(spec, jnp.einsum("zrh,zsh->zrs", q, k, **_PRODUCT), positions, at)
 
 
-def _masked(mask: Mask, products: Array, positions: Array, at: Array) -> Array:
+def _masked(spec: AttentionSpec, products: Array, positions: Array, at: Array) -> Array:
     batch, new = positions.shape
     z, r, _ = products.shape
-    scores = products * mask.scale
-    if mask.softcap is not None:
-        scores = mask.softcap * jnp.tanh(scores / mask.softcap)
-    seen = visible(positions, at, window=mask.window, sinks=mask.sinks)
+    scores = products * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * jnp.tanh(scores / spec.softcap)
+    seen = visible(positions, at, window=spec.window, sinks=spec.sinks)
     seen = jnp.broadcast_to(seen[:, None, None], (batch, z // batch, r // new, *seen.shape[1:]))
     return jnp.where(seen.reshape(z, r, at.shape[1]), scores, -jnp.inf)
 
@@ -140,21 +127,21 @@ def _weighted(weights: Array, v: Array) -> Array:
     return jnp.einsum("zrs,zsh->zrh", weights.astype(v.dtype), v, **_PRODUCT)
 
 
-def _whole(mask, q, k, v, positions, slot_positions, lengths):
+def _whole(spec, q, k, v, positions, slot_positions, lengths):
     """Output [Z, R, H] and log-sum-exp [Z, R], all slots at once."""
     at = _positions_of(
         jnp.arange(k.shape[1], dtype=jnp.int32), slot_positions, lengths, positions.shape[0]
     )
-    weights, total, lse = _softmax(_scores(mask, q, k, positions, at))
+    weights, total, lse = _softmax(_scores(spec, q, k, positions, at))
     return _weighted(weights, _zeroed(v, positions, at)) / total, lse
 
 
-def _whole_in_place(mask, q, k, v, positions, slot_positions, lengths):
+def _whole_in_place(spec, q, k, v, positions, slot_positions, lengths):
     """Like `_whole`, reading the values where they lie."""
     at = _positions_of(
         jnp.arange(k.shape[1], dtype=jnp.int32), slot_positions, lengths, positions.shape[0]
     )
-    weights, total, lse = _softmax(_scores(mask, q, k, positions, at))
+    weights, total, lse = _softmax(_scores(spec, q, k, positions, at))
     return _weighted_in_place(weights, v, positions, at) / total, lse
 
 
@@ -194,22 +181,22 @@ def _softmax(scores: Array) -> tuple[Array, Array, Array]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _shortest(mask, q, k, v, positions, slot_positions, lengths):
+def _shortest(spec, q, k, v, positions, slot_positions, lengths):
     """Like `_whole`, at the cost of what is filled."""
     if k.shape[1] <= BLOCK:
-        return _whole(mask, q, k, v, positions, slot_positions, lengths)
+        return _whole(spec, q, k, v, positions, slot_positions, lengths)
 
     def walk(q, k, v):
-        return _walk(mask, q, k, v, positions, slot_positions, lengths)
+        return _walk(spec, q, k, v, positions, slot_positions, lengths)
 
     def shorter(q, k, v):
         # A block is sliced out of the cache, which costs as much again as reading it: where
         # about half of the buffer or more is to be read, one pass over all of it is quicker.
-        first, last = block_range(mask, positions, slot_positions, lengths, k.shape[1])
+        first, last = block_range(spec, positions, slot_positions, lengths, k.shape[1])
         most = (last - first) * (BLOCK * 5) >= k.shape[1] * 2
 
         def whole(q, k, v):
-            return _whole_in_place(mask, q, k, v, positions, slot_positions, lengths)
+            return _whole_in_place(spec, q, k, v, positions, slot_positions, lengths)
 
         return lax.cond(most, whole, walk, q, k, v)
 
@@ -218,7 +205,7 @@ def _shortest(mask, q, k, v, positions, slot_positions, lengths):
 
 
 @_shortest.defjvp
-def _shortest_jvp(mask, primals, tangents):
+def _shortest_jvp(spec, primals, tangents):
     q, k, v, positions, slot_positions, lengths = primals
     at = _positions_of(
         jnp.arange(k.shape[1], dtype=jnp.int32), slot_positions, lengths, positions.shape[0]
@@ -228,7 +215,7 @@ def _shortest_jvp(mask, primals, tangents):
         # The scores of slots where no query can look are masked, their derivatives are not: zero
         # times the NaN of an empty slot would be the query's.
         k = _zeroed(k, positions, at)
-        return _whole(mask, q, k, v, positions, slot_positions, lengths)
+        return _whole(spec, q, k, v, positions, slot_positions, lengths)
 
     return jax.jvp(whole, (q, k, v), tangents[:3])
 
@@ -271,7 +258,7 @@ class Slots(NamedTuple):
         return _weighted(weights, _zeroed(v, positions, at))
 
 
-def walk(mask: Mask, where: Any, positions: Array, first: Array, last: Array):
+def walk(spec: AttentionSpec, where: Any, positions: Array, first: Array, last: Array):
     """Output [Z, R, H] and log-sum-exp [Z, R] over the blocks `first` to `last` of `where`."""
     size = where.size
 
@@ -282,7 +269,7 @@ def walk(mask: Mask, where: Any, positions: Array, first: Array, last: Array):
         numbers = start + jnp.arange(size, dtype=jnp.int32)
         at = where.at(numbers, positions.shape[0])
         at = jnp.where((numbers >= i * size)[None, :], at, -1)
-        scores = _masked(mask, where.products(start), positions, at)
+        scores = _masked(spec, where.products(start), positions, at)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         shift = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
         weights = jnp.exp(scores - shift[..., None])
@@ -299,15 +286,15 @@ def walk(mask: Mask, where: Any, positions: Array, first: Array, last: Array):
     return out / jnp.where(total == 0, 1.0, total)[..., None], top + jnp.log(total)
 
 
-def _walk(mask, q, k, v, positions, slot_positions, lengths):
+def _walk(spec, q, k, v, positions, slot_positions, lengths):
     where = Slots(q, k, v, slot_positions, lengths)
     first, last = block_range(
-        mask, positions, slot_positions, lengths, where.slots, min(BLOCK, where.slots)
+        spec, positions, slot_positions, lengths, where.slots, min(BLOCK, where.slots)
     )
-    return walk(mask, where, positions, first, last)
+    return walk(spec, where, positions, first, last)
 
 
-def block_range(mask, positions, slot_positions, lengths, slots, size=BLOCK):
+def block_range(spec, positions, slot_positions, lengths, slots, size=BLOCK):
     """First and one past the last block that any query of the pass can see."""
     count = -(-slots // size)  # one that is shorter than a block is one
     if slot_positions is not None:
@@ -317,7 +304,7 @@ def block_range(mask, positions, slot_positions, lengths, slots, size=BLOCK):
     if lengths is not None:
         filled = jnp.minimum(filled, jnp.max(lengths))
     last = jnp.minimum(-(-filled // size), count).astype(jnp.int32)
-    if mask.window is None or mask.sinks:
+    if spec.window is None or spec.sinks:
         return jnp.int32(0), last
-    earliest = jnp.min(jnp.where(positions < 0, slots, positions)) - mask.window + 1
+    earliest = jnp.min(jnp.where(positions < 0, slots, positions)) - spec.window + 1
     return jnp.clip(earliest // size, 0, last).astype(jnp.int32), last

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jkv._axes import Array
+from jkv._axes import Array, Shaped
 from jkv.errors import UnsupportedError
-from jkv.ops import choice
-from jkv.ops.masks import Mask
+from jkv.ops import dispatch
+from jkv.ops.kv import KV, PagedKV
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_gpu import kernel, plan
 from jkv.ops.mosaic_gpu.forms import ByUnit, Coded, Keys, Plain, Values, form, untwice
 from jkv.ops.mosaic_gpu.plan import LANES, Layout
@@ -24,11 +25,13 @@ MOST_NEW = 16  # tokens: more is a prefill
 OLDEST = (0, 11)
 
 
-def refusal(q: Any, k: Any, v: Any, *, page: int | None, slots: int) -> str | None:
-    """Why these operands cannot be done, or None; `slots` are those of a row."""
+def refusal(q: Shaped, kv: KV) -> str | None:
+    """Return why these operands cannot be done, or None."""
+    k, v, slots = kv.k, kv.v, kv.slots
+    page = kv.page if isinstance(kv, PagedKV) else None
     if jax.__version_info__[:2] < OLDEST:
         return f"JAX {jax.__version__} (the kernel is written for 0.11 and later)"
-    capability = choice.capability()
+    capability = dispatch.capability()
     if capability is not None and capability != "9.0":
         return f"a GPU of compute capability {capability} (the kernel is for 9.0, Hopper)"
     if q.shape[1] > MOST_NEW:
@@ -119,7 +122,7 @@ def layout_of(q: Any, k: Any, v: Any, page: int | None, slots: int) -> Layout:
 
 def _shared_bytes(keys: Keys, values: Values, at: Layout) -> int:
     """Shared memory that a program takes."""
-    named = kernel.Call(at, Mask(1.0, None, 0, None), keys, values, True).scratch()
+    named = kernel.Call(at, AttentionSpec(1.0), keys, values, True).scratch()
     specs = jax.tree.leaves([spec for name, spec in named.items() if not name.endswith("here")])
     sizes = [math.prod(spec.shape) * spec.dtype.itemsize for spec in specs]
     return sum(-(-size // 1024) * 1024 for size in sizes) + kernel.REDUCTIONS + 1024
@@ -131,28 +134,23 @@ def _summed(keys: Keys) -> bool:
 
 
 def attend(
-    q: Array,
-    k: Any,
-    v: Any,
-    *,
-    positions: Array,
-    lengths: Array | None,
-    mask: Mask,
-    slot_positions: Array | None = None,
-    table: Array | None = None,
-    interpret: Any = False,
+    q: Array, kv: KV, positions: Array, spec: AttentionSpec, *, interpret: Any = False
 ) -> Partial:
-    """Attention by the kernels, over rows or, with a table [B, M], over pages."""
+    """Run the kernels, over slots or over pages."""
+    k, v = kv.k, kv.v
+    table, page, slot_positions = None, None, None
+    if isinstance(kv, PagedKV):
+        table, page = kv.block_table, kv.page
+    else:
+        slot_positions = kv.slot_positions
     keys, values = _forms(k, v)
     if interpret and not isinstance(keys, Plain):
         keys = dataclasses.replace(keys, interpreted=True)
     if interpret and not isinstance(values, Plain):
         values = dataclasses.replace(values, interpreted=True)
-    page = None if table is None else k.shape[2]
-    slots = k.shape[2] if table is None else table.shape[1] * k.shape[2]
-    at = layout_of(q, k, v, page, slots)
+    at = layout_of(q, k, v, page, kv.slots)
     told = slot_positions is not None
-    rows = plan.rows(at, mask, positions, lengths, not told)
+    rows = plan.rows(at, spec, positions, kv.lengths, not told)
     starts, spans = plan.shares(at, rows[:, 0])
     asked = plan.queries(at, q)
     # Only what needs them: without, all layers of a model share one small array.
@@ -171,7 +169,7 @@ def attend(
         arrays["slots"] = slot_positions.astype(jnp.int32)
     if table is not None:
         arrays["table"] = table.astype(jnp.int32)
-    call = kernel.Call(at, mask, keys, values, told)
+    call = kernel.Call(at, spec, keys, values, told)
     parts = kernel.walk(call, arrays, interpret)
     out, lse = kernel.join(at, parts, spans, interpret)
     if at.height != at.dim:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jkv._axes import Array
-from jkv.ops.masks import Mask
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_gpu.forms import (
     COLUMN,
     ROW,
@@ -44,7 +44,7 @@ class Call:
     """What is static in one call."""
 
     layout: Layout
-    mask: Mask
+    spec: AttentionSpec
     keys: Keys
     values: Values
     told: bool  # whether positions of slots are given
@@ -114,10 +114,10 @@ class _Program:
 
     def start(self, row: Any, block: Any) -> Any:
         """The first slot of a row's block, counted without those that are left out."""
-        mask, size = self.call.mask, self.at.block
-        if mask.window is None or self.call.told:
+        spec, size = self.call.spec, self.at.block
+        if spec.window is None or self.call.told:
             return block * size
-        sinks = min(-(-mask.sinks // size), -(-self.at.slots // size))
+        sinks = min(-(-spec.sinks // size), -(-self.at.slots // size))
         skip = self.refs["rows"][row, 1]
         return (block + jnp.where(block >= sinks, skip, 0)) * size
 
@@ -187,7 +187,7 @@ class _Program:
 
         The latter is None where that is not known beforehand.
         """
-        at, mask, size = self.at, self.call.mask, self.at.block
+        at, spec, size = self.at, self.call.spec, self.at.block
         shape = (size, at.columns)
         filled, last = self.refs["rows"][row, 2], self.refs["rows"][row, 3]
         start = self.start(row, block)
@@ -209,26 +209,26 @@ class _Program:
             held = jnp.where(inside, held + start, FAR)
         held, positions = down(held, shape), across(positions, shape)
         seen = held <= positions
-        if mask.window is not None:
-            near = positions - held < mask.window
-            whole = start > last - mask.window
-            if mask.sinks:
-                near = near | (held < mask.sinks)
-                whole = whole | (start + size <= mask.sinks)
+        if spec.window is not None:
+            near = positions - held < spec.window
+            whole = start > last - spec.window
+            if spec.sinks:
+                near = near | (held < spec.sinks)
+                whole = whole | (start + size <= spec.sinks)
             seen, clean = seen & near, None if clean is None else clean & whole
         return seen, clean
 
     def scores(self, slot: Any, mine: Any, sums: Array, seen: Array) -> Array:
         """Scores [block, columns] in powers of two, -inf for what is not seen."""
-        mask, on = self.call.mask, self.on
+        spec, on = self.call.spec, self.on
         queries = on["q"].at[mine]
         scores = self.call.keys.scores(self.at, on["keys"], slot, on["keys_work"], queries, sums)
-        if mask.softcap is None:
-            scores = scores * (mask.scale * LOG2E)
+        if spec.softcap is None:
+            scores = scores * (spec.scale * LOG2E)
         else:
             # The hardware's tanh is right to three digits only.
-            grown = jnp.exp2(scores * (2 * LOG2E * mask.scale / mask.softcap))
-            scores = (1.0 - 2.0 / (grown + 1.0)) * (mask.softcap * LOG2E)
+            grown = jnp.exp2(scores * (2 * LOG2E * spec.scale / spec.softcap))
+            scores = (1.0 - 2.0 / (grown + 1.0)) * (spec.softcap * LOG2E)
         return jnp.where(seen, scores, -jnp.inf)
 
     def walk(self) -> None:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jkv._axes import Array
-from jkv.ops.masks import Mask
+from jkv.ops.masks import AttentionSpec
 
 LOG2E = math.log2(math.e)
 LANES = 8  # columns of the matrix instruction come in eights
@@ -107,7 +107,7 @@ def multiprocessors() -> int:
 
 def rows(
     layout: Layout,
-    mask: Mask,
+    spec: AttentionSpec,
     positions: Array,
     lengths: Array | None,
     in_order: bool,
@@ -125,10 +125,10 @@ def rows(
     if in_order:
         filled = jnp.minimum(filled, last + 1)
     count = -(-jnp.maximum(filled, 1) // layout.block)
-    if in_order and mask.window is not None:
+    if in_order and spec.window is not None:
         early = jnp.min(jnp.where(positions < 0, layout.slots, positions), axis=1)
-        first = jnp.maximum(early.astype(jnp.int32) - mask.window + 1, 0) // layout.block
-        sinks = min(-(-mask.sinks // layout.block), -(-layout.slots // layout.block))
+        first = jnp.maximum(early.astype(jnp.int32) - spec.window + 1, 0) // layout.block
+        sinks = min(-(-spec.sinks // layout.block), -(-layout.slots // layout.block))
         skip = jnp.maximum(jnp.minimum(first, count - 1) - sinks, 0)
         count -= skip
     return jnp.stack([count, skip, filled, last], axis=1)

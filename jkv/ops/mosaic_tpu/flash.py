@@ -21,8 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jkv._axes import Array
-from jkv.ops.masks import Mask
+from jkv._axes import Array, Shaped
+from jkv.ops.kv import KV
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu.operands import Dense, Leaf, product, refusal, thirds
 from jkv.ops.mosaic_tpu.write import where_it_is
 from jkv.ops.partial import Partial
@@ -55,8 +56,9 @@ def rows_of(plan: Plan) -> int:
     return -(-plan.new * plan.groups // SUBLANES) * SUBLANES
 
 
-def unsupported(q: Any, k: Any, v: Any, scale: Any, window: Any, softcap: Any) -> str | None:
-    """Why the kernel cannot do this, if so: for contiguous operands and pages alike."""
+def unsupported(q: Shaped, kv: KV) -> str | None:
+    """Return why the kernel cannot do this, or None: for contiguous operands and pages alike."""
+    k, v = kv.k, kv.v
     _, new, heads, dim = q.shape
     if new > MOST_NEW:
         return f"{new} new tokens; it is for up to {MOST_NEW}"
@@ -66,8 +68,6 @@ def unsupported(q: Any, k: Any, v: Any, scale: Any, window: Any, softcap: Any) -
         return f"a head dimension of {dim}; expected a multiple of 16 from 64 to 256"
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"queries in {q.dtype}"
-    if any(isinstance(x, jax.Array) for x in (scale, window, softcap)):
-        return "a scale, window or softcap that is not known when it is compiled"
     return refusal("keys", k, q.dtype) or refusal("values", v, q.dtype)
 
 
@@ -92,7 +92,7 @@ def flash(
     keys: tuple[Any, list[Leaf]],
     values: tuple[Any, list[Leaf]],
     plan: Plan,
-    mask: Mask,
+    spec: AttentionSpec,
     scalars: tuple[Array, ...],
     steps: Array,
     table: int,
@@ -106,7 +106,7 @@ def flash(
         keys: how they are read, and their arrays.
         values: likewise.
         plan: sizes.
-        mask: what is seen.
+        spec: what is seen.
         scalars: what is fetched before the kernel starts, see `scalars_of`; then the block table.
         steps: blocks of the longest row.
         table: pages of a row in the block table, 0 without one.
@@ -140,7 +140,7 @@ def flash(
         inputs += [slot_positions]
     out, lse = pl.pallas_call(
         functools.partial(
-            _kernel, plan, mask, keys, values, table, len(scalars), slot_positions is not None
+            _kernel, plan, spec, keys, values, table, len(scalars), slot_positions is not None
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -178,7 +178,7 @@ FIXED = 4  # scalars of a row before the positions of its queries
 
 
 def scalars_of(
-    plan: Plan, mask: Mask, positions: Array, lengths: Array, in_order: bool
+    plan: Plan, spec: AttentionSpec, positions: Array, lengths: Array, in_order: bool
 ) -> tuple[Array, Array]:
     """Scalars of all rows, flat, and the blocks of the longest row.
 
@@ -187,7 +187,7 @@ def scalars_of(
 
     Args:
         plan: sizes.
-        mask: what is seen.
+        spec: what is seen.
         positions: [B, T].
         lengths: [B], at most as many as there are slots.
         in_order: whether slot s holds position s: then blocks before the window can be left out.
@@ -198,9 +198,9 @@ def scalars_of(
     if in_order:
         filled = jnp.minimum(lengths, high + 1)
     last = -(-filled // plan.size)
-    if in_order and mask.window is not None:
+    if in_order and spec.window is not None:
         low = jnp.min(jnp.where(positions < 0, high[:, None], positions), axis=1)
-        start = jnp.clip((low - mask.window + 1) // plan.size, 0, last)
+        start = jnp.clip((low - spec.window + 1) // plan.size, 0, last)
         skipped = jnp.maximum(start - plan.first, 0)
     # Nobody sees anything: no block.
     count = jnp.where(high < 0, 0, last - skipped)
@@ -260,7 +260,7 @@ def _there(plan: Plan, slots: Array, first: Any, columns: int, pages: Any, row: 
 
 def _kernel(
     plan: Plan,
-    mask: Mask,
+    spec: AttentionSpec,
     keys: Any,
     values: Any,
     table: int,
@@ -285,8 +285,8 @@ def _kernel(
     stop = start + plan.size
     # Some query sees every slot of the block.
     full = (not given) & (stop <= jnp.minimum(length, high + 1))
-    if mask.window is not None:
-        full &= (start > high - mask.window) | (stop <= mask.sinks)
+    if spec.window is not None:
+        full &= (start > high - spec.window) | (stop <= spec.sinks)
 
     if scalars > 1:
         for tile in range(plan.pages):
@@ -299,12 +299,12 @@ def _kernel(
             first = lax.div(start, plan.size) * plan.pages
             slots = _there(plan, slots, first, table, refs[1], b)
         held_at = held[-1][pl.ds(lax.rem(b, held[-1].shape[0]), 1), :] if given else slots
-        seen = _seen(plan, mask, info, at, jnp.where(slots < length, held_at, -1))
+        seen = _seen(plan, spec, info, at, jnp.where(slots < length, held_at, -1))
         tiles = iter(held)
         k, v = (_readers(plan, leaves, tiles) for _, leaves in (keys, values))
         for h in range(plan.heads):
             block = [[x for read in reads for x in read(h)] for reads in (k, v)]
-            _head(mask, (keys[0], values[0]), block, q_ref[0, h], seen, h, clean, refs[-3:])
+            _head(spec, (keys[0], values[0]), block, q_ref[0, h], seen, h, clean, refs[-3:])
 
     # Codes stand for numbers, whatever they are: only of dense ones it costs anything to leave out
     # those of slots that nobody sees.
@@ -333,7 +333,7 @@ def _kernel(
         out_ref[0] = acc_ref[...] / some[:, :, :1]
 
 
-def _seen(plan: Plan, mask: Mask, info: Any, at: Any, held: Array) -> Array:
+def _seen(plan: Plan, spec: AttentionSpec, info: Any, at: Any, held: Array) -> Array:
     """Which query rows see which slots, [R, S]: the rule of `jkv.ops.masks`."""
     row = lax.broadcasted_iota(jnp.int32, (rows_of(plan), 1), 0)
     positions = jnp.full(row.shape, -1, jnp.int32)
@@ -341,13 +341,13 @@ def _seen(plan: Plan, mask: Mask, info: Any, at: Any, held: Array) -> Array:
         own = (row >= t * plan.groups) & (row < (t + 1) * plan.groups)
         positions = jnp.where(own, info[at + FIXED + t], positions)
     seen = (held >= 0) & (held <= positions)
-    if mask.window is not None:
-        seen &= (positions - held < mask.window) | (held < mask.sinks)
+    if spec.window is not None:
+        seen &= (positions - held < spec.window) | (held < spec.sinks)
     return seen
 
 
 def _head(
-    mask: Mask,
+    spec: AttentionSpec,
     forms: tuple[Any, Any],
     block: list[list[Array]],
     q: Array,
@@ -360,9 +360,9 @@ def _head(
     acc_ref, top_ref, total_ref = scratch
     (keys, values), (k, v) = forms, block
     used = seen if clean else None
-    scores = keys.products(q, k, used) * mask.scale
-    if mask.softcap is not None:
-        scores = mask.softcap * jnp.tanh(scores / mask.softcap)
+    scores = keys.products(q, k, used) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     scores = jnp.where(seen, scores, -jnp.inf)
     top = top_ref[h][:, :1]
     new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))

@@ -16,39 +16,27 @@ from jax import lax
 
 from jkv._axes import Array
 from jkv.ops.attention import xla
+from jkv.ops.attention.reference import gathered, slot_positions
 from jkv.ops.encoded import Encoded
-from jkv.ops.masks import Mask
-from jkv.ops.paged_attention.reference import gathered, slot_positions
+from jkv.ops.kv import PagedKV
+from jkv.ops.masks import AttentionSpec
 from jkv.ops.pages import taken
 from jkv.ops.partial import Partial
 
 SOME = 2**16  # numbers of keys that are fetched at a time; measured on the CPU
 
 
-def paged_attention(
-    q: Array,
-    k_pages: Any,
-    v_pages: Any,
-    block_table: Array,
-    *,
-    positions: Array,
-    lengths: Array,
-    scale: float,
-    window: int | None = None,
-    sinks: int = 0,
-    softcap: float | None = None,
-) -> Partial:
-    """See `jkv.ops.paged_attention`."""
-    mask = Mask(scale, window, sinks, softcap)
-    rows = xla.rows_of(q, k_pages.shape[1])
-    out, lse = _walked(mask, rows, k_pages, v_pages, block_table, positions, lengths)
+def attention(q: Array, kv: PagedKV, positions: Array, spec: AttentionSpec) -> Partial:
+    """Attend to pages, see `jkv.ops.attention`."""
+    rows = xla.rows_of(q, kv.kv_heads)
+    out, lse = _walked(spec, rows, kv.k, kv.v, kv.block_table, positions, kv.lengths)
     return xla.partial_of(out, lse, q)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _walked(mask, q, k_pages, v_pages, table, positions, lengths):
+def _walked(spec, q, k_pages, v_pages, table, positions, lengths):
     def row(k_pages, v_pages, *own):
-        return _row(mask, k_pages, v_pages, *own)
+        return _row(spec, k_pages, v_pages, *own)
 
     def some_at_once(k_pages, v_pages, *rows):
         batch = some if some > 1 else None
@@ -70,12 +58,12 @@ def _together(pages: Any) -> int:
     return max(SOME // (xla.BLOCK * heads * dim), 1)
 
 
-def _row(mask, k_pages, v_pages, q, table, positions, length):
+def _row(spec, k_pages, v_pages, q, table, positions, length):
     """Output [K, R, H] and log-sum-exp [K, R] of a row's queries."""
     where = _Pages(q, k_pages, v_pages, table, length)
     seers = positions[None]
-    first, last = xla.block_range(mask, seers, None, length[None], where.slots, where.size)
-    return xla.walk(mask, where, seers, first, last)
+    first, last = xla.block_range(spec, seers, None, length[None], where.slots, where.size)
+    return xla.walk(spec, where, seers, first, last)
 
 
 class _Pages(NamedTuple):
@@ -143,13 +131,13 @@ class _Pages(NamedTuple):
 
 
 @_walked.defjvp
-def _walked_jvp(mask, primals, tangents):
+def _walked_jvp(spec, primals, tangents):
     q, k_pages, v_pages, table, positions, lengths = primals
     at = slot_positions(table, k_pages.shape[2])
 
     def whole(q, k_pages, v_pages):
         k, v = (gathered(pages, table) for pages in (k_pages, v_pages))
         k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-        return xla._shortest(mask, q, k, v, positions, at, lengths)
+        return xla._shortest(spec, q, k, v, positions, at, lengths)
 
     return jax.jvp(whole, (q, k_pages, v_pages), tangents[:3])

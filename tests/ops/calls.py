@@ -1,0 +1,51 @@
+"""The operation in plain keywords, of which tests vary one or two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jkv import ops
+
+SPEC = ("scale", "window", "sinks", "softcap")
+STATIC = (*SPEC, "chunk", "implementation")
+
+
+def operands(
+    q: Any,
+    k: Any,
+    v: Any,
+    block_table: Any = None,
+    *,
+    positions: Any = None,
+    slot_positions: Any = None,
+    lengths: Any = None,
+    chunk: bool = False,
+    scale: float | None = None,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """Queries, keys and values, positions and spec, as the operation takes them."""
+    spec = ops.AttentionSpec(q.shape[-1] ** -0.5 if scale is None else scale, **options)
+    if block_table is not None:
+        return q, ops.PagedKV(k, v, block_table, lengths), positions, spec
+    return q, ops.ContiguousKV(k, v, lengths, slot_positions, chunk), positions, spec
+
+
+def attention(*arrays: Any, implementation: str | None = None, **options: Any) -> ops.Partial:
+    """`ops.attention` over slots, or with a block table over pages."""
+    return ops.attention(*operands(*arrays, **options), implementation=implementation)
+
+
+def explain(*arrays: Any, platform: str | None = None, **options: Any) -> Any:
+    """`ops.explain` likewise."""
+    q, kv, _, spec = operands(*arrays, **options)
+    return ops.explain(q, kv, spec, platform=platform)
+
+
+def by(function: Callable[..., ops.Partial]) -> Callable[..., ops.Partial]:
+    """The same of an implementation's own function."""
+
+    def call(*arrays: Any, interpret: Any = False, **options: Any) -> ops.Partial:
+        return function(*operands(*arrays, **options), interpret=interpret)
+
+    return call
