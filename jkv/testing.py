@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jkv._text import plural
-from jkv.cache import LayerCache, concat, init_cache
-from jkv.cache.protocol import as_kind
+from jkv._text import brief, plural
+from jkv.cache import CacheKind, concat, init_cache
+from jkv.cache.protocol import as_kind, own_kind_hint
 from jkv.errors import UnsupportedError
+from jkv.ops.masks import AttentionSpec
 
 HEADS, DIM = 2, 16
 SHARP = 6.0  # times the scores: a query sees what it asks for and hardly anything else
@@ -60,9 +61,17 @@ def check_kind(
     Example:
         >>> check_kind(jkv.window(8), sees=lambda q, p: q - 8 < p <= q, rolls_back=False)
     """
-    if kind is None:
-        raise TypeError("check_kind got None; expected a kind such as jkv.dense(), or its text")
-    probe = _Probe(as_kind(kind), sees, tolerance, slots, longest=max(chunks))
+    kind = as_kind(kind)
+    if not isinstance(kind, CacheKind):
+        raise TypeError(
+            f"check_kind got {brief(kind)}; expected a kind such as jkv.dense(), or its text"
+            f"{own_kind_hint(kind)}"
+        )
+    if type(kind).__hash__ is None:
+        raise AssertionError(
+            f"the kind {type(kind).__name__} is not hashable; make it a frozen dataclass"
+        )
+    probe = _Probe(kind, sees, tolerance, slots, longest=max(chunks))
     probe.is_a_value()
     rows = probe.fed(chunks)
     probe.padding_is_not_stored()
@@ -140,7 +149,7 @@ class _Probe:
             )
             q = jnp.broadcast_to(self.keys[asked][:, :, None], k.shape)
             k, v = (jnp.where(real, x, jnp.nan) for x in (k, jnp.asarray(_VALUES)[tokens]))
-            out, layer = layers[0].attend(jnp.where(real, q, 0.0), k, v, step, scale=SHARP)
+            out, layer = layers[0].attend(jnp.where(real, q, 0.0), k, v, step, AttentionSpec(SHARP))
             return out.reshape(*tokens.shape, -1), (layer,)
 
         out, cache = cache.advance(stack, tokens, counts)
@@ -198,13 +207,6 @@ class _Probe:
     def is_a_value(self) -> None:
         cache = self.new(2)
         layer = cache.layers[0]
-        if not isinstance(layer, LayerCache):
-            lacks = [n for n in dir(LayerCache) if n[0] != "_" and not hasattr(layer, n)]
-            raise AssertionError(f"{type(layer).__name__} is no LayerCache: it lacks {lacks}")
-        if type(self.kind).__hash__ is None:
-            raise AssertionError(
-                f"the kind {type(self.kind).__name__} is not hashable; make it a frozen dataclass"
-            )
         leaves, tree = jax.tree.flatten(cache)
         for leaf in leaves:
             if not isinstance(leaf, jax.Array):

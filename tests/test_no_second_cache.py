@@ -17,6 +17,7 @@ import compile_check
 from bench import cases
 from bench.loops import Case
 from jkv._pytree import pytree, static
+from jkv.cache import CacheKind, LayerCache
 from jkv.cache.protocol import Step
 from tests.conftest import ROOT
 
@@ -50,7 +51,7 @@ def test_prefill_copies_nothing(name):
 
 
 @pytree
-class Textbook:
+class Textbook(LayerCache):
     """The cache that everybody writes first: two axes of rows and heads, update, then product."""
 
     keys: jax.Array
@@ -68,8 +69,10 @@ class Textbook:
         weights = jax.nn.softmax(jnp.where(seen, scores, -1e30))
         return jnp.einsum("bkts,bksh->btkh", weights, cache.values), cache
 
+    append = take = resize = crop = concat = to_legacy = None  # a decode loop asks for none
 
-class TextbookKind:
+
+class TextbookKind(CacheKind):
     def init(self, batch, slots, kv_heads, head_dim, dtype):
         shape = (batch, kv_heads, slots, head_dim)
         return Textbook(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots)

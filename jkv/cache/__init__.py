@@ -10,12 +10,13 @@ from jkv.cache.init import init_cache
 from jkv.cache.none import none
 from jkv.cache.paged import Paged, copy_pages, paged
 from jkv.cache.per_layer import per_layer
-from jkv.cache.protocol import LayerCache, Step
+from jkv.cache.protocol import CacheKind, LayerCache, Step, shard_heads
 from jkv.cache.pyramid import pyramid
 from jkv.cache.window import Window, window
 
 __all__ = [
     "Cache",
+    "CacheKind",
     "Dense",
     "Evicting",
     "LayerCache",
@@ -39,6 +40,7 @@ __all__ = [
     "quantized",
     "replace",
     "scores",
+    "shard_heads",
     "sparse",
     "spec",
     "static",

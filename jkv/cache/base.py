@@ -19,7 +19,15 @@ from jkv._text import brief, plural
 from jkv._transfer import intended, transfers
 from jkv.cache import pages
 from jkv.cache.evicting import evicted
-from jkv.cache.protocol import Stack, Step, as_kind, bound, furthest
+from jkv.cache.protocol import (
+    LayerCache,
+    Stack,
+    Step,
+    as_kind,
+    furthest,
+    is_kind,
+    own_kind_hint,
+)
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 
 P = ParamSpec("P")
@@ -80,12 +88,17 @@ class Cache:
     @property
     def grows(self) -> bool:
         """Whether a loop should give it slots as it goes, and not all at the start."""
-        return any(getattr(layer, "grows", False) for layer in self.layers)
+        return any(layer.grows for layer in self.layers)
 
     @property
-    def unbounded(self) -> bool:
-        """Whether every layer lets go of all but so many tokens, however long a row is."""
-        return all(getattr(layer, "unbounded", False) for layer in self.layers)
+    def forgets(self) -> bool:
+        """Whether every layer keeps but so many tokens of a row, however long it is."""
+        return all(layer.retained is not None for layer in self.layers)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether each pass runs over all tokens."""
+        return False
 
     def reach(self, new: int) -> int | None:
         """How far back a token sees in a pass of `new`, itself included; None: without limit."""
@@ -169,7 +182,7 @@ class Cache:
                 "Ask for more slots or fewer tokens"
             )
         for i, layer in enumerate(self.layers):
-            broken = np.flatnonzero(self._broken(layer))
+            broken = np.flatnonzero(self._invalid(layer))
             if len(broken):
                 raise NonFiniteError(
                     f"layer {i} was given NaN or infinity as keys or values of rows "
@@ -178,14 +191,11 @@ class Cache:
                 )
         return self
 
-    def _broken(self, layer: Any) -> np.ndarray:
+    def _invalid(self, layer: LayerCache) -> np.ndarray:
         """Rows [B] of which a layer holds what cannot be rounded."""
-        broken = getattr(layer, "broken", None)
-        broken = np.zeros((0,), bool) if broken is None else np.asarray(broken)
-        if not hasattr(layer, "pool") or not broken.any():
-            return broken
-        table = np.asarray(self.tables[layer.group])
-        return np.any((table >= 0) & broken[np.maximum(table, 0)], axis=1)
+        at = layer.table_index
+        invalid = layer.invalid_rows(None if at is None else self.tables[at])
+        return np.zeros((0,), bool) if invalid is None else np.asarray(invalid)
 
     @_eager
     def crop(self, lengths: Any) -> Cache:
@@ -256,10 +266,10 @@ class Cache:
             CacheFullError: fewer slots than tokens.
         """
         to = as_kind(to)
-        if not hasattr(to, "init"):
+        if not is_kind(to) or to.recomputes:
             raise UnsupportedError(
                 f"convert got {brief(to)}; expected a kind that keeps keys and values, such as "
-                "jkv.dense()"
+                f"jkv.dense(){own_kind_hint(to)}"
             )
         pairs = self.to_legacy()
         held = pairs[0][0].shape[2]
@@ -272,7 +282,7 @@ class Cache:
         layers = []
         for i, (keys, _) in enumerate(pairs):
             batch, heads, _, dim = keys.shape
-            kind = to if config is None else bound(to, config, i)
+            kind = to if config is None else to.bind(config, i)
             layers.append(kind.init(batch, slots, heads, dim, keys.dtype))
         made = Cache.empty(layers, self.batch, slots)
         if any(pool.managed for pool in pages.pools(made.layers)):
@@ -285,7 +295,7 @@ class Cache:
         if held:
             step, refused = made.admit(held, self.lengths)
             layers = tuple(
-                layer.put(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), step)
+                layer.append(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), step)
                 for layer, (keys, values) in zip(layers, pairs, strict=True)
             )
             # Where pages run out, rows are refused.
@@ -324,7 +334,7 @@ class Cache:
             UnsupportedError: no layer rounds what it keeps: `convert` is for those.
         """
         to = as_kind(to)
-        rounding = [hasattr(x, "requantise") and getattr(x, "rounds", True) for x in self.layers]
+        rounding = [layer.rounds for layer in self.layers]
         if not any(rounding):
             raise UnsupportedError(
                 "requantise got a cache of which no layer rounds what it keeps; expected one of "
@@ -371,9 +381,9 @@ class Cache:
 
     def pair(self, layer: Any) -> tuple[Array, Array]:
         """Keys and values of one of the layers, each ``[B, K, S, H]``."""
-        if hasattr(layer, "pool"):
-            return layer.to_legacy(self.lengths, self.tables[layer.group])
-        return layer.to_legacy(self.lengths)
+        if layer.table_index is None:
+            return layer.to_legacy(self.lengths)
+        return layer.legacy_from_table(self.lengths, self.tables[layer.table_index])
 
     @_eager
     def to_legacy(self) -> tuple[tuple[Array, Array], ...]:

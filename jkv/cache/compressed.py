@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief
 from jkv.cache.dense import check_heads, write
-from jkv.cache.protocol import Step, as_kind
+from jkv.cache.protocol import CacheKind, LayerCache, Step, as_kind, shard_heads
 from jkv.cache.ring import Ring
 from jkv.ops.encoded import Affine, Encoded, Float8, Sparse, finite
 from jkv.ops.masks import AttentionSpec
@@ -26,7 +26,7 @@ SLACK = 16
 
 
 @pytree
-class NearFar:
+class NearFar(LayerCache):
     """A layer's keys and values in two parts: the newest tokens exact, all before them encoded.
 
     Tokens leave the near part in whole units (as many as are encoded together) once `recent` newer
@@ -72,7 +72,7 @@ class NearFar:
         at, since = step.positions, self.far(step.start)
         if q.shape[1] == 1:
             # One token overwrites nothing that it sees: written first, nothing is ever copied.
-            stored = self.put(k, v, step)
+            stored = self.append(k, v, step)
             if stored.near is None:
                 part = ops.attention_with_chunk(q, k, v, at, spec, stored._far(step.start))
             else:
@@ -86,7 +86,7 @@ class NearFar:
         out = ops.attention_with_chunk(q, k, v, at, spec, past).out
         return out.astype(q.dtype), self._put(k, v, step, out)
 
-    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> NearFar:
+    def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> NearFar:
         """The new tokens into the near part, and what they push out of it into the far one.
 
         Raises:
@@ -102,7 +102,7 @@ class NearFar:
         numbers = jnp.where(numbers < self.far(step.stop)[:, None] // unit, numbers, -1)
         if result is not None:
             numbers = after(numbers, result)
-        near = None if self.near is None else self.near.put(k, v, step, result)
+        near = None if self.near is None else self.near.append(k, v, step, result)
         # One new token at a time leaves the ring long after it came; of a chunk, part may leave
         # without ever having been in it.
         source = near if k.shape[1] == 1 else self.near
@@ -144,6 +144,20 @@ class NearFar:
         near = _rolled_back(self.near, self.keys, self.values, held, lengths)
         return replace(self, near=near)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it stores codes: it does."""
+        return True
+
+    def invalid_rows(self, table: Int[Array, "B M"] | None) -> Bool[Array, " B"]:
+        """Return the rows that were given NaN or infinity."""
+        del table
+        return self.broken
+
+    def partition_spec(self, axis: str) -> NearFar:
+        """See `LayerCache.partition_spec`."""
+        return shard_heads(self, axis, whole=("broken",))
+
     def requantise(self, to: Any, lengths: Int[Array, " B"]) -> NearFar:
         """The same tokens in another rounding kind: exact ones as they are, others rounded anew.
 
@@ -159,7 +173,7 @@ class NearFar:
         batch, _, heads, dim = keys.shape
         made = to.init(batch, self.slots, heads, dim, self.dtype)
         step = Step.after(jnp.zeros_like(lengths), lengths, keys.shape[1])
-        return replace(made.put(keys, values, step), broken=self.broken)
+        return replace(made.append(keys, values, step), broken=self.broken)
 
     def concat(self, others: Sequence[NearFar]) -> NearFar:
         """The rows of all."""
@@ -256,7 +270,7 @@ def _along(tokens: Array, at: Array, dtype: Any) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class NearFarKind:
+class NearFarKind(CacheKind):
     """See `near_far`, `quantized`, `fp8` and `sparse`: how old keys and values are stored."""
 
     keys: Any  # Codec

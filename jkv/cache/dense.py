@@ -18,13 +18,13 @@ from jkv._pytree import pytree, replace, static
 from jkv._text import brief
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
-from jkv.cache.protocol import Step, check_heads
+from jkv.cache.protocol import CacheKind, LayerCache, Step, check_heads, shard_heads
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.write import write
 
 
 @pytree
-class Dense:
+class Dense(LayerCache):
     """A layer's keys and values, slot s holding the token at position s."""
 
     keys: Array  # [B, K, S, H]
@@ -49,7 +49,7 @@ class Dense:
         Raises:
             ValueError: keys of other heads than the cache was made for.
         """
-        cache = self.put(k, v, step)
+        cache = self.append(k, v, step)
         keys, values = cache.keys, cache.values
         part = ops.attention_with_chunk(
             q,
@@ -62,7 +62,7 @@ class Dense:
         )
         return part.out.astype(q.dtype), cache
 
-    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Dense:
+    def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Dense:
         """Each new token in the slot of its position.
 
         Raises:
@@ -97,16 +97,20 @@ class Dense:
             values=jnp.concatenate([self.values, *(o.values for o in others)]),
         )
 
+    def partition_spec(self, axis: str) -> Dense:
+        """See `LayerCache.partition_spec`."""
+        return shard_heads(self, axis)
+
     def to_legacy(
         self, lengths: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """Keys and values as they are."""
+        """Return keys and values as they are."""
         del lengths
         return self.keys, self.values
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseKind:
+class DenseKind(CacheKind):
     """See `dense`."""
 
     grows: bool = False

@@ -17,7 +17,7 @@ from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache import scores as _scores
-from jkv.cache.protocol import Step, check_heads
+from jkv.cache.protocol import CacheKind, LayerCache, Step, check_heads, shard_heads
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.weights import attention_weights
 from jkv.ops.masks import AttentionSpec
@@ -30,7 +30,7 @@ _MOST = float(np.finfo(np.float32).max)
 
 
 @pytree
-class Evicting:
+class Evicting(LayerCache):
     """A layer's best tokens by a score, each head its own, in any order of slots.
 
     Of equal scores the newest token is kept, whatever slots they are in.
@@ -50,18 +50,18 @@ class Evicting:
         return None
 
     @property
-    def keeps(self) -> int:
+    def retained(self) -> int:
         """Tokens of a row, at most, however long it is."""
         return self.keys.shape[2]
 
     @property
-    def unbounded(self) -> bool:
-        """Whether no token looks back without limit; see `EvictingKind.unbounded`."""
-        return _is_window(self.score, self.sinks)
+    def weighs_tokens(self) -> bool:
+        """Whether it needs the weights of all tokens at once: it does."""
+        return True
 
     def reach(self, new: int) -> int | None:
         """How far back a token sees, itself included: of several new ones, each sees all before."""
-        return self.keeps + new - 1 if self.unbounded else None
+        return self.retained + new - 1 if _is_window(self.score, self.sinks) else None
 
     def attend(
         self,
@@ -90,7 +90,9 @@ class Evicting:
         cache = self._put_many(k, v, step, weights, at, window, out)
         return out.astype(q.dtype), cache
 
-    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Evicting:
+    def append(
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step
+    ) -> Evicting:
         """The new tokens, nobody having looked at any: see each score for what it makes of that.
 
         Raises:
@@ -234,6 +236,19 @@ class Evicting:
             scores=jnp.where(gone, 0.0, self.scores),
         )
 
+    def partition_spec(self, axis: str) -> Evicting:
+        """See `LayerCache.partition_spec`.
+
+        Raises:
+            UnsupportedError: a score of several heads together.
+        """
+        if _scores.compares_heads(self.score):
+            raise UnsupportedError(
+                f"the score {self.score} compares all heads, of which each device sees its own; "
+                "use one of single heads, such as jkv.scores.h2o, or a model that is not sharded"
+            )
+        return shard_heads(self, axis)
+
     def to_legacy(
         self, lengths: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
@@ -314,7 +329,7 @@ def _is_window(score: Any, sinks: int) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvictingKind:
+class EvictingKind(CacheKind):
     """See `evicting`."""
 
     budget: int | tuple[int, ...]
@@ -322,18 +337,16 @@ class EvictingKind:
     recent: int
     sinks: int
 
-    @property
-    def unbounded(self) -> bool:
-        """Whether a model may run past its context: only where what is kept is a window.
-
-        Tokens keep their positions in the text, so a token that is kept for long is looked at
-        from a distance that the model was never trained for.
-        """
-        return _is_window(self.score, self.sinks)
-
     def reach(self, new: int) -> int | None:
-        """How far back a token sees, itself included: of several new ones, each sees all before."""
-        return int(np.max(self.budget)) + new - 1 if self.unbounded else None
+        """Return how far back a token sees: of several new ones, each sees all before.
+
+        There is no limit unless what is kept is a window. Tokens keep their positions in the text,
+        so a token that is kept for long is looked at from a distance that the model was never
+        trained for.
+        """
+        if not _is_window(self.score, self.sinks):
+            return None
+        return int(np.max(self.budget)) + new - 1
 
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Evicting:
         """An empty layer: zeros.
@@ -429,7 +442,7 @@ def evicted(cache: Any, budget: Any, score: Any = None) -> Any:
         batch, heads, held, dim = keys.shape
         step = Step.after(jnp.zeros_like(cache.lengths), cache.lengths, held)
         empty = kind.init(batch, held, heads, dim, keys.dtype)
-        layers.append(empty.put(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), step))
+        layers.append(empty.append(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), step))
     return replace(cache, layers=tuple(layers))
 
 

@@ -15,10 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from jkv._axes import Array
-from jkv.cache.protocol import Step
-from jkv.errors import UnsupportedError
+from jkv.cache.protocol import LayerCache, Step
 from jkv.ops.masks import AttentionSpec
-from jkv.ops.pages import Tiled
 
 
 def mesh_of(model: Any) -> Mesh | None:
@@ -34,8 +32,11 @@ def specs(layers: Any, mesh: Mesh) -> Any:
         mesh: of one axis.
     """
     (axis,) = mesh.axis_names
-    second = PartitionSpec(None, axis)
-    return jax.tree.map(lambda x: second if x.ndim > 1 else PartitionSpec(), layers)
+    return jax.tree.map(
+        lambda layer: layer.partition_spec(axis),
+        layers,
+        is_leaf=lambda x: isinstance(x, LayerCache),
+    )
 
 
 def parted(layers: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
@@ -44,33 +45,12 @@ def parted(layers: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
         return layers
 
     def one(layer: Any) -> Any:
-        if not hasattr(layer, "attend"):
-            return layer  # tokens, of which a model makes keys and values anew
         # Scales of pages as one TPU lays them are lines of all heads.
-        layer = layer.plain() if getattr(layer, "rounds", False) else layer
+        layer = layer.portable() if layer.rounds else layer
         there = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(layer, mesh))
         return jax.tree.map(lax.with_sharding_constraint, layer, there)
 
     return tuple(map(one, layers))
-
-
-def _check(layer: Any) -> None:
-    """Refuse what cannot be parted.
-
-    Raises:
-        UnsupportedError: a score of several heads together, or pages whose scales lie together.
-    """
-    score = getattr(layer, "score", None)
-    if getattr(score, "across_heads", False):
-        raise UnsupportedError(
-            f"the score {score} compares all heads, of which each device sees its own; use one of "
-            "single heads, such as jkv.scores.h2o, or a model that is not sharded"
-        )
-    if isinstance(getattr(layer, "k_pages", None), Tiled) and layer.rounds:
-        raise UnsupportedError(
-            "these pages lie as one TPU wants them, the scales of all heads together; give the "
-            "sharded model a cache whose layers are layer.plain() of these"
-        )
 
 
 def attend(
@@ -98,17 +78,16 @@ def attend(
     """
     if mesh is None:
         return layer.attend(q, k, v, step, spec)
-    _check(layer)
     (axis,) = mesh.axis_names
     heads, held = PartitionSpec(None, None, axis), specs(layer, mesh)
 
     def own(layer: Any, q: Array, k: Array, v: Array, step: Step) -> tuple[Array, Any]:
         out, after = layer.attend(q, k, v, step, spec)
-        return out, jax.tree.map(whole, after)
+        return out, jax.tree.map(whole, after, held)
 
-    def whole(leaf: Array) -> Array:
-        # A flag is raised for all heads by any of them.
-        if leaf.ndim > 1:
+    def whole(leaf: Array, spec: PartitionSpec) -> Array:
+        # What is of all heads, such as a flag, is raised for all by any of them.
+        if axis in spec:
             return leaf
         return lax.pmax(leaf.astype(jnp.int32), axis).astype(leaf.dtype)
 

@@ -8,7 +8,8 @@ from jkv._text import brief
 from jkv._transfer import transfers
 from jkv.cache.base import Cache, _integer
 from jkv.cache.dense import dense
-from jkv.cache.protocol import Shape, as_kind, bound
+from jkv.cache.none import NoneKind
+from jkv.cache.protocol import LayerCache, Shape, as_kind, is_kind, own_kind_hint
 
 
 @transfers
@@ -35,10 +36,10 @@ def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: 
             f"init_cache got a {type(config).__name__}; expected a configuration with layers, "
             f"kv_heads and head_dim{hint}"
         )
-    if isinstance(kind, type) or not (hasattr(kind, "init") or hasattr(kind, "init_cache")):
+    if not is_kind(kind):
         raise TypeError(
             f"init_cache got kind={brief(kind)}; expected a kind such as jkv.dense(), or a text "
-            "such as 'int4'"
+            f"such as 'int4'{own_kind_hint(kind)}"
         )
     try:
         dtype = jnp.dtype(getattr(config, "dtype", jnp.float32) if dtype is None else dtype)
@@ -50,10 +51,16 @@ def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: 
         raise ValueError(
             f"init_cache got dtype={dtype}; expected a floating one, such as float32 or bfloat16"
         )
-    if hasattr(kind, "init_cache"):
+    if isinstance(kind, NoneKind):
         return kind.init_cache(config, batch, slots, dtype)
     layers = [
-        bound(kind, config, i).init(batch, slots, config.kv_heads, config.head_dim, dtype)
+        kind.bind(config, i).init(batch, slots, config.kv_heads, config.head_dim, dtype)
         for i in range(config.layers)
     ]
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, LayerCache):
+            raise TypeError(
+                f"{brief(kind)} made a {type(layer).__name__} for layer {i}; expected a "
+                "jkv.cache.LayerCache"
+            )
     return Cache.empty(layers, batch, slots)

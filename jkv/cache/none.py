@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.cache.base import Cache
-from jkv.cache.protocol import Shape, Stack, Step
+from jkv.cache.protocol import CacheKind, LayerCache, Shape, Stack, Step, shard_heads
 from jkv.errors import UnsupportedError
 from jkv.ops.masks import AttentionSpec
 
+_NO_KEYS = "a cache of kind none() keeps no keys and values to convert or to attend to"
+
 
 @pytree
-class Chunk:
+class Chunk(LayerCache):
     """A layer that keeps nothing: new tokens see each other and no more."""
 
     @property
@@ -39,25 +42,94 @@ class Chunk:
         part = ops.attention_with_chunk(q, k, v, step.positions, spec)
         return part.out.astype(q.dtype), self
 
-    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Chunk:
-        """Nothing is kept."""
+    def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Chunk:
+        """Keep nothing."""
         del k, v, step
+        return self
+
+    def take(self, rows: Int[Array, " R"]) -> Chunk:
+        """Return itself: there are no rows."""
+        del rows
+        return self
+
+    def resize(self, slots: int) -> Chunk:
+        """Return itself: there are no slots."""
+        del slots
+        return self
+
+    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Chunk:
+        """Return itself: there are no tokens."""
+        del held, lengths
+        return self
+
+    def concat(self, others: Sequence[Chunk]) -> Chunk:
+        """Return itself: there are no rows."""
+        del others
+        return self
+
+    def to_legacy(self, lengths: Int[Array, " B"]) -> NoReturn:
+        """Refuse: there are no keys and values to give.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        del lengths
+        raise UnsupportedError(_NO_KEYS)
+
+    def partition_spec(self, axis: str) -> Chunk:
+        """Return itself: there are no leaves."""
+        del axis
         return self
 
 
 @pytree
-class Tokens:
+class Tokens(LayerCache):
     """What a model without a cache has to remember: the tokens themselves, for all layers."""
 
     tokens: Array  # [B, S] int32
     layers: int = static()  # of the model
 
-    grows: ClassVar[bool] = True
+    @property
+    def grows(self) -> bool:
+        """The work of a pass grows with the buffer, so a loop keeps it as short as it can."""
+        return True
 
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold."""
         return self.tokens.shape[1]
+
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        step: Step,
+        spec: AttentionSpec,
+    ) -> NoReturn:
+        """Refuse: there are no keys and values to attend to.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        del q, k, v, step, spec
+        raise UnsupportedError(_NO_KEYS)
+
+    def append(
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step
+    ) -> NoReturn:
+        """Refuse: keys and values are not kept.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        del k, v, step
+        raise UnsupportedError(_NO_KEYS)
+
+    def partition_spec(self, axis: str) -> Tokens:
+        """See `LayerCache.partition_spec`: each device has all tokens."""
+        del axis
+        return shard_heads(self, "", whole=("tokens",))
 
     def take(self, rows: Int[Array, " R"]) -> Tokens:
         """Other rows."""
@@ -84,7 +156,7 @@ class Tokens:
             UnsupportedError: always.
         """
         del lengths
-        raise UnsupportedError("a cache of kind none() keeps no keys and values to convert")
+        raise UnsupportedError(_NO_KEYS)
 
 
 @pytree
@@ -94,8 +166,10 @@ class Recompute(Cache):
     A `Cache` to whoever calls it, so that no model, loop or test needs to know of it.
     """
 
-    # The work of a pass grows with the buffer, so a loop keeps it as short as it can.
-    recomputes: ClassVar[bool] = True
+    @property
+    def recomputes(self) -> bool:
+        """Whether each pass runs over all tokens."""
+        return True
 
     def advance(
         self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, " B"] | None = None
@@ -115,11 +189,29 @@ class Recompute(Cache):
 
 
 @dataclasses.dataclass(frozen=True)
-class NoneKind:
+class NoneKind(CacheKind):
     """See `none`."""
 
-    grows: ClassVar[bool] = True
-    recomputes: ClassVar[bool] = True
+    @property
+    def grows(self) -> bool:
+        """Of the buffer of tokens."""
+        return True
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether each pass runs over all tokens."""
+        return True
+
+    def init(
+        self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> NoReturn:
+        """Refuse: the tokens are those of the whole model, and no layer keeps any.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        del batch, slots, kv_heads, head_dim, dtype
+        raise UnsupportedError("a cache of kind none() has no layers; use jkv.init_cache")
 
     def init_cache(self, config: Shape, batch: int, slots: int, dtype: Any) -> Recompute:
         """An empty history."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jkv import ops
 from jkv._axes import Array
@@ -20,7 +20,15 @@ from jkv.cache import pages
 from jkv.cache.base import Cache
 from jkv.cache.compressed import NearFarKind
 from jkv.cache.pages import Plan, Pool
-from jkv.cache.protocol import Step, as_kind, check_heads
+from jkv.cache.protocol import (
+    CacheKind,
+    LayerCache,
+    Step,
+    as_kind,
+    check_heads,
+    shard_heads,
+    window_of,
+)
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.reference import gathered
 from jkv.ops.encoded import Affine, Encoded
@@ -29,7 +37,7 @@ from jkv.ops.pages import Tiled, arranged, copy, empty, laid, untiled, write_tok
 
 
 @pytree
-class Paged:
+class Paged(LayerCache):
     """A layer's keys and values in pages, which rows have by their cache's block table.
 
     Pages have no axis of rows: all that is done to rows is done to the table. A page in a codec's
@@ -53,9 +61,33 @@ class Paged:
         return Pool(page, count, self.window, self.managed, self.elastic)
 
     @property
+    def table_index(self) -> int:
+        """Which of the cache's block tables is its group's."""
+        return self.group
+
+    @property
     def capacity(self) -> None:
         """The table has it."""
         return None
+
+    def invalid_rows(self, table: Int[Array, "B M"] | None) -> Bool[Array, " B"] | None:
+        """Return the rows of a table of which a page was given NaN or infinity."""
+        if self.broken is None or table is None:
+            return None
+        return jnp.any((table >= 0) & self.broken[jnp.maximum(table, 0)], axis=1)
+
+    def partition_spec(self, axis: str) -> Paged:
+        """See `LayerCache.partition_spec`.
+
+        Raises:
+            UnsupportedError: pages of a TPU, whose scales of all heads lie together.
+        """
+        if self.rounds and isinstance(self.k_pages, Tiled):
+            raise UnsupportedError(
+                "these pages lie as one TPU wants them, the scales of all heads together; give the "
+                "sharded model a cache whose layers are layer.portable() of these"
+            )
+        return shard_heads(self, axis, whole=("broken",))
 
     @property
     def rounds(self) -> bool:
@@ -79,7 +111,7 @@ class Paged:
         plan, one, at = self._plan(step), q.shape[1] == 1, step.positions
         if one or self.window is None:
             # Written first, nothing is ever copied. One token sees no page that leaves its window.
-            stored = self.put(k, v, step)
+            stored = self.append(k, v, step)
             if one and not self.rounds:
                 part = ops.attention(q, stored._kv(plan.table, step.stop), at, spec)
             else:
@@ -92,7 +124,7 @@ class Paged:
         # The pages that leave the window with these tokens may be written by others.
         return out.astype(q.dtype), self._put(k, v, plan, ops.after(plan.into, out))
 
-    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Paged:
+    def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Paged:
         """Each new token in the page that the step has for it.
 
         Raises:
@@ -151,18 +183,25 @@ class Paged:
         """The pages of all."""
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, *others)
 
-    def to_legacy(
-        self, lengths: Int[Array, " B"], table: Int[Array, "B M"] | None = None
-    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """Keys and values of the rows of a table, in order.
+    def to_legacy(self, lengths: Int[Array, " B"]) -> NoReturn:
+        """Refuse: a layer of pages has no table of its own.
 
         Raises:
-            UnsupportedError: no table, or one whose pages have left a window.
+            UnsupportedError: always.
         """
-        if table is None:
-            raise UnsupportedError(
-                "a layer of pages has no table of its own; call to_legacy of the cache"
-            )
+        del lengths
+        raise UnsupportedError(
+            "a layer of pages has no table of its own; call to_legacy of the cache"
+        )
+
+    def legacy_from_table(
+        self, lengths: Int[Array, " B"], table: Int[Array, "B M"]
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Return keys and values of the rows of a table, in order.
+
+        Raises:
+            UnsupportedError: a page has left a window.
+        """
         pages.check_whole(self.pool, table, lengths)
         keys, values = (gathered(x, table).astype(self.dtype) for x in (self.k_pages, self.v_pages))
         return keys, values
@@ -202,8 +241,8 @@ class Paged:
             v_pages=again(self.v_pages, to.values, made[1]),
         )
 
-    def plain(self) -> Paged:
-        """The same pages in a form that all platforms have."""
+    def portable(self) -> Paged:
+        """Return the same pages in a form that all platforms and meshes have."""
         return replace(self, k_pages=untiled(self.k_pages), v_pages=untiled(self.v_pages))
 
     def laid(self) -> Paged:
@@ -213,7 +252,7 @@ class Paged:
 
 
 @dataclasses.dataclass(frozen=True)
-class PagedKind:
+class PagedKind(CacheKind):
     """See `paged`."""
 
     page: int = 16
@@ -225,8 +264,7 @@ class PagedKind:
 
     def bind(self, config: Any, layer: int) -> PagedKind:
         """The kind for one layer: with the model's own window, outside of which pages are freed."""
-        own = config.window(layer) if hasattr(config, "window") else None
-        return dataclasses.replace(self, window=own)
+        return dataclasses.replace(self, window=window_of(config, layer))
 
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Paged:
         """An empty layer: pages of zeros that are nobody's."""

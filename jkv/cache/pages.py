@@ -68,7 +68,7 @@ def pages_of_row(pool: Pool, width: int) -> int:
 
 def pools(layers: Sequence[Any]) -> tuple[Pool, ...]:
     """The pool of each group of layers."""
-    found = {layer.group: layer.pool for layer in layers if hasattr(layer, "pool")}
+    found = {layer.table_index: layer.pool for layer in layers if layer.pool is not None}
     return tuple(found[group] for group in range(len(found)))
 
 
@@ -77,7 +77,7 @@ def grouped(layers: Sequence[Any], batch: int, slots: int) -> tuple[tuple[Any, .
     found: dict[Pool, int] = {}  # in the order of the tables
     made = []
     for layer in layers:
-        if hasattr(layer, "pool"):
+        if layer.pool is not None:
             layer = replace(layer, group=found.setdefault(layer.pool, len(found)))
         made.append(layer)
     tables = [jnp.full((batch, columns(pool.page, slots)), -1, jnp.int32) for pool in found]
@@ -86,7 +86,7 @@ def grouped(layers: Sequence[Any], batch: int, slots: int) -> tuple[tuple[Any, .
 
 def columns_of_tables(layers: Sequence[Any], slots: int) -> int:
     """Numbers of pages that the tables of layers have for a row, four bytes each."""
-    found = {layer.pool for layer in layers if hasattr(layer, "pool")}
+    found = {layer.pool for layer in layers if layer.pool is not None}
     return sum(columns(pool.page, slots) for pool in found)
 
 
@@ -328,7 +328,7 @@ def repooled(layers: Sequence[Any], tables: Sequence[Array], counts: Sequence[in
         renamed.append(table)
 
     def moved(layer: Any) -> Any:
-        if not hasattr(layer, "pool"):
+        if layer.pool is None:
             return layer
         count, order = counts[layer.group], orders[layer.group]
 

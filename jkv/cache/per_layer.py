@@ -9,11 +9,11 @@ import numpy as np
 
 from jkv._text import brief, plural
 from jkv.cache.dense import dense
-from jkv.cache.protocol import as_kind, bound
+from jkv.cache.protocol import CacheKind, as_kind, is_kind, own_kind_hint
 from jkv.errors import UnsupportedError
 
 
-class _PerLayer:
+class _PerLayer(CacheKind):
     """What both forms share: they are nothing without a layer."""
 
     def _used(self) -> tuple[Any, ...]:
@@ -22,12 +22,7 @@ class _PerLayer:
     @property
     def grows(self) -> bool:
         """Whether any layer's does."""
-        return any(getattr(kind, "grows", False) for kind in self._used())
-
-    @property
-    def unbounded(self) -> bool:
-        """Whether every layer's is."""
-        return all(getattr(kind, "unbounded", False) for kind in self._used())
+        return any(kind.grows for kind in self._used())
 
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Any:
         """There is no layer without a model.
@@ -62,7 +57,7 @@ class ListedKind(_PerLayer):
                 f"per_layer got {plural(len(self.kinds), 'kind')} for a model of "
                 f"{plural(config.layers, 'layer')}; expected one for each"
             )
-        return bound(self.kinds[layer], config, layer)
+        return self.kinds[layer].bind(config, layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +84,7 @@ class EndsKind(_PerLayer):
                 f"{plural(config.layers, 'layer')}; expected no more than there are"
             )
         between = self.first <= layer < config.layers - self.last
-        return bound(self.default if between else self.exact, config, layer)
+        return (self.default if between else self.exact).bind(config, layer)
 
 
 def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> Any:
@@ -130,9 +125,9 @@ def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> A
 
 def _checked(kind: Any) -> Any:
     kind = as_kind(kind)
-    if isinstance(kind, type) or not hasattr(kind, "init") or kind.__hash__ is None:
+    if not is_kind(kind) or kind.recomputes:
         raise TypeError(
             f"per_layer got {brief(kind)}; expected kinds that keep keys and values, such as "
-            "jkv.dense()"
+            f"jkv.dense(){own_kind_hint(kind)}"
         )
     return kind

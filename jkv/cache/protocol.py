@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, TypeGuard, TypeVar, runtime_checkable
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree
+from jkv.cache.pages import Pool
+from jkv.errors import UnsupportedError
 from jkv.ops.masks import AttentionSpec
+
+L = TypeVar("L", bound="LayerCache")
 
 
 @pytree
@@ -34,23 +42,19 @@ class Step:
         return cls(positions=positions, start=start, stop=start + counts)
 
 
-@runtime_checkable
-class LayerCache(Protocol):
+class LayerCache(abc.ABC):
     """One layer's keys and values: a frozen pytree that knows how to attend to itself.
 
-    One method rather than "append" and "read": the order of the two is the cache's own affair
-    (a ring given a chunk longer than itself must read first), and what a cache stores never has
-    to be written out in full for somebody else to read.
-
-    A kind that lets go of tokens says in `keeps` how many it has of a row, however long: what is
-    planned before anything is allocated depends on it.
+    Decorate a subclass with `jkv.cache.pytree`. What has a default here is optional: what it says
+    is true of a cache that keeps every token in slots of its own.
     """
 
     @property
+    @abc.abstractmethod
     def capacity(self) -> int | None:
         """Tokens that a row can hold, None when it never runs full."""
-        ...
 
+    @abc.abstractmethod
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -58,66 +62,201 @@ class LayerCache(Protocol):
         v: Float[Array, "B T K H"],
         step: Step,
         spec: AttentionSpec,
-    ) -> tuple[Float[Array, "B T N H"], LayerCache]:
-        """Attention of the new tokens over the old and themselves, and the cache with both.
+    ) -> tuple[Float[Array, "B T N H"], Self]:
+        """Attend from the new tokens to the old and to themselves, and append the new ones.
+
+        One method rather than "append" and "read": the order of the two is the cache's own affair
+        (a ring given a chunk longer than itself must read first), and what a cache stores never
+        has to be written out in full for somebody else to read.
 
         Tokens at position -1 are padding: nothing of them is stored, what they get is undefined.
         """
-        ...
 
-    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> LayerCache:
-        """The cache with the new tokens, nobody having looked at it: what `attend` leaves behind.
+    @abc.abstractmethod
+    def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Self:
+        """Append the new tokens without attending: what `attend` leaves behind.
 
         Only a kind that keeps tokens by the attention they get leaves something else.
         """
-        ...
 
-    def take(self, rows: Int[Array, " R"]) -> LayerCache:
-        """The cache whose row r is this one's row ``rows[r]``."""
-        ...
+    @abc.abstractmethod
+    def take(self, rows: Int[Array, " R"]) -> Self:
+        """Return the cache whose row r is this one's row ``rows[r]``."""
 
-    def resize(self, slots: int) -> LayerCache:
-        """The same tokens in a buffer of another length."""
-        ...
+    @abc.abstractmethod
+    def resize(self, slots: int) -> Self:
+        """Return the same tokens in a buffer of another length."""
 
-    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> LayerCache:
-        """The cache rolled back from `held[b]` tokens to the first `lengths[b]` of them.
+    @abc.abstractmethod
+    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Self:
+        """Roll back from `held[b]` tokens to the first `lengths[b]` of them.
 
         Raises:
             UnsupportedError: what is needed has been overwritten.
         """
-        ...
 
-    def concat(self, others: Sequence[LayerCache]) -> LayerCache:
-        """The rows of this cache followed by those of others of the same kind and length."""
-        ...
+    @abc.abstractmethod
+    def concat(self, others: Sequence[Self]) -> Self:
+        """Concatenate along the batch axis, with others of the same kind and length."""
 
+    @abc.abstractmethod
     def to_legacy(
         self, lengths: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """Keys and values of each row's `lengths[b]` tokens in order, one slot per position.
+        """Return keys and values of each row's `lengths[b]` tokens, one slot per position.
 
         Raises:
             UnsupportedError: a token's have not been kept.
         """
-        ...
+
+    def partition_spec(self, axis: str) -> Self:
+        """Return the axis of each leaf that holds key/value heads, for `jkv.shard`.
+
+        Args:
+            axis: of the mesh, over which heads are sharded.
+
+        Returns:
+            This pytree with a `jax.sharding.PartitionSpec` for each leaf: ``PartitionSpec(None,
+            axis)`` for keys ``[B, K, S, H]``, ``PartitionSpec()`` for what is of all heads, such
+            as flags ``[B]``, which any of the devices may raise.
+
+        Raises:
+            UnsupportedError: the kind does not say, or cannot be sharded.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} does not say which axes of its arrays hold key/value heads; "
+            "expected a method partition_spec(axis), see jkv.cache.LayerCache, or a model that is "
+            "not sharded"
+        )
+
+    def legacy_from_table(
+        self, lengths: Int[Array, " B"], table: Int[Array, "B M"]
+    ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Return what `to_legacy` does, of a layer of pages that has `table_index`.
+
+        Raises:
+            UnsupportedError: a page that is needed has been freed.
+        """
+        del table
+        return self.to_legacy(lengths)
+
+    @property
+    def grows(self) -> bool:
+        """Whether a loop gives it slots as it goes, and not all at the start."""
+        return False
+
+    @property
+    def retained(self) -> int | None:
+        """Tokens that are kept of a row, however long; None: all of them."""
+        return None
+
+    def reach(self, new: int) -> int | None:
+        """Return how far back a token sees in a pass of `new` tokens, itself included.
+
+        A model may run past its context where no layer reaches further than that.
+
+        Returns:
+            Positions; None where it grows with the row.
+        """
+        del new
+        return None
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether it needs the weights of all tokens at once, to choose which it keeps."""
+        return False
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it stores codes, which `requantise` makes anew."""
+        return False
+
+    def requantise(self, to: CacheKind, lengths: Int[Array, " B"]) -> Self:
+        """Return the same tokens in another kind that rounds.
+
+        Raises:
+            UnsupportedError: it does not round.
+        """
+        del to, lengths
+        raise UnsupportedError(f"{type(self).__name__} rounds nothing; use cache.convert")
+
+    def invalid_rows(self, table: Int[Array, "B M"] | None) -> Bool[Array, " B"] | None:
+        """Return the rows that hold what cannot be stored, NaN among codes; None: never any.
+
+        Args:
+            table: the block table, of a layer of pages.
+        """
+        del table
+        return None
+
+    @property
+    def pool(self) -> Pool | None:
+        """What a layer of pages has in common with those of its group; None for other kinds."""
+        return None
+
+    @property
+    def table_index(self) -> int | None:
+        """Which of the cache's block tables is a layer's of pages; None for other kinds."""
+        return None
+
+    def portable(self) -> Self:
+        """Return it in the form that all platforms and meshes have."""
+        return self
 
 
-@runtime_checkable
-class Kind(Protocol):
-    """How a layer's tokens are kept, described before there is a shape: a small frozen value.
+class CacheKind(abc.ABC):
+    """How a layer's tokens are kept, described before there is a shape: a small frozen value."""
 
-    A kind that depends on the model or on the layer has a method ``bind(config, layer)`` too, which
-    returns the kind for that layer and raises `UnsupportedError` for a model that it cannot serve.
-    One that grows with its rows says ``grows = True``. One that lets go of what no token looks back
-    at says ``unbounded = True``, and has a method ``reach(new)``, as its layers do: the positions
-    that a token may look back at in a pass of `new` tokens, itself included; None where that grows
-    with the row. A model may run past its context where no layer reaches further than that.
+    @abc.abstractmethod
+    def init(
+        self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> LayerCache:
+        """Make an empty layer cache."""
+
+    def bind(self, config: Shape, layer: int) -> CacheKind:
+        """Return the kind for one layer of a model.
+
+        Raises:
+            UnsupportedError: a model that it cannot serve.
+        """
+        del config, layer
+        return self
+
+    @property
+    def grows(self) -> bool:
+        """Whether a loop gives it slots as it goes, and not all at the start."""
+        return False
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether it keeps tokens alone, and each pass runs over all of them."""
+        return False
+
+    def reach(self, new: int) -> int | None:
+        """Return how far back a token sees, see `LayerCache.reach`."""
+        del new
+        return None
+
+
+def shard_heads(layer: L, axis: str, whole: tuple[str, ...] = ()) -> L:
+    """Return a `partition_spec` of leaves whose second axis holds heads.
+
+    Args:
+        layer: a layer cache.
+        axis: of the mesh.
+        whole: fields of the layer that belong to all heads.
     """
 
-    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> LayerCache:
-        """An empty layer cache."""
-        ...
+    def spec(path: tuple[Any, ...], leaf: Array) -> PartitionSpec:
+        del leaf
+        return PartitionSpec() if path[0].name in whole else PartitionSpec(None, axis)
+
+    return jax.tree_util.tree_map_with_path(spec, layer)
+
+
+def is_kind(kind: object) -> TypeGuard[CacheKind]:
+    """Return whether this is a kind, hashable as a program's static argument is."""
+    return isinstance(kind, CacheKind) and type(kind).__hash__ is not None
 
 
 def as_kind(kind: Any) -> Any:
@@ -133,13 +272,15 @@ def as_kind(kind: Any) -> Any:
     return spec.parse(kind)
 
 
-def bound(kind: Any, config: Any, layer: int) -> Any:
-    """The kind that keeps the tokens of one layer of a model."""
-    return kind.bind(config, layer) if hasattr(kind, "bind") else kind
+def own_kind_hint(kind: object) -> str:
+    """Return what to do with something that would be a kind, but for its base class."""
+    if isinstance(kind, type) or not callable(getattr(type(kind), "init", None)):
+        return ""
+    return ". A kind of your own derives from jkv.cache.CacheKind, its layers from LayerCache"
 
 
-def furthest(parts: Iterable[Any], new: int) -> int | None:
-    """How far a token may look back in any of these kinds or layers, None where without limit.
+def furthest(parts: Iterable[CacheKind | LayerCache], new: int) -> int | None:
+    """Return how far a token may look back in any of these, None where without limit.
 
     Args:
         parts: kinds, each bound to its layer, or layers of a cache.
@@ -147,7 +288,7 @@ def furthest(parts: Iterable[Any], new: int) -> int | None:
     """
     most = 0
     for part in parts:
-        reach = part.reach(new) if getattr(part, "unbounded", False) else None
+        reach = part.reach(new)
         if reach is None:
             return None
         most = max(most, reach)
@@ -164,6 +305,18 @@ class Shape(Protocol):
     def kv_heads(self) -> int: ...  # noqa: D102
     @property
     def head_dim(self) -> int: ...  # noqa: D102
+
+
+def window_of(config: Any, layer: int) -> int | None:
+    """Return a layer's own window of the model; a bare shape has none."""
+    return config.window(layer) if isinstance(config, Windowed) else None
+
+
+@runtime_checkable
+class Windowed(Protocol):
+    """A configuration whose layers may have windows of their own."""
+
+    def window(self, layer: int) -> int | None: ...  # noqa: D102
 
 
 # The model without its cache: tokens [B, T], their step and the layers' caches in; the hidden

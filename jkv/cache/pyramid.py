@@ -10,11 +10,12 @@ import numpy as np
 from jkv._text import brief
 from jkv.cache import scores as _scores
 from jkv.cache.evicting import Evicting, EvictingKind, count, evicting
+from jkv.cache.protocol import CacheKind
 from jkv.errors import UnsupportedError
 
 
 @dataclasses.dataclass(frozen=True)
-class PyramidKind:
+class PyramidKind(CacheKind):
     """See `pyramid`."""
 
     budget: int

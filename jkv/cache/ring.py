@@ -52,7 +52,7 @@ class Ring:
             held = jnp.where(held >= since[:, None], held, -1)
         return ops.ContiguousKV(self.keys, self.values, slot_positions=held)
 
-    def put(
+    def append(
         self,
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],

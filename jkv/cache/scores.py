@@ -77,6 +77,14 @@ def tova(seen: Seen) -> Float[Array, "B K S"]:
 tova.across_heads = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def compares_heads(score: Score) -> bool:
+    """Return whether a score looks at several heads together: an attribute `across_heads` says so.
+
+    Scores are functions, and a user's may say it too.
+    """
+    return bool(getattr(score, "across_heads", False))
+
+
 def recency(seen: Seen) -> Float[Array, "B K S"]:
     """The newest tokens: a window, which every other score should beat."""
     return seen.positions.astype(jnp.float32)

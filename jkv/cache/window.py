@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache.dense import Dense, dense
-from jkv.cache.protocol import Step
+from jkv.cache.protocol import CacheKind, LayerCache, Step, shard_heads, window_of
 from jkv.cache.ring import Ring
 from jkv.errors import UnsupportedError
 from jkv.ops.masks import AttentionSpec
@@ -26,7 +26,7 @@ Positions = Literal["cache", "text", "clamped"]
 
 
 @pytree
-class Window:
+class Window(LayerCache):
     """A layer's last W tokens in a ring, and its first s in a buffer of their own.
 
     Keys are kept as the model rotated them, at their positions in the text. Between the tokens of
@@ -39,15 +39,13 @@ class Window:
     positions: Positions = static(default="text")
     rope: Any = static(default=None)  # the model's rotary positions, where the rule needs them
 
-    unbounded: ClassVar[bool] = True
-
     @property
     def capacity(self) -> None:
         """Never full."""
         return None
 
     @property
-    def keeps(self) -> int:
+    def retained(self) -> int:
         """Tokens that are kept of a row, however long."""
         return self.first + self.ring.size
 
@@ -82,7 +80,7 @@ class Window:
         parts = _read_sinks(replace(self, sinks=sinks), q, step, spec)
         if q.shape[1] == 1:
             # The token that one new token overwrites is the one that leaves its window.
-            ring = self.ring.put(k, v, step)
+            ring = self.ring.append(k, v, step)
             own = ops.attention(q, ring.operand(step.stop, since), step.positions, spec)
             part = ops.merge(*parts, own)
         else:
@@ -90,22 +88,22 @@ class Window:
             past = self.ring.operand(step.start, since)
             own = ops.attention_with_chunk(q, k, v, step.positions, spec, past, since=self.first)
             part = ops.merge(*parts, own)
-            ring = self.ring.put(k, v, step, part.out)
+            ring = self.ring.append(k, v, step, part.out)
         return part.out.astype(q.dtype), replace(self, ring=ring, sinks=sinks)
 
-    def put(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Window:
+    def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Window:
         """The new tokens in the ring, and among the sinks where they are the first.
 
         Raises:
             ValueError: keys of other heads than the cache was made for.
         """
-        return replace(self, ring=self.ring.put(k, v, step), sinks=self._put_sinks(k, v, step))
+        return replace(self, ring=self.ring.append(k, v, step), sinks=self._put_sinks(k, v, step))
 
     def _put_sinks(self, k: Array, v: Array, step: Step) -> Dense | None:
         if self.sinks is None:
             return None
         early = replace(step, positions=_where(step.positions < self.first, step.positions))
-        return self.sinks.put(k, v, early)
+        return self.sinks.append(k, v, early)
 
     def take(self, rows: Int[Array, " R"]) -> Window:
         """The cache with other rows."""
@@ -134,6 +132,10 @@ class Window:
         if sinks is not None:
             sinks = sinks.concat([o.sinks for o in others if o.sinks is not None])
         return replace(self, ring=self.ring.concat([o.ring for o in others]), sinks=sinks)
+
+    def partition_spec(self, axis: str) -> Window:
+        """See `LayerCache.partition_spec`."""
+        return shard_heads(self, axis)
 
     def to_legacy(
         self, lengths: Int[Array, " B"]
@@ -212,18 +214,13 @@ def _turned_back(x: Array, by: Array, rope: Any) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class WindowKind:
+class WindowKind(CacheKind):
     """See `window`."""
 
     size: int | None
     sinks: int
     positions: Positions
     rope: Any = None  # of the model, once bound to it
-
-    @property
-    def unbounded(self) -> bool:
-        """Whether it lets go of all but so many tokens, however long a row is."""
-        return self.size is not None
 
     def reach(self, new: int) -> int | None:
         """How far back a token sees, itself included; None: as far as the row is long."""
@@ -240,9 +237,9 @@ class WindowKind:
         Raises:
             UnsupportedError: no size for a model without windows, or positions that cannot turn.
         """
-        own = _own(config, layer)
+        own = window_of(config, layer)
         size = own if self.size is None else self.size if own is None else min(own, self.size)
-        if self.size is None and all(_own(config, i) is None for i in range(config.layers)):
+        if self.size is None and all(window_of(config, i) is None for i in range(config.layers)):
             raise UnsupportedError(
                 "window() takes the model's own windows, and this model has none; give the size: "
                 "window(1024)"
@@ -277,11 +274,6 @@ class WindowKind:
             return Window(ring=ring, sinks=None)
         sinks = dense().init(batch, self.sinks, kv_heads, head_dim, dtype)
         return Window(ring=ring, sinks=sinks, positions=self.positions, rope=self.rope)
-
-
-def _own(config: Any, layer: int) -> int | None:
-    """The layer's own window; a bare shape has none."""
-    return config.window(layer) if hasattr(config, "window") else None
 
 
 def window(size: Any = None, sinks: Any = 0, positions: Any = "cache") -> WindowKind:

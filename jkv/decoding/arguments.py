@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jkv.cache.none import NoneKind
-from jkv.cache.protocol import Kind
+from jkv.cache.protocol import CacheKind
 from jkv.decoding.transform import Transform
 from jkv.models.decoder import Decoder
 from jkv.models.lm import LM
@@ -18,6 +17,6 @@ Ids = Sequence[int] | np.ndarray | jax.Array  # [T]
 Prompts = str | Sequence[str | Ids] | np.ndarray | jax.Array  # one text, or rows; arrays [B, T]
 # One, or several for all rows, or a list of them for each row.
 Stop = int | str | Sequence[int | str | Sequence[int | str]] | np.ndarray | jax.Array
-CacheLike = Kind | NoneKind | str  # a kind, or its text such as "int4"
+CacheLike = CacheKind | str  # a kind, or its text such as "int4"
 Sampler = Transform | Callable[[jax.Array], jax.Array]  # a function of the logits [B, V]
 Progress = Callable[[int, int], object]  # of the longest prompt's tokens done, and in all

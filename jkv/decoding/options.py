@@ -11,7 +11,7 @@ import numpy as np
 
 from jkv._text import brief
 from jkv.cache.base import Cache
-from jkv.cache.protocol import as_kind
+from jkv.cache.protocol import as_kind, is_kind, own_kind_hint
 from jkv.decoding.arguments import CacheLike, Progress, Sampler, Stop
 from jkv.decoding.draft import Draft
 from jkv.decoding.request import integer
@@ -85,10 +85,9 @@ def checked_kind(kind: Any) -> Any:
             f"cache got a {type(kind).__name__} that already holds tokens; expected a kind such as "
             "jkv.dense(). To go on from an earlier result pass it as resume="
         )
-    known = hasattr(kind, "init") or hasattr(kind, "init_cache")
-    if isinstance(kind, type) or not known or kind.__hash__ is None:
+    if not is_kind(kind):
         raise TypeError(
             f"cache got {brief(kind)}; expected a kind such as jkv.dense(), or a text such as "
-            "'int4'"
+            f"'int4'{own_kind_hint(kind)}"
         )
     return kind

@@ -10,7 +10,7 @@ import jax
 from jkv._pytree import replace
 from jkv._text import plural
 from jkv.cache.base import Cache
-from jkv.cache.protocol import bound, furthest
+from jkv.cache.protocol import furthest
 from jkv.decoding.request import bucket
 
 SINKS = 4  # of the window that is recommended (Xiao et al. 2023, arXiv:2309.17453)
@@ -38,7 +38,7 @@ def _reach(config: Any, kept: Any, new: int) -> int | None:
     """How far a token may look back, see `Cache.reach`."""
     if isinstance(kept, Cache):
         return kept.reach(new)
-    return furthest([bound(kept, config, i) for i in range(config.layers)], new)
+    return furthest([kept.bind(config, i) for i in range(config.layers)], new)
 
 
 def check_limit(config: Any, kept: Any, longest: int, new: int, chunk: int) -> None:
@@ -94,7 +94,7 @@ def slots_for(tokens: int, kept: Any) -> int:
     One that grows doubles, so that a conversation of n tokens has log2(n) sizes at most; where
     the work grows with the buffer too the steps are smaller.
     """
-    if not getattr(kept, "grows", False) or getattr(kept, "recomputes", False):
+    if not kept.grows or kept.recomputes:
         return bucket(tokens)
     slots = bucket(1)
     while slots < tokens:

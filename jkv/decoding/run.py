@@ -174,7 +174,7 @@ class Run:
                 f"{plural(self.max_new, 'new one')}; expected at least {self.needed}"
             )
         kept = kind if options.resume is None else options.resume.cache
-        first = longest + 2 * self.size if getattr(kept, "grows", False) else self.needed
+        first = longest + 2 * self.size if kept.grows else self.needed
         slots = options.slots or room.slots_for(min(first, self.needed), kept)
         mesh = heads.mesh_of(self.model)
         if options.resume is not None:

@@ -176,7 +176,7 @@ class Shelf:
         from jkv.store.packing import pack
 
         def packed(cache: Cache, cost: float) -> tuple[Entry, bool]:
-            return pack(cache, seconds=cost, **meta), cache.unbounded
+            return pack(cache, seconds=cost, **meta), cache.forgets
 
         # `map` keeps no cache while it asks for the next, as `zip` or a loop's variable would.
         done = list(map(packed, caches, seconds))

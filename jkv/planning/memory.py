@@ -15,7 +15,6 @@ from jkv import _pytree
 from jkv.cache import pages
 from jkv.cache.base import Cache
 from jkv.cache.init import init_cache
-from jkv.cache.protocol import bound
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder
 from jkv.ops.attention.xla import BLOCK
@@ -69,7 +68,7 @@ def distinct(config: Config, kind: Any) -> list[Layers]:
     """The kinds of a model's layers, each once."""
     found: dict[Any, list[int]] = collections.defaultdict(list)
     for i in range(config.layers):
-        found[bound(kind, config, i)].append(i)
+        found[kind.bind(config, i)].append(i)
     return [Layers(k, len(numbers), tuple(numbers)) for k, numbers in found.items()]
 
 
@@ -80,7 +79,7 @@ def cache_shape(config: Config, kind: Any, batch: int, slots: int) -> Any:
 
 def cache_sizer(config: Config, kind: Any) -> Callable[[int, int], int]:
     """Bytes of a cache as a function of (batch, slots), sooner than from `cache_shape`."""
-    if hasattr(kind, "init_cache"):
+    if kind.recomputes:
         return lambda batch, slots: _pytree.nbytes(cache_shape(config, kind, batch, slots))
     alike = distinct(config, kind)
 
@@ -127,9 +126,9 @@ def looked_at_together(config: Config, kind: Any, length: int, new: int) -> int:
 
     A cache that keeps tokens by what looks at them needs the weights of all.
     """
-    if not hasattr(kind, "init_cache"):
+    if not kind.recomputes:
         shapes = [layers.shape(config, 1, length) for layers in distinct(config, kind)]
-        whole = [shape.keeps + new for shape in shapes if hasattr(shape, "score")]
+        whole = [shape.retained + new for shape in shapes if shape.weighs_tokens]
         if whole:
             return max(whole)
     return min(length, BLOCK)

@@ -206,7 +206,7 @@ def _plan(
     parameters, weight_bytes = memory.weights(config)
     shape = memory.cache_shape(config, kind, batch, seq_len)
     size = memory.cache_sizer(config, kind)
-    whole = hasattr(kind, "init_cache")  # keeps tokens only, and all of them go through each pass
+    whole = kind.recomputes  # keeps tokens only, and all of them go through each pass
 
     def activations(batch: int, length: int) -> int:
         new = length if whole else min(length, Options.prefill_chunk)
@@ -253,10 +253,10 @@ def _kept_tokens(config: Config, kind: Any, batch: int, length: int) -> int | No
     """Tokens of a row that layers keep on average, None where one of them keeps all."""
     total = 0
     for layers in memory.distinct(config, kind):
-        keeps = getattr(layers.shape(config, batch, length), "keeps", None)
-        if keeps is None:
+        retained = layers.shape(config, batch, length).retained
+        if retained is None:
             return None
-        total += layers.count * keeps
+        total += layers.count * retained
     return round(total / config.layers)
 
 
@@ -274,7 +274,7 @@ def kept(config: Config, kind: Any, batch: int, length: int) -> list[_Kept]:
     found = []
     for layers in memory.distinct(config, kind):
         shape = layers.shape(config, batch, length)
-        slots = getattr(shape, "keeps", None) or length
+        slots = shape.retained or length
         found.append(_Kept(layers.numbers, slots, _pytree.nbytes(shape)))
     return found
 
@@ -305,7 +305,7 @@ def with_cache(config: Config, kind: Any, batch: int, length: int, passes: list[
         read += each.count * memory.weights_read(config, batch * each.new)
     for layers in memory.distinct(config, kind):
         shape = layers.shape(config, batch, length)
-        nbytes, slots = _pytree.nbytes(shape), getattr(shape, "keeps", None) or length
+        nbytes, slots = _pytree.nbytes(shape), shape.retained or length
         for each, i in itertools.product(passes, layers.numbers):
             # Tokens of one chunk see each other before any is let go of.
             most = min(slots, config.window(i) or length) + each.new - 1
@@ -338,7 +338,7 @@ def without_cache(config: Config, batch: int, length: int, new: int) -> Work:
 
 def _works(config: Config, kind: Any, batch: int, length: int) -> tuple[Work, ...]:
     """The last of `length` tokens, and all of them into an empty cache."""
-    if hasattr(kind, "init_cache"):
+    if kind.recomputes:
         return tuple(without_cache(config, batch, length, new) for new in (1, length))
     size = min(Options.prefill_chunk, length)
     chunks = [_Passes(size, first=size, count=length // size)]

@@ -56,7 +56,7 @@ def chosen(q: Any, k: Any, v: Any, layer: Any, step: Step) -> Any:
 
 def whole(q: Any, k: Any, v: Any, layer: Any, step: Step) -> Any:
     """By XLA alone, over all that is held once the new tokens are."""
-    layer = layer.put(k, v, step)
+    layer = layer.append(k, v, step)
     kv = ops.ContiguousKV(layer.keys, layer.values, lengths=step.stop)
     part = ops.attention(q, kv, step.positions, implementation="xla")
     return part.out.astype(q.dtype), layer

@@ -258,7 +258,7 @@ def test_weights():
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def filled(kind, k, v, lengths, dtype):
     step = Step.after(jnp.zeros(B, jnp.int32), lengths, T)
-    return kind.init(B, 99, K, H, jnp.dtype(dtype)).put(k, v, step)
+    return kind.init(B, 99, K, H, jnp.dtype(dtype)).append(k, v, step)
 
 
 def stored(kind, lengths, dtype="float32"):
@@ -275,7 +275,7 @@ def test_put_has_no_attention_and_keeps_the_newest(score):
     # One token at a time too, into slots that are full or not.
     start = jnp.asarray([7, 3, 5], jnp.int32)
     new = jnp.ones((B, 1, K, H))
-    layer = layer.put(new, new, Step.after(start, jnp.asarray([1, 1, 0], jnp.int32), 1))
+    layer = layer.append(new, new, Step.after(start, jnp.asarray([1, 1, 0], jnp.int32), 1))
     held = np.sort(np.asarray(layer.positions), axis=-1)[:, 0].tolist()
     assert held == [[0, 5, 6, 7], [0, 1, 2, 3], [0, 2, 3, 4]]
 
@@ -423,11 +423,12 @@ def test_kinds_are_values():
     assert jkv.evicting(8) != jkv.evicting(8, scores.tova)
     made = jkv.evicting(8, sinks=2).init(1, 99, K, H, jnp.float32)
     assert isinstance(made, Evicting)
-    assert (made.capacity, made.keeps, made.recent, made.sinks) == (None, 8, 4, 2)
+    assert (made.capacity, made.retained, made.recent, made.sinks) == (None, 8, 4, 2)
     # What is kept for long is looked at from ever further away; a window is not.
     for kind, want in ((jkv.evicting(8), False), (jkv.evicting(8, scores.recency), True)):
-        assert kind.unbounded is kind.init(1, 9, K, H, jnp.float32).unbounded is want
-    assert not jkv.evicting(8, scores.recency, sinks=1).unbounded
+        reach = 8 if want else None
+        assert kind.reach(1) == kind.init(1, 9, K, H, jnp.float32).reach(1) == reach
+    assert jkv.evicting(8, scores.recency, sinks=1).reach(1) is None
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def new(rows=3, slots=SLOTS, kind=None, **options):
 def put(cache, tokens, counts):
     def stack(tokens, step, layers):
         k = jnp.stack([tokens, step.positions], axis=-1)[:, :, None].astype(jnp.float32)
-        return jnp.zeros((*tokens.shape, 1)), tuple(x.put(k, k + 0.5, step) for x in layers)
+        return jnp.zeros((*tokens.shape, 1)), tuple(x.append(k, k + 0.5, step) for x in layers)
 
     return cache.advance(stack, tokens, counts)[1]
 
@@ -427,7 +427,7 @@ def test_nan_is_told_and_leaves_with_its_page():
     def put_numbers(cache, numbers):
         def stack(tokens, step, layers):
             k = jnp.broadcast_to(numbers[:, :, None, None], (*tokens.shape, 1, 2))
-            return jnp.zeros((*tokens.shape, 1)), tuple(x.put(k, k, step) for x in layers)
+            return jnp.zeros((*tokens.shape, 1)), tuple(x.append(k, k, step) for x in layers)
 
         return cache.advance(stack, jnp.zeros(numbers.shape, jnp.int32))[1]
 

@@ -95,11 +95,13 @@ def test_what_the_whole_is(config):
     ):
         kind = jkv.per_layer(kinds)
         cache = cache_of(config, kind)
-        assert (kind.grows, kind.unbounded) == (cache.grows, cache.unbounded) == (grow, endless)
+        assert kind.grows == cache.grows == grow
+        assert cache.forgets == endless
         assert cache.capacity == (None if endless else 32)
     ends = jkv.per_layer(window, first=1)
-    assert (ends.grows, ends.unbounded) == (False, False)
-    assert jkv.per_layer(window).unbounded
+    assert not ends.grows
+    assert cache_of(config, jkv.per_layer(window)).forgets
+    assert not cache_of(config, ends).forgets
     assert jkv.per_layer(window, last=1, exact=grows).grows
     assert not jkv.per_layer(window, exact=grows).grows
 

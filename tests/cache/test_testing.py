@@ -10,6 +10,7 @@ import pytest
 
 import jkv
 from jkv._pytree import pytree
+from jkv.cache import CacheKind
 from jkv.cache.dense import Dense
 from jkv.testing import check_kind
 from tests.cache.kinds import KINDS
@@ -30,7 +31,7 @@ def test_every_kind_passes(case):
 
 
 @dataclasses.dataclass(frozen=True)
-class Broken:
+class Broken(CacheKind):
     layer: Any
 
     def init(self, batch, slots, kv_heads, head_dim, dtype):
@@ -50,7 +51,7 @@ class Named(Dense):
 
 
 @dataclasses.dataclass
-class Thawed:
+class Thawed(CacheKind):
     """A kind that is no value."""
 
     def init(self, batch, slots, kv_heads, head_dim, dtype):
@@ -74,10 +75,10 @@ def test_what_is_no_value_is_told(kind, message):
 class OffByOne(Dense):
     """Each token in the slot after its own."""
 
-    def put(self, k, v, step):
+    def append(self, k, v, step):
         return OffByOne(
             *vars(
-                super().put(
+                super().append(
                     k,
                     v,
                     dataclasses.replace(
@@ -92,8 +93,8 @@ class OffByOne(Dense):
 class Padded(Dense):
     """Stores padding, at slot 0."""
 
-    def put(self, k, v, step):
-        made = super().put(
+    def append(self, k, v, step):
+        made = super().append(
             k, v, dataclasses.replace(step, positions=jnp.maximum(step.positions, 0))
         )
         return Padded(made.keys, made.values)
@@ -103,8 +104,8 @@ class Padded(Dense):
 class Stuck(Dense):
     """Takes rows that it was not asked for."""
 
-    def put(self, k, v, step):
-        made = super().put(k, v, step)
+    def append(self, k, v, step):
+        made = super().append(k, v, step)
         return Stuck(made.keys, made.values)
 
     def take(self, rows):
@@ -120,12 +121,18 @@ def test_a_broken_one_does_not(layer, message):
 
 
 def test_something_else():
-    class Nothing:
+    class Nothing(CacheKind):
         def init(self, batch, slots, kv_heads, head_dim, dtype):
             return jnp.zeros(batch)
 
-    with pytest.raises(AssertionError, match=r"lacks .*attend"):
+    class Duck:
+        def init(self, batch, slots, kv_heads, head_dim, dtype):
+            return jkv.dense().init(batch, slots, kv_heads, head_dim, dtype)
+
+    with pytest.raises(TypeError, match=r"made a .* for layer 0; expected a jkv.cache.LayerCache"):
         check_kind(Nothing())
+    with pytest.raises(TypeError, match=r"check_kind got .*derives from jkv.cache.CacheKind"):
+        check_kind(Duck())
 
 
 def test_no_kind():

@@ -332,7 +332,7 @@ def test_take_and_concat_carry_the_sinks():
         jkv.concat([cache, plain])
     assert cache.capacity is None
     assert cache.resize(100).nbytes == cache.nbytes
-    assert cache.unbounded
+    assert cache.forgets
 
 
 # Bound to a model.
@@ -363,18 +363,18 @@ def test_the_models_own_windows_are_exact(local_global):
     assert local.ring.size == 5
     assert isinstance(everywhere, Dense)
     assert cache.capacity == 32  # the layer without a window runs full
-    assert not cache.unbounded
+    assert not cache.forgets
 
 
-def test_windows_everywhere_are_unbounded(local_global, tiny_config):
-    def unbounded(kind, config):
-        return jkv.init_cache(config, kind, batch=1, slots=8).unbounded
+def test_windows_everywhere_forget(local_global, tiny_config):
+    def forgets(kind, config):
+        return jkv.init_cache(config, kind, batch=1, slots=8).forgets
 
     every = dataclasses.replace(tiny_config, windows=(5, 9))
-    assert unbounded(jkv.window(), every)
-    assert unbounded(jkv.window(4), local_global.config)
-    assert not unbounded(jkv.window(), local_global.config)
-    assert not unbounded(jkv.dense(), every)
+    assert forgets(jkv.window(), every)
+    assert forgets(jkv.window(4), local_global.config)
+    assert not forgets(jkv.window(), local_global.config)
+    assert not forgets(jkv.dense(), every)
     cache = jkv.init_cache(every, jkv.window(7), batch=1, slots=1)
     assert [layer.ring.size for layer in cache.layers] == [5, 7]
     assert cache.capacity is None

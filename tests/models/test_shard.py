@@ -59,7 +59,7 @@ def life(arrays, cache, mesh):
         outs.append(out)
     return jnp.concatenate(outs, axis=1), cache
 
-run = jax.jit(life, static_argnums=2)
+run = run_life = jax.jit(life, static_argnums=2)
 cases = {case.name: case for case in KINDS}
 for name in ("sinks", "int4", "near_far", "sparse", "paged", "paged:int8", "evicting"):
     case = cases[name]
@@ -89,6 +89,49 @@ for head in (0, 3):
     after = run(q, bad, v)
     shards = [np.asarray(s.data) for s in after.broken.addressable_shards]
     assert len(shards) == 2 and all((s == [False, True]).all() for s in shards), head
+
+# A kind of a user's own, with an array of rows and slots: of all heads, or refused.
+import dataclasses
+from jkv.cache import CacheKind, pytree, shard_heads
+from jkv.cache.dense import Dense
+from jkv.errors import UnsupportedError
+
+@pytree
+class Marked(Dense):
+    marks: jax.Array = None  # [B, S] int32
+
+    def append(self, k, v, step):
+        cache = super().append(k, v, step)
+        return dataclasses.replace(cache, marks=jnp.maximum(self.marks, step.stop[:, None]))
+
+    def partition_spec(self, axis):
+        return shard_heads(self, axis, whole=("marks",))
+
+@pytree
+class Silent(Marked):
+    partition_spec = jkv.LayerCache.partition_spec
+
+@dataclasses.dataclass(frozen=True)
+class MarkedKind(CacheKind):
+    layer: type = Marked
+
+    def init(self, batch, slots, kv_heads, head_dim, dtype):
+        made = jkv.dense().init(batch, slots, kv_heads, head_dim, dtype)
+        return self.layer(made.keys, made.values, False, jnp.zeros((batch, slots), jnp.int32))
+
+cache = jkv.init_cache(config, MarkedKind(), batch=2, slots=64)
+want, held = run_life(arrays, cache, None)
+got, kept = run_life(arrays, cache, mesh)
+np.testing.assert_allclose(got, want, atol=1e-5)
+jax.tree.map(np.testing.assert_array_equal, kept, held)
+marks = kept.layers[0].marks
+assert marks.sharding.shard_shape(marks.shape) == (2, 64) and (marks == 21).all()
+try:
+    run_life(arrays, jkv.init_cache(config, MarkedKind(Silent), batch=2, slots=64), mesh)
+except UnsupportedError as error:
+    assert "Silent does not say which axes" in str(error), error
+else:
+    raise AssertionError("a kind that says nothing of its axes was sharded")
 print("same")
 """
 
@@ -219,6 +262,6 @@ def test_rounded_pages_of_a_tpu_are_not_parted():
     assert not tiled(own)
     with pytest.raises(jkv.UnsupportedError, match="scales of all heads together"):
         run(cache)
-    plain = replace(cache, layers=tuple(layer.plain() for layer in cache.layers))
+    plain = replace(cache, layers=tuple(layer.portable() for layer in cache.layers))
     here = jkv.init_cache(config, kind, batch=1, slots=64)
     np.testing.assert_allclose(run(plain), run(here))
