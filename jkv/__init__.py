@@ -11,6 +11,7 @@ from jkv._version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.cache import Cache as Cache
+    from jkv.cache import CacheKind as CacheKind
     from jkv.cache import LayerCache as LayerCache
     from jkv.cache import Step as Step
     from jkv.cache import concat as concat
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
 # block above makes for it, mypy (2.4) takes `from jkv.cache import dense` to be the module.
 _HOME = {
     "Cache": "jkv.cache",
+    "CacheKind": "jkv.cache",
     "LayerCache": "jkv.cache",
     "Step": "jkv.cache",
     "concat": "jkv.cache",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, Self, TypeGuard, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,11 @@ from jkv._pytree import pytree
 from jkv.cache.pages import Pool
 from jkv.errors import UnsupportedError
 from jkv.ops.masks import AttentionSpec
+
+if TYPE_CHECKING:
+    from typing import Self
+else:
+    Self = Any  # beartype, which watches the tests, has none inside of jaxtyping's decorators
 
 L = TypeVar("L", bound="LayerCache")
 

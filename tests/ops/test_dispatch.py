@@ -108,9 +108,9 @@ def test_operands_are_values_and_a_spec_is_static():
         ops.attention(Q, KEYS, AT)
     with pytest.raises(TypeError, match="AttentionSpec"):
         ops.attention(Q, KV, AT, 0.5)
-    with pytest.raises(TypeError, match=r"window=2\.5; expected an integer"):
+    with pytest.raises(TypeError, match="window"):
         ops.AttentionSpec(1.0, 2.5)
-    with pytest.raises(TypeError, match="known when the program is traced"):
+    with pytest.raises(TypeError, match="scale"):
         jax.jit(lambda scale: ops.AttentionSpec(scale).scale)(2.0)
     with pytest.raises(ValueError, match="sinks=-1; expected at least 0"):
         ops.AttentionSpec(1.0, 3, -1)
