@@ -17,7 +17,7 @@ from jkv._text import brief
 from jkv.cache.dense import check_heads, write
 from jkv.cache.protocol import CacheKind, LayerCache, Step, as_kind, shard_heads
 from jkv.cache.ring import Ring
-from jkv.ops.encoded import Affine, Encoded, Float8, Sparse, finite
+from jkv.ops.encoded import Affine, Codec, Encoded, Float8, Sparse, finite
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.order import after
 
@@ -383,7 +383,7 @@ def near_far(*, recent: Any = 128, far: Any) -> NearFarKind:
     far = as_kind(far)
     if isinstance(far, NearFarKind):
         return dataclasses.replace(far, recent=recent)
-    if isinstance(far, type) or not (hasattr(far, "unit") and hasattr(far, "empty")):
+    if isinstance(far, type) or not isinstance(far, Codec):
         raise TypeError(
             f"near_far got far={brief(far)}; expected a kind that rounds, such as "
             "jkv.quantized(bits=4), or a codec"

@@ -31,7 +31,7 @@ from jkv.cache.protocol import (
 )
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.reference import gathered
-from jkv.ops.encoded import Affine, Encoded
+from jkv.ops.encoded import Affine, Codec, Encoded
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.pages import Tiled, arranged, copy, empty, laid, untiled, write_tokens
 
@@ -345,7 +345,7 @@ def _codecs(codec: Any) -> tuple[Any, Any]:
         return None, None
     kind = codec = as_kind(codec)
     if not isinstance(codec, NearFarKind):
-        if isinstance(codec, type) or not (hasattr(codec, "unit") and hasattr(codec, "empty")):
+        if isinstance(codec, type) or not isinstance(codec, Codec):
             raise TypeError(
                 f"paged got codec={brief(codec)}; expected a kind that rounds, such as jkv.fp8(), "
                 "or a codec"

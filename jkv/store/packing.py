@@ -256,7 +256,7 @@ def _plain(cache: Cache) -> Cache:
 
 @jax.jit
 def _unlaid(cache: Cache) -> Cache:
-    layers = tuple(x.plain() if isinstance(x, Paged) else x for x in cache.layers)
+    layers = tuple(x.portable() if isinstance(x, Paged) else x for x in cache.layers)
     return replace(cache, layers=layers)
 
 

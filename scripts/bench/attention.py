@@ -160,13 +160,14 @@ class Mine:
     def __call__(self, q: Any, cache: Any, lengths: Any) -> Any:
         """Output [B, 1, N, H]."""
         point = self.point
-        at, kv = lengths[:, None] - 1, ops.ContiguousKV(*cache, lengths=lengths)
+        (k, v), at = cache, lengths[:, None] - 1
         if point.page is None:
+            kv = ops.ContiguousKV(k, v, lengths=lengths)
             return ops.attention(q, kv, at, implementation=self.implementation).out
         many = point.rows * point.slots // point.page
         table = np.random.default_rng(0).permutation(many).reshape(point.rows, -1)
         table = jnp.asarray(table, jnp.int32)
-        paged = ops.PagedKV(*cache, table, lengths)
+        paged = ops.PagedKV(k, v, table, lengths)
         return ops.attention(q, paged, at, implementation=self.implementation).out
 
 

@@ -149,7 +149,7 @@ def test_pages():
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
     step, _ = cache.admit(NEW, jnp.asarray(CHUNKS[0]))
     with dispatch.record() as names:
-        out, _ = cache.layers[0].attend(q, k, v, step, scale=0.3)
+        out, _ = cache.layers[0].attend(q, k, v, step, ops.AttentionSpec(0.3))
     assert "cudnn" in names
     want, _ = oracle(q, *(jnp.swapaxes(x, 1, 2) for x in (k, v)), *[step.positions] * 2, scale=0.3)
     real = np.asarray(step.positions) >= 0
