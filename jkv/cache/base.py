@@ -309,8 +309,8 @@ class Cache:
     def evict(self, budget: Any, score: Any = None) -> Cache:
         """The best `budget` tokens of each row and head, in an evicting cache.
 
-        Nothing has looked at the tokens yet: `jkv.scores.key_norm` needs nobody to, and those that
-        do keep the newest. A cache that evicts already is cut down by the scores it has.
+        No attention weights exist yet. `jkv.scores.key_norm` needs none; attention-based scores
+        keep the newest tokens. A cache that evicts already is cut down by the scores it has.
 
         Args:
             budget: tokens, or one number for each key/value head.

@@ -93,7 +93,7 @@ class Evicting(LayerCache):
     def append(
         self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step
     ) -> Evicting:
-        """The new tokens, nobody having looked at any: see each score for what it makes of that.
+        """Append the new tokens without attention weights: see each score for what that means.
 
         Raises:
             ValueError: keys of other heads than the cache was made for.

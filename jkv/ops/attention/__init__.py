@@ -177,10 +177,10 @@ def attention_with_chunk(
     def merged() -> Partial:
         return merge(attention(q, past, positions, spec), part)
 
-    if not apart:
-        return merged()
     # Before most prefills there is nothing, and not even a ring is to be walked. Only here, since
-    # on a TPU a branch takes copies of encoded buffers.
+    # on a TPU a branch takes copies of encoded buffers. Pages are walked as far as they are filled.
+    if not apart or any(isinstance(one, PagedKV) for one in past):
+        return merged()
     return lax.cond(jnp.any(positions[:, 0] > 0), merged, lambda: part)
 
 
