@@ -34,6 +34,11 @@ ENTRY_POINTS = {
         "Engine.update",
         "Engine.warm",
     ),
+    "jkv.ops": (
+        "AttentionSpec.__init__",
+        "attention",
+        "explain",
+    ),
     "jkv.models": (
         "LM.decode",
         "LM.encode",

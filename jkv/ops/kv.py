@@ -15,10 +15,11 @@ from jkv.ops.encoded import Encoded
 from jkv.ops.pages import Tiled
 
 if TYPE_CHECKING:
+    Integers = Array
     Slots = Array | Encoded
     Pages = Array | Encoded | Tiled
 else:  # shapes do where an implementation is only chosen
-    Slots = Pages = Any
+    Integers = Slots = Pages = Any
 
 
 @pytree
@@ -31,8 +32,8 @@ class ContiguousKV:
 
     k: Slots  # [B, K, S, H]
     v: Slots  # [B, K, S, H]
-    lengths: Array | None = None  # [B] int32, only the first lengths[b] slots hold anything
-    slot_positions: Array | None = None  # [B, S] int32, of the tokens in the slots, -1 for none
+    lengths: Integers | None = None  # [B] int32, only the first lengths[b] slots hold anything
+    slot_positions: Integers | None = None  # [B, S] int32, of the tokens in the slots, -1 for none
     chunk: bool = static(default=False)  # the slots hold the queries' own tokens, see `chunk`
 
     @property
@@ -89,8 +90,8 @@ class PagedKV:
 
     k: Pages  # [P, K, page, H]
     v: Pages  # [P, K, page, H]
-    block_table: Array  # [B, M] int32, -1 for no page: its tokens are seen by no query
-    lengths: Array  # [B] int32, tokens of each row; what is beyond may be anything
+    block_table: Integers  # [B, M] int32, -1 for no page: its tokens are seen by no query
+    lengths: Integers  # [B] int32, tokens of each row; what is beyond may be anything
 
     @property
     def kv_heads(self) -> int:

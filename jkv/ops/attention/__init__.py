@@ -207,7 +207,7 @@ def _shifted(
     return jax.tree.map(lambda x: moved(x, -skipped), part)
 
 
-def _checked(q: Any, spec: AttentionSpec | None) -> AttentionSpec:
+def _checked(q: Any, spec: object) -> AttentionSpec:
     if spec is None:
         return AttentionSpec(scale=q.shape[-1] ** -0.5)
     if not isinstance(spec, AttentionSpec):
@@ -218,7 +218,7 @@ def _checked(q: Any, spec: AttentionSpec | None) -> AttentionSpec:
     return spec
 
 
-def _operands(q: Any, kv: KV | Sequence[KV]) -> list[KV]:
+def _operands(q: Any, kv: object) -> list[KV]:
     found = [kv] if isinstance(kv, ContiguousKV | PagedKV) else kv
     if not isinstance(found, list | tuple) or not all(
         isinstance(one, ContiguousKV | PagedKV) for one in found
