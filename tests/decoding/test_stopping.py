@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,11 +144,12 @@ def test_a_reply_ends_where_a_row_does(ending, stop, reply):
 @pytest.mark.parametrize(
     ("stop", "reply"), [("c</s>e", "bcdzzzz"), ("c</s>d", "b"), ("c</s>", "b"), ("c", "b")]
 )
-def test_what_may_become_a_stop_string_is_held_back(lm, stop, reply):
+def test_what_may_become_a_stop_string_is_held_back(lm, monkeypatch, stop, reply):
     tokens = [*ids("bc"), texts.EOS, *ids("dzzzz")]
-    chat = jkv.Chat(lm, stop=stop, **saying(*tokens))
     # One token at a time, as a reader of a slow model gets them.
-    chat._options["block"] = 1
+    module = importlib.import_module("jkv.decoding.chat")
+    monkeypatch.setattr(module, "stream", functools.partial(module.stream, block=1))
+    chat = jkv.Chat(lm, stop=stop, **saying(*tokens))
     assert "".join(chat.stream("ab")) == reply
 
 
