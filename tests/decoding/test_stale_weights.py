@@ -120,7 +120,10 @@ def test_a_conversation_is_read_anew(model):
         def decode(self, tokens):
             return super().decode([t % 11 for t in tokens])
 
-        def chat_ids(self, messages, add_generation_prompt=True):
+        def template_source(self, template, *, tools):
+            return "{{ messages }}"
+
+        def chat_ids(self, messages, add_generation_prompt=True, template=None, tools=None):
             return [*(ord(c) % 8 for m in messages for c in m["content"]), 8]
 
     class LM:
