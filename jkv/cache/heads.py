@@ -25,7 +25,7 @@ def mesh_of(model: Any) -> Mesh | None:
 
 
 def specs(layers: Any, mesh: Mesh) -> Any:
-    """How the leaves of layers lie: what has heads has them second, the rest is of rows or pages.
+    """Return how the leaves of layers lie over a mesh, as each layer's `partition_spec` says.
 
     Args:
         layers: a `LayerCache`, or a pytree of them.
@@ -89,7 +89,9 @@ def attend(
         # What is of all heads, such as a flag, is raised for all by any of them.
         if axis in spec:
             return leaf
-        return lax.pmax(leaf.astype(jnp.int32), axis).astype(leaf.dtype)
+        if leaf.dtype == bool:  # of which there is no largest
+            return lax.pmax(leaf.astype(jnp.int32), axis).astype(bool)
+        return lax.pmax(leaf, axis)
 
     run = jax.shard_map(
         own,

@@ -98,11 +98,11 @@ from jkv.errors import UnsupportedError
 
 @pytree
 class Marked(Dense):
-    marks: jax.Array = None  # [B, S] int32
+    marks: jax.Array = None  # [B, S] float32, with fractions
 
     def append(self, k, v, step):
         cache = super().append(k, v, step)
-        return dataclasses.replace(cache, marks=jnp.maximum(self.marks, step.stop[:, None]))
+        return dataclasses.replace(cache, marks=jnp.maximum(self.marks, step.stop[:, None] + 0.5))
 
     def partition_spec(self, axis):
         return shard_heads(self, axis, whole=("marks",))
@@ -117,7 +117,7 @@ class MarkedKind(CacheKind):
 
     def init(self, batch, slots, kv_heads, head_dim, dtype):
         made = jkv.dense().init(batch, slots, kv_heads, head_dim, dtype)
-        return self.layer(made.keys, made.values, False, jnp.zeros((batch, slots), jnp.int32))
+        return self.layer(made.keys, made.values, False, jnp.zeros((batch, slots)))
 
 cache = jkv.init_cache(config, MarkedKind(), batch=2, slots=64)
 want, held = run_life(arrays, cache, None)
@@ -125,7 +125,7 @@ got, kept = run_life(arrays, cache, mesh)
 np.testing.assert_allclose(got, want, atol=1e-5)
 jax.tree.map(np.testing.assert_array_equal, kept, held)
 marks = kept.layers[0].marks
-assert marks.sharding.shard_shape(marks.shape) == (2, 64) and (marks == 21).all()
+assert marks.sharding.shard_shape(marks.shape) == (2, 64) and (marks == 21.5).all()
 try:
     run_life(arrays, jkv.init_cache(config, MarkedKind(Silent), batch=2, slots=64), mesh)
 except UnsupportedError as error:
