@@ -102,10 +102,10 @@ class Evicting(LayerCache):
         queries = jnp.max(step.positions, axis=1)[:, None]
         if k.shape[1] == 1:
             cache = self._put_one(k, v, step, None)
-            return cache._judged(_nobody(cache.scores), queries, step)
+            return cache._judged(_no_weights(cache.scores), queries, step)
         places = self._places(step).astype(self.scores.dtype)
-        nobody = _nobody(jnp.concatenate([self.scores, places], axis=-1))
-        return self._put_many(k, v, step, nobody, queries, None, None)
+        weights = _no_weights(jnp.concatenate([self.scores, places], axis=-1))
+        return self._put_many(k, v, step, weights, queries, None, None)
 
     def _places(self, step: Step) -> Array:
         """Positions of the new tokens, for each head: [B, K, T]."""
@@ -205,7 +205,7 @@ class Evicting(LayerCache):
         last = (step.stop - 1)[:, None, None]
         rank = jnp.clip(jnp.where(jnp.isnan(scores), -_MOST, scores), -_MOST, _MOST)
         if window is not None:
-            rank = jnp.where(positions <= last - window, -_MOST, rank)  # nobody will see it again
+            rank = jnp.where(positions <= last - window, -_MOST, rank)  # no query will see it again
         always = (positions > last - self.recent) | (positions < self.sinks)
         return jnp.where(positions < 0, -jnp.inf, jnp.where(always, jnp.inf, rank))
 
@@ -319,8 +319,8 @@ def _best_first(rank: Array, positions: Array) -> Array:
     return lax.sort((-rank, -positions, slots), dimension=-1, num_keys=2)[2]
 
 
-def _nobody(scores: Array) -> Array:
-    """Weights of one query that looks at no token: [B, K, 1, 1, S]."""
+def _no_weights(scores: Array) -> Array:
+    """Return the weights of one query that looks at no token: [B, K, 1, 1, S]."""
     return jnp.zeros((*scores.shape[:2], 1, 1, scores.shape[2]), jnp.float32)
 
 

@@ -8,7 +8,6 @@ from jkv._text import brief
 from jkv._transfer import transfers
 from jkv.cache.base import Cache, _integer
 from jkv.cache.dense import dense
-from jkv.cache.none import NoneKind
 from jkv.cache.protocol import LayerCache, Shape, as_kind, is_kind, own_kind_hint
 
 
@@ -51,8 +50,9 @@ def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: 
         raise ValueError(
             f"init_cache got dtype={dtype}; expected a floating one, such as float32 or bfloat16"
         )
-    if isinstance(kind, NoneKind):
-        return kind.init_cache(config, batch, slots, dtype)
+    whole = kind.init_cache(config, batch, slots, dtype)
+    if whole is not None:
+        return whole
     layers = [
         kind.bind(config, i).init(batch, slots, config.kv_heads, config.head_dim, dtype)
         for i in range(config.layers)

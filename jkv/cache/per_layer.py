@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -16,8 +17,9 @@ from jkv.errors import UnsupportedError
 class _PerLayer(CacheKind):
     """What both forms share: they are nothing without a layer."""
 
-    def _used(self) -> tuple[Any, ...]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _used(self) -> tuple[CacheKind, ...]:
+        """Return the kinds that a layer may get."""
 
     @property
     def grows(self) -> bool:

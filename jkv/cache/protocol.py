@@ -71,8 +71,8 @@ class LayerCache(abc.ABC):
         """Attend from the new tokens to the old and to themselves, and append the new ones.
 
         One method rather than "append" and "read": the order of the two is the cache's own affair
-        (a ring given a chunk longer than itself must read first), and what a cache stores never
-        has to be written out in full for somebody else to read.
+        (a ring given a chunk longer than itself must read first), and codes never have to be
+        decoded in full for a caller.
 
         Tokens at position -1 are padding: nothing of them is stored, what they get is undefined.
         """
@@ -217,6 +217,14 @@ class CacheKind(abc.ABC):
         self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> LayerCache:
         """Make an empty layer cache."""
+
+    def init_cache(self, config: Shape, batch: int, slots: int, dtype: DTypeLike) -> Any:
+        """Make the empty `Cache` of a whole model, of a kind that is not one of layers.
+
+        Returns:
+            None by default: the cache consists of layers, each from `init`.
+        """
+        del config, batch, slots, dtype
 
     def bind(self, config: Shape, layer: int) -> CacheKind:
         """Return the kind for one layer of a model.

@@ -131,7 +131,7 @@ def plan(
         CheckpointError: no preset, and nothing that can be read.
         UnsupportedError: a kind that this model cannot have.
         TypeError: something that is no model or kind.
-        ValueError: numbers below 1, a text that nobody understands, or keys to ignore where there
+        ValueError: numbers below 1, a text that names no kind, or keys to ignore where there
             is no `config.json`.
 
     Example:
@@ -161,7 +161,7 @@ def survey(model: Any, **asked: Any) -> list[Plan | Refusal]:
 
     Raises:
         CheckpointError: no preset, and nothing that can be read.
-        ValueError: numbers below 1, a text that nobody understands, or keys to ignore where there
+        ValueError: numbers below 1, a text that names no kind, or keys to ignore where there
             is no `config.json`.
     """
     name, config = find_config(model, asked.pop("dtype", None), asked.pop("ignore", ()))

@@ -105,7 +105,7 @@ def test_an_iteration_whose_end_is_interrupted_leaves_no_request(lm):
 
 @pytest.mark.parametrize("read", [iter, aiter])
 def test_an_iteration_whose_finaliser_is_interrupted_is_noticed_all_the_same(lm, monkeypatch, read):
-    """Python swallows what a finaliser raises: nobody would hear of it."""
+    """Python swallows what a finaliser raises, so the engine itself looks at its readers."""
     engine = made(lm, pages=PAGES, max_batch=2)
     request = engine.submit(PROMPTS[2], max_new_tokens=12, stop=())
     reader = read(request)

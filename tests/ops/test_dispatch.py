@@ -1,4 +1,4 @@
-"""Which implementation runs, and what is said about the others."""
+"""Which implementation runs, and the reasons against the others."""
 
 from __future__ import annotations
 

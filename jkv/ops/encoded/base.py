@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -133,16 +134,16 @@ def wide(x: UInt16[Array, "..."]) -> Float[Array, "..."]:
     return lax.bitcast_convert_type(x.astype(jnp.uint32) << jnp.uint32(16), jnp.float32)
 
 
-class Stored:
+class Stored(abc.ABC):
     """Leaves that begin with rows and heads, then slots or units unless `over_slots` differs."""
 
     dim: int
     unit: int = 1
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """``(B, K, S, H)``, or ``(Z, S, H)`` once merged."""
-        raise NotImplementedError
 
     def merged(self: E) -> E:
         """Rows and heads as one axis."""
