@@ -1,34 +1,17 @@
-"""Checks of arguments: what was got, what was expected, before anything is changed.
-
-`Checked[T]` is T to type checkers; at run time these checks decide, with a message of their own.
-"""
+"""Checks of arguments: what was got, what was expected, before anything is changed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, SupportsFloat, SupportsIndex, TypeVar
+from typing import Any, SupportsFloat, SupportsIndex
 
 from jkv._text import brief
 
-T = TypeVar("T")
-
-if TYPE_CHECKING:
-    Checked = Annotated[T, "by the function itself"]
-else:
-
-    class Checked:
-        """Any value to tools that check annotations at run time."""
-
-        def __class_getitem__(cls, item: object) -> object:
-            """Return what such a tool lets pass."""
-            return Any
-
-
-Key = Checked[str]
-Seconds = Checked[int | float | None]
-Limit = Checked[int | None]
-Fingerprint = Checked[bytes | None]
+Key = str
+Seconds = int | float | None
+Limit = int | None
+Fingerprint = bytes | None
 
 UNSET: Any = object()  # where None is a value
 LONGEST = 1e15  # seconds, 30 million years: what is longer would spoil sums
@@ -114,7 +97,7 @@ def check_seconds(
     return number
 
 
-def check_keys(keys: Checked[Iterable[str]]) -> list[Key]:
+def check_keys(keys: Iterable[str]) -> list[Any]:
     """Return several keys as a list; each is checked where it becomes a name.
 
     Raises:

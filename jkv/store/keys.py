@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jkv.store import digest
-from jkv.store.checks import Checked, Key, check_text
+from jkv.store.checks import Key, check_text
 from jkv.store.state import Record
 
 PEERS = 256  # entries with the same hash that are looked at, the latest
@@ -38,7 +38,7 @@ def split_name(name: str) -> tuple[str, str]:
     return "", name
 
 
-def as_tokens(tokens: Checked[ArrayLike]) -> np.ndarray:
+def as_tokens(tokens: ArrayLike) -> np.ndarray:
     """Return token ids as int32 [T], a copy that is read-only.
 
     Raises:

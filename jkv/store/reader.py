@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from jkv.errors import CorruptError, TierError
-from jkv.store.checks import Checked, Fingerprint, Key, Limit, check_bytes, check_limit, check_text
+from jkv.store.checks import Fingerprint, Key, Limit, check_bytes, check_limit, check_text
 from jkv.store.entry import Entry
 from jkv.store.handles import Handle, Lookup, Match, PrefixQuery, value_of
 from jkv.store.index import Index
@@ -107,7 +107,7 @@ class Reader:
 
     def matches(
         self,
-        tokens: Sequence[Checked[ArrayLike]],
+        tokens: Sequence[ArrayLike],
         limits: Sequence[Limit],
         tenant: Key,
         fingerprint: Fingerprint,

@@ -12,7 +12,7 @@ from typing import Any
 from jkv._text import brief
 from jkv.errors import CorruptError, TierError, UnsupportedError
 from jkv.store import codec, files, zstd
-from jkv.store.checks import Checked, Limit, Seconds, check_count, check_seconds
+from jkv.store.checks import Limit, Seconds, check_count, check_seconds
 from jkv.store.codec import blob_key, blob_name, is_blob_name
 from jkv.store.entry import Entry
 from jkv.store.tier import Tier
@@ -137,7 +137,7 @@ class Remote(Tier):
         url: str | Mapping[str, Any],
         *,
         timeout: Seconds = 5.0,
-        retries: Checked[int] = 2,
+        retries: int = 2,
         endpoint: str | None = None,
         region: str | None = None,
         max_bytes: Limit = None,

@@ -18,7 +18,6 @@ from jkv._text import brief
 from jkv.store import metrics
 from jkv.store.checks import (
     UNSET,
-    Checked,
     Fingerprint,
     Key,
     Limit,
@@ -122,22 +121,22 @@ class Store:
 
     def __init__(
         self,
-        tiers: Checked[Sequence[Tier]],
-        policy: Checked[Policy | None] = None,
+        tiers: Sequence[Tier],
+        policy: Policy | None = None,
         *,
-        fingerprint: Checked[bytes] = b"",
+        fingerprint: bytes = b"",
         ttl: Seconds = None,
-        tenant_bytes: Checked[int | Mapping[str, int] | None] = None,
-        write_through: Checked[bool] = False,
-        forms: Checked[Mapping[str, str] | None] = None,
-        convert: Checked[Callable[[Entry, str], Entry] | None] = None,
-        chunk: Checked[int] = 16,
-        queue_entries: Checked[int] = 64,
-        queue_bytes: Checked[int] = 256 << 20,
+        tenant_bytes: int | Mapping[str, int] | None = None,
+        write_through: bool = False,
+        forms: Mapping[str, str] | None = None,
+        convert: Callable[[Entry, str], Entry] | None = None,
+        chunk: int = 16,
+        queue_entries: int = 64,
+        queue_bytes: int = 256 << 20,
         sweep_every: Seconds = None,
-        predictor: Checked[Predictor | None] = None,
-        clock: Checked[Callable[[], float]] = time.time,
-        timer: Checked[Callable[[], float]] = time.perf_counter,
+        predictor: Predictor | None = None,
+        clock: Callable[[], float] = time.time,
+        timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         named = check_tiers(tiers)
         policy = check_policy(LRU() if policy is None else policy)
@@ -189,14 +188,14 @@ class Store:
         key: Key | None,
         value: Any,
         *,
-        tokens: Checked[ArrayLike | None] = None,
+        tokens: ArrayLike | None = None,
         tenant: Key = "",
         seconds: Seconds = None,
         fingerprint: Fingerprint = None,
         ttl: Seconds = None,
-        pin: Checked[bool] = False,
-        whole: Checked[bool] = False,
-        ephemeral: Checked[bool] = False,
+        pin: bool = False,
+        whole: bool = False,
+        ephemeral: bool = False,
     ) -> str | None:
         """Keep a value; its key, or None where no tier had room for it (counted as rejected).
 
@@ -236,12 +235,12 @@ class Store:
         keys: Sequence[Key | None],
         values: Sequence[Any],
         *,
-        tokens: Sequence[Checked[ArrayLike | None]] | None = None,
+        tokens: Sequence[ArrayLike | None] | None = None,
         seconds: Sequence[Seconds] | None = None,
         tenant: Key = "",
         fingerprint: Fingerprint = None,
         ttl: Seconds = None,
-        whole: Checked[bool] = False,
+        whole: bool = False,
     ) -> list[str | None]:
         """Keep several values, each tier written to once; of equal keys the last stays.
 
@@ -329,7 +328,7 @@ class Store:
     @operation
     def longest_prefix(
         self,
-        tokens: Checked[ArrayLike],
+        tokens: ArrayLike,
         *,
         tenant: Key = "",
         fingerprint: Fingerprint = None,
@@ -353,7 +352,7 @@ class Store:
     @operation
     def longest_prefix_many(
         self,
-        tokens: Sequence[Checked[ArrayLike]],
+        tokens: Sequence[ArrayLike],
         *,
         tenant: Key = "",
         fingerprint: Fingerprint = None,

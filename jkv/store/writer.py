@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike
 
 from jkv.store import keys
 from jkv.store.checks import (
-    Checked,
     Fingerprint,
     Key,
     Seconds,
@@ -57,17 +56,17 @@ class Writer:
 
     def prepare(
         self,
-        key: Checked[str | None],
+        key: str | None,
         value: object,
         *,
-        tokens: Checked[ArrayLike | None],
+        tokens: ArrayLike | None,
         tenant: Key,
         seconds: Seconds,
         fingerprint: Fingerprint,
         ttl: Seconds,
-        pin: Checked[bool] = False,
-        whole: Checked[bool] = False,
-        ephemeral: Checked[bool] = False,
+        pin: bool = False,
+        whole: bool = False,
+        ephemeral: bool = False,
     ) -> Put:
         """Check what `Store.put` was given, and pack it.
 
