@@ -69,7 +69,7 @@ class ContiguousKV:
                 "without slot_positions and lengths: the queries' positions are those of the slots"
             )
 
-    def for_queries(self, positions: Array) -> ContiguousKV:
+    def for_queries(self, positions: Integers) -> ContiguousKV:
         """Return the operand with all that depends on the queries' positions filled in."""
         return replace(self, slot_positions=positions) if self.chunk else self
 
@@ -118,7 +118,7 @@ class PagedKV:
         if self.block_table.shape[1] < 1:
             raise ValueError("attention got a block table without columns; expected at least one")
 
-    def for_queries(self, positions: Array) -> PagedKV:
+    def for_queries(self, positions: Integers) -> PagedKV:
         """Return itself: nothing of it depends on the queries."""
         del positions
         return self
