@@ -28,6 +28,7 @@ FLOORS = {
     "jkv._bytes": 0,
     "jkv._fork": 0,
     "jkv._pytree": 0,
+    "jkv._stored_names": 0,
     "jkv._text": 0,
     "jkv._transfer": 0,
     "jkv._version": 0,

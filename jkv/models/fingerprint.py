@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from jkv._axes import Array
+from jkv._stored_names import written_fields, written_name
 from jkv._transfer import transfers
 
 # Arrays never change, so what was computed of the very same ones still holds.
@@ -34,20 +35,23 @@ def fingerprint(model: Any, kind: Any = None) -> bytes:
     leaves = tuple(jax.tree.leaves(model))
     whole = hashlib.sha256(checksum(leaves))
     for part in (model.config, kind):
-        text = _said(part).encode()
+        text = describe(part).encode()
         whole.update(len(text).to_bytes(8, "big") + text)
     return whole.digest()
 
 
-def _said(value: Any) -> str:
-    """A value in words that every process has for it: functions by name and not by address."""
+def describe(value: Any) -> str:
+    """Describe a value as every process and version does: functions by name, not by address."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = [f"{f.name}={_said(getattr(value, f.name))}" for f in dataclasses.fields(value)]
-        return f"{type(value).__qualname__}({', '.join(parts)})"
+        parts = [
+            f"{written}={describe(getattr(value, name))}"
+            for name, written in written_fields(type(value))
+        ]
+        return f"{written_name(type(value)).partition(':')[2]}({', '.join(parts)})"
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_said, value))}]"
+        return f"[{', '.join(map(describe, value))}]"
     if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}:{value.__qualname__}"
+        return written_name(value)
     return repr(value)
 
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jkv._pytree import replace
+from jkv._stored_names import present_name, written_fields, written_name
 from jkv._text import brief, plural
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
@@ -276,8 +277,8 @@ def _words(value: Any, path: str, arrays: dict[str, Any]) -> Any:
         return {"tuple": [_words(v, _under(path, i), arrays) for i, v in enumerate(value)]}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
-            f.name: _words(getattr(value, f.name), _under(path, f.name), arrays)
-            for f in dataclasses.fields(value)
+            written: _words(getattr(value, name), _under(path, written), arrays)
+            for name, written in written_fields(type(value))
         }
         return {"class": _name(type(value)), "fields": fields}
     if callable(value):
@@ -290,14 +291,14 @@ def _under(path: str, name: str | int) -> str:
 
 
 def _name(what: Any) -> str:
-    """Return where something of this library is."""
+    """Return where something of this library is, by the name that entries know it by."""
     module, name = getattr(what, "__module__", ""), getattr(what, "__qualname__", "")
     if not module.startswith("jkv.") or "." in name or "<" in name:
         raise UnsupportedError(
             f"the store cannot keep a cache with {what!r:.80}: expected kinds and scores of jkv, "
             "which another process has too"
         )
-    return f"{module}:{name}"
+    return written_name(what)
 
 
 def _value(words: Any, arrays: Any) -> Any:
@@ -318,10 +319,12 @@ def _value(words: Any, arrays: Any) -> Any:
     cls = _found(words["class"])
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
         raise ValueError(f"{brief(words['class'])} is no dataclass")
-    fields = {name: _value(part, arrays) for name, part in words["fields"].items()}
-    if set(fields) != {f.name for f in dataclasses.fields(cls)}:
-        raise ValueError(f"{words['class']} has other fields than {brief(sorted(fields))}")
-    return cls(**fields)
+    fields = dict(written_fields(cls))
+    if set(words["fields"]) != set(fields.values()):
+        raise ValueError(f"{words['class']} has other fields than {brief(sorted(words['fields']))}")
+    return cls(
+        **{name: _value(words["fields"][written], arrays) for name, written in fields.items()}
+    )
 
 
 def _named(words: Any) -> Iterator[str]:
@@ -334,7 +337,7 @@ def _named(words: Any) -> Iterator[str]:
 
 
 def _found(name: str) -> Any:
-    module, _, attribute = name.partition(":")
+    module, _, attribute = present_name(name).partition(":")
     if not module.startswith(_HOMES) or attribute.startswith("_"):
         raise ValueError(f"{brief(name)} is nothing that caches are made of")
     return getattr(importlib.import_module(module), attribute)

@@ -317,11 +317,11 @@ def mine(keys, weights, positions, step):
 
 
 def test_what_other_processes_would_not_know_is_refused_at_once(tiny_model, store):
-    from jkv.models.fingerprint import _said
+    from jkv.models.fingerprint import describe
 
     kind = jkv.evicting(16, score=jkv.scores.key_norm)
-    assert "key_norm" in _said(kind)
-    assert "0x" not in _said(kind)  # an address, another one in each process
+    assert "key_norm" in describe(kind)
+    assert "0x" not in describe(kind)  # an address, another one in each process
     own = jkv.evicting(16, score=mine)
     with pytest.raises(jkv.UnsupportedError, match="expected kinds and scores of jkv"):
         jkv.generate(tiny_model, [LONG], store=store, cache=own, **HOW)
