@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from jkv._text import brief
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.decoding import loop
-from jkv.decoding.arguments import CacheLike, Model, Progress, Prompts, Stop
+from jkv.decoding.arguments import Model, Prompts
 from jkv.decoding.faults import Faults
-from jkv.decoding.options import Options
+from jkv.decoding.options import Options, SearchOptions, keywords
 from jkv.decoding.request import PAD, bucket, integer
-from jkv.decoding.result import Result, texts_of
+from jkv.decoding.result import texts_of
 from jkv.decoding.run import Run
 
 
@@ -89,20 +89,15 @@ class Search:
 
 
 @transfers
+@keywords(SearchOptions, Options)
 def beam_search(
     model: Model,
     prompts: Prompts,
     *,
-    max_new_tokens: int,
     beams: int = 4,
     length_penalty: float = 1.0,
     early_stopping: bool = False,
-    stop: Stop | None = None,
-    cache: CacheLike | None = None,
-    resume: Result | None = None,
-    slots: int | None = None,
-    prefill_chunk: int = 256,
-    progress: Progress | None = None,
+    **options: Unpack[SearchOptions],
 ) -> Beams:
     """The W best continuations of each prompt among those that W beams come across.
 
@@ -117,18 +112,12 @@ def beam_search(
     Args:
         model: `lm.model`, or `lm` where prompts are texts.
         prompts: one row each, or one text; see `jkv.generate`.
-        max_new_tokens: per hypothesis, at most; an int.
         beams: W, at most the vocabulary. Another number compiles anew.
         length_penalty: 0 compares plain sums, which favours short hypotheses, 1 the mean per token.
         early_stopping: a prompt is done as soon as it has W hypotheses, whatever the beams that
             still run could reach.
-        stop: ids at which a hypothesis ends beside the checkpoint's end-of-text ids, or one list of
-            them per prompt; () switches all off, and so does an empty list of a prompt.
-        cache: the kind or its text ("int4"), `jkv.dense()` by default.
-        resume: an earlier `Result` to go on from.
-        slots: tokens that each row's cache has room for.
-        prefill_chunk: tokens per pass of the prefill, at least 16.
-        progress: called with (done, total) tokens of the longest prompt after each chunk.
+        options: keywords of `jkv.generate`, which describes them. `max_new_tokens` is the length
+            of a hypothesis at most, and `stop` takes token ids only.
 
     Raises:
         TypeError: prompts or stops of a wrong type, or `early_stopping` no bool.
@@ -143,17 +132,8 @@ def beam_search(
     penalty = _finite("length_penalty", length_penalty)
     if not isinstance(early_stopping, bool | np.bool_):
         raise TypeError(f"early_stopping got {brief(early_stopping)}; expected True or False")
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        cache=cache,
-        stop=stop,
-        resume=resume,
-        slots=slots,
-        block=max_new_tokens,  # all of them are one program
-        prefill_chunk=prefill_chunk,
-        progress=progress,
-    )
-    run = Run(model, prompts, options)
+    # One block: all steps are one program.
+    run = Run(model, prompts, Options(block=options["max_new_tokens"], **options))
     if width > run.model.config.vocab:
         raise ValueError(
             f"beams got {width}; expected at most {run.model.config.vocab}, the model's vocabulary"

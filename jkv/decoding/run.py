@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -19,11 +19,17 @@ from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import draft, loop, room, sampling, stored
 from jkv.decoding.apply import check_updates
-from jkv.decoding.arguments import CacheLike, Model, Progress, Prompts, Sampler, Stop
-from jkv.decoding.draft import Draft
+from jkv.decoding.arguments import Model, Prompts
 from jkv.decoding.faults import Faults, raise_faults
 from jkv.decoding.logprobs import stacked
-from jkv.decoding.options import Options, check_plain, checked_kind, checked_top
+from jkv.decoding.options import (
+    GenerateOptions,
+    Options,
+    check_plain,
+    checked_kind,
+    checked_top,
+    keywords,
+)
 from jkv.decoding.request import (
     PAD,
     Stops,
@@ -39,9 +45,6 @@ from jkv.decoding.result import Result, differences
 from jkv.decoding.stopping import first_stop
 from jkv.errors import CacheFullError, StaleError, UnsupportedError
 from jkv.models.weights import still, weights_of
-
-if TYPE_CHECKING:
-    from jkv.store import Store
 
 
 @dataclasses.dataclass
@@ -382,26 +385,11 @@ class Run:
 
 
 @transfers
+@keywords(GenerateOptions, Options)
 def generate(
     model: Model,
     prompts: Prompts,
-    *,
-    max_new_tokens: int,
-    cache: CacheLike | None = None,
-    sampler: Sampler | None = None,
-    stop: Stop | None = None,
-    key: jax.Array | None = None,
-    return_logprobs: bool = False,
-    top_logprobs: int = 0,
-    resume: Result | None = None,
-    slots: int | None = None,
-    prefill_chunk: int = 256,
-    progress: Progress | None = None,
-    samples: int = 1,
-    draft: Draft | None = None,
-    store: Store | None = None,
-    sequence_ids: Sequence[str] | None = None,
-    tenant: str = "",
+    **options: Unpack[GenerateOptions],
 ) -> Result:
     """Continue prompts of any lengths, in one batch.
 
@@ -457,25 +445,7 @@ def generate(
         >>> more = jkv.generate(lm, " Juliet", max_new_tokens=16, resume=out)
         >>> print("ROMEO:" + out.text + " Juliet" + more.text)
     """
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        cache=cache,
-        sampler=sampler,
-        stop=stop,
-        key=key,
-        return_logprobs=return_logprobs,
-        top_logprobs=top_logprobs,
-        resume=resume,
-        slots=slots,
-        prefill_chunk=prefill_chunk,
-        progress=progress,
-        samples=samples,
-        draft=draft,
-        store=store,
-        sequence_ids=sequence_ids,
-        tenant=tenant,
-    )
-    run = Run(model, prompts, options)
+    run = Run(model, prompts, Options(**options))
     for _ in run.blocks():
         pass
     return run.result()

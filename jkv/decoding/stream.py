@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Unpack
 
-import jax
 import numpy as np
 
 from jkv._fork import check_fork
 from jkv._transfer import transfers
-from jkv.decoding.arguments import CacheLike, Model, Progress, Prompts, Sampler, Stop
+from jkv.decoding.arguments import Model, Prompts
 from jkv.decoding.detokenize import Pieces, incomplete
-from jkv.decoding.draft import Draft
-from jkv.decoding.options import Options
+from jkv.decoding.options import GenerateOptions, Options, keywords
 from jkv.decoding.request import PAD
 from jkv.decoding.result import Result
 from jkv.decoding.run import Run
 from jkv.errors import JkvError
-
-if TYPE_CHECKING:
-    from jkv.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,53 +95,25 @@ class Stream(Iterator[Block]):
         return self._result
 
 
+@keywords(GenerateOptions, Options)
 def stream(
     model: Model,
     prompts: Prompts,
     *,
-    max_new_tokens: int,
     block: int = 16,
-    cache: CacheLike | None = None,
-    sampler: Sampler | None = None,
-    stop: Stop | None = None,
-    key: jax.Array | None = None,
-    return_logprobs: bool = False,
-    top_logprobs: int = 0,
-    resume: Result | None = None,
-    slots: int | None = None,
-    prefill_chunk: int = 256,
-    progress: Progress | None = None,
-    samples: int = 1,
-    draft: Draft | None = None,
-    store: Store | None = None,
-    sequence_ids: Sequence[str] | None = None,
-    tenant: str = "",
+    **options: Unpack[GenerateOptions],
 ) -> Stream:
     """The tokens of `jkv.generate` in blocks, the first alone: an iterator of `Block`.
 
-    While a block is in the reader's hands the device is at work on the next.
+    While the caller handles a block the device computes the next.
 
     Args:
-        model: see `jkv.generate`, as for all that is not below.
-        prompts: one row each, or one text.
-        max_new_tokens: per row, at most.
+        model: `lm.model`, or `lm` where prompts or stops are texts.
+        prompts: one row each, or one text; see `jkv.generate`.
         block: tokens per row that are computed at a time, at most.
-        cache: the kind.
-        sampler: a transform of `jkv.sampling`.
-        stop: ids and strings at which a row ends, beside the checkpoint's.
-        key: for samplers that draw at random.
-        return_logprobs: in the `result`.
-        top_logprobs: likewise.
-        resume: an earlier result to go on from.
-        slots: tokens that each row's cache has room for.
-        prefill_chunk: tokens per pass of the prefill.
-        progress: called after each of them.
-        samples: rows per prompt.
-        draft: proposes tokens. Rows then say different numbers of them: in a block each has -1
-            after its own.
-        store: where rows are looked for; they are kept there once the `result` is asked for.
-        sequence_ids: their keys there.
-        tenant: whose entries.
+        options: the keywords of `jkv.generate`, which describes them. With a draft, rows get
+            different numbers of tokens: in a block each has -1 after its own. A row goes to the
+            store once all blocks have been taken.
 
     Raises:
         TypeError: see `jkv.generate`; all but a full cache is raised at the call.
@@ -155,23 +122,4 @@ def stream(
         CacheFullError: likewise.
         NonFiniteError: likewise, by the iterator once it has given all tokens before.
     """
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        cache=cache,
-        sampler=sampler,
-        stop=stop,
-        key=key,
-        return_logprobs=return_logprobs,
-        top_logprobs=top_logprobs,
-        resume=resume,
-        slots=slots,
-        block=block,
-        prefill_chunk=prefill_chunk,
-        progress=progress,
-        samples=samples,
-        draft=draft,
-        store=store,
-        sequence_ids=sequence_ids,
-        tenant=tenant,
-    )
-    return Stream(Run(model, prompts, options))
+    return Stream(Run(model, prompts, Options(block=block, **options)))
