@@ -37,7 +37,7 @@ from rich.table import Table
 import jkv
 from bench import machine
 from bench.kept import LLAMA_42M
-from jkv.engine import lanes
+from jkv.engine import decode_state
 
 MEANS, SPREAD = (161, 338), (1.0, 0.8)  # tokens; standard deviations of the logarithms
 FULL = 2048  # tokens of context for which these are
@@ -358,7 +358,7 @@ def measure_host(block: int, options: Any) -> dict[str, Any]:
     while requests[-1].first_token is None:  # its prompt is the last that is read
         engine.step()
     passes, times, calls = min(150, 200 // block), [], []
-    dispatch, called = lanes.decoded, 0.0
+    dispatch, called = decode_state.decode_jit, 0.0
 
     def timed(*arguments: Any) -> Any:
         nonlocal called
@@ -367,13 +367,13 @@ def measure_host(block: int, options: Any) -> dict[str, Any]:
         called += time.perf_counter() - began
         return out
 
-    lanes.decoded = timed
+    decode_state.decode_jit = timed
     for _ in range(passes):
         began, waited, before = time.perf_counter(), engine.batch.waited, called
         engine.step()
         calls.append(called - before)
         times.append(time.perf_counter() - began - (engine.batch.waited - waited) - calls[-1])
-    lanes.decoded = dispatch
+    decode_state.decode_jit = dispatch
     own, jax_own = statistics.median(times), statistics.median(calls)
     return {
         "lanes": 256,

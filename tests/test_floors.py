@@ -47,8 +47,8 @@ FLOORS = {
 # Where the bare class is caught, because a library raises nothing narrower.
 BROAD = {
     "jkv.models.tokenizer_files": "tokenizers raises Exception itself",
-    "jkv.engine.kept": "a store may raise anything, and what it keeps can be computed again",
-    "jkv.engine.steps": "a callback may raise anything, and ends its own request only",
+    "jkv.engine.swap": "a store may raise anything, and what it keeps can be computed again",
+    "jkv.engine.scheduler": "a callback may raise anything, and ends its own request only",
 }
 
 # Where objects are of others' classes, and may lack what is looked for.

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.engine.engine import Engine as Engine
-    from jkv.engine.pool import PagePool as PagePool
+    from jkv.engine.page_pool import PagePool as PagePool
     from jkv.engine.request import Request as Request
 
 _HOME = {
     "Engine": "jkv.engine.engine",
-    "PagePool": "jkv.engine.pool",
+    "PagePool": "jkv.engine.page_pool",
     "Request": "jkv.engine.request",
 }
 

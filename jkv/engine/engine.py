@@ -35,9 +35,9 @@ from jkv.decoding.request import (
     stops,
 )
 from jkv.decoding.result import differences
-from jkv.engine.batch import Batch
 from jkv.engine.request import Request
-from jkv.engine.steps import PassError, Steps
+from jkv.engine.runner import Runner
+from jkv.engine.scheduler import Scheduler, StepError
 from jkv.errors import UnsupportedError
 from jkv.store.policy import Policy
 
@@ -51,7 +51,7 @@ T = TypeVar("T")
 PRIORITY = 64
 
 
-class Engine(Steps):
+class Engine(Scheduler):
     """Continuous batching over a paged cache; see `submit`, `step` and `run`.
 
     Args:
@@ -105,7 +105,7 @@ class Engine(Steps):
             raise UnsupportedError(
                 f"Engine got preemption={brief(preemption)}; expected 'auto', 'recompute' or 'swap'"
             )
-        batch = Batch(
+        batch = Runner(
             model,
             pages=integer("pages", pages, 1),
             page=None if page is None else integer("page", page, 1),
@@ -478,7 +478,7 @@ class Engine(Steps):
     def _end_all(self) -> None:
         try:
             self._flush()
-        except PassError as failed:
+        except StepError as failed:
             self._charge(failed)
         for seat in [seat for seat in self.seats if seat]:
             self._leave(seat, "cancelled")
@@ -535,7 +535,7 @@ class Engine(Steps):
     def _step_or_charge(self) -> bool:
         try:
             return self._step()
-        except PassError as failed:
+        except StepError as failed:
             self._charge(failed)
             return True
 

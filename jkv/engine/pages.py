@@ -21,10 +21,10 @@ from jkv.cache.pages import pools
 from jkv.cache.protocol import as_kind
 from jkv.decoding import loop
 from jkv.decoding.request import bucket
-from jkv.engine import lanes as device
-from jkv.engine.kept import Form, Kept
-from jkv.engine.pool import PagePool
-from jkv.engine.scheduler import Seat, Tally
+from jkv.engine import decode_state as device
+from jkv.engine.page_pool import PagePool
+from jkv.engine.sequence import RunningSequence, SequenceTable
+from jkv.engine.swap import Form, PageStore
 from jkv.errors import PoolFullError, StaleError
 from jkv.models.fingerprint import fingerprint
 from jkv.ops.pages import laid, put, taken
@@ -33,7 +33,7 @@ FIRST_RATE = 4e9  # bytes per second between device and host, until it has been 
 
 
 @dataclasses.dataclass
-class Saved:
+class SwappedPages:
     """A request's pages on the host."""
 
     length: int  # tokens
@@ -66,7 +66,7 @@ class Pages:
         self.model, self.config = model, model.config
         self.pages, self.page = pages, self.kind.page
         self.policy, self.store = policy, store
-        self.kept: Kept | None = None
+        self.kept: PageStore | None = None
         self._begin()
         self._seen_sizes: set[int] = set()  # of what has been moved, and is compiled
         self.page_bytes = nbytes(self.layers) / pages / len(self.columns)
@@ -74,7 +74,7 @@ class Pages:
 
     def _begin(self) -> None:
         """Empty pages for the model as it is now."""
-        self.frame, self.weights = device.apart(self.model)
+        self.frame, self.weights = device.split_weights(self.model)
         self._leaving: list[tuple[bytes, int]] = []
         cache = self._empty()
         self.layers = cache.layers
@@ -86,7 +86,7 @@ class Pages:
         if self.store is not None:
             # How many pages there are, and who manages them, says nothing of what is in one.
             mark = fingerprint(self.model, dataclasses.replace(self.kind, pages=None))
-            self.kept = Kept(self.store, mark)
+            self.kept = PageStore(self.store, mark)
             # Where layers see differently far, a prefix needs pages of all of them at once.
             hook = self._left if len(self.columns) == 1 else None
         how: dict[str, Any] = {"policy": self.policy, "fingerprint": mark, "on_evict": hook}
@@ -214,19 +214,19 @@ class Pages:
         leaves = jax.tree.leaves(self._gathered_form(count))
         return [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves]
 
-    def publish(self, seat: Seat, upto: int) -> None:
+    def publish(self, seat: RunningSequence, upto: int) -> None:
         """Let others find the full pages of its first `upto` tokens, which have been dispatched."""
         ids = seat.request.history[:upto].tolist()
         for seq in seat.held:
             seq.reserve(len(ids))  # pages that it has, of which the pool has not heard how full
             seq.publish(ids)
 
-    def withdraw(self, seat: Seat) -> None:
+    def withdraw(self, seat: RunningSequence) -> None:
         """Remove the seat's pages from the prefix index: what they hold must not be reused."""
         for seq in seat.held:
             seq.withdraw()
 
-    def reserve(self, seat: Seat, upto: int) -> None:
+    def reserve(self, seat: RunningSequence, upto: int) -> None:
         """Pages for its first `upto` tokens.
 
         Raises:
@@ -241,7 +241,9 @@ class Pages:
             self._save_leaving()
         seat.tally.reserved[seat.lane] = len(seat.held[0].table) * self.page
 
-    def extend(self, lanes: np.ndarray, upto: np.ndarray, tally: Tally, seats: list[Any]) -> None:
+    def extend(
+        self, lanes: np.ndarray, upto: np.ndarray, tally: SequenceTable, seats: list[Any]
+    ) -> None:
         """As `reserve` for those in these lanes, whose pages are free."""
         for lane, most in zip(lanes.tolist(), upto.tolist(), strict=True):
             for seq in seats[lane].held:
@@ -249,12 +251,12 @@ class Pages:
             self._save_leaving()
         tally.reserved[lanes] = -(-upto // self.page) * self.page
 
-    def could(self, seat: Seat, upto: int) -> bool:
+    def could(self, seat: RunningSequence, upto: int) -> bool:
         """Whether `reserve` would do."""
         pairs = zip(self.pools, seat.held, strict=True)
         return all(pool.needs(seq, upto) <= pool.free_pages for pool, seq in pairs)
 
-    def filled(self, tally: Tally) -> tuple[int, int]:
+    def filled(self, tally: SequenceTable) -> tuple[int, int]:
         """Slots of the pages that the first pool's sequences hold, and those with tokens.
 
         A page that several hold is full, and counted once as what each has that is not.
@@ -267,11 +269,11 @@ class Pages:
         for seq in held:
             seq.close()
 
-    def let_go(self, seat: Seat) -> None:
+    def let_go(self, seat: RunningSequence) -> None:
         """Give back the pages that have left the windows of their layers."""
         self._let_go(seat, seat.written())
 
-    def _let_go(self, seat: Seat, written: int) -> None:
+    def _let_go(self, seat: RunningSequence, written: int) -> None:
         for seq, window in zip(seat.held, self.windows, strict=True):
             if window is not None and written >= window:
                 seq.drop_before(min(written - window + 1, seq.length))
@@ -293,16 +295,16 @@ class Pages:
             self._known_size(nbytes(pages))
             size = bucket(size + 1, 4)
 
-    def bytes_of(self, seat: Seat) -> int:
+    def bytes_of(self, seat: RunningSequence) -> int:
         """Of the pages of its tokens."""
         return int(self.pages_for(seat.written()) * self.page_bytes * len(self.columns))
 
-    def saved(self, seat: Seat) -> Saved:
+    def saved(self, seat: RunningSequence) -> SwappedPages:
         """What `save` will fill."""
         key = None if self.kept is None else self.kept.key_of(seat.request.number)
-        return Saved(seat.written(), self.weights, key=key)
+        return SwappedPages(seat.written(), self.weights, key=key)
 
-    def save(self, seat: Seat, saved: Saved) -> bool:
+    def save(self, seat: RunningSequence, saved: SwappedPages) -> bool:
         """Copy its pages to the host, or the store; False where that has no room."""
         began = time.perf_counter()
         pages = jax.device_get(_gathered(self.layers, self._tables(seat, saved.length)))
@@ -330,26 +332,26 @@ class Pages:
                     self._save_leaving()
             self._save_leaving()
 
-    def fetch(self, saved: Saved) -> Any:
+    def fetch(self, saved: SwappedPages) -> Any:
         """What was saved; None if it was lost."""
         if saved.key is None or self.kept is None:
             return saved.pages
         leaves = self.kept.take_back(saved.key, self._form(bucket(self.pages_for(saved.length), 4)))
         return None if leaves is None else self._pages(leaves)
 
-    def forget(self, saved: Saved) -> None:
+    def forget(self, saved: SwappedPages) -> None:
         """Nobody will want it."""
         if saved.key is not None and self.kept is not None:
             self.kept.forget(saved.key)
 
-    def restore(self, seat: Seat, length: int, pages: Any) -> None:
+    def restore(self, seat: RunningSequence, length: int, pages: Any) -> None:
         """What was saved, in pages of its own."""
         self.reserve(seat, length)
         self.layers = _scattered(self.layers, self._tables(seat, length), pages)
         # Pages that had left a window when it was saved hold anything: nobody may find them.
         self._let_go(seat, length)
 
-    def _tables(self, seat: Seat, length: int) -> tuple[np.ndarray, ...]:
+    def _tables(self, seat: RunningSequence, length: int) -> tuple[np.ndarray, ...]:
         count = self.pages_for(length)
         return tuple(filled(seq.table[:count], bucket(count, 4)) for seq in seat.held)
 

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable
 
-from jkv.engine.pool import PagePool
+from jkv.engine.page_pool import PagePool
 from tests.counting import bytecodes
 
 PAGE = 16

@@ -7,7 +7,7 @@ import hashlib
 import struct
 from typing import Any
 
-from jkv.engine.pool import PagePool, PageSequence
+from jkv.engine.page_pool import PagePool, PageSequence
 from jkv.store.policy import ARC, FIFO, LFU, LRU, SLRU, CostAware
 
 POLICIES = (LRU(), FIFO(), LFU(), SLRU(), ARC(), CostAware())

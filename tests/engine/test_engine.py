@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import jkv
-from jkv.engine import lanes
+from jkv.engine import decode_state
 from jkv.engine.stats import prometheus
 from jkv.errors import NonFiniteError
 from tests.decoding import oracle
@@ -235,18 +235,18 @@ def test_nothing_is_compiled_after_warming(lm, compiles):
 
 def test_passes_are_no_wider_than_who_takes_part(engine, alone, monkeypatch):
     widths, shapes = [], []
-    decoded, absorbed = lanes.decoded, lanes.absorbed
+    decode_jit, prefill_jit = decode_state.decode_jit, decode_state.prefill_jit
 
     def saying(size, frame, weights, layers, state, at, *rest):
         widths.append(len(at))
-        return decoded(size, frame, weights, layers, state, at, *rest)
+        return decode_jit(size, frame, weights, layers, state, at, *rest)
 
     def reading(frame, weights, layers, state, at, tokens, *rest):
         shapes.append(tokens.shape)
-        return absorbed(frame, weights, layers, state, at, tokens, *rest)
+        return prefill_jit(frame, weights, layers, state, at, tokens, *rest)
 
-    monkeypatch.setattr(lanes, "decoded", saying)
-    monkeypatch.setattr(lanes, "absorbed", reading)
+    monkeypatch.setattr(decode_state, "decode_jit", saying)
+    monkeypatch.setattr(decode_state, "prefill_jit", reading)
     last = [engine.submit(PROMPTS[1], max_new_tokens=n, stop=()) for n in (9, 9, 9, 27)][-1]
     engine.run()
     assert last.tokens == alone(PROMPTS[1], 27)

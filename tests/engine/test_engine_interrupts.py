@@ -125,7 +125,7 @@ def test_what_generate_had_queued_is_cancelled_by_an_interrupt(lm):
     def generate():
         engine.generate([PROMPTS[2]], max_new_tokens=1, stop=())
 
-    inside = ("Engine._queue", "Requests.add", "Requests.push")
+    inside = ("Engine._queue", "RequestQueue.add", "RequestQueue.push")
     for where in at_every_place(inside, generate):
         engine.stats()
         assert engine.requests.live == {}, where
@@ -178,7 +178,7 @@ def test_a_submit_that_is_interrupted_has_queued_its_request_or_not(lm):
     def submit():
         engine.submit(PROMPTS[2], max_new_tokens=1, stop=())
 
-    for where in at_every_place(("Requests.add", "Requests.push"), submit):
+    for where in at_every_place(("RequestQueue.add", "RequestQueue.push"), submit):
         steps(engine)
         assert engine.requests.live == {}, where
     steps(engine)  # the one that was not interrupted

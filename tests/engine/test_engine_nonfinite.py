@@ -67,7 +67,7 @@ def test_it_ends_alone_and_nothing_of_it_is_found_again(bad):
 
 
 def test_pages_are_withdrawn_whoever_has_them():
-    from jkv.engine.pool import PagePool
+    from jkv.engine.page_pool import PagePool
 
     pool = PagePool(pages=6, page=2)
     first = pool.sequence()

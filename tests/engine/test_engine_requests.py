@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import jkv
-from jkv.engine import lanes
+from jkv.engine import decode_state
 from tests.engine.engines import HOT, PROMPTS, empty, made
 
 HOW = {"max_new_tokens": 9, "stop": ()}
 
 
-@pytest.mark.parametrize("which", ["absorbed", "decoded"])
+@pytest.mark.parametrize("which", ["prefill_jit", "decode_jit"])
 def test_a_pass_that_cannot_be_dispatched_ends_its_requests_alone(
     engine, alone, monkeypatch, which
 ):
@@ -26,7 +26,7 @@ def test_a_pass_that_cannot_be_dispatched_ends_its_requests_alone(
     while len(first.tokens) < 2:
         engine.step()
     other = engine.submit(PROMPTS[7], **HOW)
-    run, left = getattr(lanes, which), [1]
+    run, left = getattr(decode_state, which), [1]
 
     def failing(*given):
         if left:
@@ -34,13 +34,13 @@ def test_a_pass_that_cannot_be_dispatched_ends_its_requests_alone(
             raise ArithmeticError("no such program")
         return run(*given)
 
-    monkeypatch.setattr(lanes, which, failing)
+    monkeypatch.setattr(decode_state, which, failing)
     waiting = engine.submit(PROMPTS[5], **HOW)
     engine.run()
     failed = [r for r in (first, other, waiting) if r.finish_reason == "error"]
     assert failed
-    assert waiting not in failed or which == "absorbed"
-    assert first not in failed or which == "decoded"
+    assert waiting not in failed or which == "prefill_jit"
+    assert first not in failed or which == "decode_jit"
     for request, prompt in ((first, PROMPTS[4]), (other, PROMPTS[7]), (waiting, PROMPTS[5])):
         if request in failed:
             with pytest.raises(ArithmeticError, match="no such program"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jkv
-from jkv.engine.kept import Kept
+from jkv.engine.swap import PageStore
 from jkv.ops import dispatch
 from jkv.ops.pages import Tiled
 from jkv.store import Disk, Entry, Memory, Store
@@ -144,7 +144,7 @@ def test_what_waits_stays_until_it_is_taken_back(lost):
     pages = [(np.arange(64, dtype=np.float32).reshape(4, 16), np.ones((4, 16), np.float32))]
     form = [((4, 16), np.dtype(np.float32))] * 2
     with Store([Memory(max_entries=4)], fingerprint=b"another") as store:
-        kept = Kept(store, b"engine")
+        kept = PageStore(store, b"engine")
         key = kept.key_of(0)
         assert kept.put_aside(key, pages, 4)
         for i in range(20):

@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import sys
 import numpy as np
-from jkv.engine.kept import Kept
+from jkv.engine.swap import PageStore
 from jkv.store import Disk, Memory, Store
 from tests.store.fakes import entry
 
 store = Store([Memory(10), Disk(sys.argv[1])])  # there is no room in memory
-kept = Kept(store, b"model")
+kept = PageStore(store, b"model")
 kept.put_aside(kept.key_of(7), {"k": np.arange(50)}, 50)
 print(kept.key_of(7), flush=True)
 store.put("lasts", entry(1), pin=True)
@@ -74,23 +74,23 @@ def test_requests_that_wait_go_with_their_process_only(tmp_path, child):
 
 def test_engines_of_two_containers_do_not_share_a_name(monkeypatch):
     """Their processes have the same numbers, and so have their engines and requests."""
-    from jkv.engine import kept
+    from jkv.engine import swap
 
     with Store([Memory()]) as store:
         keys = []
         for _ in range(2):
-            monkeypatch.setattr(kept, "_engines", itertools.count())
-            own = kept.Kept(store, b"model")
+            monkeypatch.setattr(swap, "_engines", itertools.count())
+            own = swap.PageStore(store, b"model")
             keys.append(own.key_of(0))
             assert own.put_aside(keys[-1], {"k": np.arange(5)}, 5)
         assert len(set(keys)) == len(store) == 2
 
 
 def test_what_an_engine_needs_of_a_store_is_asked_for_at_once():
-    from jkv.engine.kept import Kept
+    from jkv.engine.swap import PageStore
 
     with pytest.raises(TypeError, match="without contains, get, put, remove; expected a jkv"):
-        Kept(Mock(spec=["put_many", "get_many"]), b"model")
+        PageStore(Mock(spec=["put_many", "get_many"]), b"model")
 
 
 def test_a_store_that_closes_leaves_nothing_of_its_own(tmp_path):

@@ -26,7 +26,7 @@ from jkv.decoding.request import PAD
 
 
 @pytree
-class Lanes:
+class DecodeState:
     """What the device knows of W lanes."""
 
     tables: tuple[Array, ...]  # per group of layers [W, M] int32
@@ -49,9 +49,9 @@ ENDED, REFUSED, BROKEN, NONFINITE, MASKED = 1, 2, 4, 8, 16
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty(width: int, columns: tuple[int, ...], ends: int, mesh: Any) -> Lanes:
+def empty(width: int, columns: tuple[int, ...], ends: int, mesh: Any) -> DecodeState:
     """Lanes without requests, with tables of so many columns."""
-    lanes = Lanes(
+    lanes = DecodeState(
         tables=tuple(jnp.full((width, m), -1, jnp.int32) for m in columns),
         lengths=jnp.zeros((width,), jnp.int32),
         token=jnp.zeros((width,), jnp.int32),
@@ -65,7 +65,7 @@ def empty(width: int, columns: tuple[int, ...], ends: int, mesh: Any) -> Lanes:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
-def with_sampler(lanes: Lanes, sampler: Any, vocab: int, context: int) -> Lanes:
+def with_sampler(lanes: DecodeState, sampler: Any, vocab: int, context: int) -> DecodeState:
     """Lanes that know one more structure of samplers, for rows of at most `context` tokens."""
     width = lanes.lengths.shape[0]
     nothing = jnp.full((1, context), PAD, jnp.int32)
@@ -82,7 +82,9 @@ def with_sampler(lanes: Lanes, sampler: Any, vocab: int, context: int) -> Lanes:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
-def installed(lanes: Lanes, group: int, vocab: int, at: Array, what: dict[str, Any]) -> Lanes:
+def install_jit(
+    lanes: DecodeState, group: int, vocab: int, at: Array, what: dict[str, Any]
+) -> DecodeState:
     """Lanes with a request in lane `at`.
 
     Args:
@@ -90,8 +92,8 @@ def installed(lanes: Lanes, group: int, vocab: int, at: Array, what: dict[str, A
         group: its sampler's place in `lanes.samplers`, -1 for the likeliest token.
         vocab: V.
         at: the lane, int32.
-        what: the lane's values of the fields of `Lanes` up to `keys`; and with a sampler `sampler`,
-            `prompt` [T], `generated` [T], -1 after each, and how many `updates` the sampler had.
+        what: the lane's values of the fields of `DecodeState` up to `keys`; with a sampler,
+            `sampler`, `prompt` [T], `generated` [T], -1 after each, and how many `updates` the sampler had.
     """
 
     def put(old: Array, new: Any) -> Array:
@@ -124,7 +126,7 @@ def _with(parts: tuple[Any, ...], i: int, put: Any, new: Any) -> tuple[Any, ...]
     return (*parts[:i], jax.tree.map(put, parts[i], new), *parts[i + 1 :])
 
 
-class Frame:
+class GraphDef:
     """A model without its weights, known by itself: for `jit` to compare at no cost.
 
     A step is dispatched in less time than it takes to walk through the model's modules.
@@ -138,24 +140,24 @@ class Frame:
         return jax.tree.unflatten(self.tree, weights)
 
 
-_frame = functools.cache(Frame)  # equal models have one, and share programs
+_frame = functools.cache(GraphDef)  # equal models have one, and share programs
 
 
-def apart(model: Any) -> tuple[Frame, list[Array]]:
+def split_weights(model: Any) -> tuple[GraphDef, list[Array]]:
     """A model as its frame and its weights."""
     weights, tree = jax.tree.flatten(model)
     return _frame(tree), weights
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
-def decoded(
+def decode_jit(
     size: int,
-    frame: Frame,
+    frame: GraphDef,
     weights: list[Array],
     layers: tuple[Any, ...],
-    lanes: Lanes,
+    lanes: DecodeState,
     who: Array,
-) -> tuple[tuple[Any, ...], Lanes, Array]:
+) -> tuple[tuple[Any, ...], DecodeState, Array]:
     """At most `size` tokens of each active lane among R.
 
     What the host gives and gets is one array each: arrays cost more than what is in them.
@@ -200,16 +202,16 @@ def decoded(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def absorbed(
-    frame: Frame,
+def prefill_jit(
+    frame: GraphDef,
     weights: list[Array],
     layers: tuple[Any, ...],
-    lanes: Lanes,
+    lanes: DecodeState,
     who: Array,
     tokens: Array,
     counts: Array,
     last: Array,
-) -> tuple[tuple[Any, ...], Lanes, Array]:
+) -> tuple[tuple[Any, ...], DecodeState, Array]:
     """One chunk of the prompts of R lanes, and the first token of those that are through.
 
     Args:
@@ -217,13 +219,13 @@ def absorbed(
         weights: of it.
         layers: of the paged cache, donated.
         lanes: donated.
-        who: as of `decoded`.
+        who: as of `decode_jit`.
         tokens: ``[R, T]`` int32.
         counts: ``[R]`` int32, how many of them are real.
         last: ``[R]`` bool, the prompt ends with them.
 
     Returns:
-        As of `decoded`, of one token.
+        As of `decode_jit`, of one token.
     """
     model, rows = frame.model(weights), _rows(lanes, who)
     hidden, cache = model.hidden(tokens, _cache(layers, rows), counts)
@@ -236,13 +238,15 @@ def absorbed(
     return *_placed(model, cache.layers, _with_rows(lanes, who[:, 0], rows)), told
 
 
-def _placed(model: Any, layers: tuple[Any, ...], lanes: Lanes) -> tuple[tuple[Any, ...], Lanes]:
+def _placed(
+    model: Any, layers: tuple[Any, ...], lanes: DecodeState
+) -> tuple[tuple[Any, ...], DecodeState]:
     """What the next pass is given lies as what this one was given: it is the same program."""
     mesh = heads.mesh_of(model)
     return heads.parted(layers, mesh), everywhere(lanes, mesh)
 
 
-def everywhere(lanes: Lanes, mesh: Any) -> Lanes:
+def everywhere(lanes: DecodeState, mesh: Any) -> DecodeState:
     """On every device of a mesh, if there is one."""
     if mesh is None:
         return lanes
@@ -250,18 +254,18 @@ def everywhere(lanes: Lanes, mesh: Any) -> Lanes:
     return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, whole), lanes)
 
 
-def _rows(lanes: Lanes, who: Array) -> Lanes:
+def _rows(lanes: DecodeState, who: Array) -> DecodeState:
     """The lanes of a pass, with the pages that they got; anything for those that are nobody."""
     rows = jax.tree.map(lambda leaf: leaf.at[who[:, 0]].get(mode="clip"), lanes)
     grown = jnp.split(who[:, 1:], len(rows.tables), axis=1)
     return replace(rows, tables=tuple(map(_extended, rows.tables, grown)))
 
 
-def _with_rows(lanes: Lanes, at: Array, rows: Lanes) -> Lanes:
+def _with_rows(lanes: DecodeState, at: Array, rows: DecodeState) -> DecodeState:
     return jax.tree.map(lambda whole, part: whole.at[at].set(part, mode="drop"), lanes, rows)
 
 
-def _cache(layers: tuple[Any, ...], rows: Lanes) -> Cache:
+def _cache(layers: tuple[Any, ...], rows: DecodeState) -> Cache:
     return Cache(
         layers=layers,
         lengths=rows.lengths,
@@ -270,14 +274,14 @@ def _cache(layers: tuple[Any, ...], rows: Lanes) -> Cache:
     )
 
 
-def _told(said: Array, layers: tuple[Any, ...], rows: Lanes, marks: Array) -> Array:
+def _told(said: Array, layers: tuple[Any, ...], rows: DecodeState, marks: Array) -> Array:
     """Tokens [R, n] and what there is to say of their rows, ``[R, n + 1]``."""
     marks = marks | jnp.where(rows.active, 0, ENDED)
     marks = marks | jnp.where(_broken(layers, rows), BROKEN, 0)
     return jnp.concatenate([said, marks[:, None]], axis=1)
 
 
-def _broken(layers: tuple[Any, ...], rows: Lanes) -> Array:
+def _broken(layers: tuple[Any, ...], rows: DecodeState) -> Array:
     """Whether a row has a page that was given what no code can hold, ``[R]``."""
     found = jnp.zeros(rows.lengths.shape, bool)
     for layer in layers:
@@ -299,7 +303,9 @@ def _extended(table: Array, grown: Array) -> Array:
     return table.at[rows, columns].set(pages, mode="drop")
 
 
-def _choose(logits: Array, rows: Lanes, who: Array, after: Array) -> tuple[Lanes, Array, Array]:
+def _choose(
+    logits: Array, rows: DecodeState, who: Array, after: Array
+) -> tuple[DecodeState, Array, Array]:
     """Draw a token [R] for the lanes in `who`, each as it would alone; PAD for the others.
 
     A lane that has nothing to draw from ends. The last result says so, ``[R]`` int32: 0, or

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jkv.engine.pool import PagePool, PageSequence
+from jkv.engine.page_pool import PagePool, PageSequence
 from jkv.errors import PoolFullError
 from tests.engine.rows import POLICIES, Device, Row, name, snapshot
 

@@ -16,25 +16,25 @@ from jkv.cache import heads
 from jkv.decoding import sampling
 from jkv.decoding.apply import apply, init_state
 from jkv.decoding.request import PAD, bucket
-from jkv.engine import lanes as device
+from jkv.engine import decode_state as device
 from jkv.engine.pages import Pages, filled
-from jkv.engine.scheduler import Seat, Tally
+from jkv.engine.sequence import RunningSequence, SequenceTable
 
 ENDS = 16  # stop ids of a request beside the checkpoint's, at most
 
 
 @dataclasses.dataclass
-class Part:
+class InFlightStep:
     """One pass that has been dispatched, and those of its rows that say something."""
 
     rows: Any  # [N], or a slice
     lanes: np.ndarray  # [N], of these rows
     numbers: np.ndarray  # [N], of who sat there
-    told: Array  # [R, n + 1], see `device.decoded`
-    reading: tuple[Seat, ...] = ()  # those of the pass that are still at their prompts
+    told: Array  # [R, n + 1], see `device.decode_jit`
+    reading: tuple[RunningSequence, ...] = ()  # those of the pass that are still at their prompts
 
 
-class Batch(Pages):
+class Runner(Pages):
     """Pages, the lanes that requests run in, and passes over both; see `Pages` for the pages.
 
     Args:
@@ -105,7 +105,7 @@ class Batch(Pages):
         _lane_step.eval_shape(self.config.vocab, bucket(self.config.context), lane)
         return plain
 
-    def install(self, seat: Seat, limit: int) -> None:
+    def install(self, seat: RunningSequence, limit: int) -> None:
         """The request's state in its lane, where it may say so many tokens."""
         request = seat.request
         group = self.group_of(request.sampler)
@@ -132,13 +132,13 @@ class Batch(Pages):
             what["sampler"] = _plain(request.sampler)
         slots = len(seat.held[0].table) * self.page
         seat.tally.reserved[seat.lane] = seat.tally.known[seat.lane] = slots
-        self.state = device.installed(
+        self.state = device.install_jit(
             self.state, group, self.config.vocab, np.int32(seat.lane), what
         )
 
     # Passes.
 
-    def absorb(self, prompts: list[tuple[Seat, int]]) -> Part:
+    def absorb(self, prompts: list[tuple[RunningSequence, int]]) -> InFlightStep:
         """Dispatch the tokens of each seat from where it is, up to the given one."""
         most = max(upto - seat.cached for seat, upto in prompts)
         rows, size = next(s for s in self.shapes if s[0] >= len(prompts) and s[1] >= most)
@@ -151,7 +151,7 @@ class Batch(Pages):
         seats = [seat for seat, _ in prompts]
         tally, lanes = seats[0].tally, np.asarray([seat.lane for seat in seats])
         who = self._who(lanes, rows, size, tally, dict(zip(lanes.tolist(), seats, strict=True)))
-        self.layers, self.state, told = device.absorbed(
+        self.layers, self.state, told = device.prefill_jit(
             self.frame, self.weights, self.layers, self.state, who, tokens, counts, last
         )
         for seat, upto in prompts:
@@ -159,16 +159,16 @@ class Batch(Pages):
         speaking = np.flatnonzero(last)
         lanes = lanes[speaking]
         reading = tuple(seat for seat in seats if seat.reading)
-        return Part(speaking, lanes, tally.number[lanes], told, reading)
+        return InFlightStep(speaking, lanes, tally.number[lanes], told, reading)
 
-    def decode(self, lanes: np.ndarray, tally: Tally, seats: Any) -> Part:
+    def decode(self, lanes: np.ndarray, tally: SequenceTable, seats: Any) -> InFlightStep:
         """Dispatch the next block of tokens of these lanes, those that may say more."""
         width = next(w for w in self.widths if w >= len(lanes))
         who = self._who(lanes, width, self.block, tally, seats)
-        self.layers, self.state, told = device.decoded(
+        self.layers, self.state, told = device.decode_jit(
             self.block, self.frame, self.weights, self.layers, self.state, who
         )
-        return Part(slice(len(lanes)), lanes, tally.number[lanes], told)
+        return InFlightStep(slice(len(lanes)), lanes, tally.number[lanes], told)
 
     @functools.cached_property
     def widths(self) -> tuple[int, ...]:
@@ -186,11 +186,11 @@ class Batch(Pages):
         return tuple(sorted({(self.rows, part), *((1, size) for size in alone)}))
 
     def _who(
-        self, lanes: np.ndarray, rows: int, tokens: int, tally: Tally, seats: Any
+        self, lanes: np.ndarray, rows: int, tokens: int, tally: SequenceTable, seats: Any
     ) -> np.ndarray:
         """Lanes of a pass, and the pages that they got since the device last heard of them.
 
-        In the form of `device.decoded`; `seats` has those who sit in the lanes.
+        In the form of `device.decode_jit`; `seats` has those who sit in the lanes.
         """
         groups, wide = len(self.columns), tokens // self.page + 3
         who = np.empty((rows, 1 + groups * wide), np.int32)
@@ -208,8 +208,8 @@ class Batch(Pages):
         tally.known[at] = tally.reserved[at]
         return who
 
-    def read(self, part: Part) -> np.ndarray:
-        """What its rows said, ``[N, n + 1]``, as of `device.decoded`."""
+    def read(self, part: InFlightStep) -> np.ndarray:
+        """What its rows said, ``[N, n + 1]``, as of `device.decode_jit`."""
         began = time.perf_counter()
         told = np.asarray(part.told)[part.rows]
         self.waited += time.perf_counter() - began
@@ -234,19 +234,19 @@ class Batch(Pages):
                 what |= {"prompt": nothing, "generated": nothing, "updates": np.int32(0)}
                 what["sampler"] = some
             # A lane past the last is nobody's.
-            self.state = device.installed(
+            self.state = device.install_jit(
                 self.state, group, self.config.vocab, np.int32(self.lanes), what
             )
         if swaps:
             self.warm_moves()
-        nobody, tally = np.zeros(0, np.int64), Tally(self.lanes, 0)
+        nobody, tally = np.zeros(0, np.int64), SequenceTable(self.lanes, 0)
         for width in self.widths:
             who = self._who(nobody, width, self.block, tally, ())
-            self.layers, self.state, _ = device.decoded(
+            self.layers, self.state, _ = device.decode_jit(
                 self.block, self.frame, self.weights, self.layers, self.state, who
             )
         for rows, size in self.shapes:
-            self.layers, self.state, _ = device.absorbed(
+            self.layers, self.state, _ = device.prefill_jit(
                 self.frame,
                 self.weights,
                 self.layers,

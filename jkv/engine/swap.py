@@ -20,7 +20,7 @@ _engines = itertools.count()
 WAITS = 24 * 3600.0  # seconds that a request may wait, where nobody sees that its process ended
 
 
-class Kept:
+class PageStore:
     """An engine's entries of a store: single pages by their contents, and requests that wait.
 
     Args:

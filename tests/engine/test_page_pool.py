@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jkv.engine.pool import PagePool, PageSequence
+from jkv.engine.page_pool import PagePool, PageSequence
 from jkv.errors import PoolFullError
 from jkv.store.policy import ARC, LFU, LRU, SLRU, CostAware
 from tests.engine.rows import POLICIES, Device, name, snapshot
@@ -246,7 +246,7 @@ def test_names_depend_on_model_tenant_and_page():
 
 def test_names_are_the_same_in_every_process():
     code = (
-        "from jkv.engine.pool import PagePool\n"
+        "from jkv.engine.page_pool import PagePool\n"
         "p = PagePool(pages=2, page=2, fingerprint=b'm'); s = p.sequence(tenant='t')\n"
         "s.reserve(4); s.publish([1, 2, 3, 4]); print([n.hex() for n in p._index])\n"
     )
