@@ -46,6 +46,12 @@ def brief(value: Any) -> str:
     return text if len(text) <= _TEXT + 50 else f"{text[:_TEXT]}..."
 
 
+def short(value: Any) -> str:
+    """Represent a value in at most 40 characters, or by its type where it takes more."""
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"a {type(value).__name__}"
+
+
 def plural(count: int, noun: str, many: str | None = None, *, commas: bool = False) -> str:
     """Count with its noun: "1 token", "2 tokens"; `many` where the plural is no plain s.
 

@@ -21,9 +21,10 @@ from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.decoding import loop
 from jkv.decoding.arguments import Model, Prompts
+from jkv.decoding.capacity import bucket
 from jkv.decoding.faults import Faults
 from jkv.decoding.options import Options, SearchOptions, keywords
-from jkv.decoding.request import PAD, bucket, integer
+from jkv.decoding.prompts import PAD, integer
 from jkv.decoding.result import texts_of
 from jkv.decoding.run import Run
 

@@ -15,14 +15,14 @@ from jkv._text import brief, plural
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
-from jkv.decoding import loop, request, room, sampling, stored
+from jkv.decoding import capacity, loop, prefix_store, sampling
 from jkv.decoding.apply import check_updates
 from jkv.decoding.arguments import CacheLike, Sampler, Stop
 from jkv.decoding.detokenize import Pieces
 from jkv.decoding.options import Options, checked_kind
-from jkv.decoding.request import PAD
+from jkv.decoding.prompts import PAD, integer, split_model
 from jkv.decoding.result import Result
-from jkv.decoding.stopping import first_stop
+from jkv.decoding.stopping import first_stop, parse_stops
 from jkv.decoding.stream import Stream, stream
 from jkv.errors import CacheFullError, CorruptError, JkvError, UnsupportedError
 from jkv.models.lm import LM
@@ -139,7 +139,7 @@ class Chat:
             TypeError: an argument of a wrong type, or one that the template does not read.
             ValueError: an argument out of range, or a tool that is neither of the two.
         """
-        decoder, self._tokenizer = request.split_model(lm)
+        decoder, self._tokenizer = split_model(lm)
         if self._tokenizer is None:
             raise UnsupportedError(
                 "chat needs the checkpoint's tokenizer: pass what jkv.load returns, of a directory "
@@ -147,10 +147,10 @@ class Chat:
             )
         config = decoder.config
         self._lm, self._decoder = lm, decoder
-        self._max_new = request.integer("max_new_tokens", max_new_tokens, 1)
+        self._max_new = integer("max_new_tokens", max_new_tokens, 1)
         kind = dense() if cache is None else checked_kind(cache)
-        most = room.limit(config, kind, Options.prefill_chunk)
-        self._context = most if context is None else request.integer("context", context, 2)
+        most = capacity.limit(config, kind, Options.prefill_chunk)
+        self._context = most if context is None else integer("context", context, 2)
         if most is not None and self._context is not None and self._context > most:
             raise ValueError(
                 f"context got {context}; expected at most the model's, which is {most}"
@@ -160,7 +160,7 @@ class Chat:
         self._drop = on_full == "drop"
         loop.check_sampler(sampler, key, 1)
         check_updates(sampling.bind(sampler, config.vocab), 1, config.vocab)
-        stops = request.stops(stop, 1, config.vocab, config.end_ids, self._tokenizer)
+        stops = parse_stops(stop, 1, config.vocab, config.end_ids, self._tokenizer)
         self._strings = stops.strings[0]
         self._begun = _beginnings(self._strings, self._tokenizer)
         self._reach = max(map(len, self._strings), default=0)
@@ -174,28 +174,28 @@ class Chat:
         self._ids((*self._system, _message("user", "Hello")))
         self._past = _Past(self._system)
         self._config, self._id = config, sequence_id
-        self._shelf = None
+        self._prefixes = None
         if store is not None:
             kind = dense() if cache is None else checked_kind(cache)
-            self._shelf = stored.Shelf(store, decoder, kind, tenant)
+            self._prefixes = prefix_store.PrefixStore(store, decoder, kind, tenant)
         if sequence_id is not None:
-            if self._shelf is None or not isinstance(sequence_id, str):
+            if self._prefixes is None or not isinstance(sequence_id, str):
                 raise TypeError(
                     f"sequence_id got {brief(sequence_id)}; expected a text, and a store= to "
                     "look in"
                 )
-            self._past = self._known(self._shelf, sequence_id)
+            self._past = self._known(self._prefixes, sequence_id)
 
-    def _known(self, shelf: stored.Shelf, key: str) -> _Past:
+    def _known(self, prefixes: prefix_store.PrefixStore, key: str) -> _Past:
         """The conversation that the store has under a key, or a new one."""
-        found = shelf.known(key)
+        found = prefixes.known(key)
         if found is None:
             return _Past(self._system)
         cache, tokens, meta = found
         try:
-            messages, turns, seconds = stored.conversation(meta)
+            messages, turns, seconds = prefix_store.conversation(meta)
         except CorruptError:
-            shelf.reject(key)
+            prefixes.reject(key)
             return _Past(self._system)
         if not messages or messages[: len(self._system)] != self._system:
             return _Past(self._system)
@@ -250,8 +250,8 @@ class Chat:
         """
         past = self._past
         messages, ids = self._fit((*past.messages, *_new_messages(message)))
-        if self._shelf is not None:
-            self._shelf.renew()
+        if self._prefixes is not None:
+            self._prefixes.renew()
         known = past.result
         if known is not None and not still(known.weights, self._decoder):
             known = None  # computed with weights that the model does not have any more
@@ -273,9 +273,9 @@ class Chat:
 
     def _found(self, ids: list[int]) -> Result | None:
         """The beginning of a conversation that another one in the store has too."""
-        if self._shelf is None:
+        if self._prefixes is None:
             return None
-        found = self._shelf.find([None], [np.asarray(ids, np.int32)])[0]
+        found = self._prefixes.find([None], [np.asarray(ids, np.int32)])[0]
         if found.cache is None:
             return None
         held = np.asarray(ids[: found.length], np.int32)
@@ -308,10 +308,10 @@ class Chat:
         now = dataclasses.replace(
             after, messages=(*after.messages, reply), result=result, seconds=seconds
         )
-        if self._shelf is not None:
+        if self._prefixes is not None:
             words = {"messages": list(now.messages), "turns": now.turns}
             held = result.history[0][: int(result.cache.lengths[0])]
-            self._shelf.keep([self._id], [held], [result.cache], [seconds], **words)
+            self._prefixes.keep([self._id], [held], [result.cache], [seconds], **words)
         self._past = now
 
     def _ids(self, messages: tuple[Message, ...]) -> list[int]:

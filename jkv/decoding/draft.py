@@ -27,7 +27,7 @@ from jkv.decoding.apply import apply
 from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.logprobs import Logprobs
 from jkv.decoding.loop import State
-from jkv.decoding.request import PAD, integer
+from jkv.decoding.prompts import PAD, integer
 from jkv.errors import UnsupportedError
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace
-from jkv.decoding.request import PAD
+from jkv.decoding.prompts import PAD
 
 
 @pytree

@@ -21,7 +21,7 @@ from jkv.decoding import apply, sampling
 from jkv.decoding.arguments import Sampler
 from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.logprobs import Logprobs
-from jkv.decoding.request import PAD, integer
+from jkv.decoding.prompts import PAD, integer
 from jkv.models.decoder import Decoder
 
 

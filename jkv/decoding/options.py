@@ -22,7 +22,7 @@ from jkv.cache.base import Cache
 from jkv.cache.protocol import as_kind, is_kind, own_kind_hint
 from jkv.decoding.arguments import CacheLike, Progress, Sampler, Stop
 from jkv.decoding.draft import Draft
-from jkv.decoding.request import integer
+from jkv.decoding.prompts import integer
 from jkv.decoding.result import Result
 
 if TYPE_CHECKING:

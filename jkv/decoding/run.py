@@ -17,9 +17,10 @@ from jkv._transfer import transfers
 from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
-from jkv.decoding import draft, loop, room, sampling, stored
+from jkv.decoding import capacity, draft, loop, prefix_store, sampling
 from jkv.decoding.apply import check_updates
 from jkv.decoding.arguments import Model, Prompts
+from jkv.decoding.capacity import bucket
 from jkv.decoding.faults import Faults, raise_faults
 from jkv.decoding.logprobs import stacked
 from jkv.decoding.options import (
@@ -30,19 +31,9 @@ from jkv.decoding.options import (
     checked_top,
     keywords,
 )
-from jkv.decoding.request import (
-    PAD,
-    Stops,
-    bucket,
-    check_concrete,
-    integer,
-    padded,
-    rows_of_tokens,
-    split_model,
-    stops,
-)
+from jkv.decoding.prompts import PAD, check_concrete, integer, padded, rows_of_tokens, split_model
 from jkv.decoding.result import Result, differences
-from jkv.decoding.stopping import first_stop
+from jkv.decoding.stopping import Stops, first_stop, parse_stops
 from jkv.errors import CacheFullError, StaleError, UnsupportedError
 from jkv.models.weights import still, weights_of
 
@@ -90,7 +81,9 @@ class Run:
                 f"samples={self.samples} of a sampler that draws nothing at random would all be "
                 "the same; expected one that does, such as jkv.sampling.temperature(0.8), and a key"
             )
-        stopping = stops(options.stop, len(self.new), config.vocab, config.end_ids, self.tokenizer)
+        stopping = parse_stops(
+            options.stop, len(self.new), config.vocab, config.end_ids, self.tokenizer
+        )
         self.stops: Stops = stopping.repeated(self.samples)
         self.ends = self.stops.matrix()
         self.sampler = sampling.bind(options.sampler, config.vocab, self.ends)
@@ -99,7 +92,7 @@ class Run:
         kind = dense() if options.cache is None else checked_kind(options.cache)
         chunk = min(options.prefill_chunk, max(map(len, self.new)))
         kept = kind if resume is None else resume.cache
-        room.check_limit(config, kept, longest, self.max_new, chunk)
+        capacity.check_limit(config, kept, longest, self.max_new, chunk)
         self.needed = longest + self.max_new - 1
         self.reused = np.zeros(len(self.new), np.int64)
         self._stored(kind)
@@ -149,8 +142,8 @@ class Run:
         options = self.options
         self.found: list[Cache | None] = []
         self.spared: list[float] = []  # seconds
-        self.shelf = None
-        self.ids = stored.check_ids(options.sequence_ids, len(self.new))
+        self.prefixes = None
+        self.ids = prefix_store.check_ids(options.sequence_ids, len(self.new))
         if options.store is None:
             if options.sequence_ids is not None:
                 raise ValueError("sequence_ids name what is in a store; expected store= too")
@@ -160,8 +153,8 @@ class Run:
                 "store= finds where to go on by itself and keeps one row per prompt; leave resume= "
                 "and samples= out"
             )
-        self.shelf = stored.Shelf(options.store, self.model, kind, options.tenant)
-        known = self.shelf.find(self.ids, self.new)
+        self.prefixes = prefix_store.PrefixStore(options.store, self.model, kind, options.tenant)
+        known = self.prefixes.find(self.ids, self.new)
         for i, (found, row) in enumerate(zip(known, self.new, strict=True)):
             self.found.append(found.cache)
             self.spared.append(found.seconds)
@@ -178,14 +171,14 @@ class Run:
             )
         kept = kind if options.resume is None else options.resume.cache
         first = longest + 2 * self.size if kept.grows else self.needed
-        slots = options.slots or room.slots_for(min(first, self.needed), kept)
+        slots = options.slots or capacity.slots_for(min(first, self.needed), kept)
         mesh = heads.mesh_of(self.model)
         if options.resume is not None:
             old = options.resume.cache
             fits = old.capacity is None or old.capacity >= slots
             cache = loop.copied(old) if fits else loop.resized(old, slots)
         elif any(row is not None for row in self.found):
-            cache = stored.joined(self.found, config, kind, slots)
+            cache = prefix_store.joined(self.found, config, kind, slots)
         else:
             return loop.new_cache(config, kind, len(self.new), slots, config.dtype, mesh)
         return cache if mesh is None else loop.parted(cache, mesh)
@@ -275,9 +268,9 @@ class Run:
         if state.cache.grows and self.options.slots is None:
             held = max(map(len, self.history)) + max(len(r.tokens) for r in self.rows)
             # One block of those that have been dispatched has not been read.
-            wanted = room.slots_for(min(held + 2 * self.size, self.needed), state.cache)
+            wanted = capacity.slots_for(min(held + 2 * self.size, self.needed), state.cache)
             if state.cache.capacity < wanted:
-                state = dataclasses.replace(state, cache=room.grown(state.cache, wanted))
+                state = dataclasses.replace(state, cache=capacity.grown(state.cache, wanted))
         how = (self.sampler, self.keys, self.ends)
         if self.draft is None:
             advanced = functools.partial(loop.advanced, self.size, self.model, state, *how)
@@ -345,8 +338,8 @@ class Run:
         if any(row.strings for row in self.rows):
             # A row is found to have stopped after the device went on with it.
             cache = self._cropped(cache, [h[:-1] for h in history])
-        if self.shelf is not None:
-            self._keep(self.shelf, cache, history)
+        if self.prefixes is not None:
+            self._keep(self.prefixes, cache, history)
         logprobs = top_tokens = top_logprobs = None
         width = int(lengths.max())
         if self.top:
@@ -375,13 +368,17 @@ class Run:
             weights=self.weights,
         )
 
-    def _keep(self, shelf: stored.Shelf, cache: Cache, history: list[np.ndarray]) -> None:
+    def _keep(
+        self, prefixes: prefix_store.PrefixStore, cache: Cache, history: list[np.ndarray]
+    ) -> None:
         """Each row into the store, but for its last token, which has no keys and values yet."""
         took = (self.last_read - self.started) / len(history)
         # The whole cache's, with what an earlier one took to make.
         seconds = [took + spared for spared in self.spared]
-        caches = (stored.row_of(cache, i) for i in range(len(history)))  # copies on the device
-        shelf.keep(self.ids, [row[:-1] for row in history], caches, seconds)
+        caches = (
+            prefix_store.row_of(cache, i) for i in range(len(history))
+        )  # copies on the device
+        prefixes.keep(self.ids, [row[:-1] for row in history], caches, seconds)
 
 
 @transfers

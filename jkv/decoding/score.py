@@ -16,12 +16,13 @@ from jkv._transfer import transfers
 from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
-from jkv.decoding import loop, room
+from jkv.decoding import capacity, loop
 from jkv.decoding.arguments import CacheLike, Model, Prompts
+from jkv.decoding.capacity import bucket
 from jkv.decoding.faults import MODEL
 from jkv.decoding.logprobs import Logprobs
 from jkv.decoding.options import checked_kind, checked_top
-from jkv.decoding.request import PAD, bucket, integer, padded, rows_of_tokens, split_model
+from jkv.decoding.prompts import PAD, integer, padded, rows_of_tokens, split_model
 from jkv.errors import NonFiniteError
 
 PART = 16  # tokens per row whose logits are there at a time
@@ -103,7 +104,7 @@ def score(
     )
     kind = dense() if cache is None else checked_kind(cache)
     longest = max(map(len, rows))
-    room.check_limit(config, kind, longest, 0, min(chunk, longest))
+    capacity.check_limit(config, kind, longest, 0, min(chunk, longest))
     # The last token of a row has nothing after it.
     counts = np.asarray([len(row) - 1 for row in rows], np.int32)
     slots = bucket(max(longest - 1, 1))

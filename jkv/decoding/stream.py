@@ -13,7 +13,7 @@ from jkv._transfer import transfers
 from jkv.decoding.arguments import Model, Prompts
 from jkv.decoding.detokenize import Pieces, incomplete
 from jkv.decoding.options import GenerateOptions, Options, keywords
-from jkv.decoding.request import PAD
+from jkv.decoding.prompts import PAD
 from jkv.decoding.result import Result
 from jkv.decoding.run import Run
 from jkv.errors import JkvError

@@ -22,7 +22,7 @@ from jkv.cache.base import Cache
 from jkv.decoding import loop, sampling
 from jkv.decoding.apply import apply, init_state
 from jkv.decoding.faults import undrawable
-from jkv.decoding.request import PAD
+from jkv.decoding.prompts import PAD
 
 
 @pytree
@@ -93,7 +93,8 @@ def install_jit(
         vocab: V.
         at: the lane, int32.
         what: the lane's values of the fields of `DecodeState` up to `keys`; with a sampler,
-            `sampler`, `prompt` [T], `generated` [T], -1 after each, and how many `updates` the sampler had.
+            `sampler`, `prompt` [T], `generated` [T], -1 after each, and how many `updates` the
+            sampler had.
     """
 
     def put(old: Array, new: Any) -> Array:

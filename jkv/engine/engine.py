@@ -27,14 +27,9 @@ from jkv.cache.paged import PagedKind
 from jkv.decoding import loop, sampling
 from jkv.decoding.arguments import Ids, Model, Prompts, Sampler, Stop
 from jkv.decoding.detokenize import new_text
-from jkv.decoding.request import (
-    check_concrete,
-    integer,
-    rows_of_tokens,
-    split_model,
-    stops,
-)
+from jkv.decoding.prompts import check_concrete, integer, rows_of_tokens, split_model
 from jkv.decoding.result import differences
+from jkv.decoding.stopping import parse_stops
 from jkv.engine.request import Request
 from jkv.engine.runner import Runner
 from jkv.engine.scheduler import Scheduler, StepError
@@ -252,7 +247,7 @@ class Engine(Scheduler):
         self._settle()
         self.batch.check_weights()
         most = integer("max_new_tokens", max_new_tokens, 1)
-        ending = stops(stop, len(rows), config.vocab, config.end_ids, self.tokenizer)
+        ending = parse_stops(stop, len(rows), config.vocab, config.end_ids, self.tokenizer)
         if isinstance(priority, bool) or not isinstance(priority, int | np.integer):
             raise TypeError(f"priority got {brief(priority)}; expected an integer")
         if not isinstance(tenant, str):

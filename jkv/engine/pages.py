@@ -20,7 +20,7 @@ from jkv.cache.paged import PagedKind, paged
 from jkv.cache.pages import pools
 from jkv.cache.protocol import as_kind
 from jkv.decoding import loop
-from jkv.decoding.request import bucket
+from jkv.decoding.capacity import bucket
 from jkv.engine import decode_state as device
 from jkv.engine.page_pool import PagePool
 from jkv.engine.sequence import RunningSequence, SequenceTable

@@ -15,7 +15,8 @@ from jkv._axes import Array
 from jkv.cache import heads
 from jkv.decoding import sampling
 from jkv.decoding.apply import apply, init_state
-from jkv.decoding.request import PAD, bucket
+from jkv.decoding.capacity import bucket
+from jkv.decoding.prompts import PAD
 from jkv.engine import decode_state as device
 from jkv.engine.pages import Pages, filled
 from jkv.engine.sequence import RunningSequence, SequenceTable

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jkv.decoding import faults
-from jkv.decoding.request import PAD
+from jkv.decoding.prompts import PAD
 from jkv.decoding.stopping import StopMatch, first_stop
 from jkv.engine import decode_state as device
 from jkv.engine.pages import SwappedPages

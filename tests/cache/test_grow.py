@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jkv
-from jkv.decoding import loop, room
+from jkv.decoding import capacity, loop
 from jkv.models import Decoder
 from tests.decoding import texts
 
@@ -34,13 +34,13 @@ def model(tiny_config):
 def grown(monkeypatch):
     """The sizes that caches grow to."""
     sizes = []
-    plain = room.grown
+    plain = capacity.grown
 
     def noted(cache, slots):
         sizes.append(slots)
         return plain(cache, slots)
 
-    monkeypatch.setattr(room, "grown", noted)
+    monkeypatch.setattr(capacity, "grown", noted)
     return sizes
 
 
@@ -67,12 +67,12 @@ def test_the_tokens_and_the_compilations(model, grown, compiles):
 
 
 def test_powers_of_two_where_others_take_quarters():
-    sizes = {room.slots_for(n, jkv.dense(grow=True)) for n in range(1, 10_000)}
+    sizes = {capacity.slots_for(n, jkv.dense(grow=True)) for n in range(1, 10_000)}
     assert sizes == {64 * 2**i for i in range(9)}
-    assert len({room.slots_for(n, jkv.dense()) for n in range(1, 10_000)}) > len(sizes)
+    assert len({capacity.slots_for(n, jkv.dense()) for n in range(1, 10_000)}) > len(sizes)
     # Without a cache every slot is computed anew at each step.
-    assert room.slots_for(1100, jkv.none()) == 1280
-    assert room.slots_for(1100, jkv.dense(grow=True)) == 2048
+    assert capacity.slots_for(1100, jkv.none()) == 1280
+    assert capacity.slots_for(1100, jkv.dense(grow=True)) == 2048
 
 
 def live_bytes() -> int:
@@ -86,15 +86,15 @@ def test_old_buffers_are_gone_before_new_ones_are_made(tiny_config, monkeypatch)
     one = sum(leaf.nbytes for leaf in jax.tree.leaves(layer))
     before = live_bytes() - old
     seen = []
-    plain = room._longer
+    plain = capacity._longer
 
     def noted(layer, slots):
         longer = plain(layer, slots)
         seen.append(live_bytes() - before)
         return longer
 
-    monkeypatch.setattr(room, "_longer", noted)
-    longer = room.grown(cache, 512)
+    monkeypatch.setattr(capacity, "_longer", noted)
+    longer = capacity.grown(cache, 512)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache.layers))
     # At first the old cache and a layer of the new one; at most the new one and a layer of the old.
     assert seen[0] <= old + 2 * one

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import jkv
-from jkv.decoding import room
+from jkv.decoding import capacity
 from jkv.models import Decoder
 from tests.decoding import oracle, texts
 
@@ -107,7 +107,7 @@ def test_the_limit(model, learned):
         (local, jkv.dense(), CONTEXT),
     ):
         cache = jkv.init_cache(config, kind, batch=1, slots=1)
-        assert room.limit(config, kind, 16) == room.limit(config, cache, 16) == want, kind
+        assert capacity.limit(config, kind, 16) == capacity.limit(config, cache, 16) == want, kind
 
 
 def test_the_hint_is_in_the_models_own_numbers(model, tiny_config):
@@ -128,10 +128,10 @@ def test_the_hint_is_in_the_models_own_numbers(model, tiny_config):
     jkv.Chat(lm, cache="window:44,sinks=4", context=100)
     local = dataclasses.replace(model.config, windows=(6, 6))
     with pytest.raises(ValueError, match=r"goes on: jkv\.window\(\), as text window\)"):
-        room.check_limit(local, jkv.dense(), 30, 3, 16)
+        capacity.check_limit(local, jkv.dense(), 30, 3, 16)
     small = dataclasses.replace(model.config, context=8)
     with pytest.raises(ValueError, match=r"goes on: jkv\.window\(8\), as text window:8\)"):
-        room.check_limit(small, jkv.dense(), 8, 1, 16)
+        capacity.check_limit(small, jkv.dense(), 8, 1, 16)
 
 
 def test_chat_goes_on(tiny_config):

@@ -39,8 +39,8 @@ class Found:
 NOTHING = Found()
 
 
-class Shelf:
-    """One model's and kind's entries of a store.
+class PrefixStore:
+    """The entries of a store that one model can go on from, with one kind of cache.
 
     Args:
         store: a `jkv.store.Store`.

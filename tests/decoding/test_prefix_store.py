@@ -14,7 +14,7 @@ import jkv
 from jkv._pytree import replace
 from jkv.cache.base import Cache, concat
 from jkv.cache.spec import parse
-from jkv.decoding import stored
+from jkv.decoding import prefix_store
 from jkv.ops import dispatch
 from jkv.ops.pages import Tiled
 from jkv.store import Device, Disk, Memory, Store
@@ -122,14 +122,14 @@ def test_a_batch_is_read_and_written_at_once(tiny_model):
 
 def test_of_several_rows_one_at_a_time_is_copied(tiny_model, store, monkeypatch):
     """All of them would be a second cache on the device."""
-    row_of, made = stored.row_of, []
+    row_of, made = prefix_store.row_of, []
 
     def copied(cache, row):
         assert not any(ref() for ref in made)
         made.append(weakref.ref(it := row_of(cache, row)))
         return it
 
-    monkeypatch.setattr(stored, "row_of", copied)
+    monkeypatch.setattr(prefix_store, "row_of", copied)
     out = jkv.generate(tiny_model, [LONG, OTHER, OTHER[:20]], store=store, **HOW)
     assert len(made) == len(store) == len(out.tokens)
 

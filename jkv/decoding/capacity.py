@@ -11,7 +11,6 @@ from jkv._pytree import replace
 from jkv._text import plural
 from jkv.cache.base import Cache
 from jkv.cache.protocol import furthest
-from jkv.decoding.request import bucket
 
 SINKS = 4  # of the window that is recommended (Xiao et al. 2023, arXiv:2309.17453)
 
@@ -86,6 +85,20 @@ def _hint(config: Any, reach: int | None) -> str:
         f"{why}a cache that keeps only the last {context} tokens, or fewer, goes on: {code}, as "
         f"text {text}"
     )
+
+
+def bucket(size: int, least: int = 64) -> int:
+    """The next size for which there is a program: powers of two, and quarters between from 1024.
+
+    Few programs, at most a quarter of a large buffer unused.
+    """
+    power = least
+    while power < size:
+        power *= 2
+    if power <= 1024:
+        return power
+    half, quarter = power // 2, power // 8
+    return half + quarter * -(-(size - half) // quarter)
 
 
 def slots_for(tokens: int, kept: Any) -> int:

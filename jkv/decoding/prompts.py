@@ -1,8 +1,7 @@
-"""What a user asks of generation, checked and brought into one form before anything is computed."""
+"""Prompts and the model that continues them, in one form, checked before anything is computed."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,34 +9,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jkv._text import brief, plural
+from jkv._text import brief, short
 
 PAD = -1  # what stands in the place of a token where there is none
-
-
-@dataclasses.dataclass(frozen=True)
-class Stops:
-    """Where each row ends: token ids for the device, strings for the host."""
-
-    ids: tuple[tuple[int, ...], ...]  # per row
-    strings: tuple[tuple[str, ...], ...]  # per row
-
-    def repeated(self, count: int) -> Stops:
-        """Those of each row `count` times, next to each other."""
-        return Stops(
-            ids=tuple(ids for ids in self.ids for _ in range(count)),
-            strings=tuple(strings for strings in self.strings for _ in range(count)),
-        )
-
-    def matrix(self) -> np.ndarray:
-        """The ids as int32 ``[B, M]``, padded with a value that no token has.
-
-        Also without any, and M a power of two: requests that differ in their stops alone are
-        served by one program.
-        """
-        width = bucket(max(map(len, self.ids)), 4)
-        rows = [list(ids) + [-2] * (width - len(ids)) for ids in self.ids]
-        return np.asarray(rows, np.int32)
 
 
 def split_model(model: Any) -> tuple[Any, Any]:
@@ -49,7 +23,7 @@ def split_model(model: Any) -> tuple[Any, Any]:
     decoder = getattr(model, "model", model)
     if not hasattr(decoder, "config") or not hasattr(decoder, "hidden"):
         raise TypeError(
-            f"got {_named(model)} as a model; expected what jkv.load returns, its .model, or a "
+            f"got {short(model)} as a model; expected what jkv.load returns, its .model, or a "
             "jkv.Decoder"
         )
     check_concrete("the model", decoder)
@@ -179,105 +153,8 @@ def _host_array(name: str, value: Any) -> np.ndarray:
 
 def _described(array: np.ndarray) -> str:
     if array.ndim == 0:
-        return f"{_named(array.item())}, no list"
+        return f"{short(array.item())}, no list"
     return f"an array of shape {array.shape}"
-
-
-def _named(value: Any) -> str:
-    """A value in few words."""
-    shown = repr(value)
-    return shown if len(shown) <= 40 else f"a {type(value).__name__}"
-
-
-def stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: Any) -> Stops:
-    """What ends each row: what is asked for, and the checkpoint's end-of-text ids beside it.
-
-    Args:
-        stop: None for the checkpoint's ids alone; an id, a string, or several of them for all rows,
-            or a list of such lists, one per row: they come beside the checkpoint's. () is nothing
-            at all, and so is an empty list of a row.
-        batch: B.
-        vocab: V.
-        end_ids: the checkpoint's.
-        tokenizer: needed where there are strings.
-
-    Raises:
-        TypeError: a stop that is neither id nor string.
-        ValueError: an id outside the vocabulary, an empty string, strings without a tokenizer, or
-            another number of rows.
-    """
-    if stop is None:
-        return Stops(ids=(tuple(end_ids),) * batch, strings=((),) * batch)
-    stop = _plain_stop(stop)
-    if isinstance(stop, str | int):
-        stop = (stop,)
-    if not isinstance(stop, Sequence) or isinstance(stop, bytes):
-        raise TypeError(
-            f"stop got {_named(stop)}; expected token ids, strings, or one list of them per row"
-        )
-    stop = [_plain_stop(s) for s in stop]
-    nested = [isinstance(s, Sequence) and not isinstance(s, str | bytes) for s in stop]
-    if any(nested) and (not all(nested) or len(stop) != batch):
-        raise ValueError(
-            f"stop got {plural(len(stop), 'entry', 'entries')}, {sum(nested)} of them lists; "
-            f"expected ids and strings for all rows, or {plural(batch, 'list')}, one per row"
-        )
-    per_row = stop if any(nested) else (stop,) * batch
-    ids, strings = [], []
-    for row in per_row:
-        own = [_stop_id(s, vocab) for s in row if not isinstance(s, str)]
-        # Nothing switches all of them off; what is asked for never does so by the way.
-        ids.append((*own, *(end for end in end_ids if end not in own)) if len(row) else ())
-        strings.append(tuple(s for s in row if isinstance(s, str)))
-    for string in (string for row in strings for string in row):
-        _check_stop_string(string)
-    if any(strings) and tokenizer is None:
-        raise ValueError(
-            "stop strings need the tokenizer: pass lm instead of lm.model, or token ids"
-        )
-    return Stops(ids=tuple(ids), strings=tuple(strings))
-
-
-def _check_stop_string(string: str) -> None:
-    """Refuse strings that end every row, and such as no text contains.
-
-    Raises:
-        ValueError: it is empty, or not valid Unicode.
-    """
-    if not string:
-        raise ValueError("stop got an empty string, which every text contains")
-    try:
-        string.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"stop got a string that is not valid Unicode: {error}") from error
-
-
-def _plain_stop(stop: Any) -> Any:
-    """Arrays and their scalars as plain numbers and lists."""
-    return stop.tolist() if isinstance(stop, np.ndarray | np.generic | jax.Array) else stop
-
-
-def _stop_id(value: Any, vocab: int) -> int:
-    value = _plain_stop(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"stop got {_named(value)}; expected a token id or a string")
-    if not 0 <= value < vocab:
-        raise ValueError(f"stop got token {value}; expected ids from 0 to {vocab - 1}")
-    return int(value)
-
-
-def bucket(size: int, least: int = 64) -> int:
-    """The next size for which there is a program: powers of two, and quarters between from 1024.
-
-    Few programs, at most a quarter of a large buffer unused.
-    """
-    power = least
-    while power < size:
-        power *= 2
-    if power <= 1024:
-        return power
-    half, quarter = power // 2, power // 8
-    return half + quarter * -(-(size - half) // quarter)
 
 
 def padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
