@@ -27,6 +27,7 @@ import jax
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
+Index = jax.Array | int  # a place that may be traced
 Shaped = jax.Array | jax.ShapeDtypeStruct  # what is asked for a shape and a dtype alone
 
 Queries = Float[Array, "B T N H"]

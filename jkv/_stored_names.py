@@ -12,8 +12,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 # Classes and functions by their present names; fields of a class likewise.
-_WRITTEN: dict[str, str] = {}
-_WRITTEN_FIELDS: dict[str, dict[str, str]] = {}
+_WRITTEN: dict[str, str] = {
+    "jkv.ops.codecs.affine:PerChannelCodes": "jkv.ops.encoded.affine:ByChannel",
+    "jkv.ops.codecs.affine:PerTokenCodes": "jkv.ops.encoded.affine:ByToken",
+    "jkv.ops.codecs.floats:CastArray": "jkv.ops.encoded.floats:Plain",
+    "jkv.ops.codecs.floats:Float8Codes": "jkv.ops.encoded.floats:Floats8",
+    "jkv.ops.codecs.sparse:SparseArray": "jkv.ops.encoded.sparse:Some",
+}
+_WRITTEN_FIELDS: dict[str, dict[str, str]] = {
+    "jkv.ops.codecs.affine:PerChannelCodes": {"scales": "steps", "zero_points": "zeros"},
+    "jkv.ops.codecs.affine:PerTokenCodes": {"scales": "steps", "zero_points": "zeros"},
+}
 _PRESENT = {written: present for present, written in _WRITTEN.items()}
 
 

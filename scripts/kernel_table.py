@@ -43,7 +43,7 @@ TITLES = (
 
 def forms() -> dict[str, Any]:
     """Codecs of keys and values; None for plain bfloat16."""
-    from jkv.ops.encoded import Affine, Float8
+    from jkv.ops.codecs import Affine, Float8
 
     return {
         "bfloat16": None,

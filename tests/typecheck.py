@@ -35,6 +35,9 @@ ENTRY_POINTS = {
         "Engine.warm",
     ),
     "jkv.ops": (
+        "Affine.__init__",
+        "Cast.__init__",
+        "Sparse.__init__",
         "AttentionSpec.__init__",
         "attention",
         "explain",

@@ -17,7 +17,7 @@ from jkv._text import brief
 from jkv.cache.dense import check_heads, write
 from jkv.cache.protocol import CacheKind, LayerCache, Step, as_kind, shard_heads
 from jkv.cache.ring import Ring
-from jkv.ops.encoded import Affine, Codec, Encoded, Float8, Sparse, finite
+from jkv.ops.codecs import Affine, Codec, Encoded, Float8, Sparse, all_finite
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.order import after
 
@@ -29,14 +29,14 @@ SLACK = 16
 class NearFar(LayerCache):
     """A layer's keys and values in two parts: the newest tokens exact, all before them encoded.
 
-    Tokens leave the near part in whole units (as many as are encoded together) once `recent` newer
+    Tokens leave the near part in whole blocks (as many as are encoded together) once `recent` newer
     ones are there, and are encoded at that moment, once: which are where follows from a row's
     length alone. New tokens see each other, and the near part, before anything is rounded.
     """
 
     keys: Encoded  # far, [B, K, S', H]
     values: Encoded  # far, [B, K, S', H]
-    near: Ring | None  # of recent + unit + SLACK tokens; None where every token is encoded at once
+    near: Ring | None  # recent + block_size + SLACK tokens; None: every token is encoded at once
     broken: Array  # [B] bool, rows that were given NaN or infinity
     recent: int = static()
     slots: int = static()
@@ -48,13 +48,13 @@ class NearFar(LayerCache):
         return self.slots
 
     @property
-    def unit(self) -> int:
+    def block_size(self) -> int:
         """Tokens that leave the near part together."""
-        return max(self.keys.unit, self.values.unit)
+        return max(self.keys.block_size, self.values.block_size)
 
     def far(self, count: Int[Array, " B"]) -> Int[Array, " B"]:
         """How many of a row's `count` tokens are in the far part."""
-        return jnp.maximum(count - self.recent, 0) // self.unit * self.unit
+        return jnp.maximum(count - self.recent, 0) // self.block_size * self.block_size
 
     def attend(
         self,
@@ -96,10 +96,10 @@ class NearFar(LayerCache):
 
     def _put(self, k: Array, v: Array, step: Step, result: Array | None) -> NearFar:
         check_heads(self.keys, k)
-        first, unit = self.far(step.start), self.unit
-        count = 1 if k.shape[1] == 1 else (k.shape[1] + unit - 1) // unit
-        numbers = first[:, None] // unit + jnp.arange(count, dtype=jnp.int32)[None, :]
-        numbers = jnp.where(numbers < self.far(step.stop)[:, None] // unit, numbers, -1)
+        first, block = self.far(step.start), self.block_size
+        count = 1 if k.shape[1] == 1 else (k.shape[1] + block - 1) // block
+        numbers = first[:, None] // block + jnp.arange(count, dtype=jnp.int32)[None, :]
+        numbers = jnp.where(numbers < self.far(step.stop)[:, None] // block, numbers, -1)
         if result is not None:
             numbers = after(numbers, result)
         near = None if self.near is None else self.near.append(k, v, step, result)
@@ -107,15 +107,15 @@ class NearFar(LayerCache):
         # without ever having been in it.
         source = near if k.shape[1] == 1 else self.near
         old_k, old_v = _leaving(
-            source, k, v, step, first[:, None] + jnp.arange(count * unit, dtype=jnp.int32)[None]
+            source, k, v, step, first[:, None] + jnp.arange(count * block, dtype=jnp.int32)[None]
         )
         real = (step.positions >= 0)[:, :, None, None]
         return replace(
             self,
-            keys=_stored(self.keys, old_k, numbers, unit),
-            values=_stored(self.values, old_v, numbers, unit),
+            keys=_stored(self.keys, old_k, numbers, block),
+            values=_stored(self.values, old_v, numbers, block),
             near=near,
-            broken=self.broken | ~(finite(k, real) & finite(v, real)),
+            broken=self.broken | ~(all_finite(k, real) & all_finite(v, real)),
         )
 
     def _far(self, count: Int[Array, " B"]) -> ops.ContiguousKV:
@@ -128,7 +128,7 @@ class NearFar(LayerCache):
 
     def resize(self, slots: int) -> NearFar:
         """The same tokens with room for more, or for fewer that still hold them."""
-        far = far_slots(slots, self.recent, self.unit)
+        far = far_slots(slots, self.recent, self.block_size)
         return replace(
             self, keys=self.keys.resize(far), values=self.values.resize(far), slots=slots
         )
@@ -136,7 +136,7 @@ class NearFar(LayerCache):
     def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> NearFar:
         """The near part moves back: over tokens that it still holds, then over rounded ones.
 
-        Rolled back by more than `SLACK` tokens, fewer than a unit of the tokens that are left will
+        Rolled back by more than `SLACK` tokens, fewer than a block of the tokens that are left will
         be rounded a second time.
         """
         if self.near is None:
@@ -202,9 +202,9 @@ class NearFar(LayerCache):
         )
 
 
-def far_slots(slots: int, recent: int, unit: int) -> int:
-    """Slots of the far part of a cache for `slots` tokens: whole units, at least one."""
-    return max((slots - recent) // unit * unit, unit)
+def far_slots(slots: int, recent: int, block: int) -> int:
+    """Slots of the far part of a cache for `slots` tokens: whole blocks, at least one."""
+    return max((slots - recent) // block * block, block)
 
 
 def _leaving(
@@ -225,19 +225,19 @@ def _leaving(
     return jnp.where(new, new_k, old_k), jnp.where(new, new_v, old_v)
 
 
-def _stored(far: Encoded, tokens: Array, numbers: Array, unit: int) -> Encoded:
-    """The far part with units of tokens, of which its own units may be fractions."""
-    return far.put(tokens, numbers, unit // far.unit)
+def _stored(far: Encoded, tokens: Array, numbers: Array, block: int) -> Encoded:
+    """The far part with blocks of tokens, of which its own blocks may be fractions."""
+    return far.write_blocks(tokens, numbers, block // far.block_size)
 
 
 @jax.jit  # people roll back between turns, outside of any program: one, not one per operation
 def _rolled_back(near: Ring, keys: Encoded, values: Encoded, held: Array, lengths: Array) -> Ring:
     """The near part of the first `lengths` tokens, with what it has let go of decoded."""
-    size, unit = near.size, max(keys.unit, values.unit)
+    size, block = near.size, max(keys.block_size, values.block_size)
     wanted = near.held(lengths)
     there = (wanted >= (held - size)[:, None])[:, None, :, None]
-    first = jnp.maximum(lengths - size, 0) // unit * unit
-    span = (-(-size // unit) + 1) * unit  # that many slots hold what is wanted
+    first = jnp.maximum(lengths - size, 0) // block * block
+    span = (-(-size // block) + 1) * block  # that many slots hold what is wanted
 
     def refilled(exact: Array, rounded: Encoded) -> Array:
         part = _slots(rounded, first, min(span, rounded.shape[2])).decode()
@@ -247,7 +247,7 @@ def _rolled_back(near: Ring, keys: Encoded, values: Encoded, held: Array, length
 
 
 def _slots(encoded: Encoded, first: Int[Array, " B"], size: int) -> Encoded:
-    """Slots first[b] to first[b] + size of each row, both whole units."""
+    """Slots first[b] to first[b] + size of each row, both whole blocks."""
     slots = encoded.shape[2]
 
     def cut(leaf: Array, axis: int) -> Array:
@@ -260,7 +260,7 @@ def _slots(encoded: Encoded, first: Int[Array, " B"], size: int) -> Encoded:
         spread[0], spread[axis] = at.shape
         return jnp.take_along_axis(leaf, at.reshape(spread), axis=axis)
 
-    return encoded.over_slots(cut)
+    return encoded.map_slots(cut)
 
 
 def _along(tokens: Array, at: Array, dtype: Any) -> Array:
@@ -279,11 +279,11 @@ class NearFarKind(CacheKind):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        units = sorted((self.keys.unit, self.values.unit))
-        if units[1] % units[0]:
+        blocks = sorted((self.keys.block_size, self.values.block_size))
+        if blocks[1] % blocks[0]:
             raise ValueError(
-                f"keys are encoded {self.keys.unit} tokens at a time and values "
-                f"{self.values.unit}; expected one to divide the other"
+                f"keys are encoded {self.keys.block_size} tokens at a time and values "
+                f"{self.values.block_size}; expected one to divide the other"
             )
         recent = self.recent
         if isinstance(recent, bool) or not isinstance(recent, int) or recent < 0:
@@ -294,11 +294,11 @@ class NearFarKind(CacheKind):
 
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> NearFar:
         """An empty layer."""
-        unit = max(self.keys.unit, self.values.unit)
-        room = far_slots(slots, self.recent, unit)
+        block = max(self.keys.block_size, self.values.block_size)
+        room = far_slots(slots, self.recent, block)
         near = None
-        if self.recent or unit > 1:
-            near = Ring.empty(batch, self.recent + unit + SLACK, kv_heads, head_dim, dtype)
+        if self.recent or block > 1:
+            near = Ring.empty(batch, self.recent + block + SLACK, kv_heads, head_dim, dtype)
         return NearFar(
             keys=self.keys.empty(batch, kv_heads, room, head_dim, dtype),
             values=self.values.empty(batch, kv_heads, room, head_dim, dtype),
@@ -374,7 +374,7 @@ def near_far(*, recent: Any = 128, far: Any) -> NearFarKind:
     Args:
         recent: newest tokens that stay exact.
         far: a kind that rounds, such as `jkv.quantized(bits=4)` or its text "int4", or a codec of
-            `jkv.ops.encoded` for keys and values alike.
+            `jkv.ops.codecs` for keys and values alike.
 
     Raises:
         TypeError: `far` is neither.

@@ -31,7 +31,7 @@ from jkv.cache.protocol import (
 )
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.reference import gathered
-from jkv.ops.encoded import Affine, Codec, Encoded
+from jkv.ops.codecs import Affine, Codec, Encoded
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.pages import Tiled, arranged, copy, empty, laid, untiled, write_tokens
 
@@ -233,7 +233,7 @@ class Paged(LayerCache):
         def again(old: Encoded | Tiled, codec: Any, new: Any) -> Any:
             plain = codec.empty(count, heads, page, dim, self.dtype)
             decoded = untiled(old).decode()
-            return laid(new, plain.put(jnp.swapaxes(decoded, 1, 2), each))
+            return laid(new, plain.write_blocks(jnp.swapaxes(decoded, 1, 2), each))
 
         return replace(
             self,
@@ -311,7 +311,7 @@ def paged(
         bits: 8, 4 or 2, to round keys and values; in the model's dtype by default.
         pages: in each layer; by default as many as all rows need when they are full.
         codec: another form of the tokens, such as `jkv.fp8()`: a kind that rounds them one by one
-            and keeps none exact, or a codec of `jkv.ops.encoded`.
+            and keeps none exact, or a codec of `jkv.ops.codecs`.
         managed: take and free no pages. Whoever holds the cache gives it tables (``cache.tables``,
             one for each group of layers that see as far, ``[B, M]``, -1 for no page) in which every
             page that a pass will write to is named, and is nobody else's. Tables, lengths and flags
@@ -351,8 +351,8 @@ def _codecs(codec: Any) -> tuple[Any, Any]:
                 "or a codec"
             )
         kind = NearFarKind(keys=codec, values=codec)
-    if kind.recent or kind.keys.unit > 1 or kind.values.unit > 1:
-        together = max(kind.keys.unit, kind.values.unit)
+    if kind.recent or kind.keys.block_size > 1 or kind.values.block_size > 1:
+        together = max(kind.keys.block_size, kind.values.block_size)
         raise ValueError(
             f"paged got codec={brief(codec)}, which encodes {together} tokens together and keeps "
             f"{kind.recent} exact; expected one for single tokens, of all of them. Use "

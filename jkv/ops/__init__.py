@@ -27,6 +27,7 @@ __all__ = [
 
 _REPLACED = {
     "choice": "jkv.ops.dispatch",
+    "encoded": "jkv.ops.codecs",
     "explain_paged": "jkv.ops.explain(q, PagedKV(...), spec)",
     "paged_attention": "jkv.ops.attention(q, PagedKV(...), positions, spec)",
 }

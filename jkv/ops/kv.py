@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from jkv._axes import Array, Shaped
 from jkv._pytree import pytree, replace, static
+from jkv.ops.codecs import Encoded
 from jkv.ops.dispatch import fold_rows
-from jkv.ops.encoded import Encoded
 from jkv.ops.pages import Tiled
 
 if TYPE_CHECKING:

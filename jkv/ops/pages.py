@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv.ops import dispatch
-from jkv.ops.encoded import Encoded
-from jkv.ops.encoded.affine import ByToken
-from jkv.ops.encoded.floats import Floats8
+from jkv.ops.codecs import Encoded
+from jkv.ops.codecs.affine import PerTokenCodes
+from jkv.ops.codecs.floats import Float8Codes
 from jkv.ops.tile import LANES
 from jkv.ops.write import distinct, scatter
 
@@ -142,7 +142,9 @@ def _fits(forms: list[Any], page: int) -> bool:
     if page % LANES == 0 or page % beside:
         return False
     plain = all(isinstance(form, jax.ShapeDtypeStruct) for form in forms)
-    known = all(isinstance(form, jax.ShapeDtypeStruct | ByToken | Floats8) for form in forms)
+    known = all(
+        isinstance(form, jax.ShapeDtypeStruct | PerTokenCodes | Float8Codes) for form in forms
+    )
     # Fewer tokens are too many pages for a step; scales of a head lie within a tile.
     fits = page >= 8 if plain else page >= 16 and LANES % page == 0
     least = min(jax.tree.leaves(form)[0].dtype.itemsize for form in forms) * (page // beside)
@@ -230,7 +232,7 @@ def _write_pages(pages: Any, new: Array, at: Array, source: Array, into: Array) 
     if isinstance(old, Encoded):
         slots = jnp.where(lines >= 0, jnp.arange(page, dtype=jnp.int32)[None], -1)
         slots = slots if new.shape[1] > 1 else jnp.max(slots, axis=1, keepdims=True)
-        written: Any = old.put(tokens, slots)
+        written: Any = old.write_blocks(tokens, slots)
     else:
         tokens = jnp.swapaxes(tokens, 1, 2).astype(old.dtype)
         written = jnp.where((lines >= 0)[:, None, :, None], tokens, old)

@@ -19,7 +19,7 @@ from jkv import ops
 from jkv._pytree import nbytes
 from jkv.errors import UnsupportedError
 from jkv.ops import dispatch
-from jkv.ops.encoded import Affine, Float8
+from jkv.ops.codecs import Affine, Float8
 
 # Query heads, key/value heads and channels of one layer.
 MODELS = {
@@ -81,7 +81,7 @@ class Grid:
                         for form in self.forms:
                             shape = self.shape or MODELS[model]
                             size = 4 * rows * slots * shape[1] * shape[2]
-                            unit = max((codec.unit for codec in FORMS[form] or ()), default=1)
+                            unit = max((codec.block_size for codec in FORMS[form] or ()), default=1)
                             if size <= MOST and (page is None or page % unit == 0):
                                 yield Point(model, rows, slots, form, page, self.dtype, shape)
 

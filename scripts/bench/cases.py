@@ -63,7 +63,7 @@ def paged_cases(target: str) -> dict[str, Paged]:
     dtype = "float32" if target == "cpu" else "bfloat16"
     found = {}
     for form, codecs in forms_of_pages().items():
-        unit = max((codec.unit for codec in codecs or ()), default=1)
+        unit = max((codec.block_size for codec in codecs or ()), default=1)
         least = 128 if target == "tpu" and unit > 1 else unit
         sizes = [(128, 16), (128, 64)]
         if target == "tpu":

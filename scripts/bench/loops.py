@@ -20,7 +20,7 @@ from jkv.decoding import loop
 from jkv.decoding.faults import Faults
 from jkv.models import Config, Decoder, Rope
 from jkv.ops import pages
-from jkv.ops.encoded import Affine, Encoded, Float8
+from jkv.ops.codecs import Affine, Encoded, Float8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def paged_program(case: Paged) -> tuple[Any, Any, Any]:
     columns, count = case.slots // case.page, case.kv_heads * case.groups
     sizes = (case.batch * columns, case.kv_heads, case.page, case.head_dim)
     codecs = forms_of_pages()[case.form] or (None, None)
-    units = [1 if codec is None else codec.unit for codec in codecs]
+    units = [1 if codec is None else codec.block_size for codec in codecs]
 
     def put(held: Any, unit: int, tokens: Any, table: Any, length: Any) -> Any:
         at = jnp.take_along_axis(table, length[:, None] // case.page, axis=1)[:, 0]
@@ -122,7 +122,7 @@ def paged_program(case: Paged) -> tuple[Any, Any, Any]:
         if isinstance(old, Encoded):
             tokens = jnp.repeat(tokens, unit, axis=1)
             whole = jnp.where((inside + 1) % unit == 0, inside // unit, -1)
-            new: Any = old.put(tokens, whole[:, None])
+            new: Any = old.write_blocks(tokens, whole[:, None])
         else:
             own = jnp.arange(case.page)[None, None, :, None] == inside[:, None, None, None]
             new = jnp.where(own, jnp.swapaxes(tokens, 1, 2).astype(old.dtype), old)

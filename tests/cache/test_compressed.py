@@ -17,7 +17,7 @@ from jkv.cache.compressed import SLACK, far_slots
 from jkv.cache.protocol import Step
 from jkv.errors import NonFiniteError
 from jkv.ops import AttentionSpec
-from jkv.ops.encoded import Affine, Cast
+from jkv.ops.codecs import Affine, Cast
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
 
@@ -87,13 +87,13 @@ def kept(layer, lengths):
 
 @functools.cache
 def rounded(name):
-    """All of the material's keys and values, each unit encoded once."""
+    """All of the material's keys and values, each block encoded once."""
 
     @functools.partial(jax.jit, static_argnums=0)
     def there_and_back(codec, x):
-        units = jnp.arange(SLOTS // codec.unit)
+        blocks = jnp.arange(SLOTS // codec.block_size)
         one = codec.empty(B, K, SLOTS, H, jnp.float32)
-        one = one.put(x, jnp.broadcast_to(units, (B, len(units))))
+        one = one.write_blocks(x, jnp.broadcast_to(blocks, (B, len(blocks))))
         return jnp.swapaxes(one.decode(), 1, 2)
 
     kind, (_, k, v) = KINDS[name], material()
@@ -101,10 +101,10 @@ def rounded(name):
 
 
 def remembered(name, count):
-    """What must be remembered of the first `count` tokens: whole units, each encoded once."""
+    """What must be remembered of the first `count` tokens: whole blocks, each encoded once."""
     kind = KINDS[name]
-    unit = max(kind.keys.unit, kind.values.unit)
-    far = max(count - kind.recent, 0) // unit * unit
+    block = max(kind.keys.block_size, kind.values.block_size)
+    far = max(count - kind.recent, 0) // block * block
     exact = jax.device_get(material()[1:])
     return [
         np.concatenate([a[:, :far], b[:, far:count]], axis=1)
@@ -127,7 +127,7 @@ def oracle(q, keys, values, positions):
 @every_kind
 @pytest.mark.parametrize("sizes", [(1,) * 40, (40,), (1, 5, 2, 7, 15, 10)], ids=len)
 def test_each_unit_is_rounded_once(name, sizes):
-    """Bit for bit what one encoding of each whole unit makes, however the tokens came."""
+    """Bit for bit what one encoding of each whole block makes, however the tokens came."""
     _, layer = fed(new(KINDS[name]), sizes)
     holds(name, layer, 40)
 
@@ -158,9 +158,9 @@ def test_a_chunk_sees_itself_exactly(name):
 @every_kind
 @pytest.mark.parametrize("back", [1, SLACK])
 def test_rolled_back_as_if_it_had_not_gone_on(name, back):
-    """Up to SLACK tokens: the same tokens again leave the same bits, at any phase of a unit."""
+    """Up to SLACK tokens: the same tokens again leave the same bits, at any phase of a block."""
     kind = KINDS[name]
-    for count in range(41, 58, 4 if kind.keys.unit > 1 else 9):
+    for count in range(41, 58, 4 if kind.keys.block_size > 1 else 9):
         _, layer = fed(new(kind), (MOST, count - MOST))
         cropped = crop(layer, rows(count), rows(count - back))
         holds(name, cropped, count - back)
@@ -187,7 +187,7 @@ def test_rolled_back_far(name):
 
 @every_kind
 def test_rows_of_different_lengths(name):
-    """Rows at different phases of their units are each as if alone."""
+    """Rows at different phases of their blocks are each as if alone."""
     kind = KINDS[name]
     layer, lengths = new(kind), np.zeros(B, np.int32)
     for counts in ((20, 3), (0, 20), (1, 1), (1, 0), (7, 11), (1, 1)):
@@ -271,12 +271,16 @@ def test_what_cannot_be():
 def test_room():
     """The far part never has fewer slots than leave the near part."""
     for slots in range(1, 200):
-        for recent, unit in ((0, 1), (0, 64), (128, 64), (5, 8)):
-            kind = jkv.quantized(bits=4, residual=recent, group=unit) if unit > 1 else KINDS["int8"]
+        for recent, block in ((0, 1), (0, 64), (128, 64), (5, 8)):
+            kind = (
+                jkv.quantized(bits=4, residual=recent, group=block) if block > 1 else KINDS["int8"]
+            )
             layer = jax.eval_shape(lambda kind=kind, n=slots: kind.init(1, n, 1, 4, jnp.float32))
             assert layer.capacity == slots
-            unit = max(kind.keys.unit, kind.values.unit)
-            assert far_slots(slots, kind.recent, unit) >= max(slots - kind.recent, 0) // unit * unit
+            block = max(kind.keys.block_size, kind.values.block_size)
+            assert (
+                far_slots(slots, kind.recent, block) >= max(slots - kind.recent, 0) // block * block
+            )
 
 
 def test_requantise():
@@ -292,7 +296,7 @@ def test_requantise():
     assert coarse.nbytes < cache.nbytes
     fresh = kept(fed(new(to), (MOST, 20))[1], lengths)
     for got, want in zip(kept(coarse.layers[0], lengths), fresh, strict=True):
-        # From position 40 on they were exact, and units of 8 begin there.
+        # From position 40 on they were exact, and blocks of 8 begin there.
         np.testing.assert_array_equal(got[:, 40:60], want[:, 40:60])
         assert (got[:, :40] != want[:, :40]).any()
         assert np.max(np.abs(got[:, :40] - want[:, :40])) < 0.6

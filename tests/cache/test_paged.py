@@ -17,7 +17,7 @@ from jkv.cache import Cache, copy_pages
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 from jkv.models import Decoder
 from jkv.ops import AttentionSpec, dispatch
-from jkv.ops.encoded import Affine, Sparse
+from jkv.ops.codecs import Affine, Sparse
 from jkv.ops.pages import Tiled
 from jkv.testing import check_kind
 
@@ -414,7 +414,7 @@ def test_each_token_is_rounded_once():
         at = np.asarray(cache.tables[0])[b, 1]
         after = jax.tree.map(lambda leaf, at=at: np.asarray(leaf[at]), cache.layers[0].k_pages)
         np.testing.assert_array_equal(after.codes[:, :2], before.codes[:, :2])
-        np.testing.assert_array_equal(after.steps[..., :2], before.steps[..., :2])
+        np.testing.assert_array_equal(after.scales[..., :2], before.scales[..., :2])
     keys, _ = cache.to_legacy()[0]
     np.testing.assert_allclose(keys[:, 0, 6, 0], [50, 51, 52], rtol=0.01)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jkv.ops.encoded import Affine, Encoded, Float8
+from jkv.ops.codecs import Affine, Encoded, Float8
 
 CODECS = {
     "bfloat16": None,
@@ -124,8 +124,10 @@ def _stored(case: Case, x: Any, which: int) -> Any:
         return x
     batch, heads, slots, dim = x.shape
     empty = codecs[which].empty(batch, heads, slots, dim, case.dtype)
-    units = jnp.broadcast_to(jnp.arange(slots // empty.unit), (batch, slots // empty.unit))
-    return empty.put(jnp.swapaxes(x, 1, 2), units)
+    blocks = jnp.broadcast_to(
+        jnp.arange(slots // empty.block_size), (batch, slots // empty.block_size)
+    )
+    return empty.write_blocks(jnp.swapaxes(x, 1, 2), blocks)
 
 
 def _decoded(x: Any) -> np.ndarray:
@@ -137,7 +139,7 @@ def _poisoned(x: Any, unused: np.ndarray) -> Any:
     if not isinstance(x, Encoded):
         bad = jnp.where(jnp.arange(x.shape[-1]) % 3 == 0, jnp.inf, jnp.nan).astype(x.dtype)
         return jnp.where(jnp.asarray(unused)[:, None, :, None], bad, x)
-    whole = unused.reshape(len(unused), -1, x.unit).all(axis=2)
+    whole = unused.reshape(len(unused), -1, x.block_size).all(axis=2)
     worst = {"uint8": 0x7F, "uint16": 0x7FC0, "int16": 0x7FFF}  # NaN as e4m3 and as bfloat16
 
     def change(leaf: Any, axis: int) -> Any:
@@ -146,7 +148,7 @@ def _poisoned(x: Any, unused: np.ndarray) -> Any:
         bad = jnp.asarray(worst[leaf.dtype.name], leaf.dtype)
         return jnp.where(jnp.asarray(marks).reshape(shape), bad, leaf)
 
-    return x.over_slots(change)
+    return x.map_slots(change)
 
 
 def _paged(case: Case, rng: Any, stored: list[Any], lengths: np.ndarray) -> tuple[Any, list[Any]]:
@@ -166,7 +168,7 @@ def _paged(case: Case, rng: Any, stored: list[Any], lengths: np.ndarray) -> tupl
         worst = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else 0x7F
         return leaf.at[0].set(worst)
 
-    pages = [x.over_slots(split) if isinstance(x, Encoded) else split(x, 2) for x in stored]
+    pages = [x.map_slots(split) if isinstance(x, Encoded) else split(x, 2) for x in stored]
     return jnp.asarray(np.where(used, table, -1), jnp.int32), pages
 
 

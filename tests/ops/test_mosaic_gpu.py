@@ -13,7 +13,7 @@ import pytest
 
 from jkv import ops
 from jkv.ops import dispatch
-from jkv.ops.encoded import Affine, Float8, Sparse
+from jkv.ops.codecs import Affine, Float8, Sparse
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_gpu import plan
 from jkv.ops.mosaic_gpu.plan import Layout
@@ -224,7 +224,7 @@ def test_what_is_supported(any_version, form, dim, new, groups):
         ({"form": "small groups"}, "values: 4 steps for a token's 128 channels"),
         ({"form": "units"}, "values: a step for a unit's tokens"),
         ({"form": "short units"}, "a step for 32 tokens"),
-        ({"form": "sparse"}, "numbers stored as Some"),
+        ({"form": "sparse"}, "numbers stored as SparseArray"),
     ],
 )
 def test_what_is_refused_and_why(changes, why):

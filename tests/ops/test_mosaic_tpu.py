@@ -17,7 +17,7 @@ from jkv.errors import UnsupportedError
 from jkv.ops import dispatch
 from jkv.ops.attention import mosaic_tpu
 from jkv.ops.attention.weights import attention_weights
-from jkv.ops.encoded import Affine, Cast, Float8, Sparse
+from jkv.ops.codecs import Affine, Cast, Float8, Sparse
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash, operands
 from jkv.ops.mosaic_tpu import weights as tpu_weights
@@ -135,19 +135,18 @@ def test_slots_in_any_order(dim):
 def encoded(codec, x, dtype="float32"):
     """Tokens [B, K, S, H] in a codec's form."""
     batch, heads, slots, dim = x.shape
-    at = np.broadcast_to(np.arange(slots // codec.unit), (batch, slots // codec.unit))
+    at = np.broadcast_to(np.arange(slots // codec.block_size), (batch, slots // codec.block_size))
     empty = codec.empty(batch, heads, slots, dim, dtype)
-    return jax.jit(empty.put)(jnp.asarray(x.swapaxes(1, 2)), jnp.asarray(at))
+    return jax.jit(empty.write_blocks)(jnp.asarray(x.swapaxes(1, 2)), jnp.asarray(at))
 
 
 def poisoned(x, lengths):
-    """NaN as the steps of slots, or of units, that hold nothing."""
-    name = "scales" if hasattr(x, "scales") else "steps"
-    steps = np.array(getattr(x, name))
-    wide = x.unit > 1  # a unit's steps, one for each channel
+    """NaN as the scales of slots, or of blocks, that hold nothing."""
+    scales = np.array(x.scales)
+    per_channel = x.block_size > 1
     for b, n in enumerate(lengths):
-        steps[b, ..., -(-n // x.unit) * x.dim if wide else n :] = NAN16
-    return replace(x, **{name: jnp.asarray(steps)})
+        scales[b, ..., -(-n // x.block_size) * x.dim if per_channel else n :] = NAN16
+    return replace(x, scales=jnp.asarray(scales))
 
 
 INT4 = (Affine(4, "channel", 64), Affine(4, "token", 64))
@@ -472,8 +471,8 @@ KEYS = shape(1, 2, 256, 64)
         (shape(1, 1, 2, 64), *[shape(1, 2, 100, 64)] * 2, {}, "100 slots"),
         (shape(1, 1, 2, 64, dtype="float16"), KEYS, KEYS, {}, "queries in float16"),
         (shape(1, 1, 2, 64), shape(1, 2, 256, 64, dtype="bfloat16"), KEYS, {}, "for queries"),
-        (shape(1, 1, 2, 64), form(Cast("bfloat16")), KEYS, {}, "form of Plain"),
-        (shape(1, 1, 2, 64), KEYS, form(Sparse(0.5)), {}, "form of Some"),
+        (shape(1, 1, 2, 64), form(Cast("bfloat16")), KEYS, {}, "form of CastArray"),
+        (shape(1, 1, 2, 64), KEYS, form(Sparse(0.5)), {}, "form of SparseArray"),
         (shape(1, 1, 2, 64), KEYS, form(INT4[0]), {}, "a step for each channel"),
         (shape(1, 1, 2, 64), form(Affine(4, "channel", 16)), KEYS, {}, "units of 16"),
         (shape(1, 1, 2, 64), KEYS, form(Affine(4, "token", 4)), {}, "16 groups"),

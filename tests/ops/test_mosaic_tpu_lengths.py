@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jkv.ops.encoded import Affine
+from jkv.ops.codecs import Affine
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash
 from tests.ops.test_mosaic_tpu import (

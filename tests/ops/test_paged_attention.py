@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jkv.errors import UnsupportedError
-from jkv.ops.encoded import Affine, Float8
+from jkv.ops.codecs import Affine, Float8
 from tests.ops import calls
 from tests.ops.test_attention import oracle
 
@@ -130,9 +130,11 @@ def test_encoded_pages(codec):
 
     @jax.jit
     def encoded(pages):
-        at = jnp.broadcast_to(jnp.arange(page // codec.unit), (len(pages), page // codec.unit))
+        at = jnp.broadcast_to(
+            jnp.arange(page // codec.block_size), (len(pages), page // codec.block_size)
+        )
         empty = codec.empty(len(pages), K, page, H, jnp.float32)
-        return empty.put(jnp.swapaxes(pages, 1, 2), at)
+        return empty.write_blocks(jnp.swapaxes(pages, 1, 2), at)
 
     ke, ve = encoded(kp), encoded(vp)
     options = {"positions": positions, "lengths": lengths}

@@ -85,7 +85,7 @@ def attention(
     Args:
         q: queries, already rotated; each of the K key/value heads serves N / K of the N heads.
         kv: what is attended to, `ContiguousKV` or `PagedKV`, whose keys and values are arrays or
-            in a codec's form (`jkv.ops.encoded`), which is read a block at a time. Several of
+            in a codec's form (`jkv.ops.codecs`), which is read a block at a time. Several of
             them, over disjoint tokens, are attended to as one: their partial results merged.
         positions: of the queries; -1 is padding, which sees nothing.
         spec: scale, window, sinks and softcap; by default a scale of ``1 / sqrt(H)`` alone.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jkv._axes import Array, Shaped
 from jkv.ops import dispatch
-from jkv.ops.encoded import Encoded
+from jkv.ops.codecs import Encoded
 from jkv.ops.kv import KV, ContiguousKV
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.partial import Partial

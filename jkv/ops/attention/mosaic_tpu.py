@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jkv._axes import Array, Shaped
-from jkv.ops.encoded import Encoded
+from jkv.ops.codecs import Encoded
 from jkv.ops.kv import KV, ContiguousKV, PagedKV
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
-from jkv.ops.encoded import Encoded
+from jkv.ops.codecs import Encoded
 from jkv.ops.kv import KV, ContiguousKV, PagedKV
 from jkv.ops.masks import AttentionSpec, visible
 from jkv.ops.pages import Tiled, taken

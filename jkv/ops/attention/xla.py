@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jkv._axes import Array
-from jkv.ops.encoded import Encoded
+from jkv.ops.codecs import Encoded
 from jkv.ops.kv import ContiguousKV
 from jkv.ops.masks import AttentionSpec, visible
 from jkv.ops.partial import Partial
@@ -79,7 +79,7 @@ def partial_of(out: Array, lse: Array, q: Array) -> Partial:
 
 def _merged(x: Any) -> Any:
     """Rows and heads as one axis."""
-    return x.merged() if isinstance(x, Encoded) else x.reshape(-1, *x.shape[2:])
+    return x.flatten_heads() if isinstance(x, Encoded) else x.reshape(-1, *x.shape[2:])
 
 
 def _positions_of(slots: Array, slot_positions: Array | None, lengths: Array | None, batch: int):
@@ -253,7 +253,7 @@ class Slots(NamedTuple):
     def sums(self, weights: Array, start: Array, positions: Array, at: Array) -> Array:
         """Weighted sums [Z, R, H] of the values of a block."""
         if isinstance(self.v, Encoded):
-            return self.v.weighted(weights, start, _used(self.v.shape[0], positions, at))
+            return self.v.weighted_sum(weights, start, _used(self.v.shape[0], positions, at))
         v = lax.dynamic_slice_in_dim(self.v, start, self.size, 1)
         return _weighted(weights, _zeroed(v, positions, at))
 

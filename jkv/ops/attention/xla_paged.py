@@ -17,7 +17,7 @@ from jax import lax
 from jkv._axes import Array
 from jkv.ops.attention import xla
 from jkv.ops.attention.reference import gathered, slot_positions
-from jkv.ops.encoded import Encoded
+from jkv.ops.codecs import Encoded
 from jkv.ops.kv import PagedKV
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.pages import taken
@@ -112,7 +112,7 @@ class _Pages(NamedTuple):
 
         found = taken(pages, jnp.maximum(self.numbers(start), 0))
         if isinstance(found, Encoded):
-            return found.over_slots(beside).merged()
+            return found.map_slots(beside).flatten_heads()
         return beside(found, 2)[0]
 
     def products(self, start: Array) -> Array:
@@ -126,7 +126,7 @@ class _Pages(NamedTuple):
         """Weighted sums [K, R, H] of the values of a block."""
         v = self.block(self.v, start)
         if isinstance(v, Encoded):
-            return v.weighted(weights, 0, xla._used(len(weights), positions, at))
+            return v.weighted_sum(weights, 0, xla._used(len(weights), positions, at))
         return xla._weighted(weights, xla._zeroed(v, positions, at))
 
 

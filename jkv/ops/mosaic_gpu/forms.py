@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from jkv._axes import Array
-from jkv.ops.encoded import Encoded
-from jkv.ops.encoded.affine import ByChannel, ByToken
-from jkv.ops.encoded.floats import Floats8
+from jkv.ops.codecs import Encoded
+from jkv.ops.codecs.affine import PerChannelCodes, PerTokenCodes
+from jkv.ops.codecs.floats import Float8Codes
 from jkv.ops.mosaic_gpu import convert
 from jkv.ops.mosaic_gpu.plan import Layout
 
@@ -177,7 +177,7 @@ class Plain:
         shape = (layout.block, layout.columns)
         return product(shape, (stage[0].at[slot], q.transpose((1, 0))))
 
-    def weighted(
+    def weighted_sum(
         self,
         layout: Layout,
         stage: Any,
@@ -243,7 +243,7 @@ class Coded:
         """What the kernel gets."""
         if self.floating:
             return [x.codes, x.scales]
-        return [x.codes, x.steps, x.zeros]
+        return [x.codes, x.scales, x.zero_points]
 
     def permuted(self, layout: Layout) -> int | None:
         """Of the shared memory that holds queries, weights and what is converted."""
@@ -330,7 +330,7 @@ class Coded:
             out = out + across(sums, shape) * down(zeros, shape)
         return out * down(steps, shape)
 
-    def weighted(
+    def weighted_sum(
         self,
         layout: Layout,
         stage: Any,
@@ -412,7 +412,7 @@ class ByUnit:
 
     def arrays(self, x: Any) -> list[Array]:
         """What the kernel gets."""
-        return [x.codes, x.steps, x.zeros]
+        return [x.codes, x.scales, x.zero_points]
 
     def prepared(self, q: Array) -> Array:
         """Queries [lines, columns, H] as they are multiplied."""
@@ -497,14 +497,14 @@ def form(x: Any) -> Keys | str:
         if name not in ("bfloat16", "float16"):
             return f"{name} (the matrix instruction takes bfloat16 and float16)"
         return Plain(name)
-    if isinstance(x, Floats8):
+    if isinstance(x, Float8Codes):
         return Coded(8, floating=True)
-    if isinstance(x, ByToken | ByChannel) and x.bits not in (8, 4):
+    if isinstance(x, PerTokenCodes | PerChannelCodes) and x.bits not in (8, 4):
         return f"codes of {x.bits} bits (the kernel takes 8 and 4)"
-    if isinstance(x, ByToken):
-        return Coded(x.bits, groups=x.steps.shape[-2])
-    if isinstance(x, ByChannel):
-        if x.unit not in (64, 128):
-            return f"a step for {x.unit} tokens (the kernel takes 64 and 128)"
-        return ByUnit(x.bits, x.unit)
+    if isinstance(x, PerTokenCodes):
+        return Coded(x.bits, groups=x.scales.shape[-2])
+    if isinstance(x, PerChannelCodes):
+        if x.block_size not in (64, 128):
+            return f"a step for {x.block_size} tokens (the kernel takes 64 and 128)"
+        return ByUnit(x.bits, x.block_size)
     return f"numbers stored as {type(x).__name__}"

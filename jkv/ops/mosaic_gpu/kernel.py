@@ -277,7 +277,7 @@ class _Program:
             weights = jnp.exp2(scores - across(shift, shape))
             total = total * across(faded, shape) + weights
             plgpu.barrier_wait(on["values_here"].at[slot])
-            multiply = self.call.values.weighted(
+            multiply = self.call.values.weighted_sum(
                 at, on["values"], slot, work, on["weights"], weights, seen, clean
             )
             plgpu.commit_smem()

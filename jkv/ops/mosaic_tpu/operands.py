@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jkv._axes import Array
-from jkv.ops.encoded import Encoded
-from jkv.ops.encoded.affine import ByChannel, ByToken
-from jkv.ops.encoded.floats import Floats8
+from jkv.ops.codecs import Encoded
+from jkv.ops.codecs.affine import PerChannelCodes, PerTokenCodes
+from jkv.ops.codecs.floats import Float8Codes
 from jkv.ops.pages import Tiled
 from jkv.ops.tile import LANES
 
@@ -340,33 +340,37 @@ def operand(x: Any, dtype: Any) -> tuple[Any, list[Leaf]]:
     exact = jnp.dtype(dtype) == jnp.float32
     if isinstance(x, Tiled):
         return _tiled(x, dtype, exact)
-    if isinstance(x, ByChannel):
-        share = Fraction(x.dim, x.unit)
-        leaves = [Leaf(x.codes, 3), Leaf(x.steps, 2, True, share), Leaf(x.zeros, 2, True, share)]
-        return PerChannel(x.bits, x.dim, x.unit, exact), leaves
-    if isinstance(x, Floats8):
+    if isinstance(x, PerChannelCodes):
+        share = Fraction(x.dim, x.block_size)
+        leaves = [
+            Leaf(x.codes, 3),
+            Leaf(x.scales, 2, True, share),
+            Leaf(x.zero_points, 2, True, share),
+        ]
+        return PerChannel(x.bits, x.dim, x.block_size, exact), leaves
+    if isinstance(x, Float8Codes):
         codes = slots_last(x.codes)
         form = Scaled(float8, codes.axis == 3, x.shape[-1], x.shape[-1], exact)
         return form, [codes, Leaf(x.scales, 2, True)]
-    if isinstance(x, ByToken):
+    if isinstance(x, PerTokenCodes):
         codes = slots_last(x.codes)
         last = codes.axis == 3
         decode = functools.partial(unpacked, x.bits, 0 if last else 1)
         form = Scaled(decode, last, x.dim, x.group, exact)
-        return form, [codes, _per_token(x.steps), _per_token(x.zeros)]
+        return form, [codes, _per_token(x.scales), _per_token(x.zero_points)]
     leaf = slots_last(x)
     return Dense(jnp.dtype(dtype), leaf.axis == 3), [leaf]
 
 
 def _tiled(x: Tiled, dtype: Any, exact: bool) -> tuple[Any, list[Leaf]]:
     lines, form = Leaf(x.lines, 2, share=Fraction(1, x.beside)), x.form
-    if isinstance(form, Floats8):
+    if isinstance(form, Float8Codes):
         read = Scaled(float8, False, x.dim, x.dim, exact, x.beside)
         return read, [lines, Leaf(x.scales, 2, whole=(False,))]
-    if isinstance(form, ByToken):
+    if isinstance(form, PerTokenCodes):
         decode = functools.partial(unpacked, form.bits, 1)
         read = Scaled(decode, False, x.dim, form.group, exact, x.beside, 8 // form.bits)
-        groups = form.steps.shape[2]
+        groups = form.scales.shape[2]
         return read, [lines, Leaf(x.scales, 2, whole=(False,) * groups + (True,) * groups)]
     return Dense(jnp.dtype(dtype), False, x.beside), [lines]
 
@@ -394,19 +398,19 @@ def refusal(name: str, x: Any, dtype: Any) -> str | None:
     """Why an operand cannot be read, if so."""
     if isinstance(x, Tiled):
         return refusal(name, x.form, dtype)
-    if isinstance(x, ByChannel):
+    if isinstance(x, PerChannelCodes):
         if name == "values":
             return "values with a step for each channel"
-        if not LEAST_UNIT <= x.unit <= LANES:
-            return f"{name} in units of {x.unit} tokens; {LEAST_UNIT} to {LANES}"
+        if not LEAST_UNIT <= x.block_size <= LANES:
+            return f"{name} in units of {x.block_size} tokens; {LEAST_UNIT} to {LANES}"
         return None
-    if isinstance(x, ByToken):
+    if isinstance(x, PerTokenCodes):
         if x.dim * x.bits % 8:
             return f"{name} of {x.dim} channels in {x.bits} bits: no whole tiles"
-        if x.steps.shape[2] > MOST_GROUPS:
-            return f"{name} in {x.steps.shape[2]} groups of channels; up to {MOST_GROUPS}"
+        if x.scales.shape[2] > MOST_GROUPS:
+            return f"{name} in {x.scales.shape[2]} groups of channels; up to {MOST_GROUPS}"
         return None
-    if isinstance(x, Floats8):
+    if isinstance(x, Float8Codes):
         return None
     if isinstance(x, Encoded):
         return f"{name} in the form of {type(x).__name__}"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jkv._pytree import nbytes
-from jkv.ops.encoded import Affine, Cast, Codec, Encoded, Float8, Sparse, finite
+from jkv.ops.codecs import Affine, Cast, Codec, Encoded, Float8, Sparse, all_finite
 from tests.ops import calls
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
@@ -39,16 +39,16 @@ def draw(*shape, seed=0):
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def put(codec, before, tokens, at, run=1):
-    """With tokens as the units `at`, and all of it decoded, [B, S, K, H]."""
+    """With tokens as the blocks `at`, and all of it decoded, [B, S, K, H]."""
     if before is None:
         before = codec.empty(B, K, S, H, jnp.float32)
-    after = before.put(tokens, at, run)
+    after = before.write_blocks(tokens, at, run)
     return after, jnp.swapaxes(after.decode(), 1, 2)
 
 
 def filled(name, tokens):
-    units = S // CODECS[name].unit
-    return put(CODECS[name], None, tokens, np.broadcast_to(np.arange(units), (B, units)))
+    blocks = S // CODECS[name].block_size
+    return put(CODECS[name], None, tokens, np.broadcast_to(np.arange(blocks), (B, blocks)))
 
 
 def allowed(codec, x):
@@ -76,7 +76,7 @@ def test_half_a_step_in_every_group(name):
     assert isinstance(codec, Codec)
     assert isinstance(made, Encoded)
     assert made.shape == (B, K, S, H)
-    assert made.unit == codec.unit
+    assert made.block_size == codec.block_size
     if not isinstance(codec, Sparse):
         assert np.all(np.abs(found - x) <= allowed(codec, x))
         return
@@ -95,34 +95,34 @@ START, SIZE = 32, 64
 @jax.jit
 def read(made, start, q, w, used):
     """Products with the slots from `start`, for a few queries and for many."""
-    made = made.merged()
+    made = made.flatten_heads()
     many = [jnp.tile(x, (1, 9, 1)) for x in (q, w)]
     return [
-        (made.scores(q, start, SIZE), made.weighted(w, start, used))
+        (made.scores(q, start, SIZE), made.weighted_sum(w, start, used))
         for q, w in ((q, w), tuple(many))
     ]
 
 
-def spoiled(made, units):
-    """Anything in the bytes of these units of both rows, and all bits set in half of them."""
+def spoiled(made, blocks):
+    """Anything in the bytes of these blocks of both rows, and all bits set in half of them."""
     rng = np.random.default_rng(3)
 
     def spoil(leaf, axis):
         leaf = np.moveaxis(np.array(leaf), axis, 0)
-        per = len(leaf) // (S // made.unit)
+        per = len(leaf) // (S // made.block_size)
         dirt = rng.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), dtype=np.uint8)
         dirt[:, 0] = 0xFF  # NaN, where these are floats
         dirt = dirt.view(leaf.dtype)[..., 0]
-        for unit in units:
-            leaf[unit * per : (unit + 1) * per] = dirt[unit * per : (unit + 1) * per]
+        for block in blocks:
+            leaf[block * per : (block + 1) * per] = dirt[block * per : (block + 1) * per]
         return jnp.asarray(np.moveaxis(leaf, 0, axis))
 
-    return made.over_slots(spoil)
+    return made.map_slots(spoil)
 
 
 @every_codec
 def test_products(name):
-    """Those of what is decoded, from any unit on; what lies in other slots has no part in them."""
+    """Those of what is decoded, from any block on; what lies in other slots has no part in them."""
     made, decoded = filled(name, draw(B, S, K, H, seed=1) + 1)
     lines = np.swapaxes(decoded, 1, 2).reshape(B * K, S, H).astype(float)
     q, w = draw(B * K, 2, H, seed=2), draw(B * K, 2, SIZE, seed=3)
@@ -139,7 +139,7 @@ def test_products(name):
             np.testing.assert_allclose(sums, want, rtol=1e-5, atol=1e-4)
     # Slots past the first 32 are empty: of what is read from slot 32 on, all; else the second half.
     used = np.broadcast_to(np.arange(SIZE) < START, (B * K, SIZE))
-    dirty = spoiled(made, range(START // made.unit, S // made.unit))
+    dirty = spoiled(made, range(START // made.block_size, S // made.block_size))
     weights = np.where(used[:, None], w, 0)
     before = jax.device_get(read(made, 0, q, weights, used))
     after = jax.device_get(read(dirty, 0, q, weights, used))
@@ -151,32 +151,32 @@ def test_products(name):
 
 @every_codec
 def test_put_writes_what_it_is_told_and_nothing_else(name):
-    """A unit is rounded once: what is put elsewhere later leaves its bits alone."""
+    """A block is rounded once: what is put elsewhere later leaves its bits alone."""
     codec = CODECS[name]
     x, y = draw(B, S, K, H), draw(B, S, K, H, seed=1) * 9
-    unit, units = codec.unit, S // codec.unit
+    block, blocks = codec.block_size, S // codec.block_size
     first, a = filled(name, x)
-    # New units in turn to unit 1 in the first row, to 0 in the second, and to none that exist.
-    at = np.full((B, units), -1, np.int32)
-    at[0, 2], at[1, 0], at[1, 1] = 1, 0, units
+    # New blocks in turn to block 1 in the first row, to 0 in the second, and to none that exist.
+    at = np.full((B, blocks), -1, np.int32)
+    at[0, 2], at[1, 0], at[1, 1] = 1, 0, blocks
     _, b = put(codec, first, y, at)
     _, alone = filled(name, y)
     want = np.array(a)
-    want[0, unit : 2 * unit] = alone[0, 2 * unit : 3 * unit]
-    want[1, :unit] = alone[1, :unit]
+    want[0, block : 2 * block] = alone[0, 2 * block : 3 * block]
+    want[1, :block] = alone[1, :block]
     np.testing.assert_array_equal(b, want)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4 channel"])
-def test_runs_of_units_are_written_together(name):
+def test_runs_of_blocks_are_written_together(name):
     codec = CODECS[name]
     x, y = draw(B, S, K, H), draw(B, S, K, H, seed=1)
-    run = 16 // codec.unit if codec.unit < 16 else 2
-    count = S // codec.unit // run
+    run = 16 // codec.block_size if codec.block_size < 16 else 2
+    count = S // codec.block_size // run
     at = np.full((B, count), -1, np.int32)
     at[0, 1], at[1, 0] = 0, 2
     _, found = put(codec, filled(name, x)[0], y, at, run)
-    (_, a), (_, b), width = filled(name, x), filled(name, y), run * codec.unit
+    (_, a), (_, b), width = filled(name, x), filled(name, y), run * codec.block_size
     want = np.array(a)
     want[0, :width] = b[0, width : 2 * width]
     want[1, 2 * width : 3 * width] = b[1, :width]
@@ -195,22 +195,22 @@ def test_what_is_no_number_shows(name, bad):
     found = np.asarray(filled(name, dirty)[1])
     assert not np.isfinite(found[0, 1, 1, 2])
     own = np.zeros(x.shape, bool)
-    if codec.unit > 1:
-        own[0, : codec.unit, 1, 2] = True
+    if codec.block_size > 1:
+        own[0, : codec.block_size, 1, 2] = True
     else:
         own[0, 1, 1] = True
     assert np.all(np.isfinite(found[~own]))
     np.testing.assert_array_equal(found[~own], clean[~own])
 
 
-def test_finite():
+def test_all_finite():
     x = draw(3, 4, K, H)
     x[1, 3, 0, 0], x[2, 0, 1, 1] = np.nan, np.inf
     real = np.ones((3, 4, 1, 1), bool)
-    assert finite(jnp.asarray(x), jnp.asarray(real)).tolist() == [True, False, False]
+    assert all_finite(jnp.asarray(x), jnp.asarray(real)).tolist() == [True, False, False]
     padded = real.copy()
     padded[1, 3] = False  # which may be anything
-    assert finite(jnp.asarray(x), jnp.asarray(padded)).tolist() == [True, True, False]
+    assert all_finite(jnp.asarray(x), jnp.asarray(padded)).tolist() == [True, True, False]
 
 
 def test_a_large_channel_leaves_others_alone():
