@@ -19,7 +19,7 @@ from jkv.cache.protocol import CacheKind, LayerCache, Step, as_kind, shard_heads
 from jkv.cache.ring import Ring
 from jkv.ops.codecs import Affine, Codec, Encoded, Float8, Sparse, all_finite
 from jkv.ops.masks import AttentionSpec
-from jkv.ops.order import after
+from jkv.ops.order import depend_on
 
 # Tokens that can be rolled back without rounding any a second time: drafts are shorter.
 SLACK = 16
@@ -101,7 +101,7 @@ class NearFar(LayerCache):
         numbers = first[:, None] // block + jnp.arange(count, dtype=jnp.int32)[None, :]
         numbers = jnp.where(numbers < self.far(step.stop)[:, None] // block, numbers, -1)
         if result is not None:
-            numbers = after(numbers, result)
+            numbers = depend_on(numbers, result)
         near = None if self.near is None else self.near.append(k, v, step, result)
         # One new token at a time leaves the ring long after it came; of a chunk, part may leave
         # without ever having been in it.

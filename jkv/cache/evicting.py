@@ -21,7 +21,7 @@ from jkv.cache.protocol import CacheKind, LayerCache, Step, check_heads, shard_h
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.weights import attention_weights
 from jkv.ops.masks import AttentionSpec
-from jkv.ops.order import after
+from jkv.ops.order import depend_on
 from jkv.ops.write import write
 
 EMPTY = -1  # a slot without a token
@@ -154,7 +154,7 @@ class Evicting(LayerCache):
         nth = jnp.clip(jnp.cumsum(new, axis=-1) - 1, 0, slots - 1)
         target = jnp.where(new, jnp.take_along_axis(free, nth, axis=-1), -1)
         if result is not None:
-            target = after(target, result)
+            target = depend_on(target, result)
         cache = replace(self, scores=both.scores[..., :slots])
         return cache._written(k, v, places, target, both.scores[..., slots:])
 

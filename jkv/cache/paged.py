@@ -33,7 +33,8 @@ from jkv.errors import UnsupportedError
 from jkv.ops.attention.reference import gathered
 from jkv.ops.codecs import Affine, Codec, Encoded
 from jkv.ops.masks import AttentionSpec
-from jkv.ops.pages import Tiled, arranged, copy, empty, laid, untiled, write_tokens
+from jkv.ops.order import depend_on
+from jkv.ops.pages import TpuPages, arrange, copy, empty, from_layout, to_layout, write_tokens
 
 
 @pytree
@@ -45,8 +46,8 @@ class Paged(LayerCache):
     copied for. New tokens see each other before they are rounded.
     """
 
-    k_pages: Any  # [P, K, page, H], or Encoded, or on a TPU Tiled
-    v_pages: Any  # [P, K, page, H], or Encoded, or on a TPU Tiled
+    k_pages: Any  # [P, K, page, H], or Encoded, or on a TPU TpuPages
+    v_pages: Any  # [P, K, page, H], or Encoded, or on a TPU TpuPages
     broken: Array | None  # [P] bool, encoded pages that were given NaN or infinity
     dtype: str = static()
     window: int | None = static(default=None)  # of the model, in this layer
@@ -82,7 +83,7 @@ class Paged(LayerCache):
         Raises:
             UnsupportedError: pages of a TPU, whose scales of all heads lie together.
         """
-        if self.rounds and isinstance(self.k_pages, Tiled):
+        if self.rounds and isinstance(self.k_pages, TpuPages):
             raise UnsupportedError(
                 "these pages lie as one TPU wants them, the scales of all heads together; give the "
                 "sharded model a cache whose layers are layer.portable() of these"
@@ -122,7 +123,7 @@ class Paged(LayerCache):
         past = self._kv(plan.before, step.start)
         out = ops.attention_with_chunk(q, k, v, at, spec, past).out
         # The pages that leave the window with these tokens may be written by others.
-        return out.astype(q.dtype), self._put(k, v, plan, ops.after(plan.into, out))
+        return out.astype(q.dtype), self._put(k, v, plan, depend_on(plan.into, out))
 
     def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Paged:
         """Each new token in the page that the step has for it.
@@ -230,10 +231,11 @@ class Paged(LayerCache):
 
         made = empty((to.keys, to.values), count, heads, page, dim, self.dtype)
 
-        def again(old: Encoded | Tiled, codec: Any, new: Any) -> Any:
+        def again(old: Encoded | TpuPages, codec: Any, new: Any) -> Any:
             plain = codec.empty(count, heads, page, dim, self.dtype)
-            decoded = untiled(old).decode()
-            return laid(new, plain.write_blocks(jnp.swapaxes(decoded, 1, 2), each))
+            held = from_layout(old)
+            decoded = held.decode() if isinstance(held, Encoded) else held
+            return to_layout(new, plain.write_blocks(jnp.swapaxes(decoded, 1, 2), each))
 
         return replace(
             self,
@@ -243,11 +245,11 @@ class Paged(LayerCache):
 
     def portable(self) -> Paged:
         """Return the same pages in a form that all platforms and meshes have."""
-        return replace(self, k_pages=untiled(self.k_pages), v_pages=untiled(self.v_pages))
+        return replace(self, k_pages=from_layout(self.k_pages), v_pages=from_layout(self.v_pages))
 
-    def laid(self) -> Paged:
-        """The same pages as `init` lays them here, wherever they come from."""
-        keys, values = arranged(self.k_pages, self.v_pages)
+    def native(self) -> Paged:
+        """Return the same pages in the layout that `init` gives pages in this process."""
+        keys, values = arrange(self.k_pages, self.v_pages)
         return replace(self, k_pages=keys, v_pages=values)
 
 

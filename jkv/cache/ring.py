@@ -15,7 +15,7 @@ from jkv._axes import Array
 from jkv._pytree import pytree
 from jkv.cache.protocol import Step, check_heads
 from jkv.errors import UnsupportedError
-from jkv.ops.order import after
+from jkv.ops.order import depend_on
 from jkv.ops.write import write
 
 
@@ -68,7 +68,7 @@ class Ring:
         kept = step.positions >= jnp.maximum(step.stop[:, None] - self.size, 0)
         slots = jnp.where(kept, step.positions % self.size, -1)
         if result is not None:
-            slots = after(slots, result)
+            slots = depend_on(slots, result)
         return Ring(keys=write(self.keys, k, slots), values=write(self.values, v, slots))
 
     def at(

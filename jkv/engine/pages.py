@@ -27,7 +27,7 @@ from jkv.engine.sequence import RunningSequence, SequenceTable
 from jkv.engine.swap import Form, PageStore
 from jkv.errors import PoolFullError, StaleError
 from jkv.models.fingerprint import fingerprint
-from jkv.ops.pages import laid, put, taken
+from jkv.ops.pages import gather, to_layout, write_pages
 
 FIRST_RATE = 4e9  # bytes per second between device and host, until it has been measured
 
@@ -363,7 +363,9 @@ def _gathered(layers: tuple[Any, ...], tables: tuple[Array, ...]) -> Any:
     Anything where the table has -1.
     """
     return [
-        tuple(taken(x, jnp.maximum(tables[layer.group], 0)) for x in (layer.k_pages, layer.v_pages))
+        tuple(
+            gather(x, jnp.maximum(tables[layer.group], 0)) for x in (layer.k_pages, layer.v_pages)
+        )
         for layer in layers
     ]
 
@@ -375,7 +377,7 @@ def _scattered(layers: tuple[Any, ...], tables: tuple[Array, ...], pages: Any) -
     for layer, (keys, values) in zip(layers, pages, strict=True):
         at = tables[layer.group]
         keys, values = (
-            put(held, laid(held, new), at)
+            write_pages(held, to_layout(held, new), at)
             for held, new in ((layer.k_pages, keys), (layer.v_pages, values))
         )
         after.append(replace(layer, k_pages=keys, v_pages=values))

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, NoReturn
 from jkv.ops.attention import IMPLEMENTATIONS, attention, attention_with_chunk, explain
 from jkv.ops.kv import KV, ContiguousKV, PagedKV
 from jkv.ops.masks import AttentionSpec, visible
-from jkv.ops.order import after
 from jkv.ops.partial import Partial, merge
 from jkv.ops.write import write
 
@@ -16,7 +15,6 @@ __all__ = [
     "ContiguousKV",
     "PagedKV",
     "Partial",
-    "after",
     "attention",
     "attention_with_chunk",
     "explain",
@@ -26,6 +24,7 @@ __all__ = [
 ]
 
 _REPLACED = {
+    "after": "jkv.ops.order.depend_on",
     "choice": "jkv.ops.dispatch",
     "encoded": "jkv.ops.codecs",
     "explain_paged": "jkv.ops.explain(q, PagedKV(...), spec)",

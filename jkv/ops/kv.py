@@ -12,12 +12,12 @@ from jkv._axes import Array, Shaped
 from jkv._pytree import pytree, replace, static
 from jkv.ops.codecs import Encoded
 from jkv.ops.dispatch import fold_rows
-from jkv.ops.pages import Tiled
+from jkv.ops.pages import TpuPages
 
 if TYPE_CHECKING:
     Integers = Array
     Slots = Array | Encoded
-    Pages = Array | Encoded | Tiled
+    Pages = Array | Encoded | TpuPages
 else:  # shapes do where an implementation is only chosen
     Integers = Slots = Pages = Any
 

@@ -24,7 +24,7 @@ from jkv.cache.init import init_cache
 from jkv.cache.paged import Paged
 from jkv.errors import CorruptError, JkvError, UnsupportedError
 from jkv.models.config import Config
-from jkv.ops.pages import Tiled
+from jkv.ops.pages import TpuPages
 from jkv.store.entry import Entry
 
 VERSION = 1
@@ -102,7 +102,7 @@ def unpack(entry: Entry) -> Cache:
         if not isinstance(cache, Cache):
             raise TypeError(f"{type(cache).__name__} is no cache")
         _check_rows(cache, entry.meta.get("length"))
-        layers = tuple(x.laid() if isinstance(x, Paged) else x for x in cache.layers)
+        layers = tuple(x.native() if isinstance(x, Paged) else x for x in cache.layers)
         return replace(cache, layers=layers)
     except _ERRORS as error:
         raise CorruptError(f"an entry that is no cache: {brief(error)}") from error
@@ -251,12 +251,12 @@ def _resized(cache: Cache, slots: int) -> Cache:
 
 def _plain(cache: Cache) -> Cache:
     """Return the cache in the layout that processes of all platforms share."""
-    laid = any(isinstance(x, Paged) and isinstance(x.k_pages, Tiled) for x in cache.layers)
-    return _unlaid(cache) if laid else cache
+    native = any(isinstance(x, Paged) and isinstance(x.k_pages, TpuPages) for x in cache.layers)
+    return _portable(cache) if native else cache
 
 
 @jax.jit
-def _unlaid(cache: Cache) -> Cache:
+def _portable(cache: Cache) -> Cache:
     layers = tuple(x.portable() if isinstance(x, Paged) else x for x in cache.layers)
     return replace(cache, layers=layers)
 

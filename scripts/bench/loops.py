@@ -118,7 +118,7 @@ def paged_program(case: Paged) -> tuple[Any, Any, Any]:
     def put(held: Any, unit: int, tokens: Any, table: Any, length: Any) -> Any:
         at = jnp.take_along_axis(table, length[:, None] // case.page, axis=1)[:, 0]
         inside = length % case.page
-        old = pages.taken(held, at)
+        old = pages.gather(held, at)
         if isinstance(old, Encoded):
             tokens = jnp.repeat(tokens, unit, axis=1)
             whole = jnp.where((inside + 1) % unit == 0, inside // unit, -1)
@@ -126,7 +126,7 @@ def paged_program(case: Paged) -> tuple[Any, Any, Any]:
         else:
             own = jnp.arange(case.page)[None, None, :, None] == inside[:, None, None, None]
             new = jnp.where(own, jnp.swapaxes(tokens, 1, 2).astype(old.dtype), old)
-        return pages.put(held, pages.laid(held, new), at)
+        return pages.write_pages(held, pages.to_layout(held, new), at)
 
     def step(_: Any, state: Any) -> Any:
         layers, table, length, x = state

@@ -18,7 +18,7 @@ from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 from jkv.models import Decoder
 from jkv.ops import AttentionSpec, dispatch
 from jkv.ops.codecs import Affine, Sparse
-from jkv.ops.pages import Tiled
+from jkv.ops.pages import TpuPages
 from jkv.testing import check_kind
 
 PAGE, SLOTS = 4, 20
@@ -515,7 +515,7 @@ def test_pages_as_they_lie_on_a_tpu(bits, dim):
     want, plain = life(kind, again)
     with dispatch.target("tpu"):
         got, held = life(kind, again)
-        assert isinstance(held.layers[0].k_pages, Tiled)
+        assert isinstance(held.layers[0].k_pages, TpuPages)
     assert held.layers[0].k_pages.shape == plain.layers[0].k_pages.shape
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -16,7 +16,7 @@ from jkv.cache.base import Cache, concat
 from jkv.cache.spec import parse
 from jkv.decoding import prefix_store
 from jkv.ops import dispatch
-from jkv.ops.pages import Tiled
+from jkv.ops.pages import TpuPages
 from jkv.store import Device, Disk, Memory, Store
 from jkv.store.packing import converted, pack
 from tests.decoding import oracle, texts
@@ -221,12 +221,12 @@ def test_pages_of_a_tpu_and_of_others_are_the_same_entries(kind, dim):
     entry = pack(cache)
     with dispatch.target("tpu"):
         there = jkv.store.unpack(entry)
-        assert isinstance(there.layers[0].k_pages, Tiled)
+        assert isinstance(there.layers[0].k_pages, TpuPages)
         both = concat([new(), there])  # as a batch of one row that is found and one that is not
         back = pack(both.take([1]))
     assert back.meta == entry.meta
     again = jkv.store.unpack(back)
-    assert not isinstance(again.layers[0].k_pages, Tiled)
+    assert not isinstance(again.layers[0].k_pages, TpuPages)
     for a, b in zip(again.to_legacy(), cache.to_legacy(), strict=True):
         np.testing.assert_array_equal(a, b)
     assert concat([new(), again]).batch == 2

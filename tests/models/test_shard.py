@@ -17,7 +17,7 @@ import jkv
 from jkv._pytree import replace
 from jkv.decoding import loop
 from jkv.ops import dispatch
-from jkv.ops.pages import Tiled
+from jkv.ops.pages import TpuPages
 from tests.conftest import ROOT
 
 START = """
@@ -253,7 +253,7 @@ def test_rounded_pages_of_a_tpu_are_not_parted():
     kind = jkv.paged(32, bits=8)
 
     def tiled(cache):
-        return isinstance(cache.layers[0].k_pages, Tiled)
+        return isinstance(cache.layers[0].k_pages, TpuPages)
 
     with dispatch.target("tpu"):
         cache = jkv.init_cache(config, kind, batch=1, slots=64)

@@ -22,7 +22,7 @@ from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash, operands
 from jkv.ops.mosaic_tpu import weights as tpu_weights
 from jkv.ops.mosaic_tpu import write as mosaic_write
-from jkv.ops.pages import Tiled, _sent, empty, put
+from jkv.ops.pages import TpuPages, _write_by_kernel, empty, write_pages
 from jkv.ops.write import write, write_last, write_runs
 from tests.ops import calls
 from tests.ops.test_attention import oracle
@@ -264,8 +264,8 @@ def small_pages(codecs, pages, table, lengths):
         if codec is not None:
             plain = encoded(codec, np.nan_to_num(x))
         meant.append(jnp.where(seen, x if codec is None else plain.decode(), 0.0))
-        made.append(pool.of(plain))
-    assert all(isinstance(x, Tiled) for x in made)
+        made.append(pool.to_layout(plain))
+    assert all(isinstance(x, TpuPages) for x in made)
     return made, meant
 
 
@@ -305,13 +305,13 @@ def test_small_pages(monkeypatch, name):
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_pages_are_sent():
+def test_pages_are_written_by_the_kernel():
     """Into their places, and into none where there is none."""
     with dispatch.target("tpu"):
         pool, _ = empty((Affine(4), Affine(4)), 5, 2, 16, 64, "float32")
     x = np.random.default_rng(0).normal(size=(3, 2, 16, 64)).astype(np.float32)
-    new, at = pool.of(encoded(Affine(4), x)), jnp.asarray([3, -1, 0])
-    got, want = _sent(pool, new, at), put(pool, new, at)
+    new, at = pool.to_layout(encoded(Affine(4), x)), jnp.asarray([3, -1, 0])
+    got, want = _write_by_kernel(pool, new, at), write_pages(pool, new, at)
     for a, b, c in zip(*map(jax.tree.leaves, (got, want, pool)), strict=True):
         np.testing.assert_array_equal(a, b)
         assert np.any(a != c)

@@ -10,7 +10,7 @@ from jkv._axes import Array, Shaped
 from jkv.ops.kv import KV, PagedKV
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_gpu import call
-from jkv.ops.pages import Tiled
+from jkv.ops.pages import TpuPages
 from jkv.ops.partial import Partial
 
 
@@ -24,6 +24,6 @@ def attention(
 def unsupported(q: Shaped, kv: KV, positions: Shaped | None, spec: AttentionSpec) -> str | None:
     """Return why there is no kernel for these operands, or None."""
     del positions, spec
-    if isinstance(kv, PagedKV) and any(isinstance(x, Tiled) for x in (kv.k, kv.v)):
+    if isinstance(kv, PagedKV) and any(isinstance(x, TpuPages) for x in (kv.k, kv.v)):
         return "pages that lie as a TPU wants them"
     return call.refusal(q, kv)

@@ -13,7 +13,7 @@ from jkv.ops.kv import KV, ContiguousKV, PagedKV
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash
 from jkv.ops.mosaic_tpu.operands import LANES, Leaf, operand, outline
-from jkv.ops.pages import Tiled
+from jkv.ops.pages import TpuPages
 from jkv.ops.partial import Partial
 
 TILES = 16  # pages of a step, each an operand of the kernel
@@ -33,7 +33,7 @@ def unsupported(q: Shaped, kv: KV, positions: Shaped | None, spec: AttentionSpec
 def _unsupported_pages(q: Shaped, kv: PagedKV) -> str | None:
     if math.prod(kv.block_table.shape) > TABLE:
         return f"a block table of {math.prod(kv.block_table.shape)} pages; up to {TABLE}"
-    tiled = [x.beside for x in (kv.k, kv.v) if isinstance(x, Tiled)]
+    tiled = [x.pack_factor for x in (kv.k, kv.v) if isinstance(x, TpuPages)]
     if tiled:
         alike = len(tiled) == 2 and tiled[0] == tiled[1]
         return None if alike else "keys and values that do not lie alike"
@@ -49,7 +49,7 @@ def _scattered(name: str, leaves: list[Leaf], page: int, x: Any) -> str | None:
 
     An array whose last axis is no whole tile (few channels, steps of a few tokens) XLA lays with
     the pages side by side, which fills its tiles: a page is then one number of each of many. A
-    cache's own small pages are `Tiled`.
+    cache's own small pages are `TpuPages`.
     """
     least = 1
     for leaf in leaves:
@@ -62,7 +62,7 @@ def _scattered(name: str, leaves: list[Leaf], page: int, x: Any) -> str | None:
         form = type(x).__name__ if isinstance(x, Encoded) else f"{x.shape[3]} channels"
         return (
             f"pages of {page} tokens; {name} as {form} are read in pages of multiples of {least}, "
-            "or as `jkv.ops.pages.Tiled`, which a cache's are where that is possible"
+            "or as `jkv.ops.pages.TpuPages`, which a cache's are where that is possible"
         )
     return None
 
@@ -108,8 +108,8 @@ def _over_pages(
     kv_heads, page, columns = kv.kv_heads, kv.page, kv.block_table.shape[1]
     keys, values = operand(kv.k, q.dtype), operand(kv.v, q.dtype)
     wanted = flash.slots_of(keys[1], kv_heads, columns * page)
-    beside = kv.k.beside if isinstance(kv.k, Tiled) else 1
-    lanes = LANES * beside
+    pack_factor = kv.k.pack_factor if isinstance(kv.k, TpuPages) else 1
+    lanes = LANES * pack_factor
     whole = lanes // math.gcd(page, lanes)  # pages that fill tiles
     pages = min(max(wanted // page // whole, 1) * whole, max(TILES // whole, 1) * whole)
     size = pages * page
@@ -120,7 +120,7 @@ def _over_pages(
         size=size,
         first=-(-spec.sinks // size),
         pages=pages,
-        beside=beside,
+        pack_factor=pack_factor,
     )
     lengths = jnp.clip(kv.lengths, 0, columns * page)
     info, steps = flash.scalars_of(plan, spec, positions, lengths, True)

@@ -7,7 +7,7 @@ from jkv._axes import Array
 from jkv.ops.codecs import Encoded
 from jkv.ops.kv import KV, ContiguousKV, PagedKV
 from jkv.ops.masks import AttentionSpec, visible
-from jkv.ops.pages import Tiled, taken
+from jkv.ops.pages import TpuPages, gather
 from jkv.ops.partial import Partial
 
 
@@ -57,12 +57,12 @@ def contiguous(kv: PagedKV) -> ContiguousKV:
 
 
 def gathered(
-    pages: Float[Array, "P K page H"] | Encoded | Tiled, block_table: Int[Array, "B M"]
+    pages: Float[Array, "P K page H"] | Encoded | TpuPages, block_table: Int[Array, "B M"]
 ) -> Float[Array, "B K S H"]:
     """Gather each row's pages in order, decoded, S = M * page; anything where there is no page."""
     batch, columns = block_table.shape
     numbers = jnp.maximum(block_table, 0).reshape(-1)
-    found = taken(pages, numbers)
+    found = gather(pages, numbers)
     found = found.decode() if isinstance(found, Encoded) else found
     _, heads, page, dim = found.shape
     found = jnp.swapaxes(found.reshape(batch, columns, heads, page, dim), 1, 2)

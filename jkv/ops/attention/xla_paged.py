@@ -20,7 +20,7 @@ from jkv.ops.attention.reference import gathered, slot_positions
 from jkv.ops.codecs import Encoded
 from jkv.ops.kv import PagedKV
 from jkv.ops.masks import AttentionSpec
-from jkv.ops.pages import taken
+from jkv.ops.pages import gather
 from jkv.ops.partial import Partial
 
 SOME = 2**16  # numbers of keys that are fetched at a time; measured on the CPU
@@ -110,7 +110,7 @@ class _Pages(NamedTuple):
             apart = jnp.moveaxis(leaf[None], 1, axis)  # [1, K, ..., U, page, ...]
             return apart.reshape(*apart.shape[:axis], -1, *apart.shape[axis + 2 :])
 
-        found = taken(pages, jnp.maximum(self.numbers(start), 0))
+        found = gather(pages, jnp.maximum(self.numbers(start), 0))
         if isinstance(found, Encoded):
             return found.map_slots(beside).flatten_heads()
         return beside(found, 2)[0]

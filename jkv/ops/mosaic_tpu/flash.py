@@ -48,7 +48,7 @@ class Plan:
     size: int  # slots of a step
     first: int  # blocks with sinks, read whatever the window
     pages: int  # tiles that the slots of a step are in; 1 unless they are pages
-    beside: int = 1  # tokens of a line of a page, `jkv.ops.pages.Tiled`
+    pack_factor: int = 1  # tokens of a line of a page, `jkv.ops.pages.TpuPages`
 
 
 def rows_of(plan: Plan) -> int:
@@ -115,7 +115,7 @@ def flash(
     """
     batch, new, heads, dim = q.shape
     groups, rows = plan.groups, rows_of(plan)
-    kv_heads, width = heads // groups, dim * plan.beside
+    kv_heads, width = heads // groups, dim * plan.pack_factor
     grouped = q.reshape(batch, new, kv_heads, groups, dim).transpose(0, 2, 1, 3, 4)
     grouped = grouped.reshape(batch, kv_heads, new * groups, dim)
     grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, rows - new * groups), (0, 0)))
@@ -164,7 +164,7 @@ def flash(
         name="jkv_attention",
     )(*scalars, *inputs)
     # The tokens of a line have each their own lanes of the sum.
-    out = out.reshape(batch, kv_heads, rows, values[0].parts, plan.beside, -1).sum(axis=4)
+    out = out.reshape(batch, kv_heads, rows, values[0].parts, plan.pack_factor, -1).sum(axis=4)
     out = out.reshape(batch, kv_heads, rows, dim)
     out = out[:, :, : new * groups].reshape(batch, kv_heads, new, groups, dim)
     lse = lse[:, :, : new * groups, 0].reshape(batch, kv_heads, new, groups)
@@ -399,8 +399,8 @@ def _loaded(leaf: Leaf, tiles: list[Any], h: int) -> list[Array]:
 def _order(plan: Plan, shape: tuple[int, ...], axis: int) -> Array:
     """Slots of a block in the order of their scores: the first tokens of all lines come first."""
     at = lax.broadcasted_iota(jnp.int32, shape, axis)
-    lines = plan.size // plan.beside
-    return lax.rem(at, lines) * plan.beside + lax.div(at, lines)
+    lines = plan.size // plan.pack_factor
+    return lax.rem(at, lines) * plan.pack_factor + lax.div(at, lines)
 
 
 def _spread(plan: Plan, leaf: Leaf, tiles: list[Any]) -> list[list[Array]]:

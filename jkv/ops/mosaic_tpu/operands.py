@@ -1,12 +1,12 @@
-"""Keys and values as a TPU kernel reads them: which arrays, how they lie, and two products.
+"""Keys and values as operands of a TPU kernel: their arrays, layouts, and how a block is read.
 
-A TPU tiles the last two axes by 8 x 128 numbers. XLA keeps an array ``[B, K, S, C]`` of less than
-128 channels with its slots last, so that nothing is padded; a kernel's operands lie as they are
-indexed. Such arrays are therefore handed over as ``[B, K, C, S]``, which is how they already lie:
-no copy. Small pages are `Tiled`: tokens lie beside each other until a line is full. For each token
-of a line queries are a row of their own, zero in the others' lanes, and the scores of the lines'
-first tokens come before those of their second. Each form answers what attention asks of a block:
-products of queries with keys, and the weighted sum of values.
+A TPU tiles the last two axes by 8 x 128 numbers. XLA stores an array ``[B, K, S, C]`` of fewer than
+128 channels with its slots last, so that nothing is padded, while the operands of a kernel are
+stored as they are indexed. Such arrays are therefore passed as ``[B, K, C, S]``, the layout that
+they already have: no copy. Small pages are `TpuPages`, in which F = `pack_factor` tokens share a
+line. The queries then have a row for each token of a line, zero in the lanes of the others, and
+the scores of the lines' first tokens come before those of their second. A reader per form answers
+what attention asks of a block: products of queries with keys, and weighted sums of values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jkv._axes import Array
 from jkv.ops.codecs import Encoded
 from jkv.ops.codecs.affine import PerChannelCodes, PerTokenCodes
 from jkv.ops.codecs.floats import Float8Codes
-from jkv.ops.pages import Tiled
+from jkv.ops.pages import TpuPages
 from jkv.ops.tile import LANES
 
 LEAST_UNIT = 32  # tokens; of smaller units too many are in a tile
@@ -40,7 +40,7 @@ class Leaf:
     axis: int  # of slots
     rows: bool = False  # [B, K, S]: the lines of all heads in one tile
     share: Fraction = Fraction(1)  # numbers along the axis for each slot
-    whole: tuple[bool, ...] = ()  # `Tiled.scales`: of its lines, which are whole numbers
+    whole: tuple[bool, ...] = ()  # `TpuPages.scales`: of its lines, which are whole numbers
 
 
 def lies_last(channels: int) -> bool:
@@ -96,42 +96,42 @@ def _added(parts: Array, rows: int) -> Array:
     return total
 
 
-def placed(q: Array, parts: int, beside: int) -> Array:
-    """Queries [..., R, H] in the lanes of each of a line's tokens, [..., beside * R, beside * H].
+def placed(q: Array, parts: int, pack_factor: int) -> Array:
+    """Repeat queries [..., R, H] in the lanes of each token of a line, [..., F * R, F * H].
 
     The parts of packed bytes are lines one after another.
     """
-    if beside == 1:
+    if pack_factor == 1:
         return q
     apart = q.reshape(*q.shape[:-1], parts, 1, -1)
     rows = [
-        jnp.where(jnp.arange(beside, dtype=jnp.int32)[:, None] == t, apart, 0).reshape(
+        jnp.where(jnp.arange(pack_factor, dtype=jnp.int32)[:, None] == t, apart, 0).reshape(
             *q.shape[:-1], -1
         )
-        for t in range(beside)
+        for t in range(pack_factor)
     ]
     return jnp.concatenate(rows, axis=-2)
 
 
-def _along(rows: Array, beside: int) -> Array:
-    """From [beside * R, L], rows for each token of a line, to [R, beside * L]."""
-    size = rows.shape[0] // beside
-    return jnp.concatenate([rows[t * size : (t + 1) * size] for t in range(beside)], axis=1)
+def _along(rows: Array, pack_factor: int) -> Array:
+    """Bring rows for each token of a line, [F * R, L], side by side: [R, F * L]."""
+    size = rows.shape[0] // pack_factor
+    return jnp.concatenate([rows[t * size : (t + 1) * size] for t in range(pack_factor)], axis=1)
 
 
-def _below(x: Array, beside: int) -> Array:
-    """The reverse of `_along`."""
-    size = x.shape[1] // beside
-    return jnp.concatenate([x[:, t * size : (t + 1) * size] for t in range(beside)], axis=0)
+def _below(x: Array, pack_factor: int) -> Array:
+    """Undo `_along`."""
+    size = x.shape[1] // pack_factor
+    return jnp.concatenate([x[:, t * size : (t + 1) * size] for t in range(pack_factor)], axis=0)
 
 
-def _own(sums: Array, beside: int, parts: int) -> Array:
-    """From sums [beside * R, C] those of each token in its own lanes, [R, C]."""
-    size, width = sums.shape[0] // beside, sums.shape[1] // parts
+def _own(sums: Array, pack_factor: int, parts: int) -> Array:
+    """Select from sums [F * R, C] those of each token in its own lanes, [R, C]."""
+    size, width = sums.shape[0] // pack_factor, sums.shape[1] // parts
     lane = lax.rem(lax.broadcasted_iota(jnp.int32, (1, sums.shape[1]), 1), width)
     total = sums[:size]
-    for t in range(1, beside):
-        here = lane >= t * (width // beside)
+    for t in range(1, pack_factor):
+        here = lane >= t * (width // pack_factor)
         total = jnp.where(here, sums[t * size : (t + 1) * size], total)
     return total
 
@@ -142,7 +142,7 @@ class Dense:
 
     dtype: Any
     last: bool
-    beside: int = 1  # tokens of a line
+    pack_factor: int = 1  # tokens of a line
     parts: int = 1  # of a byte
 
     @property
@@ -151,20 +151,20 @@ class Dense:
 
     def queries(self, q: Array) -> Array:
         """Queries [B, K, R, H] as `products` takes them."""
-        return placed(q, 1, self.beside)
+        return placed(q, 1, self.pack_factor)
 
     def products(self, q: Array, leaves: list[Array], seen: Array | None = None) -> Array:
         """[R, S]; `seen` as for `sums`."""
         k = leaves[0]
-        if self.beside > 1 and seen is not None:
+        if self.pack_factor > 1 and seen is not None:
             k = self._cleaned(k, seen)  # of a line, others' numbers are multiplied with zero
-        return _along(product(q, k, 0 if self.last else 1, self._precision), self.beside)
+        return _along(product(q, k, 0 if self.last else 1, self._precision), self.pack_factor)
 
     def sums(self, w: Array, leaves: list[Array], seen: Array | None) -> Array:
-        """Sums [R, beside * H] with weights [R, S]; `seen` [R, S] is None where everything is."""
+        """Sum values with weights [R, S] to [R, F * H]; `seen` is None where every slot is."""
         v = leaves[0] if seen is None else self._cleaned(leaves[0], seen)
-        w = _below(w, self.beside).astype(self.dtype)
-        return _own(product(w, v, 1 if self.last else 0, self._precision), self.beside, 1)
+        w = _below(w, self.pack_factor).astype(self.dtype)
+        return _own(product(w, v, 1 if self.last else 0, self._precision), self.pack_factor, 1)
 
     def _cleaned(self, x: Array, seen: Array) -> Array:
         """With zero where no query looks: zero times NaN is NaN."""
@@ -178,10 +178,12 @@ class Dense:
         """A row of all slots [1, S] as it is for the tokens of each line."""
         (lines, width), found = shape, jnp.zeros((), row.dtype)
         lane = lax.broadcasted_iota(jnp.int32, (1, width), 1)
-        for t in range(self.beside):
+        for t in range(self.pack_factor):
             own = jnp.broadcast_to(row[:, t * lines : (t + 1) * lines], (8, lines))
             own = jnp.transpose(own)[:, :1]
-            found = own if t == 0 else jnp.where(lane >= t * (width // self.beside), own, found)
+            found = (
+                own if t == 0 else jnp.where(lane >= t * (width // self.pack_factor), own, found)
+            )
         return found
 
 
@@ -194,19 +196,19 @@ class Scaled:
     dim: int
     group: int
     exact: bool  # queries in float32
-    beside: int = 1  # tokens of a line
+    pack_factor: int = 1  # tokens of a line
     parts: int = 1  # of a byte
 
     @property
     def _groups(self) -> int:
         return -(-self.dim // self.group)
 
-    def _channels(self, g: int, beside: int = 1) -> Array:
-        """Which channels [1, beside * H] are in a group."""
-        lane = lax.broadcasted_iota(jnp.int32, (1, beside * self.dim), 1)
-        if beside > 1:
+    def _channels(self, g: int, pack_factor: int = 1) -> Array:
+        """Return which lanes [1, F * H] hold channels of a group."""
+        lane = lax.broadcasted_iota(jnp.int32, (1, pack_factor * self.dim), 1)
+        if pack_factor > 1:
             each = self.dim // self.parts
-            lane = lax.div(lane, each * beside) * each + lax.rem(lane, each)
+            lane = lax.div(lane, each * pack_factor) * each + lax.rem(lane, each)
         return (lane >= g * self.group) & (lane < (g + 1) * self.group)
 
     def queries(self, q: Array) -> Array:
@@ -214,7 +216,7 @@ class Scaled:
         parts = thirds(q.astype(jnp.float32), 3) if self.exact else [q]
         rows = [jnp.where(self._channels(g), x, 0) for g in range(self._groups) for x in parts]
         every = jnp.concatenate(rows, axis=2).astype(jnp.bfloat16)
-        return placed(every, self.parts, self.beside)
+        return placed(every, self.parts, self.pack_factor)
 
     def _affine(self, leaves: list[Array]) -> tuple[list[Array], list[Array] | None]:
         """Steps and zero points [1, S] of each group."""
@@ -228,9 +230,9 @@ class Scaled:
         """[R, S]; codes stand for numbers, whoever sees them."""
         del seen
         found = product(q, self.decode(leaves[0]), 0 if self.last else 1)
-        found = _along(found, self.beside)
+        found = _along(found, self.pack_factor)
         steps, zeros = self._affine(leaves)
-        rows = q.shape[0] // (self._groups * self.beside)
+        rows = q.shape[0] // (self._groups * self.pack_factor)
         alone = rows // (3 if self.exact else 1)
         total: Any = 0.0
         for g in range(self._groups):
@@ -243,34 +245,34 @@ class Scaled:
         return total
 
     def sums(self, w: Array, leaves: list[Array], seen: Array | None) -> Array:
-        """Sums [R, beside * H] with weights [R, S]; `seen` [R, S] is None where everything is."""
+        """Sum values with weights [R, S] to [R, F * H]; `seen` is None where every slot is."""
         steps, zeros = self._affine(leaves)
         if seen is not None:
             used = _used(seen) > 0
             steps = [jnp.where(used, x, 0.0) for x in steps]
         scaled = [w * x for x in steps]
         parts = [x for y in scaled for x in thirds(y, 3 if self.exact else 2)]
-        rows = _below(jnp.concatenate(parts, axis=0).astype(jnp.bfloat16), self.beside)
+        rows = _below(jnp.concatenate(parts, axis=0).astype(jnp.bfloat16), self.pack_factor)
         found = product(rows, self.decode(leaves[0]), 1 if self.last else 0)
-        found = _own(found, self.beside, self.parts)
+        found = _own(found, self.pack_factor, self.parts)
         size = found.shape[0] // self._groups
         total: Any = 0.0
         for g in range(self._groups):
             own = _added(found[g * size : (g + 1) * size], w.shape[0])
             if zeros is not None:
                 low = jnp.sum(scaled[g] * zeros[g], axis=1, keepdims=True)
-                own = own + (low if self.beside == 1 else jnp.where(self._first, low, 0.0))
+                own = own + (low if self.pack_factor == 1 else jnp.where(self._first, low, 0.0))
             if self._groups > 1:
-                own = jnp.where(self._channels(g, self.beside), own, 0.0)
+                own = jnp.where(self._channels(g, self.pack_factor), own, 0.0)
             total = total + own
         return total
 
     @property
     def _first(self) -> Array:
-        """Which lanes [1, beside * H] are those of a line's first token."""
+        """Lanes [1, F * H] of a line's first token."""
         each = self.dim // self.parts
-        lane = lax.broadcasted_iota(jnp.int32, (1, self.beside * self.dim), 1)
-        return lax.rem(lane, each * self.beside) < each
+        lane = lax.broadcasted_iota(jnp.int32, (1, self.pack_factor * self.dim), 1)
+        return lax.rem(lane, each * self.pack_factor) < each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,7 +340,7 @@ def float8(codes: Array) -> Array:
 def operand(x: Any, dtype: Any) -> tuple[Any, list[Leaf]]:
     """How an operand is read for queries of a dtype, and its arrays."""
     exact = jnp.dtype(dtype) == jnp.float32
-    if isinstance(x, Tiled):
+    if isinstance(x, TpuPages):
         return _tiled(x, dtype, exact)
     if isinstance(x, PerChannelCodes):
         share = Fraction(x.dim, x.block_size)
@@ -362,17 +364,17 @@ def operand(x: Any, dtype: Any) -> tuple[Any, list[Leaf]]:
     return Dense(jnp.dtype(dtype), leaf.axis == 3), [leaf]
 
 
-def _tiled(x: Tiled, dtype: Any, exact: bool) -> tuple[Any, list[Leaf]]:
-    lines, form = Leaf(x.lines, 2, share=Fraction(1, x.beside)), x.form
+def _tiled(x: TpuPages, dtype: Any, exact: bool) -> tuple[Any, list[Leaf]]:
+    lines, form = Leaf(x.lines, 2, share=Fraction(1, x.pack_factor)), x.form
     if isinstance(form, Float8Codes):
-        read = Scaled(float8, False, x.dim, x.dim, exact, x.beside)
+        read = Scaled(float8, False, x.dim, x.dim, exact, x.pack_factor)
         return read, [lines, Leaf(x.scales, 2, whole=(False,))]
     if isinstance(form, PerTokenCodes):
         decode = functools.partial(unpacked, form.bits, 1)
-        read = Scaled(decode, False, x.dim, form.group, exact, x.beside, 8 // form.bits)
+        read = Scaled(decode, False, x.dim, form.group, exact, x.pack_factor, 8 // form.bits)
         groups = form.scales.shape[2]
         return read, [lines, Leaf(x.scales, 2, whole=(False,) * groups + (True,) * groups)]
-    return Dense(jnp.dtype(dtype), False, x.beside), [lines]
+    return Dense(jnp.dtype(dtype), False, x.pack_factor), [lines]
 
 
 def outline(x: Any, dtype: Any) -> list[Leaf]:
@@ -396,7 +398,7 @@ def _per_token(x: Any) -> Leaf:
 
 def refusal(name: str, x: Any, dtype: Any) -> str | None:
     """Why an operand cannot be read, if so."""
-    if isinstance(x, Tiled):
+    if isinstance(x, TpuPages):
         return refusal(name, x.form, dtype)
     if isinstance(x, PerChannelCodes):
         if name == "values":
