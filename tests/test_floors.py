@@ -26,6 +26,7 @@ ROOTS = ("jkv", "jkv.__main__")
 FLOORS = {
     "jkv._axes": 0,
     "jkv._bytes": 0,
+    "jkv._checks": 0,
     "jkv._fork": 0,
     "jkv._pytree": 0,
     "jkv._stored_names": 0,

@@ -20,6 +20,7 @@ ENTRY_POINTS = {
         "beam_search",
         "decode_step",
         "generate",
+        "no_repeat_ngram",
         "prefill",
         "prompt_lookup",
         "rollout",

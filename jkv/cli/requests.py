@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jkv._checks import check_integer
 from jkv._text import brief, plural
 from jkv.cli import options
 from jkv.cli.errors import complain
@@ -151,9 +152,7 @@ def _keywords(fields: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
     """
     chosen: dict[str, Any] = {"temperature": 0.0, "seed": 0}
     chosen |= {name: fields[name] for name in DRAWING if name in fields}
-    seed = chosen["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed got {brief(seed)}; expected an integer from 0 to {2**32 - 1}")
+    check_integer("seed", chosen["seed"], 0, 2**32 - 1)
     if "logit_bias" in chosen:
         chosen["logit_bias"] = _bias(chosen["logit_bias"])
     keywords = {"max_new_tokens": max_new_tokens, **options.drawing(**chosen)}

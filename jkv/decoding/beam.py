@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import numbers
 from typing import Any, Unpack
 
 import jax
@@ -15,6 +13,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
+from jkv._checks import check_flag, check_integer, check_number
 from jkv._pytree import pytree, replace
 from jkv._text import brief
 from jkv._transfer import transfers
@@ -24,7 +23,7 @@ from jkv.decoding.arguments import Model, Prompts
 from jkv.decoding.capacity import bucket
 from jkv.decoding.faults import Faults
 from jkv.decoding.options import Options, SearchOptions, keywords
-from jkv.decoding.prompts import PAD, integer
+from jkv.decoding.prompts import PAD
 from jkv.decoding.result import texts_of
 from jkv.decoding.run import Run
 
@@ -129,10 +128,9 @@ def beam_search(
     Reference: Wu et al. 2016, arXiv:1609.08144 (section 7), with the length penalty of Hugging
     Face's `generate(num_beams=W, early_stopping="never")`, which finds the same.
     """
-    width = integer("beams", beams, 1)
-    penalty = _finite("length_penalty", length_penalty)
-    if not isinstance(early_stopping, bool | np.bool_):
-        raise TypeError(f"early_stopping got {brief(early_stopping)}; expected True or False")
+    width = check_integer("beams", beams, 1)
+    penalty = check_number("length_penalty", length_penalty)
+    early = check_flag("early_stopping", early_stopping)
     # One block: all steps are one program.
     run = Run(model, prompts, Options(block=options["max_new_tokens"], **options))
     if width > run.model.config.vocab:
@@ -154,7 +152,7 @@ def beam_search(
         run.ends,
         np.int32(run.max_new),
         np.float32(penalty),
-        np.bool_(early_stopping or width == 1),
+        np.bool_(early or width == 1),
     )
     search.cache.check()
     prompts_end = np.asarray([len(row) for row in run.history])
@@ -173,13 +171,6 @@ def _read(found: Found, run: Run) -> Beams:
         history=tuple(run.history),
         tokenizer=run.tokenizer,
     )
-
-
-def _finite(name: str, value: Any) -> float:
-    plain = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not plain or not math.isfinite(value):
-        raise ValueError(f"{name} got {brief(value)}; expected a finite number")
-    return float(value)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import jax
 import numpy as np
 
+from jkv._checks import check_integer, check_one_of
 from jkv._text import brief, plural
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
@@ -20,7 +21,7 @@ from jkv.decoding.apply import check_updates
 from jkv.decoding.arguments import CacheLike, Sampler, Stop
 from jkv.decoding.detokenize import Pieces
 from jkv.decoding.options import Options, checked_kind
-from jkv.decoding.prompts import PAD, integer, split_model
+from jkv.decoding.prompts import PAD, split_model
 from jkv.decoding.result import Result
 from jkv.decoding.stopping import first_stop, parse_stops
 from jkv.decoding.stream import Stream, stream
@@ -147,17 +148,15 @@ class Chat:
             )
         config = decoder.config
         self._lm, self._decoder = lm, decoder
-        self._max_new = integer("max_new_tokens", max_new_tokens, 1)
+        self._max_new = check_integer("max_new_tokens", max_new_tokens, 1)
         kind = dense() if cache is None else checked_kind(cache)
         most = capacity.limit(config, kind, Options.prefill_chunk)
-        self._context = most if context is None else integer("context", context, 2)
+        self._context = most if context is None else check_integer("context", context, 2)
         if most is not None and self._context is not None and self._context > most:
             raise ValueError(
                 f"context got {context}; expected at most the model's, which is {most}"
             )
-        if on_full not in ("raise", "drop"):
-            raise ValueError(f"on_full got {brief(on_full)}; expected 'raise' or 'drop'")
-        self._drop = on_full == "drop"
+        self._drop = check_one_of("on_full", on_full, ("raise", "drop")) == "drop"
         loop.check_sampler(sampler, key, 1)
         check_updates(sampling.bind(sampler, config.vocab), 1, config.vocab)
         stops = parse_stops(stop, 1, config.vocab, config.end_ids, self._tokenizer)

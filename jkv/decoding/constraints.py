@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
+from jkv._checks import check_integer, check_token
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief
 from jkv.decoding.transform import Parameter, Stateless, number, per_row
@@ -161,7 +162,7 @@ def logit_bias(bias: Mapping[int, Parameter] | Parameter) -> LogitBias:
             f"logit_bias got {brief(bias)}; expected a mapping of token ids to numbers, such as "
             "{13: -5.0}"
         )
-    ids = [_token("logit_bias", token) for token in bias]
+    ids = [check_token("logit_bias", token) for token in bias]
     room = max(4, 1 << max(len(ids) - 1, 0).bit_length()) - len(ids)
     values = [_scalar(value) for value in bias.values()]
     _check_bias([value for value in values if not isinstance(value, Tracer)])
@@ -219,11 +220,11 @@ def min_new_tokens(count: Parameter, ends: Any = None) -> MinNewTokens:
     if isinstance(ends, np.ndarray | jax.Array):
         ends = np.asarray(jax.device_get(ends)).tolist()
     ids = [ends] if not isinstance(ends, Sequence) or isinstance(ends, str | bytes) else ends
-    ids = [_token("min_new_tokens", token) for token in ids]
+    ids = [check_token("min_new_tokens", token) for token in ids]
     return MinNewTokens(count, np.asarray([ids or [NONE]], np.int32))
 
 
-def no_repeat_ngram(n: Any) -> NoRepeatNgram:
+def no_repeat_ngram(n: int) -> NoRepeatNgram:
     """Forbid tokens that would make an n-gram which the prompt or the answer already has.
 
     As transformers' `no_repeat_ngram_size`. Each step looks at all tokens of the row.
@@ -234,23 +235,7 @@ def no_repeat_ngram(n: Any) -> NoRepeatNgram:
     Raises:
         ValueError: n is not an integer of at least 1.
     """
-    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-        raise ValueError(f"no_repeat_ngram got {brief(n)}; expected an integer of at least 1")
-    return NoRepeatNgram(int(n))
-
-
-def _token(name: str, value: Any) -> int:
-    """A token id.
-
-    Raises:
-        TypeError: something else.
-        ValueError: it is below 0.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} got {brief(value)} as a token; expected an id, an integer")
-    if value < 0:
-        raise ValueError(f"{name} got token {value}; expected ids of at least 0")
-    return int(value)
+    return NoRepeatNgram(check_integer("no_repeat_ngram", n, 1))
 
 
 def _check_vocab(name: str, tokens: Any, vocab: int) -> None:

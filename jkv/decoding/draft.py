@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Bool, Int
 
 from jkv._axes import Array
+from jkv._checks import check_integer
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache.base import Cache
@@ -27,7 +28,7 @@ from jkv.decoding.apply import apply
 from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.logprobs import Logprobs
 from jkv.decoding.loop import State
-from jkv.decoding.prompts import PAD, integer
+from jkv.decoding.prompts import PAD
 from jkv.errors import UnsupportedError
 
 
@@ -91,8 +92,8 @@ def prompt_lookup(ngram: int = 3, tokens: int = 8) -> PromptLookup:
         ValueError: no integers of at least 1.
     """
     return PromptLookup(
-        ngram=integer("prompt_lookup's ngram", ngram, 1),
-        tokens=integer("prompt_lookup's tokens", tokens, 1),
+        ngram=check_integer("prompt_lookup's ngram", ngram, 1),
+        tokens=check_integer("prompt_lookup's tokens", tokens, 1),
     )
 
 

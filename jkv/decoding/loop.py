@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Float
 
 from jkv._axes import Array
+from jkv._checks import check_integer
 from jkv._pytree import pytree, replace
 from jkv._transfer import transfers
 from jkv.cache import heads, pages
@@ -21,7 +22,7 @@ from jkv.decoding import apply, sampling
 from jkv.decoding.arguments import Sampler
 from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.logprobs import Logprobs
-from jkv.decoding.prompts import PAD, integer
+from jkv.decoding.prompts import PAD
 from jkv.models.decoder import Decoder
 
 
@@ -176,7 +177,7 @@ def rollout(
     """
     cache = _check_pass("rollout", model, cache)
     logits = _array("rollout", "logits", logits, (cache.batch, None), jnp.floating)
-    steps = integer("steps", steps, 1)
+    steps = check_integer("steps", steps, 1)
     if ends is not None:
         ends = _integers("rollout", "ends", ends, (cache.batch, None))
     if said is not None:

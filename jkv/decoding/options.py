@@ -15,14 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, Required, TypedDict, TypeVar
 
 import jax
-import numpy as np
 
+from jkv._checks import check_flag, check_function, check_integer
 from jkv._text import brief
 from jkv.cache.base import Cache
 from jkv.cache.protocol import as_kind, is_kind, own_kind_hint
 from jkv.decoding.arguments import CacheLike, Progress, Sampler, Stop
 from jkv.decoding.draft import Draft
-from jkv.decoding.prompts import integer
 from jkv.decoding.result import Result
 
 if TYPE_CHECKING:
@@ -143,14 +142,8 @@ def check_plain(options: Options) -> None:
     Raises:
         TypeError: something that is no function or no bool.
     """
-    if options.progress is not None and not callable(options.progress):
-        raise TypeError(
-            f"progress got {brief(options.progress)}; expected a function of (done, total) tokens"
-        )
-    if not isinstance(options.return_logprobs, bool | np.bool_):
-        raise TypeError(
-            f"return_logprobs got {brief(options.return_logprobs)}; expected True or False"
-        )
+    check_function("progress", options.progress, "(done, total) tokens")
+    check_flag("return_logprobs", options.return_logprobs)
 
 
 def checked_top(value: Any, vocab: int) -> int:
@@ -159,7 +152,7 @@ def checked_top(value: Any, vocab: int) -> int:
     Raises:
         ValueError: no integer from 0 to the vocabulary.
     """
-    top = integer("top_logprobs", value, 0)
+    top = check_integer("top_logprobs", value, 0)
     if top > vocab:
         raise ValueError(f"top_logprobs got {top}; expected at most {vocab}, the vocabulary")
     return top

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jkv._checks import check_text
 from jkv._text import brief, plural
 from jkv._transfer import transfers
 from jkv.cache.base import Cache, concat
@@ -54,12 +55,10 @@ class PrefixStore:
 
     def __init__(self, store: Any, model: Any, kind: Any, tenant: Any = ""):
         check_store(store, ("open", "open_many", "longest_prefix_many", "put_many", "remove"))
-        if not isinstance(tenant, str):
-            raise TypeError(f"tenant got {brief(tenant)}; expected a text")
         from jkv.store.packing import check_kind
 
         check_kind(kind)
-        self.store, self.tenant = store, tenant
+        self.store, self.tenant = store, check_text("tenant", tenant)
         self._model, self._config, self._kind = model, model.config, kind
         self.renew()
 

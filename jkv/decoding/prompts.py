@@ -58,18 +58,6 @@ def check_concrete(name: str, tree: Any) -> None:
         raise TypeError(f"{name} {_TRACED}")
 
 
-def integer(name: str, value: Any, least: int) -> int:
-    """`value` as an int of at least `least`.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    plain = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not plain or value < least:
-        raise ValueError(f"{name} got {brief(value)}; expected an integer of at least {least}")
-    return int(value)
-
-
 def rows_of_tokens(
     prompts: Any, vocab: int, *, tokenizer: Any = None, continued: bool = False
 ) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import jax
 import numpy as np
 
+from jkv._checks import check_integer
 from jkv._fork import check_fork
 from jkv._text import plural
 from jkv._transfer import transfers
@@ -31,7 +32,7 @@ from jkv.decoding.options import (
     checked_top,
     keywords,
 )
-from jkv.decoding.prompts import PAD, check_concrete, integer, padded, rows_of_tokens, split_model
+from jkv.decoding.prompts import PAD, check_concrete, padded, rows_of_tokens, split_model
 from jkv.decoding.result import Result, differences
 from jkv.decoding.stopping import Stops, first_stop, parse_stops
 from jkv.errors import CacheFullError, StaleError, UnsupportedError
@@ -61,9 +62,9 @@ class Run:
         self.model, self.tokenizer = split_model(model)
         self.weights = weights_of(self.model)
         config, resume = self.model.config, options.resume
-        self.max_new = integer("max_new_tokens", options.max_new_tokens, 1)
-        self.size = integer("block", options.block, 1)
-        integer("prefill_chunk", options.prefill_chunk, 16)
+        self.max_new = check_integer("max_new_tokens", options.max_new_tokens, 1)
+        self.size = check_integer("block", options.block, 1)
+        check_integer("prefill_chunk", options.prefill_chunk, 16)
         check_plain(options)
         self.top = checked_top(options.top_logprobs, config.vocab)
         self.scored = bool(options.return_logprobs) or self.top > 0
@@ -72,7 +73,7 @@ class Run:
         self.new = rows_of_tokens(
             prompts, config.vocab, tokenizer=self.tokenizer, continued=resume is not None
         )
-        self.samples = integer("samples", options.samples, 1)
+        self.samples = check_integer("samples", options.samples, 1)
         batch = len(self.new) * self.samples
         self.history = [row for row in self._history(resume) for _ in range(self.samples)]
         self.keys = loop.check_sampler(options.sampler, options.key, batch)
@@ -164,7 +165,7 @@ class Run:
     def _first_cache(self, kind: Any, longest: int) -> Cache:
         """The cache to begin with: a new one, or the resumed one with room for what comes."""
         options, config = self.options, self.model.config
-        if options.slots is not None and integer("slots", options.slots, 1) < self.needed:
+        if options.slots is not None and check_integer("slots", options.slots, 1) < self.needed:
             raise CacheFullError(
                 f"slots={options.slots} cannot hold {plural(longest, 'prompt token')} and "
                 f"{plural(self.max_new, 'new one')}; expected at least {self.needed}"

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jkv._axes import Array
+from jkv._checks import check_integer
 from jkv._transfer import transfers
 from jkv.cache import heads
 from jkv.cache.base import Cache
@@ -22,7 +23,7 @@ from jkv.decoding.capacity import bucket
 from jkv.decoding.faults import MODEL
 from jkv.decoding.logprobs import Logprobs
 from jkv.decoding.options import checked_kind, checked_top
-from jkv.decoding.prompts import PAD, integer, padded, rows_of_tokens, split_model
+from jkv.decoding.prompts import PAD, padded, rows_of_tokens, split_model
 from jkv.errors import NonFiniteError
 
 PART = 16  # tokens per row whose logits are there at a time
@@ -99,7 +100,7 @@ def score(
     config = decoder.config
     rows = rows_of_tokens(prompts, config.vocab, tokenizer=tokenizer)
     chunk, top = (
-        integer("prefill_chunk", prefill_chunk, 16),
+        check_integer("prefill_chunk", prefill_chunk, 16),
         checked_top(top_logprobs, config.vocab),
     )
     kind = dense() if cache is None else checked_kind(cache)

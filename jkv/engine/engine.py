@@ -20,14 +20,21 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import jax
 import numpy as np
 
+from jkv._checks import (
+    check_function,
+    check_integer,
+    check_one_of,
+    check_text,
+    got,
+    is_integer,
+)
 from jkv._fork import check_fork
-from jkv._text import brief
 from jkv._transfer import intended, transfers
 from jkv.cache.paged import PagedKind
 from jkv.decoding import loop, sampling
 from jkv.decoding.arguments import Ids, Model, Prompts, Sampler, Stop
 from jkv.decoding.detokenize import new_text
-from jkv.decoding.prompts import check_concrete, integer, rows_of_tokens, split_model
+from jkv.decoding.prompts import check_concrete, rows_of_tokens, split_model
 from jkv.decoding.result import differences
 from jkv.decoding.stopping import parse_stops
 from jkv.engine.request import Request
@@ -96,19 +103,22 @@ class Engine(Scheduler):
         store: Store | None = None,
     ):
         model, tokenizer = split_model(lm)
-        if preemption not in ("auto", "recompute", "swap"):
-            raise UnsupportedError(
-                f"Engine got preemption={brief(preemption)}; expected 'auto', 'recompute' or 'swap'"
-            )
+        check_one_of(
+            "preemption",
+            preemption,
+            ("auto", "recompute", "swap"),
+            of="Engine",
+            error=UnsupportedError,
+        )
         batch = Runner(
             model,
-            pages=integer("pages", pages, 1),
-            page=None if page is None else integer("page", page, 1),
-            lanes=integer("max_batch", max_batch, 1),
+            pages=check_integer("pages", pages, 1),
+            page=None if page is None else check_integer("page", page, 1),
+            lanes=check_integer("max_batch", max_batch, 1),
             kind=cache,
-            block=integer("block", block, 1),
-            chunk=integer("prefill_chunk", prefill_chunk, 1),
-            rows=integer("prefill_rows", prefill_rows, 1),
+            block=check_integer("block", block, 1),
+            chunk=check_integer("prefill_chunk", prefill_chunk, 1),
+            rows=check_integer("prefill_rows", prefill_rows, 1),
             policy=policy,
             store=store,
         )
@@ -207,7 +217,7 @@ class Engine(Scheduler):
         config = self.batch.config
         row = prompt if isinstance(prompt, str) else np.asarray(prompt)
         rows = rows_of_tokens([row], config.vocab, tokenizer=self.tokenizer)
-        count = 1 if samples is None else integer("samples", samples, 1)
+        count = 1 if samples is None else check_integer("samples", samples, 1)
         requests = self._requests(
             rows,
             count,
@@ -246,16 +256,12 @@ class Engine(Scheduler):
         config = self.batch.config
         self._settle()
         self.batch.check_weights()
-        most = integer("max_new_tokens", max_new_tokens, 1)
+        most = check_integer("max_new_tokens", max_new_tokens, 1)
         ending = parse_stops(stop, len(rows), config.vocab, config.end_ids, self.tokenizer)
-        if isinstance(priority, bool) or not isinstance(priority, int | np.integer):
-            raise TypeError(f"priority got {brief(priority)}; expected an integer")
-        if not isinstance(tenant, str):
-            raise TypeError(f"tenant got {brief(tenant)}; expected a text")
-        if on_token is not None and not callable(on_token):
-            raise TypeError(
-                f"on_token got {brief(on_token)}; expected a function of (request, token)"
-            )
+        check_text("tenant", tenant)
+        check_function("on_token", on_token, "(request, token)")
+        if not is_integer(priority):
+            raise TypeError(f"{got('priority', priority)}; expected an integer")
         check_concrete("sampler", sampler)
         check_concrete("key", key)
         keys = self._keys(sampler, key, len(rows), samples)

@@ -7,10 +7,9 @@ import itertools
 import os
 from typing import Any
 
-import numpy as np
-
 from jkv import _pytree
 from jkv._bytes import parse_bytes
+from jkv._checks import check_integer
 from jkv._text import brief
 from jkv.cache import spec
 from jkv.cache.dense import dense
@@ -139,8 +138,10 @@ def plan(
         524288
     """
     name, config = find_config(model, dtype, ignore)
-    batch = _size("batch", batch)
-    seq_len = config.context if seq_len is None else _size("seq_len", seq_len)
+    batch = check_integer("batch", batch, 1, memory.LONGEST, of="plan")
+    if seq_len is None:
+        seq_len = config.context
+    seq_len = check_integer("seq_len", seq_len, 1, memory.LONGEST, of="plan")
     if config.rope is None and seq_len > config.context:
         raise ValueError(
             f"plan got seq_len={seq_len}; expected at most {config.context}, since {name} has a "
@@ -348,13 +349,6 @@ def _works(config: Config, kind: Any, batch: int, length: int) -> tuple[Work, ..
         with_cache(config, kind, batch, length, passes)
         for passes in ([_Passes(1, first=length, count=1)], chunks)
     )
-
-
-def _size(name: str, value: Any) -> int:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not 1 <= value <= memory.LONGEST:
-        raise ValueError(f"plan got {name}={brief(value)}; expected an integer of at least 1")
-    return int(value)
 
 
 def _dtype(dtype: Any) -> str:
