@@ -23,12 +23,15 @@ and ``[B, T, K, H]``. Masks come from positions alone: every slot knows the posi
 in it, ``-1`` when it is empty, and a padding query has position ``-1`` too.
 """
 
+from typing import Any, TypeAlias
+
 import jax
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
-Index = jax.Array | int  # a place that may be traced
+Index = jax.Array | int  # a number that may be traced
 Shaped = jax.Array | jax.ShapeDtypeStruct  # what is asked for a shape and a dtype alone
+Ref: TypeAlias = Any  # memory inside a kernel, for which Pallas has no type
 
 Queries = Float[Array, "B T N H"]
 NewKeys = Float[Array, "B T K H"]

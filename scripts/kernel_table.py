@@ -89,7 +89,7 @@ def case(codecs: Any, new: int, groups: int, dim: int, sharding: Any, dump: Path
     from jkv import ops
     from jkv._pytree import nbytes
     from jkv.ops import dispatch
-    from jkv.ops.mosaic_gpu.call import layout_of
+    from jkv.ops.mosaic_gpu.launch import layout_of
 
     batch, heads, slots = 8, 8, 32768
     if codecs is None:

@@ -41,7 +41,7 @@ class Case:
     window: int | None = None
     sinks: int = 0
     softcap: float | None = None
-    told: bool = False  # slots in any order, with holes
+    has_slot_positions: bool = False  # slots in any order, with holes
     page: int | None = None
     padding: tuple[int, ...] = ()  # rows without queries
     ahead: tuple[int, ...] = ()  # positions, of each row
@@ -74,7 +74,7 @@ def drawn(case: Case, seed: int = 0) -> tuple[dict[str, Any], np.ndarray, np.nda
     first = lengths - real + np.asarray(case.ahead or [0] * batch)
     positions = np.where(offsets < real[:, None], first[:, None] + offsets, -1)
     held = np.broadcast_to(np.arange(slots), (batch, slots))
-    if case.told:
+    if case.has_slot_positions:
         held = np.stack([rng.permutation(slots) for _ in range(batch)])
     held = np.where(held < lengths[:, None], held, -1)
 
@@ -84,14 +84,14 @@ def drawn(case: Case, seed: int = 0) -> tuple[dict[str, Any], np.ndarray, np.nda
     arguments: dict[str, Any] = {
         "q": q,
         "positions": jnp.asarray(positions, jnp.int32),
-        "lengths": None if case.told else jnp.asarray(lengths, jnp.int32),
+        "lengths": None if case.has_slot_positions else jnp.asarray(lengths, jnp.int32),
     }
     stored = [_stored(case, x, i) for i, x in enumerate((keys, values))]
     decoded = [_decoded(x) for x in stored]
     stored = [_poisoned(x, ~_seen(case, positions, held).any(axis=1)) for x in stored]
     if case.page is None:
-        told = jnp.asarray(held, jnp.int32) if case.told else None
-        arguments |= {"k": stored[0], "v": stored[1], "slot_positions": told}
+        slot_positions = jnp.asarray(held, jnp.int32) if case.has_slot_positions else None
+        arguments |= {"k": stored[0], "v": stored[1], "slot_positions": slot_positions}
     else:
         table, pages = _paged(case, rng, stored, lengths)
         arguments |= {"k": pages[0], "v": pages[1], "block_table": table}

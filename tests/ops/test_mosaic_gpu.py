@@ -15,8 +15,8 @@ from jkv import ops
 from jkv.ops import dispatch
 from jkv.ops.codecs import Affine, Float8, Sparse
 from jkv.ops.masks import AttentionSpec
-from jkv.ops.mosaic_gpu import plan
-from jkv.ops.mosaic_gpu.plan import Layout
+from jkv.ops.mosaic_gpu import tiling
+from jkv.ops.mosaic_gpu.tiling import Layout
 from tests.ops import calls
 from tests.ops.cached import Case, close, drawn
 
@@ -34,7 +34,7 @@ CASES = {
     "lengths": Case(EDGES, groups=3),
     "several queries": Case((130, 0, 64, 3), new=5, groups=16, dim=128, padding=(2,)),
     "window": Case((191, 100, 66), new=3, window=70, sinks=4),
-    "holes": Case((150, 100), told=True, window=90, dim=80, groups=1, softcap=5.0),
+    "holes": Case((150, 100), has_slot_positions=True, window=90, dim=80, groups=1, softcap=5.0),
     "float16": Case((65, 192), form="float16", groups=1, dim=96),
     "fp8": Case((130, 0, 129), form="fp8", new=2, window=70),
     "int8": Case((130, 1), form="int8", dim=80),
@@ -56,11 +56,11 @@ CASES = {
 @pytest.fixture
 def few_programs(monkeypatch):
     """A GPU of three multiprocessors: several lines for a program, several programs for a line."""
-    small = plan.tuning() | {"multiprocessors": 3}
-    monkeypatch.setattr(plan, "tuning", lambda: small)
-    plan.multiprocessors.cache_clear()
+    small = tiling.tuning() | {"multiprocessors": 3}
+    monkeypatch.setattr(tiling, "tuning", lambda: small)
+    tiling.multiprocessors.cache_clear()
     yield
-    plan.multiprocessors.cache_clear()
+    tiling.multiprocessors.cache_clear()
 
 
 @interpreted
@@ -101,7 +101,7 @@ LAYOUT = Layout(
 @pytest.mark.parametrize("counts", [(1, 1, 1), (8, 1, 3), (1, 8, 8)])
 def test_every_block_belongs_to_one_program(counts, programs):
     layout = dataclasses.replace(LAYOUT, programs=programs)
-    starts, spans = map(np.asarray, plan.shares(layout, jnp.asarray(counts)))
+    starts, spans = map(np.asarray, tiling.shares(layout, jnp.asarray(counts)))
     blocks = [
         (row * 4 + head, block)
         for row, count in enumerate(counts)
@@ -141,19 +141,19 @@ def test_blocks_outside_of_the_window_are_left_out(window, sinks, want):
     spec = AttentionSpec(1.0, window, sinks)
     last = 510 if window == 65 else 511
     positions = jnp.asarray([[last], [-1], [64]])
-    rows = plan.rows(LAYOUT, spec, positions, jnp.asarray([512, 0, 65]), in_order=True)
+    rows = tiling.rows(LAYOUT, spec, positions, jnp.asarray([512, 0, 65]), in_order=True)
     assert [tuple(row) for row in np.asarray(rows)[:, :2].tolist()] == want
     assert np.asarray(rows)[:, 2].tolist() == [last + 1, 0, 65]
-    anywhere = plan.rows(LAYOUT, spec, positions, None, in_order=False)
+    anywhere = tiling.rows(LAYOUT, spec, positions, None, in_order=False)
     assert np.asarray(anywhere)[:, :3].tolist() == [[8, 0, 512]] * 3
 
 
 def test_queries_are_split_where_their_sums_would_not_fit():
-    assert plan.parts(1, 128) == (1, 8)
-    assert plan.parts(20, 128) == (1, 24)
-    assert plan.parts(80, 128) == (3, 32)
-    assert plan.parts(256, 64) == (4, 64)
-    assert plan.parts(33, 256) == (3, 16)
+    assert tiling.parts(1, 128) == (1, 8)
+    assert tiling.parts(20, 128) == (1, 24)
+    assert tiling.parts(80, 128) == (3, 32)
+    assert tiling.parts(256, 64) == (4, 64)
+    assert tiling.parts(33, 256) == (3, 16)
 
 
 def operands(form="bfloat16", new=1, dim=128, slots=512, groups=4, q=jnp.bfloat16):
@@ -182,10 +182,11 @@ def operands(form="bfloat16", new=1, dim=128, slots=512, groups=4, q=jnp.bfloat1
 @pytest.fixture
 def any_version(monkeypatch):
     """What is refused whatever the version, on any version: nothing is compiled."""
-    from jkv.ops.mosaic_gpu import call
 
-    monkeypatch.setattr(call, "OLDEST", (0, 0))
-    return call
+    from jkv.ops.mosaic_gpu import launch
+
+    monkeypatch.setattr(launch, "OLDEST", (0, 0))
+    return launch
 
 
 @pytest.mark.usefixtures("any_version")
@@ -202,9 +203,9 @@ def test_what_is_supported(any_version, form, dim, new, groups):
     assert layout.chunks * layout.columns >= new * groups
     assert layout.stages >= 2
     # Programs that share a multiprocessor share its memory.
-    beside = layout.programs // plan.multiprocessors()
-    taken = any_version._shared_bytes(*any_version._forms(k, v), layout)
-    assert beside * (taken + 1024) <= plan.tuning()["shared_memory"]
+    programs = layout.programs // tiling.multiprocessors()
+    size = any_version._shared_bytes(*any_version._operands(k, v), layout)
+    assert programs * (size + 1024) <= tiling.tuning()["shared_memory"]
 
 
 @pytest.mark.usefixtures("any_version")
@@ -220,10 +221,10 @@ def test_what_is_supported(any_version, form, dim, new, groups):
         ({"form": "float16"}, "float16 beside queries in bfloat16"),
         ({"form": "int8", "q": jnp.float16}, "bfloat16 beside queries in float16"),
         ({"form": "int2"}, "codes of 2 bits"),
-        ({"form": "groups"}, "keys: 2 steps for a token"),
-        ({"form": "small groups"}, "values: 4 steps for a token's 128 channels"),
-        ({"form": "units"}, "values: a step for a unit's tokens"),
-        ({"form": "short units"}, "a step for 32 tokens"),
+        ({"form": "groups"}, "keys: 2 scales per token"),
+        ({"form": "small groups"}, "values: 4 scales per token of 128 channels"),
+        ({"form": "units"}, "values: a scale per channel"),
+        ({"form": "short units"}, "a scale for 32 tokens"),
         ({"form": "sparse"}, "numbers stored as SparseArray"),
     ],
 )
@@ -273,8 +274,8 @@ def test_channels_come_back_in_order():
     from jkv.ops.mosaic_gpu import convert
 
     x = jnp.arange(96).reshape(2, 48)
-    assert not jnp.array_equal(convert.permuted(x), x)
-    np.testing.assert_array_equal(convert.restored(convert.permuted(x)), x)
+    assert not jnp.array_equal(convert.permute_channels(x), x)
+    np.testing.assert_array_equal(convert.restore_channels(convert.permute_channels(x)), x)
 
 
 @interpreted

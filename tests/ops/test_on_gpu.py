@@ -68,7 +68,7 @@ def test_channels(form, dim):
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("form", ["bfloat16", "int8"])
 def test_slots_in_any_order_with_holes(form, window):
-    check(Case((300, 17), form=form, told=True, window=window, slots=320))
+    check(Case((300, 17), form=form, has_slot_positions=True, window=window, slots=320))
 
 
 def test_softcap_and_padding():

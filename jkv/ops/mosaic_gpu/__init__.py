@@ -1,8 +1,8 @@
 """Split-KV attention over a cache as Pallas kernels for Hopper GPUs.
 
-`plan` says which part of the work each program does, `forms` how keys and values are fetched and
-multiplied in each form that they are stored in, and `kernel` walks over them and merges what the
-programs found. `jkv.ops.attention.mosaic_gpu` calls them.
+`tiling` divides the work among programs, `operands` fetches and multiplies keys and values in each
+form of storage, `kernel` walks over blocks and merges the programs' partial results, and `launch`
+calls it with the operands of `jkv.ops.attention.mosaic_gpu`.
 """
 
 __all__: list[str] = []

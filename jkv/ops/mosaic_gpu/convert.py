@@ -1,16 +1,16 @@
-"""Codes in registers to bfloat16, a few instructions for two numbers at a time.
+"""Conversion of codes to bfloat16 in registers, a few instructions for two numbers at a time.
 
-Each thread loads four bytes of a token at once, which lie two by two where the matrix instruction
-wants pairs: nothing moves between threads, at the price of another order of the channels,
-`permuted`, which queries are brought into beforehand and results out of, `restored`.
+Each thread loads four bytes of a token at once, two pairs in the places where the matrix
+instruction reads pairs: nothing moves between threads, but the channels are in another order.
+Queries are brought into it by `permute_channels`, results out of it by `restore_channels`.
 
-What comes out is exact, but not what the code means: what all numbers lack, or have too much, is
-made up for once per token or per query.
+The results are exact up to an offset or a factor that is the same for all numbers, which is
+corrected once per token or per query.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,13 +18,15 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu
 
-from jkv._axes import Array
+from jkv._axes import Array, Ref
 
 # Experimental, and without types that a checker could follow.
 plgpu: Any = mosaic_gpu
 
 TILE: Any = plgpu.Layout.WGMMA
 SOURCE: Any = plgpu.Layout.WGMMA_8BIT
+
+Kind: TypeAlias = int | str  # of codes: 8 or 4 bits, 4 "centred", or "float"
 
 # How two of four bytes, selected by the last operand of the first instruction, become bfloat16.
 _CODES = {
@@ -46,49 +48,49 @@ _CODES = {
         "lop3.b32 $0, s0, 0x80008000, s1, 0xea;",
     ),
 }
-# What is added to an integer code; those of floats come out 2^-120 as large.
+# What is added to an integer code; float codes come out times 2^-120.
 OFFSET = {8: -128.0, 4: 128.0, "centred": -8.0, "float": 0.0}
 
 
-def permuted(x: Array) -> Array:
-    """Channels, the last axis, in the order in which their codes are multiplied."""
+def permute_channels(x: Array) -> Array:
+    """Permute channels, the last axis, to the order in which their codes are multiplied."""
     split = x.reshape(*x.shape[:-1], -1, 4, 2, 2)
     return jnp.swapaxes(split, -3, -2).reshape(x.shape)
 
 
-def restored(x: Array) -> Array:
-    """The other way round."""
+def restore_channels(x: Array) -> Array:
+    """Undo `permute_channels`."""
     split = x.reshape(*x.shape[:-1], -1, 2, 4, 2)
     return jnp.swapaxes(split, -3, -2).reshape(x.shape)
 
 
-def numbers(codes: Any, kind: Any, interpreted: bool, in_order: bool = False) -> list[Array]:
-    """Bytes [R, W] in shared memory as bfloat16 [R, W], for each code in a byte.
+def to_bf16(codes: Ref, kind: Kind, interpret: bool, in_order: bool = False) -> list[Array]:
+    """Convert bytes [R, W] in shared memory to bfloat16 [R, W], one for each code in a byte.
 
     Args:
-        codes: reference to 64 rows or a multiple.
+        codes: a reference to 64 rows or a multiple.
         kind: 8 or 4 bits, 4 "centred", or "float".
-        interpreted: on a CPU.
-        in_order: leave columns where they are, in a layout that the matrix instruction does not
+        interpret: whether the kernel is interpreted, on a CPU.
+        in_order: keep the order of the columns, in a layout that the matrix instruction does not
             take.
     """
-    if interpreted:
+    if interpret:
         parts = _parts(codes[...], kind)
-        return [_meaning(part if in_order else permuted(part), kind) for part in parts]
+        return [_reference(part if in_order else permute_channels(part), kind) for part in parts]
     target = SOURCE if in_order else TILE
     result = plgpu.ShapeDtypeStruct(codes.shape, jnp.bfloat16, layout=target)
     found = plgpu.load(codes, layout=SOURCE, optimized=False)
     count = 2 if kind in (4, "centred") else 1
 
     @plgpu.inline_mgpu(arg_types=(SOURCE,), return_type=tuple([result] * count))
-    def convert(context: Any, x: Any) -> Any:
+    def convert(context: object, x: Ref) -> tuple[Ref, ...]:
         del context
-        return tuple(_converted(x, kind, part, target.to_mgpu()) for part in range(count))
+        return tuple(_convert_registers(x, kind, part, target.to_mgpu()) for part in range(count))
 
     return list(convert(found))
 
 
-def _converted(x: Any, kind: Any, part: int, layout: Any) -> Any:
+def _convert_registers(x: Ref, kind: Kind, part: int, layout: Ref) -> Ref:
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import llvm
 
@@ -119,12 +121,12 @@ def _converted(x: Any, kind: Any, part: int, layout: Any) -> Any:
     )
 
 
-def _parts(codes: Array, kind: Any) -> list[Array]:
+def _parts(codes: Array, kind: Kind) -> list[Array]:
     return [codes & jnp.uint8(15), codes >> jnp.uint8(4)] if kind in (4, "centred") else [codes]
 
 
-def _meaning(codes: Array, kind: Any) -> Array:
-    """The same as `_converted` in other words."""
+def _reference(codes: Array, kind: Kind) -> Array:
+    """Compute what `_convert_registers` does, in JAX."""
     if kind != "float":
         return (codes.astype(jnp.float32) + OFFSET[kind]).astype(jnp.bfloat16)
     wide = codes.astype(jnp.uint16)

@@ -1,10 +1,10 @@
-"""How the work of one call is laid out, and divided among programs by what is filled.
+"""The division of one call's work among programs, by how many slots are filled.
 
-A line is a row's key/value head, with as many of the queries that look at it as fit into one
-program's registers. All blocks of all lines, one after another, are divided into equal parts, a
-part for each program: one that comes to the end of a line goes on with the next. What a program
-finds of line z is kept as partial result number ``program + z``: from one partial result to the
-next either number grows, so that no two share a place, and those of a line lie side by side.
+A line is a row's key/value head with as many of its queries as fit into one program's registers.
+The blocks of all lines, one after another, are divided into equal parts, one for each program: at
+the end of a line a program goes on with the next. The result of a program for line z is stored as
+partial result number ``program + z``: from one partial result to the next one of the two numbers
+grows, so no two share a place, and those of a line are contiguous.
 (Stream-K, Osama et al. 2023, arXiv:2301.03598; split KV, Dao et al. 2023, "Flash-Decoding".)
 """
 
@@ -31,7 +31,7 @@ WORDS = 32  # 32-bit words that a copy at least has: a byte for each thread of a
 
 @functools.cache
 def tuning() -> dict[str, Any]:
-    """What was measured to be good, and what the chip has; see tuning.json."""
+    """Return measured block sizes and the resources of the chip, from tuning.json."""
     return json.loads(Path(__file__).with_name("tuning.json").read_text())
 
 
@@ -64,21 +64,21 @@ class Layout:
 
     @property
     def height(self) -> int:
-        """Channels, filled up to the rows of the matrix instruction."""
+        """Channels, padded to the rows of the matrix instruction."""
         return -(-self.dim // 64) * 64
 
 
 def parts(rows: int, dim: int) -> tuple[int, int]:
-    """How many parts `rows` queries are in, and the columns of each: sums have to fit."""
+    """Return into how many chunks `rows` queries are split, and the columns of each."""
     most = max(tuning()["accumulator"] // (-(-dim // 64) * 64) // LANES * LANES, LANES)
     chunks = -(-rows // most)
     return chunks, -(-rows // (chunks * LANES)) * LANES
 
 
 def fit(layout: Layout, chosen: dict[str, int], size: Callable[[Layout], int]) -> Layout:
-    """With as many blocks in flight and programs as were found to be good and fit.
+    """Return the layout with the blocks in flight and programs that were measured best and fit.
 
-    Fewer programs come before fewer than two blocks; no blocks where not even that fits.
+    The programs are reduced before there are fewer than two blocks; stages is 0 where nothing fits.
 
     Args:
         layout: the other sizes.
@@ -99,7 +99,7 @@ def fit(layout: Layout, chosen: dict[str, int], size: Callable[[Layout], int]) -
 
 @functools.cache
 def multiprocessors() -> int:
-    """Of the GPU there is, or of the one that is compiled for."""
+    """Return the number of multiprocessors of this GPU, or of the one compiled for."""
     if jax.default_backend() == "gpu":
         return jax.local_devices()[0].core_count
     return tuning()["multiprocessors"]
@@ -112,10 +112,10 @@ def rows(
     lengths: Array | None,
     in_order: bool,
 ) -> Array:
-    """Of each row [B, 4]: how many blocks, blocks left out, slots filled, and the last position.
+    """Return for each row [B, 4]: blocks, skipped blocks, filled slots and the last position.
 
-    A row has at least one block, in which it may see nothing: that too has to be written. With a
-    window but in order, the blocks of the sinks come first, and then some are left out.
+    A row has at least one block, even if it sees nothing there: its result is written too. With a
+    window and slots in order, blocks between those of the sinks and the window are skipped.
     """
     filled = jnp.full((layout.batch,), layout.slots, jnp.int32)
     if lengths is not None:
@@ -135,7 +135,7 @@ def rows(
 
 
 def shares(layout: Layout, counts: Array) -> tuple[Array, Array]:
-    """Where each program begins, and which programs work on each line.
+    """Return where each program begins, and which programs work on each line.
 
     Args:
         layout: sizes.
@@ -146,7 +146,7 @@ def shares(layout: Layout, counts: Array) -> tuple[Array, Array]:
         spans [lines, 2]: the first and the last program.
     """
     per_row = layout.kv_heads * layout.chunks
-    # A sum for each row: a cumulative one is several programs, and rows are few.
+    # A sum for each row: a cumulative one compiles to several programs, and rows are few.
     numbers = jnp.arange(layout.batch, dtype=jnp.int32)
     before = numbers[None, :] <= numbers[:, None]
     ends = jnp.sum(jnp.where(before, counts[None, :], 0), axis=1) * per_row
@@ -154,7 +154,7 @@ def shares(layout: Layout, counts: Array) -> tuple[Array, Array]:
     share, extra = total // layout.programs, total % layout.programs
 
     def place(block: Array) -> tuple[Array, Array]:
-        block = jnp.minimum(block, total - 1)  # a program that has none
+        block = jnp.minimum(block, total - 1)  # a program without blocks
         row = jnp.sum(ends[None, :] <= block[:, None], axis=1)
         row = jnp.minimum(row, layout.batch - 1)
         inside = block - (ends - counts * per_row)[row]
@@ -180,7 +180,7 @@ def shares(layout: Layout, counts: Array) -> tuple[Array, Array]:
 
 
 def queries(layout: Layout, q: Array) -> Array:
-    """Queries [B, T, N, H] as [lines, columns, H], zeros where there are none."""
+    """Arrange queries [B, T, N, H] as [lines, columns, H], padded with zeros."""
     batch, new, _, dim = q.shape
     q = q.reshape(batch, new, layout.kv_heads, layout.groups, dim).transpose(0, 2, 1, 3, 4)
     q = q.reshape(batch, layout.kv_heads, new * layout.groups, dim)
@@ -189,8 +189,8 @@ def queries(layout: Layout, q: Array) -> Array:
     return q.reshape(layout.lines, layout.columns, dim)
 
 
-def of_lines(layout: Layout, positions: Array) -> Array:
-    """Positions [B, T] of the columns [lines, columns], -1 where there is no query."""
+def positions_of_lines(layout: Layout, positions: Array) -> Array:
+    """Arrange positions [B, T] as [lines, columns], -1 where there is no query."""
     at = jnp.repeat(positions.astype(jnp.int32), layout.groups, axis=1)
     room = layout.chunks * layout.columns - at.shape[1]
     at = jnp.pad(at, ((0, 0), (0, room)), constant_values=-1)
@@ -200,7 +200,7 @@ def of_lines(layout: Layout, positions: Array) -> Array:
 
 
 def results(layout: Layout, out: Array, lse: Array) -> tuple[Array, Array]:
-    """Results [lines, H, columns] and [lines, columns] as [B, T, N, H] and [B, T, N]."""
+    """Arrange results [lines, H, columns], [lines, columns] as [B, T, N, H], [B, T, N]."""
     lead = (layout.batch, layout.kv_heads, layout.chunks)
     many = layout.new * layout.groups
     out = out.reshape(*lead, layout.dim, layout.columns)
