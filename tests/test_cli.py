@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 import jkv
 from jkv.cache import spec
 from jkv.cli import main, process
-from jkv.decoding.run import Run
+from jkv.decoding.generation import Generation
 from tests.decoding import texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -437,7 +437,7 @@ def test_ctrl_c_is_status_130(run, tiny, monkeypatch, say):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "_dispatch", interrupted)
+    monkeypatch.setattr(Generation, "dispatch", interrupted)
     status, _, err = run("generate", "--model", tiny, "--prompt", "x")
     assert status == 130
     assert "Traceback" not in err

@@ -10,7 +10,7 @@ import pytest
 
 import jkv
 from jkv.cli import process
-from jkv.decoding.run import Run
+from jkv.decoding.generation import Generation
 from tests.test_cli import lm, mute, run, say, tiny  # noqa: F401
 
 EIGHT = ("--max-new-tokens", "8")
@@ -41,14 +41,14 @@ def terminal(run, tiny, monkeypatch) -> Callable[..., tuple[Any, str, str]]:  # 
 @pytest.fixture
 def interrupt(monkeypatch) -> Callable[[int], None]:
     """Ctrl-C in one of the next turns, when its first token is there."""
-    dispatch, waiting = Run._dispatch, []
+    dispatch, waiting = Generation.dispatch, []
 
-    def dispatched(self: Run, steps: int) -> Any:
+    def dispatched(self: Generation, steps: int) -> Any:
         if waiting and waiting.pop() == "now":
             raise KeyboardInterrupt
         return dispatch(self, steps)
 
-    monkeypatch.setattr(Run, "_dispatch", dispatched)
+    monkeypatch.setattr(Generation, "dispatch", dispatched)
     return lambda turn: waiting.extend(["now", *["later"] * (turn - 1)])
 
 

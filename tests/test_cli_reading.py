@@ -56,13 +56,13 @@ def test_prompts_need_no_option(run, tiny):  # noqa: F811
 def test_nothing_is_written_before_the_first_token(run, tiny, monkeypatch, capsys):  # noqa: F811
     """A bar on the same terminal would be drawn over a prompt."""
     written = []
-    start = jkv.decoding.run.Run.__init__
+    start = jkv.decoding.generation.Generation.__init__
 
     def begun(self: Any, *arguments: Any) -> None:
         written.append(capsys.readouterr().out)
         start(self, *arguments)
 
-    monkeypatch.setattr(jkv.decoding.run.Run, "__init__", begun)
+    monkeypatch.setattr(jkv.decoding.generation.Generation, "__init__", begun)
     out = run("generate", "--model", tiny, "he wo", "--stream", *NINE)[1]
     assert written == [""]
     assert out.startswith("he wo")

@@ -4,9 +4,9 @@ from jkv.decoding import sampling
 from jkv.decoding.beam import Beams, beam_search
 from jkv.decoding.chat import Chat
 from jkv.decoding.draft import Draft, prompt_lookup
+from jkv.decoding.generation import generate
 from jkv.decoding.loop import Rollout, decode_step, prefill, rollout
 from jkv.decoding.result import Result
-from jkv.decoding.run import generate
 from jkv.decoding.score import Scores, score
 from jkv.decoding.stream import Block, Stream, stream
 

@@ -1,14 +1,18 @@
-"""Types of what users pass to generation; at run time each function checks its own arguments."""
+"""Types of what generation works with; what users pass is checked at run time by each function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from jkv._axes import Array
+from jkv.cache.base import Cache
 from jkv.cache.protocol import CacheKind
 from jkv.decoding.transform import Transform
+from jkv.models.config import Config
 from jkv.models.decoder import Decoder
 from jkv.models.lm import LM
 
@@ -20,3 +24,65 @@ Stop = int | str | Sequence[int | str | Sequence[int | str]] | np.ndarray | jax.
 CacheLike = CacheKind | str  # a kind, or its text such as "int4"
 Sampler = Transform | Callable[[jax.Array], jax.Array]  # a function of the logits [B, V]
 Progress = Callable[[int, int], object]  # of the longest prompt's tokens done, and in all
+
+
+@runtime_checkable
+class DecoderLike(Protocol):
+    """What the decode loops call of a model: a pytree that runs as `jkv.Decoder` does."""
+
+    @property
+    def config(self) -> Config:
+        """Its configuration."""
+        ...
+
+    def hidden(
+        self, tokens: Array, cache: Cache, counts: Array | None = None
+    ) -> tuple[Array, Cache]:
+        """Hidden states ``[B, T, D]`` of new tokens, and the cache with them."""
+        ...
+
+    def logits(self, hidden: Array) -> Array:
+        """Logits ``[..., V]`` of hidden states ``[..., D]``."""
+        ...
+
+
+@runtime_checkable
+class TokenizerLike(Protocol):
+    """What generation calls of a tokenizer; `jkv.models` has one."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with the special tokens that come before one."""
+        ...
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on from another one."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds to a text."""
+        ...
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is none of the text."""
+        ...
+
+
+@runtime_checkable
+class ChatTokenizerLike(TokenizerLike, Protocol):
+    """What `jkv.Chat` calls of a tokenizer besides: a chat template."""
+
+    def template_source(self, template: str | None = None, *, tools: bool = False) -> str:
+        """The template that `chat_ids` renders."""
+        ...
+
+    def chat_ids(self, messages: Sequence[Mapping[str, object]], **options: Any) -> list[int]:
+        """Ids of a conversation."""
+        ...
+
+    def without_special(self, text: str) -> str:
+        """A text without the texts of special tokens."""
+        ...

@@ -22,10 +22,11 @@ from jkv.decoding import loop
 from jkv.decoding.arguments import Model, Prompts
 from jkv.decoding.capacity import bucket
 from jkv.decoding.faults import Faults
+from jkv.decoding.generation import read_prompts
+from jkv.decoding.job import Job, prepare
 from jkv.decoding.options import Options, SearchOptions, keywords
 from jkv.decoding.prompts import PAD
 from jkv.decoding.result import texts_of
-from jkv.decoding.run import Run
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -132,35 +133,36 @@ def beam_search(
     penalty = check_number("length_penalty", length_penalty)
     early = check_flag("early_stopping", early_stopping)
     # One block: all steps are one program.
-    run = Run(model, prompts, Options(block=options["max_new_tokens"], **options))
-    if width > run.model.config.vocab:
+    job = prepare(model, prompts, Options(block=options["max_new_tokens"], **options))
+    if width > job.model.config.vocab:
         raise ValueError(
-            f"beams got {width}; expected at most {run.model.config.vocab}, the model's vocabulary"
+            f"beams got {width}; expected at most {job.model.config.vocab}, the model's vocabulary"
         )
-    strings = [s for row in run.stops.strings for s in row]
+    strings = [s for row in job.stops.strings for s in row]
     if strings:
         raise ValueError(
             f"stop got the string {brief(strings[0])}; beams end at token ids only: expected those"
         )
-    last, copies = loop.forked(run.absorb(), run.cache, width)
+    last, cache = read_prompts(job.model, job.unread, job.cache, job.chunk, job.progress)
+    last, copies = loop.forked(last, cache, width)
     search = searched(
         width,
-        bucket(run.max_new, 16),
-        run.model,
+        bucket(job.max_new, 16),
+        job.model,
         last,
         copies,
-        run.ends,
-        np.int32(run.max_new),
+        job.ends,
+        np.int32(job.max_new),
         np.float32(penalty),
         np.bool_(early or width == 1),
     )
     search.cache.check()
-    prompts_end = np.asarray([len(row) for row in run.history])
+    prompts_end = np.asarray([len(row) for row in job.history])
     search.faults.check(np.asarray(search.faults.position) - prompts_end)
-    return _read(search.found, run)
+    return _read(search.found, job)
 
 
-def _read(found: Found, run: Run) -> Beams:
+def _read(found: Found, job: Job) -> Beams:
     lengths = np.asarray(found.lengths)
     stopped = np.asarray(found.stopped).tolist()
     return Beams(
@@ -168,8 +170,8 @@ def _read(found: Found, run: Run) -> Beams:
         scores=np.array(found.scores),
         lengths=lengths,
         finish_reasons=tuple(tuple("stop" if s else "length" for s in row) for row in stopped),
-        history=tuple(run.history),
-        tokenizer=run.tokenizer,
+        history=tuple(job.history),
+        tokenizer=job.tokenizer,
     )
 
 

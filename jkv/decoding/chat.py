@@ -18,7 +18,7 @@ from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import capacity, loop, prefix_store, sampling
 from jkv.decoding.apply import check_updates
-from jkv.decoding.arguments import CacheLike, Sampler, Stop
+from jkv.decoding.arguments import CacheLike, ChatTokenizerLike, Sampler, Stop
 from jkv.decoding.detokenize import Pieces
 from jkv.decoding.options import Options, checked_kind
 from jkv.decoding.prompts import PAD, split_model
@@ -140,14 +140,14 @@ class Chat:
             TypeError: an argument of a wrong type, or one that the template does not read.
             ValueError: an argument out of range, or a tool that is neither of the two.
         """
-        decoder, self._tokenizer = split_model(lm)
-        if self._tokenizer is None:
+        decoder, tokenizer = split_model(lm)
+        if not isinstance(tokenizer, ChatTokenizerLike):
             raise UnsupportedError(
                 "chat needs the checkpoint's tokenizer: pass what jkv.load returns, of a directory "
                 "with a tokenizer.json"
             )
         config = decoder.config
-        self._lm, self._decoder = lm, decoder
+        self._lm, self._decoder, self._tokenizer = lm, decoder, tokenizer
         self._max_new = check_integer("max_new_tokens", max_new_tokens, 1)
         kind = dense() if cache is None else checked_kind(cache)
         most = capacity.limit(config, kind, Options.prefill_chunk)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Required, TypedDict, TypeVar
 
 import jax
 
-from jkv._checks import check_flag, check_function, check_integer
+from jkv._checks import check_integer
 from jkv._text import brief
 from jkv.cache.base import Cache
 from jkv.cache.protocol import as_kind, is_kind, own_kind_hint
@@ -134,16 +134,6 @@ def _unknown(function: str, name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}=?" if close else f"expected one of {', '.join(known)}"
     return f"{function}() got an unexpected keyword argument {name!r}; {hint}"
-
-
-def check_plain(options: Options) -> None:
-    """Refuse what would only be noticed in the middle of the work, or never.
-
-    Raises:
-        TypeError: something that is no function or no bool.
-    """
-    check_function("progress", options.progress, "(done, total) tokens")
-    check_flag("return_logprobs", options.return_logprobs)
 
 
 def checked_top(value: Any, vocab: int) -> int:

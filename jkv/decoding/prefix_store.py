@@ -23,7 +23,7 @@ TOKENS = "tokens"  # the array of an entry that says what it is the cache of
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class PrefixHit:
     """What a store has of a row.
 
     Attributes:
@@ -37,7 +37,7 @@ class Found:
     seconds: float = 0.0
 
 
-NOTHING = Found()
+NOTHING = PrefixHit()
 
 
 class PrefixStore:
@@ -67,7 +67,7 @@ class PrefixStore:
         self.fingerprint = fingerprint(self._model, self._kind)
 
     @transfers
-    def find(self, keys: Sequence[str | None], rows: Sequence[np.ndarray]) -> list[Found]:
+    def find(self, keys: Sequence[str | None], rows: Sequence[np.ndarray]) -> list[PrefixHit]:
         """The longest known beginning of each row, all looked for and read at once.
 
         Less than all of it: the last token is left to be computed, whose logits are wanted.
@@ -95,7 +95,7 @@ class PrefixStore:
                         found[i] = self._cropped(match.key, match.entry, rows[i])
         return found
 
-    def _cropped(self, key: str, entry: Entry, tokens: np.ndarray) -> Found:
+    def _cropped(self, key: str, entry: Entry, tokens: np.ndarray) -> PrefixHit:
         """What an entry and a prompt have in common, as far as its kind can give it."""
         held = self._tokens(key, entry)
         size = min(len(held), len(tokens) - 1)
@@ -106,7 +106,7 @@ class PrefixStore:
             return NOTHING
         seconds = (seconds_of(entry.meta) or 0.0) * common / len(held)
         try:
-            return Found(cache if common == len(held) else cache.crop(common), common, seconds)
+            return PrefixHit(cache if common == len(held) else cache.crop(common), common, seconds)
         except UnsupportedError:  # a kind that has let go of what comes before
             return NOTHING
 
@@ -193,6 +193,26 @@ class PrefixStore:
             fingerprint=self.fingerprint,
             whole=bool(done) and done[0][1],
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredRows:
+    """What a store has of the rows of a job, and under which keys they go back."""
+
+    store: PrefixStore
+    keys: list[str | None]
+    hits: list[PrefixHit]
+
+    def keep(self, rows: Sequence[np.ndarray], cache: Cache, seconds: float) -> None:
+        """Put all rows into the store.
+
+        Args:
+            rows: tokens that the cache holds, each ``[T]``.
+            cache: of all rows.
+            seconds: that each took, on top of what its prefix from the store took to make.
+        """
+        caches = (row_of(cache, i) for i in range(len(rows)))  # copies on the device
+        self.store.keep(self.keys, rows, caches, [seconds + hit.seconds for hit in self.hits])
 
 
 def conversation(meta: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], int, float]:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
 from jkv._text import brief, short
+from jkv.decoding.arguments import DecoderLike, TokenizerLike
 
 PAD = -1  # what stands in the place of a token where there is none
 
 
-def split_model(model: Any) -> tuple[Any, Any]:
-    """The decoder and the tokenizer of a loaded LM, or a decoder and None.
+def split_model(model: object) -> tuple[DecoderLike, TokenizerLike | None]:
+    """Split a loaded LM into its decoder and tokenizer; a decoder has none.
 
     Raises:
         TypeError: neither; or this is called in a function that is being traced.
     """
     decoder = getattr(model, "model", model)
-    if not hasattr(decoder, "config") or not hasattr(decoder, "hidden"):
+    if not isinstance(decoder, DecoderLike):
         raise TypeError(
             f"got {short(model)} as a model; expected what jkv.load returns, its .model, or a "
             "jkv.Decoder"
@@ -44,7 +44,7 @@ def _nothing() -> int:
     return 0
 
 
-def check_concrete(name: str, tree: Any) -> None:
+def check_concrete(name: str, tree: object) -> None:
     """Refuse values that are being traced.
 
     Args:
@@ -59,9 +59,13 @@ def check_concrete(name: str, tree: Any) -> None:
 
 
 def rows_of_tokens(
-    prompts: Any, vocab: int, *, tokenizer: Any = None, continued: bool = False
+    prompts: object,
+    vocab: int,
+    *,
+    tokenizer: TokenizerLike | None = None,
+    continued: bool = False,
 ) -> list[np.ndarray]:
-    """Prompts as one int32 array per row.
+    """Return prompts as one int32 array per row.
 
     Args:
         prompts: a list of rows, each a list or array of ids or (with a tokenizer) a text; one text,
@@ -91,7 +95,9 @@ def rows_of_tokens(
     return [_row(i, row, vocab, tokenizer, continued) for i, row in enumerate(prompts)]
 
 
-def _row(i: int, row: Any, vocab: int, tokenizer: Any, continued: bool) -> np.ndarray:
+def _row(
+    i: int, row: object, vocab: int, tokenizer: TokenizerLike | None, continued: bool
+) -> np.ndarray:
     if isinstance(row, str):
         if tokenizer is None:
             raise TypeError(
@@ -123,8 +129,8 @@ def _row(i: int, row: Any, vocab: int, tokenizer: Any, continued: bool) -> np.nd
     return array.astype(np.int32)
 
 
-def _host_array(name: str, value: Any) -> np.ndarray:
-    """`value` as a numpy array.
+def _host_array(name: str, value: object) -> np.ndarray:
+    """Return an array, or a list of numbers, as a numpy array.
 
     Raises:
         TypeError: it is being traced, or holds rows of different lengths.
@@ -146,7 +152,7 @@ def _described(array: np.ndarray) -> str:
 
 
 def padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
-    """Rows as int32 ``[B, width]``, -1 after the end of each."""
+    """Pad rows to int32 ``[B, width]``, -1 after the end of each."""
     out = np.full((len(rows), width), PAD, np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row

@@ -12,10 +12,11 @@ from jkv._fork import check_fork
 from jkv._transfer import transfers
 from jkv.decoding.arguments import Model, Prompts
 from jkv.decoding.detokenize import Pieces, incomplete
+from jkv.decoding.generation import Generation, finish
+from jkv.decoding.job import prepare
 from jkv.decoding.options import GenerateOptions, Options, keywords
 from jkv.decoding.prompts import PAD
 from jkv.decoding.result import Result
-from jkv.decoding.run import Run
 from jkv.errors import JkvError
 
 
@@ -39,14 +40,15 @@ class Block:
 class Stream(Iterator[Block]):
     """An iterator of blocks; `result` once it is exhausted."""
 
-    def __init__(self, run: Run):
-        self._run = run
-        self._blocks = run.blocks()
+    def __init__(self, generation: Generation):
+        self._generation = generation
+        self._blocks = generation.blocks()
         self._result: Result | None = None
         self._pieces: list[Pieces] | None = None
-        if run.tokenizer is not None:
-            probe = incomplete(run.tokenizer)
-            self._pieces = [Pieces(run.tokenizer, row, probe) for row in run.history]
+        job = generation.job
+        if job.tokenizer is not None:
+            probe = incomplete(job.tokenizer)
+            self._pieces = [Pieces(job.tokenizer, row, probe) for row in job.history]
 
     def __iter__(self) -> Stream:
         """Itself."""
@@ -62,19 +64,19 @@ class Stream(Iterator[Block]):
         if self._result is not None:
             raise StopIteration
         check_fork()
-        self._run.check_weights()
-        ended = [row.reason is not None for row in self._run.rows]
+        self._generation.check_weights()
+        ended = self._generation.ended
         for tokens in self._blocks:
             width = int((tokens != PAD).sum(axis=1).max())
             if width:  # nothing is left in it where all rows had met their stop strings
                 return self._block(tokens[:, :width], ended)
-        if not self._run.exhausted:
+        if not self._generation.exhausted:
             raise JkvError("the stream was interrupted; ask for a new one")
-        self._result = self._run.result()
+        self._result = finish(self._generation)
         raise StopIteration
 
     def _block(self, tokens: np.ndarray, ended: list[bool]) -> Block:
-        done = np.asarray([row.reason is not None for row in self._run.rows])
+        done = np.asarray(self._generation.ended)
         texts = None
         if self._pieces is not None:
             texts = tuple(
@@ -122,4 +124,4 @@ def stream(
         CacheFullError: likewise.
         NonFiniteError: likewise, by the iterator once it has given all tokens before.
     """
-    return Stream(Run(model, prompts, Options(block=block, **options)))
+    return Stream(Generation(prepare(model, prompts, Options(block=block, **options))))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jkv
-from jkv.decoding.run import Run
+from jkv.decoding.generation import Generation
 from jkv.models.tools import schema
 from tests.decoding import texts
 
@@ -166,7 +166,7 @@ def test_a_failed_turn_leaves_the_conversation_as_it_was(lm, monkeypatch, error)
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(Run, "_dispatch", fail)
+    monkeypatch.setattr(Generation, "dispatch", fail)
     with pytest.raises(error):
         chat.send("lost")
     monkeypatch.undo()

@@ -120,6 +120,9 @@ def test_a_conversation_is_read_anew(model):
         def decode(self, tokens):
             return super().decode([t % 11 for t in tokens])
 
+        def without_special(self, text):
+            return text
+
         def template_source(self, template, *, tools):
             return "{{ messages }}"
 

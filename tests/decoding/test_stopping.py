@@ -189,6 +189,8 @@ class Counting:
     def encode(self, text: str) -> list[int]:
         return TOKENIZER.encode(text)
 
+    encode_continuation = encode
+
 
 @pytest.mark.parametrize("length", [20, 20_000])
 def test_the_search_costs_the_same_however_long_the_row_is(length):

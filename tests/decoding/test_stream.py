@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import jkv
 from jkv.decoding.detokenize import Pieces
-from jkv.decoding.run import Run
+from jkv.decoding.generation import Generation
 from jkv.decoding.stream import Stream, stream
 from tests.decoding import texts
 
@@ -216,7 +216,7 @@ def test_an_interrupted_stream_has_no_result(tiny_model, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "_dispatch", interrupted)
+    monkeypatch.setattr(Generation, "dispatch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(got)
     with pytest.raises(jkv.JkvError, match="interrupted"):
@@ -227,9 +227,9 @@ def test_an_interrupted_stream_has_no_result(tiny_model, monkeypatch):
 
 def test_the_next_block_is_dispatched_before_the_last_is_read(tiny_model, monkeypatch):
     order = []
-    dispatch, accept = Run._dispatch, Run._accept
-    monkeypatch.setattr(Run, "_dispatch", lambda *a: (order.append("go"), dispatch(*a))[1])
-    monkeypatch.setattr(Run, "_accept", lambda *a, **k: (order.append("read"), accept(*a, **k))[1])
+    dispatch, read = Generation.dispatch, Generation.read
+    monkeypatch.setattr(Generation, "dispatch", lambda *a: (order.append("go"), dispatch(*a))[1])
+    monkeypatch.setattr(Generation, "read", lambda *a: (order.append("read"), read(*a))[1])
     list(stream(tiny_model, PROMPTS, max_new_tokens=13, block=4))
     assert order == ["read", "go", "go", "read", "go", "read", "read"]
 
