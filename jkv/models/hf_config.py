@@ -1,163 +1,184 @@
-"""Writing a `Config` as the `config.json` that its family reads."""
+"""Reading a `config.json`: every key is used, known not to matter, or a problem."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jkv.errors import UnsupportedError
-from jkv.models import families
-from jkv.models.config import Config, Rope
+from jkv._text import brief
+from jkv.models.hf_keys import equal
 
-_ACTIVATIONS = {
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "relu": "relu",
-}
-_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
-# Keys that not all families have; those of rotary families are in `_rotary`.
-_MORE: dict[str, tuple[str, ...]] = {
-    "llama": ("attention_bias", "mlp_bias", "hidden_act"),
-    "mistral": ("sliding_window", "hidden_act"),
-    "qwen2": (*_WINDOWS, "hidden_act"),
-    "qwen3": (*_WINDOWS, "attention_bias", "hidden_act"),
-    "glm": ("attention_bias", "partial_rotary_factor", "hidden_act"),
-    "glm4": ("attention_bias", "partial_rotary_factor", "hidden_act"),
-    "gemma2": (
-        "attention_bias",
-        "sliding_window",
-        "layer_types",
-        "query_pre_attn_scalar",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "hidden_activation",
-    ),
-}
+_ABSENT: Any = object()
 
 
-def write_config(config: Config) -> dict[str, Any]:
-    """Return the keys of `config.json` that describe a model.
+class Settings:
+    """The keys of one JSON object, ticked off as they are read.
 
-    Raises:
-        UnsupportedError: no family describes it.
-    """
-    names = [config.family] if config.family in families.FAMILIES else list(families.FAMILIES)
-    for name in names:
-        values = _gpt2(config) if name == "gpt2" else _rotary(config, name)
-        if reads_as(values, config):
-            return values
-    what = f"the family {config.family}" if len(names) == 1 else "any family"
-    raise UnsupportedError(
-        f"save cannot describe this model in the words of {what}: expected a Config as the "
-        f"configuration of {', '.join(names)} can state it"
-    )
-
-
-def reads_as(values: Mapping[str, Any], config: Config, end_ids: Any = None) -> bool:
-    """Whether `config.json` with these keys describes a model, whatever its dtype.
+    A value that cannot be used is added to `problems`, and reading goes on with a stand-in, so
+    that one look at a checkpoint finds everything that is wrong with it. `broken` says that a
+    stand-in was given: what was read must not be used.
 
     Args:
-        values: of `config.json`.
-        config: the model.
-        end_ids: `eos_token_id` of `generation_config.json`.
+        values: the object.
+        problems: what is wrong is added here.
+        ignored: keys to treat as absent; ``a.b`` is the key b of the object a. Each is removed
+            from this set once it has been met.
+        path: of the object within `config.json`, such as ``rope_scaling.``.
     """
-    problems: list[str] = []
-    family = families.find(values, problems)
-    read = None if family is None else families.read_config(values, family, problems, end_ids)
-    return read is not None and not problems and _plain(read) == _plain(config)
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        problems: list[str],
+        ignored: set[str] | None = None,
+        path: str = "",
+    ):
+        self.problems, self.broken = problems, False
+        self._ignored = set() if ignored is None else ignored
+        self._path = path
+        self.where = f"config.json: {path.rstrip('.')}".removesuffix(": ")
+        dropped = {key for key in values if path + key in self._ignored}
+        self._ignored -= {path + key for key in dropped}
+        self.values = {key: value for key, value in values.items() if key not in dropped}
+        self.seen: set[str] = set()
+
+    def problem(self, text: str) -> None:
+        """Something that makes the values unusable."""
+        self.problems.append(f"{self.where}: {text}")
+        self.broken = True
+
+    def raw(self, key: str, default: Any = None) -> Any:
+        """The value as it stands; `default` where the key is absent."""
+        self.seen.add(key)
+        return self.values.get(key, default)
+
+    def alias(self, key: str, other: str) -> None:
+        """Read a key under another name too, where it is absent under its own."""
+        if key not in self.values and other in self.values:
+            self.values[key] = self.values.pop(other)
+
+    def integer(
+        self, key: str, default: Any = _ABSENT, *, null: Any = _ABSENT, most: int = 2**31 - 1
+    ) -> Any:
+        """An integer from 1 to `most`; `null` stands for a JSON null where one is allowed."""
+        return self._read(
+            key,
+            default,
+            null,
+            f"an integer from 1 to {most}",
+            lambda v: isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= most,
+            1,
+        )
+
+    def number(self, key: str, default: Any = _ABSENT, *, null: Any = _ABSENT) -> Any:
+        """A finite number above 0, as a float."""
+
+        def fits(value: Any) -> bool:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                return False
+            return abs(value) < 1e300 and math.isfinite(value) and value > 0
+
+        value = self._read(key, default, null, "a finite number above 0", fits, 1.0)
+        return float(value) if isinstance(value, int) else value
+
+    def flag(self, key: str, default: Any = _ABSENT) -> bool:
+        """True or false; null where the default is false."""
+        null = False if default is False else _ABSENT
+        return self._read(key, default, null, "true or false", lambda v: isinstance(v, bool), False)
+
+    def choice(self, key: str, options: Mapping[str, str], default: Any = _ABSENT) -> str:
+        """What a word stands for."""
+        wanted = "one of " + ", ".join(options)
+        value = self._read(
+            key,
+            default,
+            _ABSENT,
+            wanted,
+            lambda v: isinstance(v, str) and v in options,
+            next(iter(options)),
+        )
+        return options[value]
+
+    def words(self, key: str, options: Iterable[str], count: int) -> list[str] | None:
+        """A list of `count` words, or None where there is none."""
+        options = tuple(options)
+        return self._read(
+            key,
+            None,
+            None,
+            f"a list of {count} of {', '.join(options)}",
+            lambda v: isinstance(v, list) and len(v) == count and all(w in options for w in v),
+            None,
+        )
+
+    def group(self, key: str) -> Settings | None:
+        """An object within, with the same list of problems; None where there is none."""
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.problem(f"{key} is {brief(value)}; expected an object or null")
+            return None
+        return Settings(value, self.problems, self._ignored, f"{self._path}{key}.")
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """Refuse any value of a key but these; absence and null are fine."""
+        value = self.raw(key)
+        if value is not None and not any(equal(value, a) for a in allowed):
+            wanted = " or ".join(brief(a) for a in allowed)
+            self.problems.append(
+                f"{self.where}: {key} is {brief(value)}, which is not implemented; expected "
+                f"{wanted}{self._remedy(key)}"
+            )
+
+    def _remedy(self, key: str) -> str:
+        return f" (to load it as if the key were absent: ignore=({brief(self._path + key)},))"
+
+    def ignore(self, *keys: str) -> None:
+        """Keys that do not matter here."""
+        self.seen.update(keys)
+
+    def finish(self, stated: Mapping[str, tuple[Any, ...]] | None = None) -> None:
+        """Report every key that nothing has read and that is not null.
+
+        Args:
+            stated: for keys that nothing reads, the values that change nothing.
+        """
+        for key in sorted(set(self.values) - self.seen):
+            value, allowed = self.values[key], (stated or {}).get(key, ())
+            if value is None or any(equal(value, a) for a in allowed):
+                continue
+            wanted = [brief(a) for a in allowed if a is not None]
+            what = f"; here only {' or '.join(wanted)} would change nothing" if wanted else ""
+            self.problems.append(
+                f"{self.where}: unknown key {bare(key)} = {brief(value)}, which may change "
+                f"what the model computes{what}{self._remedy(key)}"
+            )
+
+    def _read(
+        self,
+        key: str,
+        default: Any,
+        null: Any,
+        wanted: str,
+        fits: Callable[[Any], bool],
+        stand_in: Any,
+    ) -> Any:
+        value = self.raw(key, _ABSENT)
+        if value is _ABSENT:
+            if default is not _ABSENT:
+                return default
+            self.problem(f"{key} is missing; expected {wanted}")
+            return stand_in
+        if value is None and null is not _ABSENT:
+            return null
+        if not fits(value):
+            self.problem(f"{key} is {brief(value)}; expected {wanted}")
+            return stand_in
+        return value
 
 
-def _plain(config: Config) -> Config:
-    """Without what says the same in two ways, and what a family's name and a dtype say."""
-    windows = tuple(config.window(i) for i in range(config.layers))
-    return dataclasses.replace(
-        config, family="", dtype="", windows=windows, attention_scale=config.scale
-    )
-
-
-def _shared(config: Config, family: str) -> dict[str, Any]:
-    ends = list(config.end_ids)
-    return {
-        "architectures": [families.FAMILIES[family].architecture],
-        "model_type": family,
-        "vocab_size": config.vocab,
-        "tie_word_embeddings": config.tied,
-        "eos_token_id": None if not ends else ends[0] if len(ends) == 1 else ends,
-        "bos_token_id": None,
-        "pad_token_id": None,
-    }
-
-
-def _gpt2(config: Config) -> dict[str, Any]:
-    return _shared(config, "gpt2") | {
-        "n_embd": config.width,
-        "n_layer": config.layers,
-        "n_head": config.heads,
-        "n_inner": config.feed_forward,
-        "n_positions": config.context,
-        "layer_norm_epsilon": config.norm_eps,
-        "activation_function": _ACTIVATIONS[config.activation].replace("_pytorch_tanh", "_new"),
-        "scale_attn_weights": config.scale != 1.0,
-    }
-
-
-def _rotary(config: Config, family: str) -> dict[str, Any]:
-    windows = [config.window(i) for i in range(config.layers)]
-    window = next((w for w in windows if w is not None), None)
-    kinds = ["full_attention" if w is None else "sliding_attention" for w in windows]
-    rope = config.rope or Rope()
-    scalar = config.scale**-2
-    whole = abs(scalar - round(scalar)) < 1e-6
-    more = {
-        "hidden_act": _ACTIVATIONS[config.activation],
-        "hidden_activation": _ACTIVATIONS[config.activation],
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
-        "sliding_window": window,
-        "use_sliding_window": window is not None,
-        "max_window_layers": config.layers,
-        "layer_types": kinds,
-        "partial_rotary_factor": rope.dims / config.head_dim,
-        "query_pre_attn_scalar": round(scalar) if whole else scalar,
-        "attn_logit_softcapping": config.attention_softcap,
-        "final_logit_softcapping": config.logit_softcap,
-    }
-    return (
-        _shared(config, family)
-        | {
-            "hidden_size": config.width,
-            "intermediate_size": config.feed_forward,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.heads,
-            "num_key_value_heads": config.kv_heads,
-            "head_dim": config.head_dim,
-            "max_position_embeddings": config.context,
-            "rms_norm_eps": config.norm_eps,
-            "rope_theta": rope.theta,
-            "rope_scaling": _scaling(rope),
-        }
-        | {key: more[key] for key in _MORE[family]}
-    )
-
-
-def _scaling(rope: Rope) -> dict[str, Any] | None:
-    if rope.rule == "default":
-        return None
-    values: dict[str, Any] = {"rope_type": rope.rule, "factor": rope.factor}
-    if rope.rule in ("llama3", "yarn"):
-        values["original_max_position_embeddings"] = rope.original_context
-    if rope.rule == "llama3":
-        values |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-        }
-    if rope.rule == "yarn":
-        values |= {
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-            "attention_factor": rope.magnitude,
-            "truncate": rope.truncate,
-        }
-    return values
+def bare(name: str) -> str:
+    """A name in an error message: without quotes if it is one that people give."""
+    return name if len(name) <= 120 and name.isprintable() else brief(name)

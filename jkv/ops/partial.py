@@ -30,14 +30,14 @@ def merge(*parts: Partial) -> Partial:
         raise ValueError("merge got no partial results; expected at least one")
     lse = jnp.stack([part.lse for part in parts])
     # The result does not depend on the shift, so neither do its derivatives.
-    top = lax.stop_gradient(jnp.max(lse, axis=0))
-    # A query that saw nothing anywhere has top = -inf, and -inf - -inf is NaN.
-    shift = jnp.where(jnp.isneginf(top), 0.0, top)
+    m = lax.stop_gradient(jnp.max(lse, axis=0))
+    # A query that saw nothing anywhere has m = -inf, and -inf - -inf is NaN.
+    shift = jnp.where(jnp.isneginf(m), 0.0, m)
     weights = jnp.exp(lse - shift[None])
-    total = jnp.sum(weights, axis=0)
+    l = jnp.sum(weights, axis=0)
     outs = jnp.stack([part.out for part in parts])
     out = jnp.sum(outs * weights[..., None], axis=0)
     # Nothing seen: the logarithm of 1 is replaced, so that no derivative is 0 times infinity.
-    some = jnp.where(total == 0, 1.0, total)
-    lse = jnp.where(total == 0, -jnp.inf, shift + jnp.log(some))
+    some = jnp.where(l == 0, 1.0, l)
+    lse = jnp.where(l == 0, -jnp.inf, shift + jnp.log(some))
     return Partial(out=out / some[..., None], lse=lse)

@@ -321,15 +321,15 @@ def test_pages_are_written_by_the_kernel():
 def test_blocks_that_nobody_sees_are_not_fetched(window, sinks):
     """A step beyond a row's last block names it again, which fetches nothing."""
     lengths = [1, 127, 128, 129, 640, 1000]
-    plan = flash.Plan(1, 1, 1, BLOCK, first=-(-sinks // BLOCK), pages=1)
+    tiling = flash.Tiling(1, 1, 1, BLOCK, first=-(-sinks // BLOCK), pages=1)
     spec = AttentionSpec(1.0, window, sinks)
     info, steps = flash.scalars_of(
-        plan, spec, jnp.asarray(last(lengths, 1)), jnp.asarray(lengths), in_order=True
+        tiling, spec, jnp.asarray(last(lengths, 1)), jnp.asarray(lengths), in_order=True
     )
     counts = []
     for b, n in enumerate(lengths):
         seen = {s // BLOCK for s in range(n) if window is None or n - 1 - s < window or s < sinks}
-        visited = [int(flash._block_of(plan, b, i, info)) for i in range(int(steps) + 2)]
+        visited = [int(flash._block_of(tiling, b, i, info)) for i in range(int(steps) + 2)]
         assert set(visited) == seen
         assert visited == sorted(visited)
         counts.append(len(seen))
@@ -437,7 +437,7 @@ def test_writes_are_those_of_the_cpu(monkeypatch):
 
 def test_parts_of_numbers_are_all_of_them():
     x = np.random.default_rng(0).normal(size=1000).astype(np.float32) * 1e3
-    parts = jax.jit(operands.thirds, static_argnums=1)(x, 3)
+    parts = jax.jit(operands.split_bf16, static_argnums=1)(x, 3)
     for part in parts:
         np.testing.assert_array_equal(part.astype(jnp.bfloat16).astype(np.float32), part)
     np.testing.assert_array_equal(np.sum(np.asarray(parts, np.float64), 0), x.astype(np.float64))
@@ -447,7 +447,7 @@ def test_all_floats_of_8_bits():
     codes = jnp.arange(256, dtype=jnp.uint8)
     want = np.asarray(jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn), np.float32)
     real = ~np.isnan(want)  # never stored
-    got = np.asarray(operands.float8(codes), np.float32)
+    got = np.asarray(operands.from_float8(codes), np.float32)
     np.testing.assert_array_equal(got[real], want[real])
 
 
@@ -473,8 +473,8 @@ KEYS = shape(1, 2, 256, 64)
         (shape(1, 1, 2, 64), shape(1, 2, 256, 64, dtype="bfloat16"), KEYS, {}, "for queries"),
         (shape(1, 1, 2, 64), form(Cast("bfloat16")), KEYS, {}, "form of CastArray"),
         (shape(1, 1, 2, 64), KEYS, form(Sparse(0.5)), {}, "form of SparseArray"),
-        (shape(1, 1, 2, 64), KEYS, form(INT4[0]), {}, "a step for each channel"),
-        (shape(1, 1, 2, 64), form(Affine(4, "channel", 16)), KEYS, {}, "units of 16"),
+        (shape(1, 1, 2, 64), KEYS, form(INT4[0]), {}, "a scale per channel"),
+        (shape(1, 1, 2, 64), form(Affine(4, "channel", 16)), KEYS, {}, "blocks of 16"),
         (shape(1, 1, 2, 64), KEYS, form(Affine(4, "token", 4)), {}, "16 groups"),
     ],
 )

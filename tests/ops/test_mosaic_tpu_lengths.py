@@ -105,10 +105,10 @@ def test_pages(lengths, at):
 
 @pytest.mark.parametrize(("lengths", "at"), CASES)
 def test_blocks_past_what_is_filled_or_asked_for_are_not_fetched(lengths, at):
-    plan = flash.Plan(2, 1, 1, BLOCK, first=0, pages=1)
+    tiling = flash.Tiling(2, 1, 1, BLOCK, first=0, pages=1)
     positions = jnp.asarray(at, jnp.int32)
     spec = AttentionSpec(1.0)
-    info, steps = flash.scalars_of(plan, spec, positions, jnp.asarray(lengths), in_order=True)
+    info, steps = flash.scalars_of(tiling, spec, positions, jnp.asarray(lengths), in_order=True)
     for b, (length, last) in enumerate(zip(lengths, np.max(at, axis=1), strict=True)):
-        visited = {int(flash._block_of(plan, b, i, info)) for i in range(int(steps))}
+        visited = {int(flash._block_of(tiling, b, i, info)) for i in range(int(steps))}
         assert visited == {s // BLOCK for s in range(min(length, last + 1))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -12,8 +11,8 @@ from jkv.ops.codecs import Encoded
 from jkv.ops.kv import KV, ContiguousKV, PagedKV
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash
-from jkv.ops.mosaic_tpu.operands import LANES, Leaf, operand, outline
-from jkv.ops.pages import TpuPages
+from jkv.ops.mosaic_tpu.operands import LANES, Leaf, leaf_shapes, reader_of, values_reader_of
+from jkv.ops.pages import Pages, TpuPages
 from jkv.ops.partial import Partial
 
 TILES = 16  # pages of a step, each an operand of the kernel
@@ -36,20 +35,20 @@ def _unsupported_pages(q: Shaped, kv: PagedKV) -> str | None:
     tiled = [x.pack_factor for x in (kv.k, kv.v) if isinstance(x, TpuPages)]
     if tiled:
         alike = len(tiled) == 2 and tiled[0] == tiled[1]
-        return None if alike else "keys and values that do not lie alike"
+        return None if alike else "keys and values of different layouts"
     for name, x in (("keys", kv.k), ("values", kv.v)):
-        why = _scattered(name, outline(x, q.dtype), kv.page, x)
+        why = _interleaved(name, leaf_shapes(x, q.dtype), kv.page, x)
         if why is not None:
             return why
     return None
 
 
-def _scattered(name: str, leaves: list[Leaf], page: int, x: Any) -> str | None:
-    """Why a page of an operand is no block of memory, if so.
+def _interleaved(name: str, leaves: list[Leaf], page: int, x: Pages) -> str | None:
+    """Return why a page of an operand is not contiguous in memory, or None.
 
-    An array whose last axis is no whole tile (few channels, steps of a few tokens) XLA lays with
-    the pages side by side, which fills its tiles: a page is then one number of each of many. A
-    cache's own small pages are `TpuPages`.
+    Where the last axis of an array is no whole tile (few channels, scales of a few tokens), XLA
+    interleaves the pages, which fills its tiles: a page is then one number of each of many. Small
+    pages of a cache are `TpuPages`.
     """
     least = 1
     for leaf in leaves:
@@ -68,7 +67,7 @@ def _scattered(name: str, leaves: list[Leaf], page: int, x: Any) -> str | None:
 
 
 def attention(
-    q: Array, kv: KV, positions: Array, spec: AttentionSpec, interpret: Any = False
+    q: Array, kv: KV, positions: Array, spec: AttentionSpec, interpret: object = False
 ) -> Partial:
     """See `jkv.ops.attention`; `interpret` is that of `pl.pallas_call`."""
     if isinstance(kv, PagedKV):
@@ -77,43 +76,45 @@ def attention(
 
 
 def _over_slots(
-    q: Array, kv: ContiguousKV, positions: Array, spec: AttentionSpec, interpret: Any
+    q: Array, kv: ContiguousKV, positions: Array, spec: AttentionSpec, interpret: object
 ) -> Partial:
     batch, new, heads, _ = q.shape
     kv_heads, slots = kv.kv_heads, kv.slots
-    keys, values = operand(kv.k, q.dtype), operand(kv.v, q.dtype)
-    plan = _plan(new, heads // kv_heads, kv_heads, slots, keys[1], spec)
+    keys, values = reader_of(kv.k, q.dtype), values_reader_of(kv.v, q.dtype)
+    tiling = _tiling(new, heads // kv_heads, kv_heads, slots, keys[1], spec)
     lengths = jnp.full((batch,), slots, jnp.int32) if kv.lengths is None else kv.lengths
     lengths = jnp.clip(lengths, 0, slots)
-    info, steps = flash.scalars_of(plan, spec, positions, lengths, kv.slot_positions is None)
-    return flash.flash(q, keys, values, plan, spec, (info,), steps, 0, kv.slot_positions, interpret)
+    info, steps = flash.scalars_of(tiling, spec, positions, lengths, kv.slot_positions is None)
+    return flash.flash_attention(
+        q, keys, values, tiling, spec, (info,), steps, 0, kv.slot_positions, interpret
+    )
 
 
-def _plan(
+def _tiling(
     new: int, groups: int, kv_heads: int, slots: int, leaves: list[Leaf], spec: AttentionSpec
-) -> flash.Plan:
+) -> flash.Tiling:
     heads = flash.heads_of(kv_heads)
     size = flash.slots_of(leaves, kv_heads, slots)
     # Whole tiles of lanes in every array.
     while any(size * leaf.share % LANES for leaf in leaves if leaf.rows):
         size *= 2
     first = -(-spec.sinks // size)
-    return flash.Plan(new=new, groups=groups, heads=heads, size=size, first=first, pages=1)
+    return flash.Tiling(new=new, groups=groups, heads=heads, size=size, first=first, pages=1)
 
 
 def _over_pages(
-    q: Array, kv: PagedKV, positions: Array, spec: AttentionSpec, interpret: Any
+    q: Array, kv: PagedKV, positions: Array, spec: AttentionSpec, interpret: object
 ) -> Partial:
     _, new, heads, _ = q.shape
     kv_heads, page, columns = kv.kv_heads, kv.page, kv.block_table.shape[1]
-    keys, values = operand(kv.k, q.dtype), operand(kv.v, q.dtype)
+    keys, values = reader_of(kv.k, q.dtype), values_reader_of(kv.v, q.dtype)
     wanted = flash.slots_of(keys[1], kv_heads, columns * page)
     pack_factor = kv.k.pack_factor if isinstance(kv.k, TpuPages) else 1
     lanes = LANES * pack_factor
     whole = lanes // math.gcd(page, lanes)  # pages that fill tiles
     pages = min(max(wanted // page // whole, 1) * whole, max(TILES // whole, 1) * whole)
     size = pages * page
-    plan = flash.Plan(
+    tiling = flash.Tiling(
         new=new,
         groups=heads // kv_heads,
         heads=flash.heads_of(kv_heads),
@@ -123,6 +124,8 @@ def _over_pages(
         pack_factor=pack_factor,
     )
     lengths = jnp.clip(kv.lengths, 0, columns * page)
-    info, steps = flash.scalars_of(plan, spec, positions, lengths, True)
+    info, steps = flash.scalars_of(tiling, spec, positions, lengths, True)
     table = kv.block_table.astype(jnp.int32).reshape(-1)
-    return flash.flash(q, keys, values, plan, spec, (info, table), steps, columns, None, interpret)
+    return flash.flash_attention(
+        q, keys, values, tiling, spec, (info, table), steps, columns, None, interpret
+    )

@@ -39,10 +39,10 @@ def attention(
     scores = jnp.where(seen, scores, -jnp.inf)
     m = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isneginf(m), 0.0, m))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    l = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum("btkgs,bksh->btkgh", weights, v)
-    out = out / jnp.where(total == 0, 1.0, total)
-    lse = jnp.where(jnp.isneginf(m), -jnp.inf, m + jnp.log(total))
+    out = out / jnp.where(l == 0, 1.0, l)
+    lse = jnp.where(jnp.isneginf(m), -jnp.inf, m + jnp.log(l))
     return Partial(out=out.reshape(q.shape), lse=lse.reshape(q.shape[:3]))
 
 

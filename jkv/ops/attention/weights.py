@@ -50,8 +50,8 @@ def attention_weights(
 
     def attend(q, lines, products, sums):
         scores = [xla._masked(spec, products(q, k), at, held) for k, _, held in lines]
-        weights, total, _ = xla._softmax(jnp.concatenate(scores, axis=-1))
-        weights = weights / total
+        weights, l, _ = xla._softmax(jnp.concatenate(scores, axis=-1))
+        weights = weights / l
         out, start = jnp.zeros(q.shape, jnp.float32), 0
         for _, v, held in lines:
             own = lax.slice_in_dim(weights, start, start + v.shape[1], axis=-1)

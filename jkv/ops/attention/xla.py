@@ -132,8 +132,8 @@ def _whole(spec, q, k, v, positions, slot_positions, lengths):
     at = _positions_of(
         jnp.arange(k.shape[1], dtype=jnp.int32), slot_positions, lengths, positions.shape[0]
     )
-    weights, total, lse = _softmax(_scores(spec, q, k, positions, at))
-    return _weighted(weights, _zeroed(v, positions, at)) / total, lse
+    weights, l, lse = _softmax(_scores(spec, q, k, positions, at))
+    return _weighted(weights, _zeroed(v, positions, at)) / l, lse
 
 
 def _whole_in_place(spec, q, k, v, positions, slot_positions, lengths):
@@ -141,8 +141,8 @@ def _whole_in_place(spec, q, k, v, positions, slot_positions, lengths):
     at = _positions_of(
         jnp.arange(k.shape[1], dtype=jnp.int32), slot_positions, lengths, positions.shape[0]
     )
-    weights, total, lse = _softmax(_scores(spec, q, k, positions, at))
-    return _weighted_in_place(weights, v, positions, at) / total, lse
+    weights, l, lse = _softmax(_scores(spec, q, k, positions, at))
+    return _weighted_in_place(weights, v, positions, at) / l, lse
 
 
 def _weighted_in_place(weights: Array, v: Array, positions: Array, at: Array) -> Array:
@@ -171,13 +171,13 @@ def _weighted_in_place(weights: Array, v: Array, positions: Array, at: Array) ->
 
 def _softmax(scores: Array) -> tuple[Array, Array, Array]:
     """Weights [Z, R, S], their sum [Z, R, 1] (1 where nothing is seen) and log-sum-exp [Z, R]."""
-    top = lax.stop_gradient(jnp.max(scores, axis=-1))
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
-    weights = jnp.exp(scores - top[..., None])
-    total = jnp.sum(weights, axis=-1)
-    empty = total == 0
-    total = jnp.where(empty, 1.0, total)
-    return weights, total[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    m = lax.stop_gradient(jnp.max(scores, axis=-1))
+    m = jnp.where(jnp.isneginf(m), 0.0, m)
+    weights = jnp.exp(scores - m[..., None])
+    l = jnp.sum(weights, axis=-1)
+    empty = l == 0
+    l = jnp.where(empty, 1.0, l)
+    return weights, l[..., None], jnp.where(empty, -jnp.inf, m + jnp.log(l))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -263,27 +263,27 @@ def walk(spec: AttentionSpec, where: Any, positions: Array, first: Array, last: 
     size = where.size
 
     def block(i, carry):
-        out, top, total = carry
+        out, m, l = carry
         # The last block is moved back to end with the buffer; what it repeats is masked.
         start = jnp.minimum(i * size, where.slots - size)
         numbers = start + jnp.arange(size, dtype=jnp.int32)
         at = where.at(numbers, positions.shape[0])
         at = jnp.where((numbers >= i * size)[None, :], at, -1)
         scores = _masked(spec, where.products(start), positions, at)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        shift = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
+        new_m = jnp.maximum(m, jnp.max(scores, axis=-1))
+        shift = jnp.where(jnp.isneginf(new_m), 0.0, new_m)
         weights = jnp.exp(scores - shift[..., None])
-        faded = jnp.exp(top - shift)
-        out = out * faded[..., None] + where.sums(weights, start, positions, at)
-        return out, new_top, total * faded + jnp.sum(weights, axis=-1)
+        alpha = jnp.exp(m - shift)
+        out = out * alpha[..., None] + where.sums(weights, start, positions, at)
+        return out, new_m, l * alpha + jnp.sum(weights, axis=-1)
 
     q = where.q
     out = jnp.zeros(q.shape, jnp.float32)
     nothing = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
-    out, top, total = lax.fori_loop(
+    out, m, l = lax.fori_loop(
         first, last, block, (out, nothing, jnp.zeros(q.shape[:2], jnp.float32))
     )
-    return out / jnp.where(total == 0, 1.0, total)[..., None], top + jnp.log(total)
+    return out / jnp.where(l == 0, 1.0, l)[..., None], m + jnp.log(l)
 
 
 def _walk(spec, q, k, v, positions, slot_positions, lengths):

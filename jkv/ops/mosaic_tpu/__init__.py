@@ -1,3 +1,3 @@
-"""What the kernels for TPUs share: how operands lie in memory, and the walk over their blocks."""
+"""Kernels for TPUs: attention over blocks of slots or pages, its two products, and writes."""
 
 __all__: list[str] = []

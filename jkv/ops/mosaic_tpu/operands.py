@@ -15,26 +15,28 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jkv._axes import Array
+from jkv.errors import UnsupportedError
 from jkv.ops.codecs import Encoded
 from jkv.ops.codecs.affine import PerChannelCodes, PerTokenCodes
 from jkv.ops.codecs.floats import Float8Codes
-from jkv.ops.pages import TpuPages
+from jkv.ops.pages import Pages, TpuPages
 from jkv.ops.tile import LANES
 
-LEAST_UNIT = 32  # tokens; of smaller units too many are in a tile
+MIN_BLOCK = 32  # tokens; of smaller blocks too many are in a tile
 MOST_GROUPS = 8  # of a token's channels
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of an operand, ``[B, K, ...]`` or ``[P, K, ...]``."""
+    """One array of an operand, ``[B, K, ...]`` or ``[P, K, ...]``, and how it is read."""
 
     array: Any
     axis: int  # of slots
@@ -43,60 +45,60 @@ class Leaf:
     whole: tuple[bool, ...] = ()  # `TpuPages.scales`: of its lines, which are whole numbers
 
 
-def lies_last(channels: int) -> bool:
-    """Whether the slots are the last axis in a TPU's memory."""
+def has_slots_last(channels: int) -> bool:
+    """Return whether the slots are the last axis in the memory of a TPU."""
     return channels % LANES != 0
 
 
-def slots_last(x: Any) -> Leaf:
-    """An array [B, K, S, C] as it lies."""
-    if lies_last(x.shape[-1]):
+def slots_last_leaf(x: Array) -> Leaf:
+    """Return an array [B, K, S, C] in the layout that it has in memory."""
+    if has_slots_last(x.shape[-1]):
         return Leaf(jnp.swapaxes(x, -1, -2), 3)
     return Leaf(x, 2)
 
 
-def product(a: Array, b: Array, contract: int, precision: Any = None) -> Array:
-    """Rows of `a` with rows (contract=1) or columns (contract=0) of `b`, in float32."""
+def product(a: Array, b: Array, contract: int, precision: lax.Precision | None = None) -> Array:
+    """Multiply rows of `a` with rows (contract=1) or columns (contract=0) of `b` in float32."""
     dims = (((1,), (contract,)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def thirds(x: Array, count: int) -> list[Array]:
-    """Float32 numbers as sums of `count` that bfloat16 holds: three are all of a number's 24 bits.
+def split_bf16(x: Array, count: int) -> list[Array]:
+    """Split float32 numbers into sums of `count` bfloat16 numbers: three have all of their 24 bits.
 
-    Their products with codes, which are whole numbers below 256, are then exact, at the price of
-    more rows and not of more passes over the codes. Bits are cut off, not rounded: a compiler may
-    leave out a conversion to and fro.
+    Products with codes, integers below 256, are then exact, at the cost of more rows but not of
+    more passes over the codes. Bits are cut off, not rounded, since a compiler may remove a
+    conversion back and forth.
     """
-    found = []
+    parts = []
     for _ in range(count - 1):
         bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
-        found.append(lax.bitcast_convert_type(bits, jnp.float32))
-        x = x - found[-1]
-    return [*found, x]
+        parts.append(lax.bitcast_convert_type(bits, jnp.float32))
+        x = x - parts[-1]
+    return [*parts, x]
 
 
 def _used(seen: Array) -> Array:
-    """Slots [1, S] that some query sees, as numbers above zero."""
+    """Return the slots [1, S] that some query sees, as numbers above zero."""
     return jnp.max(seen.astype(jnp.float32), axis=0, keepdims=True)
 
 
-def _wide(bits: Array) -> Array:
-    """Numbers of 16-bit patterns of bfloat16; those that are numbers already."""
+def _from_bf16_bits(bits: Array) -> Array:
+    """Convert bits of bfloat16 to float32, and leave float32 as it is."""
     if bits.dtype == jnp.float32:
         return bits
     return lax.bitcast_convert_type(bits.astype(jnp.int32) << 16, jnp.float32)
 
 
-def _added(parts: Array, rows: int) -> Array:
-    """The sum of groups of `rows` rows."""
+def _add_rows(parts: Array, rows: int) -> Array:
+    """Sum groups of `rows` rows."""
     total = parts[:rows]
     for i in range(rows, parts.shape[0], rows):
         total = total + parts[i : i + rows]
     return total
 
 
-def placed(q: Array, parts: int, pack_factor: int) -> Array:
+def place_in_lanes(q: Array, parts: int, pack_factor: int) -> Array:
     """Repeat queries [..., R, H] in the lanes of each token of a line, [..., F * R, F * H].
 
     The parts of packed bytes are lines one after another.
@@ -137,8 +139,8 @@ def _own(sums: Array, pack_factor: int, parts: int) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense:
-    """Numbers as they are, ``[S, H]`` or, where slots lie last, ``[H, S]``."""
+class DenseReader:
+    """Reads keys or values as they are, ``[S, H]`` or, with slots last, ``[H, S]``."""
 
     dtype: Any
     last: bool
@@ -146,28 +148,28 @@ class Dense:
     parts: int = 1  # of a byte
 
     @property
-    def _precision(self) -> Any:
+    def _precision(self) -> lax.Precision | None:
         return lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
 
     def queries(self, q: Array) -> Array:
-        """Queries [B, K, R, H] as `products` takes them."""
-        return placed(q, 1, self.pack_factor)
+        """Return queries [B, K, R, H] as `products` takes them."""
+        return place_in_lanes(q, 1, self.pack_factor)
 
     def products(self, q: Array, leaves: list[Array], seen: Array | None = None) -> Array:
-        """[R, S]; `seen` as for `sums`."""
+        """Multiply queries with keys to [R, S]; `seen` as for `sums`."""
         k = leaves[0]
         if self.pack_factor > 1 and seen is not None:
-            k = self._cleaned(k, seen)  # of a line, others' numbers are multiplied with zero
+            k = self._zero_unused(k, seen)  # zeros meet the numbers of a line's other tokens
         return _along(product(q, k, 0 if self.last else 1, self._precision), self.pack_factor)
 
     def sums(self, w: Array, leaves: list[Array], seen: Array | None) -> Array:
         """Sum values with weights [R, S] to [R, F * H]; `seen` is None where every slot is."""
-        v = leaves[0] if seen is None else self._cleaned(leaves[0], seen)
+        v = leaves[0] if seen is None else self._zero_unused(leaves[0], seen)
         w = _below(w, self.pack_factor).astype(self.dtype)
         return _own(product(w, v, 1 if self.last else 0, self._precision), self.pack_factor, 1)
 
-    def _cleaned(self, x: Array, seen: Array) -> Array:
-        """With zero where no query looks: zero times NaN is NaN."""
+    def _zero_unused(self, x: Array, seen: Array) -> Array:
+        """Replace what no query sees by zero: zero times NaN is NaN."""
         used = _used(seen)
         if not self.last:
             used = self._columns(used, x.shape)
@@ -175,7 +177,7 @@ class Dense:
         return jnp.where(used > 0, x.astype(jnp.float32), 0.0).astype(self.dtype)
 
     def _columns(self, row: Array, shape: tuple[int, ...]) -> Array:
-        """A row of all slots [1, S] as it is for the tokens of each line."""
+        """Arrange a row of all slots [1, S] by the tokens of each line."""
         (lines, width), found = shape, jnp.zeros((), row.dtype)
         lane = lax.broadcasted_iota(jnp.int32, (1, width), 1)
         for t in range(self.pack_factor):
@@ -188,8 +190,8 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled:
-    """Codes with a step, and perhaps a zero point, for each group of a token's channels."""
+class PerTokenReader:
+    """Reads codes with a scale, and perhaps a zero point, per group of a token's channels."""
 
     decode: Callable[[Array], Array]  # bytes [P, S] or [S, P] to whole numbers or floats
     last: bool  # slots
@@ -212,55 +214,55 @@ class Scaled:
         return (lane >= g * self.group) & (lane < (g + 1) * self.group)
 
     def queries(self, q: Array) -> Array:
-        """For each group, the queries' own channels, in parts: [B, K, groups * parts * R, H]."""
-        parts = thirds(q.astype(jnp.float32), 3) if self.exact else [q]
+        """Return the queries' channels of each group, in parts: [B, K, groups * parts * R, H]."""
+        parts = split_bf16(q.astype(jnp.float32), 3) if self.exact else [q]
         rows = [jnp.where(self._channels(g), x, 0) for g in range(self._groups) for x in parts]
         every = jnp.concatenate(rows, axis=2).astype(jnp.bfloat16)
-        return placed(every, self.parts, self.pack_factor)
+        return place_in_lanes(every, self.parts, self.pack_factor)
 
     def _affine(self, leaves: list[Array]) -> tuple[list[Array], list[Array] | None]:
-        """Steps and zero points [1, S] of each group."""
-        steps, *zeros = (
+        """Scales and zero points [1, S] of each group."""
+        scales, *zero_points = (
             [x[g : g + 1] for g in range(self._groups)]
-            for x in (_wide(leaves[1]), *(x.astype(jnp.float32) for x in leaves[2:]))
+            for x in (_from_bf16_bits(leaves[1]), *(x.astype(jnp.float32) for x in leaves[2:]))
         )
-        return steps, zeros[0] if zeros else None
+        return scales, zero_points[0] if zero_points else None
 
     def products(self, q: Array, leaves: list[Array], seen: Array | None = None) -> Array:
-        """[R, S]; codes stand for numbers, whoever sees them."""
+        """Multiply queries with keys to [R, S]; codes of unseen slots are finite."""
         del seen
         found = product(q, self.decode(leaves[0]), 0 if self.last else 1)
         found = _along(found, self.pack_factor)
-        steps, zeros = self._affine(leaves)
+        scales, zero_points = self._affine(leaves)
         rows = q.shape[0] // (self._groups * self.pack_factor)
         alone = rows // (3 if self.exact else 1)
         total: Any = 0.0
         for g in range(self._groups):
             own = slice(g * rows, (g + 1) * rows)
-            codes = _added(found[own], alone)
-            if zeros is not None:
+            codes = _add_rows(found[own], alone)
+            if zero_points is not None:
                 whole = jnp.sum(q[own].astype(jnp.float32), axis=1, keepdims=True)
-                codes = codes + _added(whole, alone) * zeros[g]
-            total = total + codes * steps[g]
+                codes = codes + _add_rows(whole, alone) * zero_points[g]
+            total = total + codes * scales[g]
         return total
 
     def sums(self, w: Array, leaves: list[Array], seen: Array | None) -> Array:
         """Sum values with weights [R, S] to [R, F * H]; `seen` is None where every slot is."""
-        steps, zeros = self._affine(leaves)
+        scales, zero_points = self._affine(leaves)
         if seen is not None:
             used = _used(seen) > 0
-            steps = [jnp.where(used, x, 0.0) for x in steps]
-        scaled = [w * x for x in steps]
-        parts = [x for y in scaled for x in thirds(y, 3 if self.exact else 2)]
+            scales = [jnp.where(used, x, 0.0) for x in scales]
+        scaled = [w * x for x in scales]
+        parts = [x for y in scaled for x in split_bf16(y, 3 if self.exact else 2)]
         rows = _below(jnp.concatenate(parts, axis=0).astype(jnp.bfloat16), self.pack_factor)
         found = product(rows, self.decode(leaves[0]), 1 if self.last else 0)
         found = _own(found, self.pack_factor, self.parts)
         size = found.shape[0] // self._groups
         total: Any = 0.0
         for g in range(self._groups):
-            own = _added(found[g * size : (g + 1) * size], w.shape[0])
-            if zeros is not None:
-                low = jnp.sum(scaled[g] * zeros[g], axis=1, keepdims=True)
+            own = _add_rows(found[g * size : (g + 1) * size], w.shape[0])
+            if zero_points is not None:
+                low = jnp.sum(scaled[g] * zero_points[g], axis=1, keepdims=True)
                 own = own + (low if self.pack_factor == 1 else jnp.where(self._first, low, 0.0))
             if self._groups > 1:
                 own = jnp.where(self._channels(g, self.pack_factor), own, 0.0)
@@ -276,58 +278,62 @@ class Scaled:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerChannel:
-    """Keys as codes with a step and a zero point for each channel of a unit of tokens."""
+class PerChannelReader:
+    """Reads keys as codes with a scale and a zero point per channel of a block of tokens."""
 
     bits: int
     dim: int
-    unit: int
+    block_size: int
     exact: bool  # queries in float32
 
     def queries(self, q: Array) -> Array:
-        """In float32."""
+        """Return queries in float32."""
         return q.astype(jnp.float32)
 
     def products(self, q: Array, leaves: list[Array], seen: Array | None = None) -> Array:
-        """[R, S]: the units of a tile's lanes are rows of one product, each for its own lanes."""
+        """Multiply with keys to [R, S]: blocks of a tile are rows of one product."""
         del seen
-        codes = unpacked(self.bits, 0, leaves[0])
-        steps, zeros = _wide(leaves[1]), leaves[2].astype(jnp.float32)
-        units, rows = LANES // self.unit, q.shape[0]
+        codes = unpack(self.bits, 0, leaves[0])
+        scales, zero_points = _from_bf16_bits(leaves[1]), leaves[2].astype(jnp.float32)
+        blocks, rows = LANES // self.block_size, q.shape[0]
         lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
         found = []
         for start in range(0, codes.shape[1], LANES):
             parts, whole = [], []
-            for u in range(start // self.unit, start // self.unit + units):
+            for u in range(start // self.block_size, start // self.block_size + blocks):
                 own = slice(u * self.dim, (u + 1) * self.dim)
-                scaled = q * steps[:, own]
-                whole.append(jnp.sum(scaled * zeros[:, own], axis=1, keepdims=True))
-                parts += thirds(scaled, 3 if self.exact else 2)
+                scaled = q * scales[:, own]
+                whole.append(jnp.sum(scaled * zero_points[:, own], axis=1, keepdims=True))
+                parts += split_bf16(scaled, 3 if self.exact else 2)
             lines = jnp.concatenate(parts, axis=0).astype(jnp.bfloat16)
             tile = product(lines, codes[:, start : start + LANES], 0)
-            size = tile.shape[0] // units
+            size = tile.shape[0] // blocks
             total: Any = 0.0
-            for u in range(units):
-                own = _added(tile[u * size : (u + 1) * size], rows) + whole[u]
-                here = (lane >= u * self.unit) & (lane < (u + 1) * self.unit)
+            for u in range(blocks):
+                own = _add_rows(tile[u * size : (u + 1) * size], rows) + whole[u]
+                here = (lane >= u * self.block_size) & (lane < (u + 1) * self.block_size)
                 total = total + jnp.where(here, own, 0.0)
             found.append(total)
         return jnp.concatenate(found, axis=1)
 
 
-def unpacked(bits: int, axis: int, packed: Array) -> Array:
-    """Codes in bfloat16, which holds them all; the parts of the bytes one after another."""
+KeysReader: TypeAlias = DenseReader | PerTokenReader | PerChannelReader
+ValuesReader: TypeAlias = DenseReader | PerTokenReader
+
+
+def unpack(bits: int, axis: int, packed: Array) -> Array:
+    """Unpack codes to bfloat16, the parts of the bytes one after another."""
     wide = packed.astype(jnp.int32)
     parts = [(wide >> i) & (2**bits - 1) for i in range(0, 8, bits)] if bits < 8 else [wide]
     parts = [part.astype(jnp.float32) for part in parts]
     return jnp.concatenate(parts, axis=axis).astype(jnp.bfloat16)
 
 
-def float8(codes: Array) -> Array:
-    """Numbers of e4m3 bits, in bfloat16: the exponent moved to where float32 has it.
+def from_float8(codes: Array) -> Array:
+    """Convert e4m3 bits to bfloat16, by shifting the exponent to its place in float32.
 
-    The least numbers have no leading one: with one, and the exponent after the least, they are
-    larger by exactly that one.
+    Subnormal numbers have no leading one: read with one, and the next exponent, they are larger by
+    exactly that one.
     """
     wide = codes.astype(jnp.int32)
     rest = wide & 0x7F
@@ -337,11 +343,11 @@ def float8(codes: Array) -> Array:
     return jnp.where(wide >= 0x80, -size, size).astype(jnp.bfloat16)
 
 
-def operand(x: Any, dtype: Any) -> tuple[Any, list[Leaf]]:
-    """How an operand is read for queries of a dtype, and its arrays."""
+def reader_of(x: Pages, dtype: DTypeLike) -> tuple[KeysReader, list[Leaf]]:
+    """Return the reader of keys or values for queries of a dtype, and their arrays."""
     exact = jnp.dtype(dtype) == jnp.float32
     if isinstance(x, TpuPages):
-        return _tiled(x, dtype, exact)
+        return _tpu_pages_reader(x, dtype, exact)
     if isinstance(x, PerChannelCodes):
         share = Fraction(x.dim, x.block_size)
         leaves = [
@@ -349,40 +355,58 @@ def operand(x: Any, dtype: Any) -> tuple[Any, list[Leaf]]:
             Leaf(x.scales, 2, True, share),
             Leaf(x.zero_points, 2, True, share),
         ]
-        return PerChannel(x.bits, x.dim, x.block_size, exact), leaves
+        return PerChannelReader(x.bits, x.dim, x.block_size, exact), leaves
     if isinstance(x, Float8Codes):
-        codes = slots_last(x.codes)
-        form = Scaled(float8, codes.axis == 3, x.shape[-1], x.shape[-1], exact)
+        codes = slots_last_leaf(x.codes)
+        form = PerTokenReader(from_float8, codes.axis == 3, x.shape[-1], x.shape[-1], exact)
         return form, [codes, Leaf(x.scales, 2, True)]
     if isinstance(x, PerTokenCodes):
-        codes = slots_last(x.codes)
+        codes = slots_last_leaf(x.codes)
         last = codes.axis == 3
-        decode = functools.partial(unpacked, x.bits, 0 if last else 1)
-        form = Scaled(decode, last, x.dim, x.group, exact)
+        decode = functools.partial(unpack, x.bits, 0 if last else 1)
+        form = PerTokenReader(decode, last, x.dim, x.group, exact)
         return form, [codes, _per_token(x.scales), _per_token(x.zero_points)]
-    leaf = slots_last(x)
-    return Dense(jnp.dtype(dtype), leaf.axis == 3), [leaf]
+    if isinstance(x, Encoded):
+        raise UnsupportedError(f"no kernel for TPUs reads {type(x).__name__}")
+    leaf = slots_last_leaf(x)
+    return DenseReader(jnp.dtype(dtype), leaf.axis == 3), [leaf]
 
 
-def _tiled(x: TpuPages, dtype: Any, exact: bool) -> tuple[Any, list[Leaf]]:
+def values_reader_of(x: Pages, dtype: DTypeLike) -> tuple[ValuesReader, list[Leaf]]:
+    """Return the reader of values, see `reader_of`.
+
+    Raises:
+        UnsupportedError: values with a scale per channel.
+    """
+    reader, leaves = reader_of(x, dtype)
+    if isinstance(reader, PerChannelReader):
+        raise UnsupportedError("no kernel for TPUs reads values with a scale per channel")
+    return reader, leaves
+
+
+def _tpu_pages_reader(
+    x: TpuPages, dtype: DTypeLike, exact: bool
+) -> tuple[ValuesReader, list[Leaf]]:
     lines, form = Leaf(x.lines, 2, share=Fraction(1, x.pack_factor)), x.form
     if isinstance(form, Float8Codes):
-        read = Scaled(float8, False, x.dim, x.dim, exact, x.pack_factor)
+        read = PerTokenReader(from_float8, False, x.dim, x.dim, exact, x.pack_factor)
         return read, [lines, Leaf(x.scales, 2, whole=(False,))]
     if isinstance(form, PerTokenCodes):
-        decode = functools.partial(unpacked, form.bits, 1)
-        read = Scaled(decode, False, x.dim, form.group, exact, x.pack_factor, 8 // form.bits)
+        decode = functools.partial(unpack, form.bits, 1)
+        read = PerTokenReader(
+            decode, False, x.dim, form.group, exact, x.pack_factor, 8 // form.bits
+        )
         groups = form.scales.shape[2]
         return read, [lines, Leaf(x.scales, 2, whole=(False,) * groups + (True,) * groups)]
-    return Dense(jnp.dtype(dtype), False, x.pack_factor), [lines]
+    return DenseReader(jnp.dtype(dtype), False, x.pack_factor), [lines]
 
 
-def outline(x: Any, dtype: Any) -> list[Leaf]:
-    """The shapes of an operand's arrays."""
+def leaf_shapes(x: Pages, dtype: DTypeLike) -> list[Leaf]:
+    """Return an operand's leaves with shapes in place of arrays."""
     found: list[Leaf] = []
 
-    def arrays(x: Any) -> list[Array]:
-        found.extend(operand(x, dtype)[1])
+    def arrays(x: Pages) -> list[Array]:
+        found.extend(reader_of(x, dtype)[1])
         return [leaf.array for leaf in found]
 
     shapes = jax.eval_shape(arrays, x)
@@ -391,20 +415,20 @@ def outline(x: Any, dtype: Any) -> list[Leaf]:
     ]
 
 
-def _per_token(x: Any) -> Leaf:
-    """Steps [B, K, groups, S] as they lie."""
+def _per_token(x: Array) -> Leaf:
+    """Return scales [B, K, groups, S] in the layout that they have in memory."""
     return Leaf(x[:, :, 0], 2, True) if x.shape[2] == 1 else Leaf(x, 3)
 
 
-def refusal(name: str, x: Any, dtype: Any) -> str | None:
-    """Why an operand cannot be read, if so."""
+def refusal(name: str, x: Pages | jax.ShapeDtypeStruct, dtype: DTypeLike) -> str | None:
+    """Return why an operand cannot be read, or None."""
     if isinstance(x, TpuPages):
         return refusal(name, x.form, dtype)
     if isinstance(x, PerChannelCodes):
         if name == "values":
-            return "values with a step for each channel"
-        if not LEAST_UNIT <= x.block_size <= LANES:
-            return f"{name} in units of {x.block_size} tokens; {LEAST_UNIT} to {LANES}"
+            return "values with a scale per channel"
+        if not MIN_BLOCK <= x.block_size <= LANES:
+            return f"{name} in blocks of {x.block_size} tokens; {MIN_BLOCK} to {LANES}"
         return None
     if isinstance(x, PerTokenCodes):
         if x.dim * x.bits % 8:
