@@ -16,10 +16,11 @@ from jkv.errors import CheckpointError
 from jkv.models import diagnose, families
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder
-from jkv.models.families import Family, Place
+from jkv.models.families import Family
 from jkv.models.files import INDEX_LIMIT, read_json
-from jkv.models.settings import bare
+from jkv.models.hf_config import printable
 from jkv.models.slots import Slot, find_slots, outline_model, tensor_shapes
+from jkv.models.tensor_names import Place
 from jkv.models.tensorfile import DTYPES, Tensor, read_header
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -168,14 +169,14 @@ def _find_shards(directory: Path, family: Family | None, problems: list[str]) ->
         for name, tensor in read_header(directory / shard, problems).items():
             if name in found:
                 other = found[name].path.name
-                problems.append(f"{shard}: {bare(name)} is in {other} too")
+                problems.append(f"{shard}: {printable(name)} is in {other} too")
             found[name] = tensor
             where = weight_map.get(name)
             if where is None:
                 found[name] = dataclasses.replace(tensor, listed=False)
             elif where != shard:
                 problems.append(
-                    f"{shard}: holds {bare(name)}, which {_INDEX} looks for in {brief(where)}"
+                    f"{shard}: holds {printable(name)}, which {_INDEX} looks for in {brief(where)}"
                 )
     lost = [name for name in weight_map if name not in found and str(weight_map[name]) in shards]
     if family is not None:
@@ -198,7 +199,7 @@ def _named(tensors: dict[str, Tensor], family: Family, problems: list[str]) -> d
     for name, tensor in tensors.items():
         short = name.removeprefix(family.prefix)
         if short in named:
-            name = bare(name)
+            name = printable(name)
             problems.append(f"{name} is there with and without the prefix {family.prefix}")
         named[short] = tensor
     return named
@@ -276,7 +277,7 @@ def _grouped(names: Iterable[str]) -> list[str]:
     for key, layers in groups.items():
         numbers = _ranges(sorted(layers))
         line = key.replace("\0", f"{{{numbers}}}" if len(layers) > 1 else numbers)
-        lines.append(bare(line))
+        lines.append(printable(line))
     return lines
 
 

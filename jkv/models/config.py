@@ -1,4 +1,4 @@
-"""What a decoder is, as one frozen value: every family is a point in this space."""
+"""The configuration of a decoder, one frozen value for every family."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from jkv.ops import rope as _rope
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+RopeRule = Literal["default", "linear", "llama3", "yarn"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions of a model: which dimensions turn, and how fast.
+    """Rotary positions of a model: which dimensions are rotated, and how fast.
 
     Attributes:
         theta: base of the wavelengths.
-        dims: leading dimensions of each head that turn; the rest carry no position.
+        dims: leading dimensions of each head that are rotated; the rest have no position.
         interleaved: pairs are (2i, 2i + 1) rather than (i, i + dims / 2).
         rule: how the frequencies are scaled past the trained context.
         factor: of the scaling.
@@ -37,7 +38,7 @@ class Rope:
     theta: float = 10000.0
     dims: int = 64
     interleaved: bool = False
-    rule: Literal["default", "linear", "llama3", "yarn"] = "default"
+    rule: RopeRule = "default"
     factor: float = 1.0
     original_context: int = 0
     low_freq_factor: float = 1.0
@@ -48,7 +49,7 @@ class Rope:
     truncate: bool = True
 
     def frequencies(self) -> np.ndarray:
-        """Inverse frequencies ``[dims // 2]``, float64 on the host."""
+        """Return inverse frequencies ``[dims // 2]``, float64 on the host."""
         plain = _rope.default_frequencies(self.dims, self.theta)
         if self.rule == "linear":
             return _rope.linear_frequencies(plain, self.factor)
@@ -138,7 +139,7 @@ class Config:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Refuse a shape that cannot be."""
+        """Refuse sizes that do not fit together."""
         sizes = ("vocab", "layers", "width", "heads", "kv_heads", "head_dim", "feed_forward")
         for name in (*sizes, "context"):
             value = getattr(self, name)
@@ -164,11 +165,11 @@ class Config:
 
     @property
     def scale(self) -> float:
-        """Of the attention scores."""
+        """The scale of the attention scores."""
         if self.attention_scale is not None:
             return self.attention_scale
         return 1 / math.sqrt(self.head_dim)
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of a layer."""
+        """Return the sliding window of a layer, None for none."""
         return self.windows[layer] if self.windows else None

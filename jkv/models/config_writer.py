@@ -1,4 +1,4 @@
-"""Writing a `Config` as the `config.json` that its family reads."""
+"""The writer of a `Config` as the `config.json` that its family reads."""
 
 from __future__ import annotations
 
@@ -16,25 +16,6 @@ _ACTIVATIONS = {
     "gelu_tanh": "gelu_pytorch_tanh",
     "relu": "relu",
 }
-_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
-# Keys that not all families have; those of rotary families are in `_rotary`.
-_MORE: dict[str, tuple[str, ...]] = {
-    "llama": ("attention_bias", "mlp_bias", "hidden_act"),
-    "mistral": ("sliding_window", "hidden_act"),
-    "qwen2": (*_WINDOWS, "hidden_act"),
-    "qwen3": (*_WINDOWS, "attention_bias", "hidden_act"),
-    "glm": ("attention_bias", "partial_rotary_factor", "hidden_act"),
-    "glm4": ("attention_bias", "partial_rotary_factor", "hidden_act"),
-    "gemma2": (
-        "attention_bias",
-        "sliding_window",
-        "layer_types",
-        "query_pre_attn_scalar",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "hidden_activation",
-    ),
-}
 
 
 def write_config(config: Config) -> dict[str, Any]:
@@ -45,7 +26,7 @@ def write_config(config: Config) -> dict[str, Any]:
     """
     names = [config.family] if config.family in families.FAMILIES else list(families.FAMILIES)
     for name in names:
-        values = _gpt2(config) if name == "gpt2" else _rotary(config, name)
+        values = _values(config, name)
         if reads_as(values, config):
             return values
     what = f"the family {config.family}" if len(names) == 1 else "any family"
@@ -56,7 +37,7 @@ def write_config(config: Config) -> dict[str, Any]:
 
 
 def reads_as(values: Mapping[str, Any], config: Config, end_ids: Any = None) -> bool:
-    """Whether `config.json` with these keys describes a model, whatever its dtype.
+    """Return whether `config.json` with these keys describes a model, of any dtype.
 
     Args:
         values: of `config.json`.
@@ -70,28 +51,29 @@ def reads_as(values: Mapping[str, Any], config: Config, end_ids: Any = None) -> 
 
 
 def _plain(config: Config) -> Config:
-    """Without what says the same in two ways, and what a family's name and a dtype say."""
+    """Normalise fields that can be written in two ways, and drop the family and dtype."""
     windows = tuple(config.window(i) for i in range(config.layers))
     return dataclasses.replace(
         config, family="", dtype="", windows=windows, attention_scale=config.scale
     )
 
 
-def _shared(config: Config, family: str) -> dict[str, Any]:
+def _values(config: Config, name: str) -> dict[str, Any]:
+    """Return the keys that a family writes, for a model that it may or may not describe."""
+    family = families.FAMILIES[name]
+    windows = [config.window(i) for i in range(config.layers)]
+    window = next((w for w in windows if w is not None), None)
+    rope = config.rope or Rope()
+    scalar = config.scale**-2
     ends = list(config.end_ids)
-    return {
-        "architectures": [families.FAMILIES[family].architecture],
-        "model_type": family,
+    values = {
+        "architectures": [family.architecture],
+        "model_type": name,
         "vocab_size": config.vocab,
         "tie_word_embeddings": config.tied,
         "eos_token_id": None if not ends else ends[0] if len(ends) == 1 else ends,
         "bos_token_id": None,
         "pad_token_id": None,
-    }
-
-
-def _gpt2(config: Config) -> dict[str, Any]:
-    return _shared(config, "gpt2") | {
         "n_embd": config.width,
         "n_layer": config.layers,
         "n_head": config.heads,
@@ -100,46 +82,30 @@ def _gpt2(config: Config) -> dict[str, Any]:
         "layer_norm_epsilon": config.norm_eps,
         "activation_function": _ACTIVATIONS[config.activation].replace("_pytorch_tanh", "_new"),
         "scale_attn_weights": config.scale != 1.0,
-    }
-
-
-def _rotary(config: Config, family: str) -> dict[str, Any]:
-    windows = [config.window(i) for i in range(config.layers)]
-    window = next((w for w in windows if w is not None), None)
-    kinds = ["full_attention" if w is None else "sliding_attention" for w in windows]
-    rope = config.rope or Rope()
-    scalar = config.scale**-2
-    whole = abs(scalar - round(scalar)) < 1e-6
-    more = {
-        "hidden_act": _ACTIVATIONS[config.activation],
-        "hidden_activation": _ACTIVATIONS[config.activation],
+        "hidden_size": config.width,
+        "intermediate_size": config.feed_forward,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": rope.theta,
+        "rope_scaling": _scaling(rope),
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "sliding_window": window,
         "use_sliding_window": window is not None,
         "max_window_layers": config.layers,
-        "layer_types": kinds,
+        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows],
         "partial_rotary_factor": rope.dims / config.head_dim,
-        "query_pre_attn_scalar": round(scalar) if whole else scalar,
+        "query_pre_attn_scalar": (round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar),
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
+        "hidden_act": _ACTIVATIONS[config.activation],
+        "hidden_activation": _ACTIVATIONS[config.activation],
     }
-    return (
-        _shared(config, family)
-        | {
-            "hidden_size": config.width,
-            "intermediate_size": config.feed_forward,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.heads,
-            "num_key_value_heads": config.kv_heads,
-            "head_dim": config.head_dim,
-            "max_position_embeddings": config.context,
-            "rms_norm_eps": config.norm_eps,
-            "rope_theta": rope.theta,
-            "rope_scaling": _scaling(rope),
-        }
-        | {key: more[key] for key in _MORE[family]}
-    )
+    return {key: values[key] for key in (*families.SHARED_KEYS, *family.keys)}
 
 
 def _scaling(rope: Rope) -> dict[str, Any] | None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from jkv._text import brief
 from jkv.models.files import read_json
+from jkv.models.hf_config import printable
 from jkv.models.hf_keys import QUANTIZATION
-from jkv.models.settings import bare
 from jkv.models.tensorfile import DTYPES, Tensor
 
 # Quantization ------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def quantization(
         methods = [_QUANTIZATION_FILES[n] for n in names] + [_QUANTIZATION_TENSORS[e] for e in ends]
         how = f" with {methods[0]}" if methods else ""
     plain = tensors and coded is None
-    which = "" if coded is None else f": tensor {bare(coded.name)} is {coded.dtype}"
+    which = "" if coded is None else f": tensor {printable(coded.name)} is {coded.dtype}"
     return (
         f"the weights are quantized{how}{which}; expected {', '.join(DTYPES)}. Load the model that "
         "they were made from, or let transformers write it: model.dequantize() and "
@@ -69,7 +69,7 @@ def _method(key: str, value: Any) -> str:
     if QUANTIZATION[key] or not isinstance(value, dict):
         return QUANTIZATION[key] or brief(value)
     if isinstance(value.get("quant_method"), str):
-        return bare(value["quant_method"])
+        return printable(value["quant_method"])
     bits = any(value.get(name) for name in ("load_in_4bit", "load_in_8bit"))
     return "bitsandbytes" if bits else brief(value)
 
@@ -230,4 +230,4 @@ def _names(path: Path) -> list[str]:
 
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(bare(name) for name in names[:5]) + more
+    return ", ".join(printable(name) for name in names[:5]) + more

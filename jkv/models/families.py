@@ -1,22 +1,27 @@
-"""The families of decoders: how each writes its configuration, and what it calls its tensors.
+"""The families of decoders: one row each of `FAMILIES`, which has all that differs between them.
 
-Two readers per family, and nothing else in the library knows one by name: a function from the keys
-of `config.json` to `Config`, and a table from the names of tensors to places in `Decoder`. In a
-name, ``*`` is the number of a layer. A row of the table counts when the model that the
-configuration describes has that place (a bias, an untied head); it is then required.
+Nothing else in the library knows a family by name. A row has a function from the keys of
+`config.json` to the fields of `Config`, the keys that are written when such a model is saved, and a
+table from the names of tensors to places in `Decoder`. In a tensor's name, ``*`` is the number of a
+layer. An entry of that table applies if the configured model has that place (a bias, an untied
+head), and the tensor is then required.
+
+To add a family, write its row, and the function and tables that no other family shares.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from jkv._text import brief, plural
+from jkv.models import tensor_names
 from jkv.models.config import Config
+from jkv.models.hf_config import HFConfig
 from jkv.models.hf_keys import CONSTANTS, IRRELEVANT, QUANTIZATION, STATED, stated
-from jkv.models.positions import read_rope
-from jkv.models.settings import Settings
+from jkv.models.rope_config import read_rope
+from jkv.models.tensor_names import Place
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -31,139 +36,31 @@ _LAYERS = 1000  # more is a mistake, and would take minutes to find out
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a tensor goes, and how it lies on disk.
-
-    Attributes:
-        kind: "array" is stored as it is; "linear" is a map written ``[outputs, inputs]``;
-            "conv1d" is one written ``[inputs, outputs]``; "bias" belongs to such a map.
-        targets: paths in the decoder. Several, where the tensor is fused: they follow each other
-            along the outputs.
-    """
-
-    kind: Literal["array", "linear", "conv1d", "bias"]
-    targets: tuple[str, ...]
-
-
-def _array(target: str) -> Place:
-    return Place("array", (target,))
-
-
-def _linear(*targets: str) -> Place:
-    return Place("linear", targets)
-
-
-def _conv1d(*targets: str) -> Place:
-    return Place("conv1d", targets)
-
-
-def _bias(*targets: str) -> Place:
-    return Place("bias", targets)
-
-
-@dataclasses.dataclass(frozen=True)
 class Family:
-    """One line of models.
+    """One family of models.
 
     Attributes:
-        architecture: as `config.json` names it.
-        configure: the fields of `Config`, but for those that every family shares.
+        architecture: its name in `config.json`.
+        configure: reads the fields of `Config`, except those that every family shares.
+        keys: keys of `config.json` that a saved model has, after `SHARED_KEYS`.
         tensors: name on disk to place in the decoder.
-        harmless: regular expressions of tensors that old versions saved and nobody needs.
-        prefix: of every name, present or not.
+        harmless: regular expressions of tensors that old versions saved and no model uses.
+        prefix: of every tensor's name, present or not.
     """
 
     architecture: str
-    configure: Callable[[Settings], dict[str, Any]]
+    configure: Callable[[HFConfig], dict[str, Any]]
+    keys: tuple[str, ...]
     tensors: Mapping[str, Place]
     harmless: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     prefix: str = ""
 
 
-# Names of tensors ---------------------------------------------------------------------------------
-
-_GPT2 = {
-    "wte.weight": _array("embedding"),
-    "wpe.weight": _array("positions"),
-    "h.*.ln_1.weight": _array("blocks.*.attention_norm.scale"),
-    "h.*.ln_1.bias": _array("blocks.*.attention_norm.bias"),
-    "h.*.attn.c_attn.weight": _conv1d(
-        "blocks.*.attention.q", "blocks.*.attention.k", "blocks.*.attention.v"
-    ),
-    "h.*.attn.c_attn.bias": _bias(
-        "blocks.*.attention.q", "blocks.*.attention.k", "blocks.*.attention.v"
-    ),
-    "h.*.attn.c_proj.weight": _conv1d("blocks.*.attention.o"),
-    "h.*.attn.c_proj.bias": _bias("blocks.*.attention.o"),
-    "h.*.ln_2.weight": _array("blocks.*.mlp_norm.scale"),
-    "h.*.ln_2.bias": _array("blocks.*.mlp_norm.bias"),
-    "h.*.mlp.c_fc.weight": _conv1d("blocks.*.mlp.up"),
-    "h.*.mlp.c_fc.bias": _bias("blocks.*.mlp.up"),
-    "h.*.mlp.c_proj.weight": _conv1d("blocks.*.mlp.down"),
-    "h.*.mlp.c_proj.bias": _bias("blocks.*.mlp.down"),
-    "ln_f.weight": _array("norm.scale"),
-    "ln_f.bias": _array("norm.bias"),
-    "lm_head.weight": _linear("head"),
-}
-
-_ATTENTION = {
-    "model.embed_tokens.weight": _array("embedding"),
-    "model.norm.weight": _array("norm.scale"),
-    "lm_head.weight": _linear("head"),
-    "model.layers.*.input_layernorm.weight": _array("blocks.*.attention_norm.scale"),
-    "model.layers.*.self_attn.q_proj.weight": _linear("blocks.*.attention.q"),
-    "model.layers.*.self_attn.q_proj.bias": _bias("blocks.*.attention.q"),
-    "model.layers.*.self_attn.k_proj.weight": _linear("blocks.*.attention.k"),
-    "model.layers.*.self_attn.k_proj.bias": _bias("blocks.*.attention.k"),
-    "model.layers.*.self_attn.v_proj.weight": _linear("blocks.*.attention.v"),
-    "model.layers.*.self_attn.v_proj.bias": _bias("blocks.*.attention.v"),
-    "model.layers.*.self_attn.o_proj.weight": _linear("blocks.*.attention.o"),
-    "model.layers.*.self_attn.o_proj.bias": _bias("blocks.*.attention.o"),
-    "model.layers.*.self_attn.q_norm.weight": _array("blocks.*.attention.q_norm.scale"),
-    "model.layers.*.self_attn.k_norm.weight": _array("blocks.*.attention.k_norm.scale"),
-}
-
-_GATED = {
-    "model.layers.*.mlp.gate_proj.weight": _linear("blocks.*.mlp.gate"),
-    "model.layers.*.mlp.gate_proj.bias": _bias("blocks.*.mlp.gate"),
-    "model.layers.*.mlp.up_proj.weight": _linear("blocks.*.mlp.up"),
-    "model.layers.*.mlp.up_proj.bias": _bias("blocks.*.mlp.up"),
-    "model.layers.*.mlp.down_proj.weight": _linear("blocks.*.mlp.down"),
-    "model.layers.*.mlp.down_proj.bias": _bias("blocks.*.mlp.down"),
-}
-
-_FUSED = {
-    "model.layers.*.mlp.gate_up_proj.weight": _linear("blocks.*.mlp.gate", "blocks.*.mlp.up"),
-    "model.layers.*.mlp.down_proj.weight": _linear("blocks.*.mlp.down"),
-}
-
-_MLP_NORM = {"model.layers.*.post_attention_layernorm.weight": _array("blocks.*.mlp_norm.scale")}
-
-_LLAMA = _ATTENTION | _GATED | _MLP_NORM
-_GLM = _ATTENTION | _FUSED | _MLP_NORM
-_GLM4 = _GLM | {
-    "model.layers.*.post_self_attn_layernorm.weight": _array("blocks.*.attention_post_norm.scale"),
-    "model.layers.*.post_mlp_layernorm.weight": _array("blocks.*.mlp_post_norm.scale"),
-}
-# Gemma's norm of this name comes after the attention, where Llama's comes before the feed-forward.
-_GEMMA2 = (
-    _ATTENTION
-    | _GATED
-    | {
-        "model.layers.*.post_attention_layernorm.weight": _array(
-            "blocks.*.attention_post_norm.scale"
-        ),
-        "model.layers.*.pre_feedforward_layernorm.weight": _array("blocks.*.mlp_norm.scale"),
-        "model.layers.*.post_feedforward_layernorm.weight": _array("blocks.*.mlp_post_norm.scale"),
-    }
-)
-
-
 # Configurations -----------------------------------------------------------------------------------
 
 
-def _gpt2(s: Settings) -> dict[str, Any]:
-    # The names that transformers takes for the same.
+def _gpt2(s: HFConfig) -> dict[str, Any]:
+    # transformers accepts these names too.
     for name, other in (
         ("n_embd", "hidden_size"),
         ("n_layer", "num_hidden_layers"),
@@ -196,7 +93,7 @@ def _gpt2(s: Settings) -> dict[str, Any]:
 
 
 def _rotary(
-    s: Settings,
+    s: HFConfig,
     *,
     head_dim: int | None = None,
     kv_heads: int | None = None,
@@ -206,7 +103,7 @@ def _rotary(
     partial: float | None = None,
     interleaved: bool = False,
 ) -> dict[str, Any]:
-    """What Llama and its descendants share.
+    """Read the fields that Llama and its descendants share.
 
     Args:
         s: the keys.
@@ -215,8 +112,8 @@ def _rotary(
         activation: the key's name and its default.
         eps: default of the norm's.
         tied: default of the output projection's.
-        partial: default share of each head that turns, None where all of it always does.
-        interleaved: how the turning dimensions pair.
+        partial: default share of each head that is rotated, None where all of it always is.
+        interleaved: how the rotated dimensions are paired.
     """
     width, heads = s.integer("hidden_size"), s.integer("num_attention_heads")
     default = head_dim or max(width // heads, 1)
@@ -238,7 +135,7 @@ def _rotary(
     }
 
 
-def _llama(s: Settings) -> dict[str, Any]:
+def _llama(s: HFConfig) -> dict[str, Any]:
     bias = s.flag("attention_bias", False)
     return _rotary(s) | {
         "qkv_bias": bias,
@@ -247,7 +144,7 @@ def _llama(s: Settings) -> dict[str, Any]:
     }
 
 
-def _mistral(s: Settings) -> dict[str, Any]:
+def _mistral(s: HFConfig) -> dict[str, Any]:
     shape = _rotary(s, kv_heads=8)
     window = s.integer("sliding_window", 4096, null=None)
     every = "full_attention" if window is None else "sliding_attention"
@@ -255,8 +152,8 @@ def _mistral(s: Settings) -> dict[str, Any]:
     return shape | {"windows": () if window is None else (window,) * shape["layers"]}
 
 
-def _qwen_windows(s: Settings, layers: int) -> tuple[int | None, ...]:
-    """Only the layers from `max_window_layers` on slide, and only when told to."""
+def _qwen_windows(s: HFConfig, layers: int) -> tuple[int | None, ...]:
+    """Read the windows of Qwen: layers from `max_window_layers` on, if windows are enabled."""
     slides = s.flag("use_sliding_window", False)
     window = s.integer("sliding_window", 4096, null=None)
     first = s.raw("max_window_layers", 28)
@@ -273,13 +170,13 @@ def _qwen_windows(s: Settings, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _qwen2(s: Settings) -> dict[str, Any]:
+def _qwen2(s: HFConfig) -> dict[str, Any]:
     shape = _rotary(s, kv_heads=32)
     s.expect("attention_bias", True)
     return shape | {"qkv_bias": True, "windows": _qwen_windows(s, shape["layers"])}
 
 
-def _qwen3(s: Settings) -> dict[str, Any]:
+def _qwen3(s: HFConfig) -> dict[str, Any]:
     shape = _rotary(s, head_dim=128, kv_heads=32)
     bias = s.flag("attention_bias", False)
     return shape | {
@@ -290,16 +187,16 @@ def _qwen3(s: Settings) -> dict[str, Any]:
     }
 
 
-def _glm(s: Settings) -> dict[str, Any]:
+def _glm(s: HFConfig) -> dict[str, Any]:
     shape = _rotary(s, head_dim=128, kv_heads=2, eps=1.5625e-7, partial=0.5, interleaved=True)
     return shape | {"qkv_bias": s.flag("attention_bias", True)}
 
 
-def _glm4(s: Settings) -> dict[str, Any]:
+def _glm4(s: HFConfig) -> dict[str, Any]:
     return _glm(s) | {"post_norms": True}
 
 
-def _gemma2(s: Settings) -> dict[str, Any]:
+def _gemma2(s: HFConfig) -> dict[str, Any]:
     shape = _rotary(
         s,
         head_dim=256,
@@ -307,7 +204,7 @@ def _gemma2(s: Settings) -> dict[str, Any]:
         activation=("hidden_activation", "gelu_pytorch_tanh"),
         tied=True,
     )
-    s.ignore("hidden_act")  # written beside hidden_activation, which is the one that counts
+    s.ignore("hidden_act")  # checkpoints have it too, but only hidden_activation is used
     bias = s.flag("attention_bias", False)
     layers = shape["layers"]
     window = s.integer("sliding_window", 4096, null=None)
@@ -327,26 +224,78 @@ def _gemma2(s: Settings) -> dict[str, Any]:
     }
 
 
+# Keys of `config.json` that are written ----------------------------------------------------------
+
+SHARED_KEYS = (
+    "architectures",
+    "model_type",
+    "vocab_size",
+    "tie_word_embeddings",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+)
+_GPT2_KEYS = (
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_inner",
+    "n_positions",
+    "layer_norm_epsilon",
+    "activation_function",
+    "scale_attn_weights",
+)
+_ROTARY_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+)
+_LLAMA_KEYS = (*_ROTARY_KEYS, "attention_bias", "mlp_bias", "hidden_act")
+_MISTRAL_KEYS = (*_ROTARY_KEYS, "sliding_window", "hidden_act")
+_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+_QWEN2_KEYS = (*_ROTARY_KEYS, *_WINDOW_KEYS, "hidden_act")
+_QWEN3_KEYS = (*_ROTARY_KEYS, *_WINDOW_KEYS, "attention_bias", "hidden_act")
+_GLM_KEYS = (*_ROTARY_KEYS, "attention_bias", "partial_rotary_factor", "hidden_act")
+_GEMMA2_KEYS = (
+    *_ROTARY_KEYS,
+    "attention_bias",
+    "sliding_window",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "hidden_activation",
+)
+
+
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2LMHeadModel",
         _gpt2,
-        _GPT2,
+        _GPT2_KEYS,
+        tensor_names.GPT2,
         harmless=(r"h\.\d+\.attn\.(masked_)?bias",),
         prefix="transformer.",
     ),
-    "llama": Family("LlamaForCausalLM", _llama, _LLAMA),
-    "mistral": Family("MistralForCausalLM", _mistral, _LLAMA),
-    "qwen2": Family("Qwen2ForCausalLM", _qwen2, _LLAMA),
-    "qwen3": Family("Qwen3ForCausalLM", _qwen3, _LLAMA),
-    "glm": Family("GlmForCausalLM", _glm, _GLM),
-    "glm4": Family("Glm4ForCausalLM", _glm4, _GLM4),
-    "gemma2": Family("Gemma2ForCausalLM", _gemma2, _GEMMA2),
+    "llama": Family("LlamaForCausalLM", _llama, _LLAMA_KEYS, tensor_names.LLAMA),
+    "mistral": Family("MistralForCausalLM", _mistral, _MISTRAL_KEYS, tensor_names.LLAMA),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, _QWEN2_KEYS, tensor_names.LLAMA),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, _QWEN3_KEYS, tensor_names.LLAMA),
+    "glm": Family("GlmForCausalLM", _glm, _GLM_KEYS, tensor_names.GLM),
+    "glm4": Family("Glm4ForCausalLM", _glm4, _GLM_KEYS, tensor_names.GLM4),
+    "gemma2": Family("Gemma2ForCausalLM", _gemma2, _GEMMA2_KEYS, tensor_names.GEMMA2),
 }
 
 
 def find(values: Mapping[str, Any], problems: list[str]) -> Family | None:
-    """The family of a `config.json`, or None and a problem."""
+    """Return the family of a `config.json`, or None and a problem."""
     kind = values.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
@@ -368,22 +317,22 @@ def read_config(
     values: Mapping[str, Any],
     family: Family,
     problems: list[str],
-    end_ids: Any = None,
+    end_ids: object = None,
     ignore: Iterable[str] = (),
 ) -> Config | None:
-    """`Config` as the keys of `config.json` describe it, or None and problems.
+    """Read a `Config` from the keys of `config.json`, or return None and problems.
 
-    Whether weights are quantized is not asked here: see `jkv.models.diagnose.quantization`.
+    Quantized weights are not looked for here, see `jkv.models.diagnose.quantization`.
 
     Args:
         values: of `config.json`.
-        family: as `find` tells.
-        problems: what is wrong is added here.
-        end_ids: `eos_token_id` of `generation_config.json`, which outweighs `config.json`'s.
+        family: as `find` returns it.
+        problems: problems are appended to this list.
+        end_ids: `eos_token_id` of `generation_config.json`, which overrides that of `config.json`.
         ignore: keys to treat as absent; ``rope_scaling.x`` is the key x of the object rope_scaling.
     """
     ignored = set(ignore)
-    s = Settings(values, problems, ignored)
+    s = HFConfig(values, problems, ignored)
     s.ignore("model_type", "architectures", *IRRELEVANT, *QUANTIZATION)
     fields = family.configure(s)
     for key in sorted(CONSTANTS.keys() - s.seen):
@@ -401,7 +350,7 @@ def read_config(
         except ValueError as error:
             problems.append(f"config.json: {error}")
     if config is None:
-        s.ignore(*STATED)  # what the model does anyway is not known
+        s.ignore(*STATED)  # without a Config, what the model does anyway is unknown
     s.finish({} if config is None else stated(config, s.values))
     problems.extend(
         f"config.json: has no key {brief(key)}, which ignore= names" for key in sorted(ignored)
@@ -409,17 +358,17 @@ def read_config(
     return config
 
 
-def _end_ids(s: Settings, value: Any, vocab: int) -> tuple[int, ...]:
-    ids = [] if value is None else value if isinstance(value, list) else [value]
+def _end_ids(s: HFConfig, value: object, vocab: int) -> tuple[int, ...]:
+    ids: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         s.problem(f"eos_token_id is {brief(value)}; expected an integer, a list of them, or null")
         return ()
-    # An id that the model has no logit for never comes; tiny test models inherit such ids.
+    # An id without a logit is never generated; tiny test models inherit such ids.
     return tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab))
 
 
-def _dtype(s: Settings) -> str:
-    """Of the weights as the checkpoint says: "" where it says nothing."""
+def _dtype(s: HFConfig) -> str:
+    """Read the dtype of the weights: "" where the checkpoint does not say."""
     old, new = s.raw("torch_dtype"), s.raw("dtype")
     value = old if new is None else new
     if value is None:

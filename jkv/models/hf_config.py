@@ -1,4 +1,4 @@
-"""Reading a `config.json`: every key is used, known not to matter, or a problem."""
+"""The reader of a `config.json`: every key is used, known to be irrelevant, or a problem."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from jkv.models.hf_keys import equal
 _ABSENT: Any = object()
 
 
-class Settings:
-    """The keys of one JSON object, ticked off as they are read.
+class HFConfig:
+    """The keys of one JSON object, marked as they are read.
 
-    A value that cannot be used is added to `problems`, and reading goes on with a stand-in, so
-    that one look at a checkpoint finds everything that is wrong with it. `broken` says that a
-    stand-in was given: what was read must not be used.
+    A value that cannot be used is added to `problems`, and reading continues with a placeholder, so
+    that all problems of a checkpoint are found at once. `broken` says that a placeholder was
+    returned: the values read must not be used.
 
     Args:
         values: the object.
-        problems: what is wrong is added here.
+        problems: problems are appended to this list.
         ignored: keys to treat as absent; ``a.b`` is the key b of the object a. Each is removed
             from this set once it has been met.
         path: of the object within `config.json`, such as ``rope_scaling.``.
@@ -44,12 +44,12 @@ class Settings:
         self.seen: set[str] = set()
 
     def problem(self, text: str) -> None:
-        """Something that makes the values unusable."""
+        """Report a problem that makes the values unusable."""
         self.problems.append(f"{self.where}: {text}")
         self.broken = True
 
     def raw(self, key: str, default: Any = None) -> Any:
-        """The value as it stands; `default` where the key is absent."""
+        """Return the value unchecked; `default` where the key is absent."""
         self.seen.add(key)
         return self.values.get(key, default)
 
@@ -61,7 +61,7 @@ class Settings:
     def integer(
         self, key: str, default: Any = _ABSENT, *, null: Any = _ABSENT, most: int = 2**31 - 1
     ) -> Any:
-        """An integer from 1 to `most`; `null` stands for a JSON null where one is allowed."""
+        """Read an integer from 1 to `most`; `null` replaces a JSON null where one is allowed."""
         return self._read(
             key,
             default,
@@ -72,7 +72,7 @@ class Settings:
         )
 
     def number(self, key: str, default: Any = _ABSENT, *, null: Any = _ABSENT) -> Any:
-        """A finite number above 0, as a float."""
+        """Read a finite number above 0, as a float."""
 
         def fits(value: Any) -> bool:
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -83,12 +83,12 @@ class Settings:
         return float(value) if isinstance(value, int) else value
 
     def flag(self, key: str, default: Any = _ABSENT) -> bool:
-        """True or false; null where the default is false."""
+        """Read true or false; null counts as false where the default is false."""
         null = False if default is False else _ABSENT
         return self._read(key, default, null, "true or false", lambda v: isinstance(v, bool), False)
 
     def choice(self, key: str, options: Mapping[str, str], default: Any = _ABSENT) -> str:
-        """What a word stands for."""
+        """Read one of the words of `options`, and return its value there."""
         wanted = "one of " + ", ".join(options)
         value = self._read(
             key,
@@ -101,7 +101,7 @@ class Settings:
         return options[value]
 
     def words(self, key: str, options: Iterable[str], count: int) -> list[str] | None:
-        """A list of `count` words, or None where there is none."""
+        """Read a list of `count` words, or None where there is none."""
         options = tuple(options)
         return self._read(
             key,
@@ -112,18 +112,18 @@ class Settings:
             None,
         )
 
-    def group(self, key: str) -> Settings | None:
-        """An object within, with the same list of problems; None where there is none."""
+    def group(self, key: str) -> HFConfig | None:
+        """Read an inner object, with the same list of problems; None where there is none."""
         value = self.raw(key)
         if value is None:
             return None
         if not isinstance(value, dict):
             self.problem(f"{key} is {brief(value)}; expected an object or null")
             return None
-        return Settings(value, self.problems, self._ignored, f"{self._path}{key}.")
+        return HFConfig(value, self.problems, self._ignored, f"{self._path}{key}.")
 
     def expect(self, key: str, *allowed: Any) -> None:
-        """Refuse any value of a key but these; absence and null are fine."""
+        """Report any value of a key but these; absence and null are allowed."""
         value = self.raw(key)
         if value is not None and not any(equal(value, a) for a in allowed):
             wanted = " or ".join(brief(a) for a in allowed)
@@ -136,14 +136,14 @@ class Settings:
         return f" (to load it as if the key were absent: ignore=({brief(self._path + key)},))"
 
     def ignore(self, *keys: str) -> None:
-        """Keys that do not matter here."""
+        """Mark keys as irrelevant."""
         self.seen.update(keys)
 
     def finish(self, stated: Mapping[str, tuple[Any, ...]] | None = None) -> None:
-        """Report every key that nothing has read and that is not null.
+        """Report every key that was not read and is not null.
 
         Args:
-            stated: for keys that nothing reads, the values that change nothing.
+            stated: for keys that are never read, the values that change nothing.
         """
         for key in sorted(set(self.values) - self.seen):
             value, allowed = self.values[key], (stated or {}).get(key, ())
@@ -152,7 +152,7 @@ class Settings:
             wanted = [brief(a) for a in allowed if a is not None]
             what = f"; here only {' or '.join(wanted)} would change nothing" if wanted else ""
             self.problems.append(
-                f"{self.where}: unknown key {bare(key)} = {brief(value)}, which may change "
+                f"{self.where}: unknown key {printable(key)} = {brief(value)}, which may change "
                 f"what the model computes{what}{self._remedy(key)}"
             )
 
@@ -163,22 +163,22 @@ class Settings:
         null: Any,
         wanted: str,
         fits: Callable[[Any], bool],
-        stand_in: Any,
+        placeholder: Any,
     ) -> Any:
         value = self.raw(key, _ABSENT)
         if value is _ABSENT:
             if default is not _ABSENT:
                 return default
             self.problem(f"{key} is missing; expected {wanted}")
-            return stand_in
+            return placeholder
         if value is None and null is not _ABSENT:
             return null
         if not fits(value):
             self.problem(f"{key} is {brief(value)}; expected {wanted}")
-            return stand_in
+            return placeholder
         return value
 
 
-def bare(name: str) -> str:
-    """A name in an error message: without quotes if it is one that people give."""
+def printable(name: str) -> str:
+    """Format a name for an error message, without quotes if it is short and printable."""
     return name if len(name) <= 120 and name.isprintable() else brief(name)

@@ -1,4 +1,4 @@
-"""Rotary positions as `config.json` has written them over the years."""
+"""The reader of rotary position settings in a `config.json`, in all of their formats."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import math
 from typing import Any
 
 from jkv._text import brief
-from jkv.models.config import Rope
-from jkv.models.settings import Settings
+from jkv.models.config import Rope, RopeRule
+from jkv.models.hf_config import HFConfig
 
 _RULES = ("default", "linear", "llama3", "yarn")
 
 
 def read_rope(
-    s: Settings,
+    s: HFConfig,
     head_dim: int,
     context: int,
     *,
     partial: float | None = None,
     interleaved: bool = False,
 ) -> tuple[Rope, int]:
-    """Rotary positions from `rope_parameters`, or from `rope_theta` and `rope_scaling`.
+    """Read rotary positions from `rope_parameters`, or from `rope_theta` and `rope_scaling`.
 
     Args:
         s: the keys of `config.json`.
         head_dim: H.
         context: `max_position_embeddings`.
-        partial: share of each head that turns by default; None where all of it always does.
-        interleaved: how the turning dimensions pair.
+        partial: default share of each head that is rotated; None where all of it always is.
+        interleaved: how the rotated dimensions are paired.
 
     Returns:
-        The positions, and the tokens that the model is made for with them.
+        The settings, and the context length with them.
     """
     theta = s.number("rope_theta", 10000.0, null=10000.0)
-    # Read here whatever the rule: those that need no original context mean nothing by it.
+    # Read for every rule: the key is irrelevant to rules that need no original context.
     original = s.integer("original_max_position_embeddings", None, null=None)
     inner = _scaling(s)
     dims = _dims(s, inner, head_dim, partial)
@@ -48,7 +48,7 @@ def read_rope(
         "rule": rule,
     }
     own = inner.integer("original_max_position_embeddings", None, null=None)
-    original = own if original is None else original  # in transformers, too, the outer one wins
+    original = own if original is None else original  # the outer one wins in transformers too
     if rule in ("llama3", "yarn"):
         fields["original_context"] = original or context
     if rule == "yarn" and original is not None and inner.values.get("factor") is None:
@@ -63,10 +63,10 @@ def read_rope(
         fields |= {"low_freq_factor": low, "high_freq_factor": high}
     if rule == "yarn":
         fields |= _yarn(inner, fields["factor"])
-    # Under the other rules nothing scales cosines and sines, and factor 1 scales nothing.
+    # The other rules do not scale cosines and sines, and a factor of 1 changes nothing.
     inner.finish(dict.fromkeys(("factor", "attention_factor", "mscale", "mscale_all_dim"), (1.0,)))
     if rule == "yarn":
-        # Model cards turn YaRN on and leave max_position_embeddings as it was trained.
+        # Model cards enable YaRN and leave max_position_embeddings at its trained value.
         context = max(context, int(fields["factor"] * fields["original_context"]))
         if context >= 2**31:
             inner.problem(
@@ -76,16 +76,16 @@ def read_rope(
     return (plain if inner.broken else Rope(**fields)), context
 
 
-def _scaling(s: Settings) -> Settings | None:
-    """The object that says how frequencies are scaled, of whichever name."""
+def _scaling(s: HFConfig) -> HFConfig | None:
+    """Return the object with the scaling of frequencies, under either name."""
     old, new = s.group("rope_scaling"), s.group("rope_parameters")
     if old is not None and new is not None and old.values != new.values:
         s.problem("rope_scaling and rope_parameters differ; expected one of them")
     return old if new is None else new
 
 
-def _dims(s: Settings, inner: Settings | None, head_dim: int, partial: float | None) -> int:
-    """How many dimensions of each head turn."""
+def _dims(s: HFConfig, inner: HFConfig | None, head_dim: int, partial: float | None) -> int:
+    """Return how many dimensions of each head are rotated."""
     share = s.number("partial_rotary_factor", partial or 1.0, null=partial or 1.0)
     if inner is not None:
         share = inner.number("partial_rotary_factor", share, null=share)
@@ -94,14 +94,14 @@ def _dims(s: Settings, inner: Settings | None, head_dim: int, partial: float | N
     dims = int(head_dim * share)
     if dims < 2 or dims % 2 or dims > head_dim:
         s.problem(
-            f"{dims} of each head's {head_dim} dimensions would turn; expected an even number of "
-            "at least 2, at most the head's"
+            f"{dims} of each head's {head_dim} dimensions would be rotated; expected an even "
+            "number of at least 2, at most the head's"
         )
         return 2
     return dims
 
 
-def _rule(inner: Settings) -> Any:
+def _rule(inner: HFConfig) -> RopeRule:
     old, new = inner.raw("type"), inner.raw("rope_type")
     name = old if new is None else new
     name = "default" if name is None else name
@@ -109,13 +109,13 @@ def _rule(inner: Settings) -> Any:
         inner.problem(f"type is {brief(old)} and rope_type {brief(new)}; expected one")
     if name not in _RULES:
         inner.problem(f"rope_type is {brief(name)}; expected one of {', '.join(_RULES)}")
-        inner.ignore(*inner.values)  # what else it holds means nothing under another rule
+        inner.ignore(*inner.values)  # its other keys mean nothing under another rule
         return "default"
     return name
 
 
-def _yarn(inner: Settings, factor: float) -> dict[str, Any]:
-    """YaRN's own keys; a null stands for the paper's value."""
+def _yarn(inner: HFConfig, factor: float) -> dict[str, Any]:
+    """Read the keys of YaRN; null means the value of the paper."""
     inner.ignore("finetuned")
     fast = inner.number("beta_fast", 32.0, null=32.0)
     slow = inner.number("beta_slow", 1.0, null=1.0)
@@ -125,7 +125,7 @@ def _yarn(inner: Settings, factor: float) -> dict[str, Any]:
     scale, scale_all = inner.raw("mscale"), inner.raw("mscale_all_dim")
     for name, value in (("mscale", scale), ("mscale_all_dim", scale_all)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        # False for NaN. A scale below 0 could turn cosines and sines around, or make them 0.
+        # False for NaN. A scale below 0 could negate cosines and sines, or make them 0.
         if value is not None and not (number and 0 <= value < 1e300):
             inner.problem(f"{name} is {brief(value)}; expected a finite number from 0, or null")
             scale = scale_all = None

@@ -20,10 +20,10 @@ from flax import nnx
 from jkv._text import brief
 from jkv.errors import UnsupportedError
 from jkv.models.config import Config
+from jkv.models.config_writer import reads_as, write_config
 from jkv.models.decoder import Decoder
 from jkv.models.families import FAMILIES
 from jkv.models.files import read_json
-from jkv.models.hf_config import reads_as, write_config
 from jkv.models.slots import Slot, find_slots, tensor_shapes
 from jkv.models.tensorfile import write_tensors
 from jkv.models.tokenizer import Tokenizer

@@ -13,7 +13,8 @@ from flax import nnx
 from jkv.errors import UnsupportedError
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder, Linear
-from jkv.models.families import Family, Place
+from jkv.models.families import Family
+from jkv.models.tensor_names import Place
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from jkv._text import brief
 from jkv.errors import CheckpointError
-from jkv.models.settings import bare
+from jkv.models.hf_config import printable
 
 # Bytes per element of what the format knows. Those with a name on the right can be read as weights.
 _SIZES = {
@@ -97,7 +97,7 @@ class Tensor:
             raw = np.fromfile(file, np.uint8, count)
         if raw.size != count:
             raise CheckpointError(
-                f"{self.path.name} ended inside of {bare(self.name)} while it was read; is "
+                f"{self.path.name} ended inside of {printable(self.name)} while it was read; is "
                 "it still being written? Load it again when it is complete"
             )
         return raw.view(self.numpy_dtype)
@@ -197,7 +197,7 @@ def _tensor(name: str, entry: Any, path: Path, base: int, problems: list[str]) -
             isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in values
         )
 
-    where = f"{path.name}: {bare(name)}"
+    where = f"{path.name}: {printable(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         problems.append(f"{where}: expected dtype, shape and data_offsets, got {brief(entry)}")
         return None
@@ -225,7 +225,7 @@ def _tiled(tensors: list[Tensor], path: Path, base: int, size: int, problems: li
     for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
         if tensor.start != at:
             how = "overlaps" if tensor.start < at else "leaves a gap after"
-            problems.append(f"{path.name}: {bare(tensor.name)} {how} {bare(before)}")
+            problems.append(f"{path.name}: {printable(tensor.name)} {how} {printable(before)}")
             return False
         at, before = tensor.start + tensor.nbytes, tensor.name
     if at > size:

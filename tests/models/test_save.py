@@ -14,7 +14,7 @@ from flax import nnx
 import jkv
 from jkv.errors import CheckpointError, UnsupportedError
 from jkv.models import save as save_module
-from jkv.models.hf_config import write_config
+from jkv.models.config_writer import write_config
 from tests.models.conftest import GOLDEN
 from tests.models.test_tokenizer import words
 
