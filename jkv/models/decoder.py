@@ -53,7 +53,7 @@ class Linear(nnx.Module):
 
     @staticmethod
     def layout(matrix: Any) -> Any:
-        """How `kernel` stores the map ``[inputs, outputs]``: whoever sets weights asks this.
+        """Return the map ``[inputs, outputs]`` in the layout of `kernel`.
 
         Args:
             matrix: a jax or numpy array. Axes are moved, nothing is copied or cast.
@@ -79,7 +79,7 @@ class Norm(nnx.Module):
         self.bias = None if self.rms else nnx.Param(jnp.zeros((size,), config.dtype))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalise."""
+        """Normalise the last axis."""
         wide = x.astype(jnp.float32)
         if not self.rms:
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
@@ -92,7 +92,7 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections around `LayerCache.attend`; what is stored, and how, is the cache's affair."""
+    """Projections around `LayerCache.attend`; the cache decides what it stores, and how."""
 
     def __init__(self, config: Config, window: int | None, rngs: nnx.Rngs):
         self.configure(config, window)
@@ -113,9 +113,9 @@ class Attention(nnx.Module):
         self.spec = AttentionSpec(config.scale, window, softcap=config.attention_softcap)
 
     def __call__(
-        self, x: Float[Array, "B T D"], cache: Any, step: Step, turn: tuple[Array, Array] | None
+        self, x: Float[Array, "B T D"], cache: Any, step: Step, rope: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Attention output and the layer's next cache."""
+        """Return the attention output and the layer's next cache; `rope` is (cos, sin)."""
         config = self.config
         batch, new, _ = x.shape
         q = self.q(x).reshape(batch, new, config.heads, config.head_dim)
@@ -123,9 +123,9 @@ class Attention(nnx.Module):
         v = self.v(x).reshape(batch, new, config.kv_heads, config.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if turn is not None and config.rope is not None:
-            q = rotate(q, *turn, interleaved=config.rope.interleaved)
-            k = rotate(k, *turn, interleaved=config.rope.interleaved)
+        if rope is not None and config.rope is not None:
+            q = rotate(q, *rope, interleaved=config.rope.interleaved)
+            k = rotate(k, *rope, interleaved=config.rope.interleaved)
         out, cache = heads.attend(
             cache,
             self.mesh,
@@ -139,7 +139,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """The block's other half, gated or not."""
+    """The MLP of a block, gated or not."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.activation = config.activation
@@ -152,14 +152,14 @@ class FeedForward(nnx.Module):
         self.down = Linear(inner, width, bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Widen, bend, narrow."""
+        """Apply the MLP."""
         act = _ACTIVATIONS[self.activation]
         inner = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
         return self.down(inner)
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each a normalised branch added to the stream."""
+    """Attention and MLP, each a normalised branch added to the residual stream."""
 
     def __init__(self, config: Config, window: int | None, rngs: nnx.Rngs):
         self.attention_norm = Norm(config.width, config)
@@ -174,12 +174,12 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         cache: Any,
         step: Step,
-        turn: tuple[Array, Array] | None,
+        rope: tuple[Array, Array] | None,
         first: Callable[[Array], Array],
         second: Callable[[Array], Array],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The stream after both branches, and the layer's next cache."""
-        out, cache = self.attention(self.attention_norm(x), cache, step, turn)
+        """Return the residual stream after both branches, and the layer's next cache."""
+        out, cache = self.attention(self.attention_norm(x), cache, step, rope)
         if self.attention_post_norm is not None:
             out = self.attention_post_norm(out)
         x = x + first(out)
@@ -218,7 +218,7 @@ class Decoder(nnx.Module):
 
     @property
     def mesh(self) -> Any:
-        """Of the devices that have the heads, None where one has all; see `jkv.shard`."""
+        """The mesh over which heads are sharded, or None; see `jkv.shard`."""
         return self.blocks[0].attention.mesh
 
     def __call__(
@@ -263,7 +263,7 @@ class Decoder(nnx.Module):
         return hidden, None
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """Scores of every token of the vocabulary, float32."""
+        """Return the logits of every token of the vocabulary, float32."""
         x = self.norm(hidden)
         table = self.embedding[...] if self.head is None else self.head.kernel[...]
         logits = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
@@ -283,9 +283,9 @@ class Decoder(nnx.Module):
         if config.embed_scale != 1.0:
             # Rounded to the weights' dtype first, as the models that scale were trained.
             x = x * jnp.asarray(config.embed_scale, x.dtype)
-        turn = None
+        rope = None
         if config.rope is not None:
-            turn = angles(step.positions, config.rope.frequencies(), config.rope.magnitude)
+            rope = angles(step.positions, config.rope.frequencies(), config.rope.magnitude)
         elif self.positions is not None:
             x = x + self.positions[...][jnp.maximum(step.positions, 0)]
         x = branch(x, 0)
@@ -295,7 +295,7 @@ class Decoder(nnx.Module):
                 x,
                 layer,
                 step,
-                turn,
+                rope,
                 lambda y, i=i: branch(y, 2 * i + 1),
                 lambda y, i=i: branch(y, 2 * i + 2),
             )

@@ -10,7 +10,7 @@ from jkv._axes import Array
 
 
 def default_frequencies(dims: int, theta: float) -> np.ndarray:
-    """Inverse frequencies ``theta ** (-2i / dims)``, ``[dims // 2]`` (Su et al., 2104.09864).
+    """Return inverse frequencies ``theta ** (-2i / dims)`` (Su et al., arXiv:2104.09864).
 
     Computed on the host in float64 and kept in float32: bfloat16 cannot count past 256, and
     inverse frequencies in it are off by whole radians at a few thousand tokens.
@@ -19,7 +19,7 @@ def default_frequencies(dims: int, theta: float) -> np.ndarray:
 
 
 def linear_frequencies(inverse: np.ndarray, factor: float) -> np.ndarray:
-    """Position interpolation: every angle divided by `factor` (Chen et al., 2306.15595)."""
+    """Divide every frequency by `factor`: position interpolation (Chen et al., 2306.15595)."""
     return inverse / factor
 
 
@@ -31,10 +31,10 @@ def llama3_frequencies(
     high_freq_factor: float,
     original_context: int,
 ) -> np.ndarray:
-    """Llama 3.1's rule: long waves slowed by `factor`, short ones kept, a ramp between."""
+    """Divide the low frequencies by `factor`, keep the high ones, ramp between (Llama 3.1)."""
     wavelength = 2 * math.pi / inverse
-    turns = original_context / wavelength
-    keep = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
+    rotations = original_context / wavelength
+    keep = np.clip((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
     return keep * inverse + (1 - keep) * inverse / factor
 
 
@@ -48,11 +48,11 @@ def yarn_frequencies(
     beta_slow: float = 1.0,
     truncate: bool = True,
 ) -> np.ndarray:
-    """YaRN: interpolate the slow dimensions, keep the fast ones (Peng et al., 2309.00071)."""
+    """Interpolate low frequencies and keep high ones by YaRN (Peng et al., 2309.00071)."""
     half = len(inverse)
 
-    def dimension(turns: float) -> float:
-        return half * math.log(original_context / (turns * 2 * math.pi)) / math.log(theta)
+    def dimension(rotations: float) -> float:
+        return half * math.log(original_context / (rotations * 2 * math.pi)) / math.log(theta)
 
     low, high = dimension(beta_fast), dimension(beta_slow)
     if truncate:
@@ -65,13 +65,13 @@ def yarn_frequencies(
 def angles(
     positions: Int[Array, "B T"], inverse: np.ndarray, magnitude: float = 1.0
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
-    """Cosines and sines of each position's angles, R = half the rotated dimensions, float32.
+    """Return cosines and sines of each position's angles, R = half the rotated dimensions, float32.
 
     A padding position (-1) gets the angle of position 0: it is finite and never attended to.
     """
     at = jnp.maximum(positions, 0).astype(jnp.float32)
-    turned = at[..., None] * jnp.asarray(inverse, jnp.float32)[None, None, :]
-    return jnp.cos(turned) * magnitude, jnp.sin(turned) * magnitude
+    angle = at[..., None] * jnp.asarray(inverse, jnp.float32)[None, None, :]
+    return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude
 
 
 def rotate(
@@ -81,20 +81,20 @@ def rotate(
     *,
     interleaved: bool = False,
 ) -> Float[Array, "B T heads H"]:
-    """Rotate the first 2R of the H dimensions; the rest pass through (partial rotary).
+    """Rotate the first 2R of the H dimensions; the rest are unchanged (partial rotary).
 
     The pairs are (i, i + R), or (2i, 2i + 1) where `interleaved` (GLM).
     """
     half = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    rotated, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
     else:
-        a, b = turned[..., :half], turned[..., half:]
+        a, b = rotated[..., :half], rotated[..., half:]
     first, second = a * cos - b * sin, b * cos + a * sin
     if interleaved:
-        pairs = jnp.stack([first, second], axis=-1).reshape(turned.shape)
+        pairs = jnp.stack([first, second], axis=-1).reshape(rotated.shape)
     else:
         pairs = jnp.concatenate([first, second], axis=-1)
     return jnp.concatenate([pairs.astype(x.dtype), rest], axis=-1)
