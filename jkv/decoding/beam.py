@@ -68,7 +68,7 @@ class Beams:
 
 
 @pytree
-class Found:
+class Hypotheses:
     """Hypotheses that have ended, the best first."""
 
     tokens: Array  # [B, W, T] int32
@@ -78,13 +78,13 @@ class Found:
 
 
 @pytree
-class Search:
+class BeamState:
     """A search between two steps: what runs, the likeliest first, and what has ended."""
 
     cache: Cache  # a row per beam, those of a prompt next to each other
     tokens: Array  # [B, W, T] int32
     sums: Array  # [B, W] float32, of log-probabilities; -inf where nothing runs
-    found: Found
+    found: Hypotheses
     done: Array  # [B] bool
     faults: Faults  # prompts that ended because a beam's logits could not be ranked
 
@@ -144,8 +144,8 @@ def beam_search(
             f"stop got the string {brief(strings[0])}; beams end at token ids only: expected those"
         )
     last, cache = read_prompts(job.model, job.unread, job.cache, job.chunk, job.progress)
-    last, copies = loop.forked(last, cache, width)
-    search = searched(
+    last, copies = loop.fork(last, cache, width)
+    search = search_jit(
         width,
         bucket(job.max_new, 16),
         job.model,
@@ -162,7 +162,7 @@ def beam_search(
     return _read(search.found, job)
 
 
-def _read(found: Found, job: Job) -> Beams:
+def _read(found: Hypotheses, job: Job) -> Beams:
     lengths = np.asarray(found.lengths)
     stopped = np.asarray(found.stopped).tolist()
     return Beams(
@@ -176,7 +176,7 @@ def _read(found: Found, job: Job) -> Beams:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def searched(
+def search_jit(
     width: int,
     size: int,
     model: Any,
@@ -186,7 +186,7 @@ def searched(
     steps: Array,
     penalty: Array,
     early: Array,
-) -> Search:
+) -> BeamState:
     """The search after a prefill: `steps` of at most `size` tokens, fewer where all are done.
 
     Args:
@@ -203,11 +203,11 @@ def searched(
     batch = last.shape[0] // width
     nothing = jnp.full((batch, width, size), PAD, jnp.int32)
     worst = jnp.full((batch, width), -jnp.inf, jnp.float32)
-    search = Search(
+    search = BeamState(
         cache=cache,
         tokens=nothing,
         sums=worst.at[:, 0].set(0.0),  # all beams are the same so far, and would stay so
-        found=Found(
+        found=Hypotheses(
             tokens=nothing,
             scores=worst,
             lengths=jnp.zeros((batch, width), jnp.int32),
@@ -217,7 +217,7 @@ def searched(
         faults=Faults.none(batch),
     )
 
-    def chosen(i: Array, logits: Array, search: Search) -> tuple[Search, Array]:
+    def chosen(i: Array, logits: Array, search: BeamState) -> tuple[BeamState, Array]:
         logits = logits.reshape(batch, width, -1)
         return select(search, logits, ends, i, steps, penalty, early)
 
@@ -243,14 +243,14 @@ def searched(
 
 
 def select(
-    search: Search,
+    search: BeamState,
     logits: Float[Array, "B W V"],
     ends: Int[Array, "B M"],
     i: Int[Array, ""],
     steps: Int[Array, ""],
     penalty: Float[Array, ""],
     early: Any,
-) -> tuple[Search, Int[Array, "B W"]]:
+) -> tuple[BeamState, Int[Array, "B W"]]:
     """Extend the beams by token number `i`: the next search, and which beam each comes from."""
     batch, width, vocab = logits.shape
     # Beams that don't run are copies of others, or rows of a prompt that is done.
@@ -275,7 +275,7 @@ def select(
     stopped = jnp.take_along_axis(ending, tokens, axis=1)
     ended = (stopped | final) & ~search.done[:, None] & ~jnp.isneginf(top)
     length = (i + 1).astype(jnp.float32)
-    fresh = Found(
+    fresh = Hypotheses(
         tokens=sequences,
         scores=jnp.where(ended, top / length**penalty, -jnp.inf),
         lengths=jnp.full((batch, width), i + 1, jnp.int32),
@@ -289,17 +289,17 @@ def select(
     worst = found.scores[:, -1]
     done = search.done | final | (sums[:, 0] / reach**penalty <= worst)
     done = done | (early & ~jnp.isneginf(worst)) | (faults.position >= 0)
-    after = Search(
+    after = BeamState(
         cache=search.cache, tokens=sequences, sums=sums, found=found, done=done, faults=faults
     )
     return after, parents
 
 
-def _better(old: Found, new: Found) -> Found:
+def _better(old: Hypotheses, new: Hypotheses) -> Hypotheses:
     """The W best of both, the earlier of equals."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
     scores, at = lax.top_k(both.scores, old.scores.shape[1])
-    return Found(
+    return Hypotheses(
         tokens=jnp.take_along_axis(both.tokens, at[:, :, None], axis=1),
         scores=scores,
         lengths=jnp.take_along_axis(both.lengths, at, axis=1),

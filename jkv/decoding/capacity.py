@@ -116,11 +116,11 @@ def slots_for(tokens: int, kept: Any) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _longer(layer: Any, slots: int) -> Any:
+def _resize_layer_jit(layer: Any, slots: int) -> Any:
     return layer.resize(slots)
 
 
-def grown(cache: Cache, slots: int) -> Cache:
+def grow(cache: Cache, slots: int) -> Cache:
     """A cache that nobody else holds in buffers of `slots` slots; its own are gone after this.
 
     One layer after another, each layer's old buffers freed before the next one's new ones are
@@ -128,7 +128,7 @@ def grown(cache: Cache, slots: int) -> Cache:
     """
     layers = []
     for layer in cache.layers:
-        layers.append(jax.block_until_ready(_longer(layer, slots)))
+        layers.append(jax.block_until_ready(_resize_layer_jit(layer, slots)))
         for leaf in jax.tree.leaves(layer):
             leaf.delete()
     return replace(cache, layers=tuple(layers))

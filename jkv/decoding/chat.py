@@ -20,7 +20,7 @@ from jkv.decoding import capacity, loop, prefix_store, sampling
 from jkv.decoding.apply import check_updates
 from jkv.decoding.arguments import CacheLike, ChatTokenizerLike, Sampler, Stop
 from jkv.decoding.detokenize import Pieces
-from jkv.decoding.options import Options, checked_kind
+from jkv.decoding.options import Options, resolve_kind
 from jkv.decoding.prompts import PAD, split_model
 from jkv.decoding.result import Result
 from jkv.decoding.stopping import first_stop, parse_stops
@@ -149,7 +149,7 @@ class Chat:
         config = decoder.config
         self._lm, self._decoder, self._tokenizer = lm, decoder, tokenizer
         self._max_new = check_integer("max_new_tokens", max_new_tokens, 1)
-        kind = dense() if cache is None else checked_kind(cache)
+        kind = dense() if cache is None else resolve_kind(cache)
         most = capacity.limit(config, kind, Options.prefill_chunk)
         self._context = most if context is None else check_integer("context", context, 2)
         if most is not None and self._context is not None and self._context > most:
@@ -175,7 +175,7 @@ class Chat:
         self._config, self._id = config, sequence_id
         self._prefixes = None
         if store is not None:
-            kind = dense() if cache is None else checked_kind(cache)
+            kind = dense() if cache is None else resolve_kind(cache)
             self._prefixes = prefix_store.PrefixStore(store, decoder, kind, tenant)
         if sequence_id is not None:
             if self._prefixes is None or not isinstance(sequence_id, str):

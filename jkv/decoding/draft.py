@@ -108,7 +108,7 @@ class _Function:
 
 
 @pytree
-class Drafted:
+class DraftState:
     """`loop.State` with all that the rows have said, which is what a draft looks at."""
 
     cache: Cache
@@ -120,7 +120,7 @@ class Drafted:
     passes: Array  # [B] int32, in which each row took part
 
 
-def checked(draft: Any, batch: int, slots: int) -> Any:
+def check_draft(draft: Any, batch: int, slots: int) -> Any:
     """The draft as a pytree that can be called.
 
     Raises:
@@ -150,7 +150,7 @@ def checked(draft: Any, batch: int, slots: int) -> Any:
     return draft
 
 
-def check_goes_with(cache: Any, sampler: Any, vocab: int) -> None:
+def check_rollback(cache: Any, sampler: Any, vocab: int) -> None:
     """Refuse caches and samplers for which a pass over proposals cannot be taken back.
 
     Raises:
@@ -176,9 +176,9 @@ def check_goes_with(cache: Any, sampler: Any, vocab: int) -> None:
         )
 
 
-def drafting(state: State, history: Any) -> Drafted:
+def begin_draft(state: State, history: Any) -> DraftState:
     """The state after a prefill, and the tokens ``[B, S]`` so far, all but the one in the state."""
-    return Drafted(
+    return DraftState(
         cache=state.cache,
         token=state.token,
         done=state.done,
@@ -190,10 +190,10 @@ def drafting(state: State, history: Any) -> Drafted:
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=2)
-def drafted(
+def draft_jit(
     size: int,
     model: Any,
-    state: Drafted,
+    state: DraftState,
     draft: Any,
     sampler: Any,
     keys: Any,
@@ -201,7 +201,7 @@ def drafted(
     limits: Array,
     *,
     top: int = 0,
-) -> tuple[Drafted, Array, Logprobs, Array, Faults]:
+) -> tuple[DraftState, Array, Logprobs, Array, Faults]:
     """Passes until a row has said all of `size` tokens that another pass might say, or all ended.
 
     Rows say different numbers of tokens. Returns the state, tokens and log-probabilities [B, size],
@@ -212,7 +212,7 @@ def drafted(
         size: tokens per row, at most.
         model: a decoder.
         state: as it was left.
-        draft: what `checked` returns.
+        draft: what `check_draft` returns.
         sampler: one without memory.
         keys: of the rows, or None.
         ends: ``[B, M]``, tokens at which a row ends.
@@ -255,14 +255,14 @@ def drafted(
 
 def verify(
     model: Any,
-    state: Drafted,
+    state: DraftState,
     draft: Any,
     sampler: Any,
     keys: Any,
     ends: Int[Array, "B M"],
     room: Int[Array, " B"],
     top: int = 0,
-) -> tuple[Drafted, Int[Array, "B T"], Logprobs, Bool[Array, "B T"]]:
+) -> tuple[DraftState, Int[Array, "B T"], Logprobs, Bool[Array, "B T"]]:
     """One pass: the next state, tokens, their log-probabilities, and which of them are said.
 
     The rows that are not done say at least one token each, and at most `room`.
@@ -307,7 +307,7 @@ def verify(
     latest = jnp.take_along_axis(chosen, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     at = jnp.where(said, positions, state.history.shape[1])
     rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
-    state = Drafted(
+    state = DraftState(
         cache=cache.crop(held + count),
         token=jnp.where(count > 0, latest, state.token),
         done=state.done | cache.overflowed | (faults.position >= 0) | jnp.any(said & ended, axis=1),

@@ -17,12 +17,12 @@ from jkv.cache.base import Cache
 from jkv.decoding import capacity, draft, loop
 from jkv.decoding.arguments import DecoderLike, Model, Progress, Prompts
 from jkv.decoding.capacity import bucket
-from jkv.decoding.draft import Drafted
+from jkv.decoding.draft import DraftState
 from jkv.decoding.faults import Faults, raise_faults
 from jkv.decoding.job import Job, prepare
-from jkv.decoding.logprobs import Logprobs, stacked
+from jkv.decoding.logprobs import Logprobs, stack_rows
 from jkv.decoding.options import GenerateOptions, Options, keywords
-from jkv.decoding.prompts import PAD, padded
+from jkv.decoding.prompts import PAD, pad_rows
 from jkv.decoding.result import Result
 from jkv.decoding.stopping import first_stop
 from jkv.errors import StaleError, UnsupportedError
@@ -78,7 +78,7 @@ class Generation:
     def __init__(self, job: Job):
         self.job = job
         self.rows = [Row() for _ in job.history]
-        self.state: loop.State | Drafted | None = None
+        self.state: loop.State | DraftState | None = None
         self.exhausted = False
         self.first_read = self.last_read = job.started
         self._longest = max(map(len, job.history))
@@ -132,14 +132,14 @@ class Generation:
         job, slots = self.job, bucket(self._longest + self.job.max_new)
         last, cache = read_prompts(job.model, job.unread, job.cache, job.chunk, job.progress)
         if job.samples > 1:
-            last, cache = loop.forked(last, cache, job.samples)
+            last, cache = loop.fork(last, cache, job.samples)
         # Only samplers look back; another width is another program.
-        history = None if job.sampler is None else padded(job.history, slots)
-        state, token, logprob = loop.begun(
+        history = None if job.sampler is None else pad_rows(job.history, slots)
+        state, token, logprob = loop.begin_jit(
             job.model, last, cache, history, job.sampler, job.keys, job.ends, top=job.top
         )
         if job.draft is not None:
-            state = draft.drafting(state, padded(job.history, slots))
+            state = draft.begin_draft(state, pad_rows(job.history, slots))
         self.state = state
         logprobs = jax.tree.map(lambda leaf: leaf[:, None], logprob)
         return DeviceBlock(token[:, None], logprobs, state.done, state.faults)
@@ -149,11 +149,11 @@ class Generation:
         job, state = self.job, self._grown()
         how = (job.sampler, job.keys, job.ends)
         if job.draft is None:
-            advanced = functools.partial(loop.advanced, job.block, job.model, state, *how)
+            advanced = functools.partial(loop.advance_jit, job.block, job.model, state, *how)
             self.state, *out = advanced(np.int32(steps), top=job.top)
         else:
             limits = np.asarray([len(row) + job.max_new for row in job.history], np.int32)
-            drafted = functools.partial(draft.drafted, job.block, job.model, state, job.draft)
+            drafted = functools.partial(draft.draft_jit, job.block, job.model, state, job.draft)
             self.state, *out = drafted(*how, limits, top=job.top)
         return DeviceBlock(*out)
 
@@ -167,7 +167,7 @@ class Generation:
         slots = capacity.slots_for(min(held, job.needed), state.cache)
         if state.cache.capacity is None or state.cache.capacity >= slots:
             return state
-        return dataclasses.replace(state, cache=capacity.grown(state.cache, slots))
+        return dataclasses.replace(state, cache=capacity.grow(state.cache, slots))
 
     def read(self, block: DeviceBlock) -> np.ndarray:
         """Read a block from the device into the rows, and cut rows at their stop strings."""
@@ -213,9 +213,9 @@ def read_prompts(
     last: Any = np.zeros((len(counts), model.config.width), model.config.dtype)
     while done < total:
         size = min(chunk, bucket(total - done, 16))
-        tokens = padded([row[done : done + size] for row in rows], size)
+        tokens = pad_rows([row[done : done + size] for row in rows], size)
         here = np.clip(counts - done, 0, size)
-        last, cache = loop.absorb(model, np.maximum(tokens, 0), cache, here, last)
+        last, cache = loop.absorb_jit(model, np.maximum(tokens, 0), cache, here, last)
         done += size
         if progress is not None:
             jax.block_until_ready(last)
@@ -252,10 +252,10 @@ def finish(generation: Generation) -> Result:
         for i, row in enumerate(rows):
             logprobs[i, : lengths[i]] = row.logprobs
     if job.top:
-        top_tokens = stacked([row.top_tokens for row in rows], width, job.top, np.int32, PAD)
-        top_logprobs = stacked([row.top_logprobs for row in rows], width, job.top, np.float32, 0)
+        top_tokens = stack_rows([row.top_tokens for row in rows], width, job.top, np.int32, PAD)
+        top_logprobs = stack_rows([row.top_logprobs for row in rows], width, job.top, np.float32, 0)
     return Result(
-        tokens=padded(tokens, width),
+        tokens=pad_rows(tokens, width),
         lengths=lengths,
         finish_reasons=tuple(row.reason or "length" for row in rows),
         logprobs=logprobs,
@@ -264,7 +264,7 @@ def finish(generation: Generation) -> Result:
         prefill_seconds=generation.first_read - job.started,
         decode_seconds=generation.last_read - generation.first_read,
         config=job.model.config,
-        passes=np.asarray(state.passes) if isinstance(state, Drafted) else lengths - 1,
+        passes=np.asarray(state.passes) if isinstance(state, DraftState) else lengths - 1,
         reused=job.reused,
         tokenizer=job.tokenizer,
         top_tokens=top_tokens,

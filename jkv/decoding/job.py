@@ -20,7 +20,7 @@ from jkv.decoding import capacity, draft, loop, prefix_store, sampling
 from jkv.decoding.apply import check_updates
 from jkv.decoding.arguments import DecoderLike, Model, Progress, Prompts, TokenizerLike
 from jkv.decoding.draft import Draft
-from jkv.decoding.options import Options, checked_kind, checked_top
+from jkv.decoding.options import Options, check_top_logprobs, resolve_kind
 from jkv.decoding.prefix_store import PrefixStore, StoredRows
 from jkv.decoding.prompts import check_concrete, rows_of_tokens, split_model
 from jkv.decoding.result import Result, differences
@@ -110,7 +110,7 @@ def prepare(model: Model, prompts: Prompts, options: Options) -> Job:
     chunk = check_integer("prefill_chunk", options.prefill_chunk, 16)
     check_function("progress", options.progress, "(done, total) tokens")
     scored = check_flag("return_logprobs", options.return_logprobs)
-    top = checked_top(options.top_logprobs, config.vocab)
+    top = check_top_logprobs(options.top_logprobs, config.vocab)
     check_concrete("sampler", options.sampler)
     check_concrete("key", options.key)
     check_concrete("draft", options.draft)
@@ -139,7 +139,7 @@ def prepare(model: Model, prompts: Prompts, options: Options) -> Job:
     check_updates(sampler, batch, config.vocab)
 
     # The cache, with what a store has.
-    kind = dense() if options.cache is None else checked_kind(options.cache)
+    kind = dense() if options.cache is None else resolve_kind(options.cache)
     kept = kind if resume is None else resume.cache
     pass_size = min(chunk, max(map(len, unread)))
     capacity.check_limit(config, kept, longest, max_new, pass_size)
@@ -151,8 +151,8 @@ def prepare(model: Model, prompts: Prompts, options: Options) -> Job:
     cache = _first_cache(decoder, kind, resume, stored, len(rows), slots)
     drafting = None
     if options.draft is not None:
-        drafting = draft.checked(options.draft, batch, longest + max_new)
-        draft.check_goes_with(cache, sampler, config.vocab)
+        drafting = draft.check_draft(options.draft, batch, longest + max_new)
+        draft.check_rollback(cache, sampler, config.vocab)
     return Job(
         model=decoder,
         tokenizer=tokenizer,
@@ -221,7 +221,7 @@ def _find(
         TypeError: no store, or keys that are no texts.
         ValueError: keys without a store, or a store beside `resume` or `samples`.
     """
-    keys = prefix_store.check_ids(options.sequence_ids, len(rows))
+    keys = prefix_store.check_keys(options.sequence_ids, len(rows))
     if options.store is None:
         if options.sequence_ids is not None:
             raise ValueError("sequence_ids name what is in a store; expected store= too")
@@ -270,9 +270,9 @@ def _first_cache(
     if resume is not None:
         old = resume.cache
         fits = old.capacity is None or old.capacity >= slots
-        cache = loop.copied(old) if fits else loop.resized(old, slots)
+        cache = loop.copy_jit(old) if fits else loop.resize_jit(old, slots)
     elif stored is not None and any(hit.cache is not None for hit in stored.hits):
-        cache = prefix_store.joined([hit.cache for hit in stored.hits], config, kind, slots)
+        cache = prefix_store.join_rows([hit.cache for hit in stored.hits], config, kind, slots)
     else:
-        return loop.new_cache(config, kind, batch, slots, config.dtype, mesh)
-    return cache if mesh is None else loop.parted(cache, mesh)
+        return loop.init_cache_jit(config, kind, batch, slots, config.dtype, mesh)
+    return cache if mesh is None else loop.shard_cache_jit(cache, mesh)

@@ -64,7 +64,7 @@ class Logprobs:
         return jax.tree.map(choose, self, none)
 
 
-def stacked(rows: list[Any], width: int, k: int, dtype: Any, rest: Any) -> np.ndarray:
+def stack_rows(rows: list[Any], width: int, k: int, dtype: Any, rest: Any) -> np.ndarray:
     """Rows of arrays ``[k]`` as one ``[B, width, k]``, `rest` after the end of each."""
     out = np.full((len(rows), width, k), rest, dtype)
     for i, row in enumerate(rows):

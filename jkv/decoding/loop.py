@@ -332,34 +332,34 @@ def _last(hidden: Array, counts: Array | None, before: Array | None = None) -> A
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def new_cache(
+def init_cache_jit(
     config: Any, kind: Any, batch: int, slots: int, dtype: str, mesh: Any = None
 ) -> Cache:
-    """An empty cache, made in one program, where the model's devices want it."""
+    """Make an empty cache in one program, laid out as the model's devices want it."""
     cache = init_cache(config, kind, batch=batch, slots=slots, dtype=dtype)
     return replace(cache, layers=heads.parted(cache.layers, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def parted(cache: Cache, mesh: Any) -> Cache:
-    """A cache from elsewhere, where the model's devices want it."""
+def shard_cache_jit(cache: Cache, mesh: Any) -> Cache:
+    """Lay out a cache from elsewhere as the model's devices want it."""
     return replace(cache, layers=heads.parted(cache.layers, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def resized(cache: Cache, slots: int) -> Cache:
-    """The cache in buffers of another size."""
+def resize_jit(cache: Cache, slots: int) -> Cache:
+    """Resize the cache's buffers."""
     return cache.resize(slots)
 
 
 @jax.jit
-def copied(cache: Cache) -> Cache:
-    """Buffers of its own for a cache that somebody else still holds."""
+def copy_jit(cache: Cache) -> Cache:
+    """Copy a cache that is still in use elsewhere into buffers of its own."""
     return jax.tree.map(jnp.copy, cache)
 
 
-def forked(last: Array, cache: Cache, count: int) -> tuple[Array, Cache]:
-    """Each row of a prefill `count` times, copies next to each other.
+def fork(last: Array, cache: Cache, count: int) -> tuple[Array, Cache]:
+    """Repeat each row of a prefill `count` times, copies next to each other.
 
     What is in pages is shared, and there are as many more as they need from here on.
     """
@@ -367,27 +367,28 @@ def forked(last: Array, cache: Cache, count: int) -> tuple[Array, Cache]:
     if cache.tables:
         groups, lengths = pages.pools(cache.layers), np.asarray(cache.lengths)
         more = pages.forked_counts(groups, cache.tables, lengths, count)
-    return _forked(last, cache, count, more)
+    return fork_jit(last, cache, count, more)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _forked(last: Array, cache: Cache, count: int, more: tuple[int, ...]) -> tuple[Array, Cache]:
+def fork_jit(last: Array, cache: Cache, count: int, more: tuple[int, ...]) -> tuple[Array, Cache]:
+    """See `fork`; `more` pages in each pool."""
     cache = cache.fork(count)
     layers, tables = pages.repooled(cache.layers, cache.tables, more)
     return jnp.repeat(last, count, axis=0), replace(cache, layers=layers, tables=tables)
 
 
 @functools.partial(jax.jit, donate_argnums=(2, 4))
-def absorb(
+def absorb_jit(
     model: Any, tokens: Array, cache: Cache, counts: Array, last: Array
 ) -> tuple[Array, Cache]:
-    """One chunk of a prefill: the hidden state at each row's last real token, and the cache."""
+    """Prefill one chunk: the hidden state at each row's last real token, and the cache."""
     hidden, cache = model.hidden(tokens, cache, counts)
     return _last(hidden, counts, last), cache
 
 
 @functools.partial(jax.jit, static_argnames="top", donate_argnums=2)
-def begun(
+def begin_jit(
     model: Any,
     last: Array,
     cache: Cache,
@@ -398,12 +399,12 @@ def begun(
     *,
     top: int = 0,
 ) -> tuple[State, Array, Logprobs]:
-    """The first token after a prefill."""
+    """Draw the first token after a prefill: see `begin`."""
     return begin(model.logits(last), cache, said, sampler, keys, ends, top)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=2)
-def advanced(
+def advance_jit(
     size: int,
     model: Any,
     state: State,

@@ -136,7 +136,7 @@ def _unknown(function: str, name: str, known: Sequence[str]) -> str:
     return f"{function}() got an unexpected keyword argument {name!r}; {hint}"
 
 
-def checked_top(value: Any, vocab: int) -> int:
+def check_top_logprobs(value: Any, vocab: int) -> int:
     """How many alternatives of each token are wanted.
 
     Raises:
@@ -148,7 +148,7 @@ def checked_top(value: Any, vocab: int) -> int:
     return top
 
 
-def checked_kind(kind: Any) -> Any:
+def resolve_kind(kind: Any) -> Any:
     """Return the kind, or the one that a text names.
 
     Raises:

@@ -32,7 +32,7 @@ class RepetitionPenalty:
         self, logits: Float[Array, "B V"], state: Bool[Array, "B V"], token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Bool[Array, "B V"]]:
         """Push down what has been there, the last token included."""
-        state = _marked(state, token)
+        state = _mark(state, token)
         penalty = per_row("repetition_penalty", self.penalty, logits)
         pushed = jnp.where(logits > 0, logits / penalty, logits * penalty)
         return jnp.where(state, pushed, logits), state
@@ -52,7 +52,7 @@ class PresencePenalty:
         self, logits: Float[Array, "B V"], state: Bool[Array, "B V"], token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Bool[Array, "B V"]]:
         """Push down what has been generated, the last token included."""
-        state = _marked(state, token)
+        state = _mark(state, token)
         penalty = per_row("presence_penalty", self.penalty, logits)
         return jnp.where(state, logits - penalty, logits), state
 
@@ -78,7 +78,7 @@ class FrequencyPenalty:
         return jnp.where(state > 0, logits - penalty * state.astype(logits.dtype), logits), state
 
 
-def _marked(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
+def _mark(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
     """`seen` with each row's token, none where it is -1."""
     at = jnp.where(token < 0, seen.shape[-1], token)
     return seen.at[jnp.arange(token.shape[0], dtype=jnp.int32), at].set(True, mode="drop")

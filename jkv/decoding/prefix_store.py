@@ -83,7 +83,7 @@ class PrefixStore:
         for (i, key), handle in zip(keyed, handles, strict=True):
             if handle is not None:
                 with handle:
-                    found[i] = self._cropped(key, handle.entry, rows[i])
+                    found[i] = self._crop(key, handle.entry, rows[i])
         rest = [i for i, row in enumerate(rows) if found[i].length < len(row) - 1]
         limits = [len(rows[i]) - 1 for i in rest]
         asked = [rows[i] for i in rest]
@@ -92,16 +92,16 @@ class PrefixStore:
             if match is not None:
                 with match:
                     if match.length > found[i].length:
-                        found[i] = self._cropped(match.key, match.entry, rows[i])
+                        found[i] = self._crop(match.key, match.entry, rows[i])
         return found
 
-    def _cropped(self, key: str, entry: Entry, tokens: np.ndarray) -> PrefixHit:
+    def _crop(self, key: str, entry: Entry, tokens: np.ndarray) -> PrefixHit:
         """What an entry and a prompt have in common, as far as its kind can give it."""
         held = self._tokens(key, entry)
         size = min(len(held), len(tokens) - 1)
         differ = np.flatnonzero(held[:size] != tokens[:size])
         common = int(differ[0]) if len(differ) else size
-        cache = self._unpacked(key, entry) if common else None
+        cache = self._unpack(key, entry) if common else None
         if cache is None:
             return NOTHING
         seconds = (seconds_of(entry.meta) or 0.0) * common / len(held)
@@ -119,7 +119,7 @@ class PrefixStore:
         self.reject(key)
         return np.zeros(0, np.int32)
 
-    def _unpacked(self, key: str, entry: Entry) -> Cache | None:
+    def _unpack(self, key: str, entry: Entry) -> Cache | None:
         """The cache of an entry; one that this model and kind would not have made goes."""
         from jkv.store.packing import check_like, restored, unpack
 
@@ -149,7 +149,7 @@ class PrefixStore:
                 entry = handle.entry
         except KeyError:
             return None
-        cache = self._unpacked(key, entry)
+        cache = self._unpack(key, entry)
         if cache is None:
             return None
         return cache, self._tokens(key, entry), dict(entry.meta)
@@ -211,7 +211,7 @@ class StoredRows:
             cache: of all rows.
             seconds: that each took, on top of what its prefix from the store took to make.
         """
-        caches = (row_of(cache, i) for i in range(len(rows)))  # copies on the device
+        caches = (take_row(cache, i) for i in range(len(rows)))  # copies on the device
         self.store.keep(self.keys, rows, caches, [seconds + hit.seconds for hit in self.hits])
 
 
@@ -233,7 +233,7 @@ def conversation(meta: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], i
     return tuple(messages), turns, float(seconds_of(meta) or 0)
 
 
-def check_ids(ids: Any, batch: int) -> list[str | None]:
+def check_keys(ids: Any, batch: int) -> list[str | None]:
     """A key per row.
 
     Raises:
@@ -254,34 +254,34 @@ def check_ids(ids: Any, batch: int) -> list[str | None]:
     return list(ids)
 
 
-def joined(rows: list[Cache | None], config: Any, kind: Any, slots: int) -> Cache:
+def join_rows(rows: list[Cache | None], config: Any, kind: Any, slots: int) -> Cache:
     """One cache of rows that were found and others that are empty, with so many slots."""
 
     def sized(cache: Cache | None) -> Cache:
         if cache is None:
-            return loop.new_cache(config, kind, 1, slots, config.dtype)
+            return loop.init_cache_jit(config, kind, 1, slots, config.dtype)
         if cache.capacity is None or cache.capacity == slots:
             return cache
-        return cache.resize(slots) if cache.tables else loop.resized(cache, slots)
+        return cache.resize(slots) if cache.tables else loop.resize_jit(cache, slots)
 
     caches = tuple(sized(row) for row in rows)
     if len(caches) == 1:
         return caches[0]
-    return concat(caches) if caches[0].tables else _concat(caches)
+    return concat(caches) if caches[0].tables else _concat_jit(caches)
 
 
 @jax.jit
-def _concat(caches: tuple[Cache, ...]) -> Cache:
+def _concat_jit(caches: tuple[Cache, ...]) -> Cache:
     return concat(caches)
 
 
 @jax.jit
-def _row(cache: Cache, row: Any) -> Cache:
+def _take_row_jit(cache: Cache, row: Any) -> Cache:
     return cache.take(row[None])
 
 
-def row_of(cache: Cache, row: int) -> Cache:
+def take_row(cache: Cache, row: int) -> Cache:
     """One row by itself."""
     if cache.batch == 1:
         return cache
-    return cache.take([row]) if cache.tables else _row(cache, np.int32(row))
+    return cache.take([row]) if cache.tables else _take_row_jit(cache, np.int32(row))

@@ -151,7 +151,7 @@ def _described(array: np.ndarray) -> str:
     return f"an array of shape {array.shape}"
 
 
-def padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
+def pad_rows(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
     """Pad rows to int32 ``[B, width]``, -1 after the end of each."""
     out = np.full((len(rows), width), PAD, np.int32)
     for i, row in enumerate(rows):

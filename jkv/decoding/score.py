@@ -22,8 +22,8 @@ from jkv.decoding.arguments import CacheLike, Model, Prompts
 from jkv.decoding.capacity import bucket
 from jkv.decoding.faults import MODEL
 from jkv.decoding.logprobs import Logprobs
-from jkv.decoding.options import checked_kind, checked_top
-from jkv.decoding.prompts import PAD, padded, rows_of_tokens, split_model
+from jkv.decoding.options import check_top_logprobs, resolve_kind
+from jkv.decoding.prompts import PAD, pad_rows, rows_of_tokens, split_model
 from jkv.errors import NonFiniteError
 
 PART = 16  # tokens per row whose logits are there at a time
@@ -101,15 +101,15 @@ def score(
     rows = rows_of_tokens(prompts, config.vocab, tokenizer=tokenizer)
     chunk, top = (
         check_integer("prefill_chunk", prefill_chunk, 16),
-        checked_top(top_logprobs, config.vocab),
+        check_top_logprobs(top_logprobs, config.vocab),
     )
-    kind = dense() if cache is None else checked_kind(cache)
+    kind = dense() if cache is None else resolve_kind(cache)
     longest = max(map(len, rows))
     capacity.check_limit(config, kind, longest, 0, min(chunk, longest))
     # The last token of a row has nothing after it.
     counts = np.asarray([len(row) - 1 for row in rows], np.int32)
     slots = bucket(max(longest - 1, 1))
-    held = loop.new_cache(config, kind, len(rows), slots, config.dtype, heads.mesh_of(decoder))
+    held = loop.init_cache_jit(config, kind, len(rows), slots, config.dtype, heads.mesh_of(decoder))
     logprobs = np.zeros((len(rows), longest), np.float32)
     top_tokens = np.full((len(rows), longest, top), PAD, np.int32)
     top_values = np.zeros((len(rows), longest, top), np.float32)
@@ -117,10 +117,10 @@ def score(
     done = 0
     while done < longest - 1:
         size = min(chunk, bucket(longest - 1 - done, 16))
-        tokens = padded([row[:-1][done : done + size] for row in rows], size)
-        following = padded([row[1:][done : done + size] for row in rows], size)
+        tokens = pad_rows([row[:-1][done : done + size] for row in rows], size)
+        following = pad_rows([row[1:][done : done + size] for row in rows], size)
         here = np.clip(counts - done, 0, size)
-        found, finite, held = _scored(
+        found, finite, held = _score_jit(
             decoder, np.maximum(tokens, 0), held, here, following, top=top
         )
         width = min(size, longest - 1 - done)
@@ -134,7 +134,7 @@ def score(
         raise NonFiniteError(f"tokens could not be scored: {', '.join(_first_of(bad))}: {MODEL}")
     held.check()
     return Scores(
-        tokens=padded(rows, longest),
+        tokens=pad_rows(rows, longest),
         lengths=np.asarray([len(row) for row in rows]),
         logprobs=logprobs,
         top_tokens=top_tokens if top else None,
@@ -151,7 +151,7 @@ def _first_of(bad: list[tuple[int, int]]) -> list[str]:
 
 
 @functools.partial(jax.jit, static_argnames="top", donate_argnums=2)
-def _scored(
+def _score_jit(
     model: Any, tokens: Array, cache: Cache, counts: Array, following: Array, *, top: int
 ) -> tuple[Logprobs, Array, Cache]:
     """One chunk: log-probabilities of the tokens that follow, where finite, and the cache.

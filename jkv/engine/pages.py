@@ -95,7 +95,7 @@ class Pages:
     def _empty(self) -> Any:
         slots = self.config.context
         mesh = heads.mesh_of(self.model)
-        return loop.new_cache(self.config, self.kind, 1, slots, self.config.dtype, mesh)
+        return loop.init_cache_jit(self.config, self.kind, 1, slots, self.config.dtype, mesh)
 
     def reset(self) -> None:
         """Make the pages anew, empty; what pools and device had is forgotten."""

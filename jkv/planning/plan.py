@@ -13,7 +13,7 @@ from jkv._checks import check_integer
 from jkv._text import brief
 from jkv.cache import spec
 from jkv.cache.dense import dense
-from jkv.decoding.options import Options, checked_kind
+from jkv.decoding.options import Options, resolve_kind
 from jkv.errors import UnsupportedError
 from jkv.models.config import Config
 from jkv.models.hf_keys import check_ignore
@@ -203,7 +203,7 @@ def find_config(model: Any, dtype: Any = None, ignore: Any = ()) -> tuple[str, C
 def _plan(
     name: str, config: Config, batch: int, seq_len: int, cache: Any, there: int | None
 ) -> Plan:
-    kind = dense() if cache is None else checked_kind(cache)
+    kind = dense() if cache is None else resolve_kind(cache)
     parameters, weight_bytes = memory.weights(config)
     shape = memory.cache_shape(config, kind, batch, seq_len)
     size = memory.cache_sizer(config, kind)

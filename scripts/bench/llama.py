@@ -144,7 +144,7 @@ def lowered(point: Point) -> tuple[Any, str]:
     ends = jax.ShapeDtypeStruct((point.rows, 1), jnp.int32)
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     with dispatch.record() as names:
-        program = loop.advanced.lower(STEPS, *shapes, None, None, ends, steps)
+        program = loop.advance_jit.lower(STEPS, *shapes, None, None, ends, steps)
     return program, "+".join(names)
 
 

@@ -87,8 +87,8 @@ def program(case: Case) -> tuple[Any, Any, Any]:
 
     shapes = jax.eval_shape(arguments)
     if case.new > 1:
-        return loop.absorb, shapes, shapes[2]
-    advanced: Any = loop.advanced  # without its jit, whose first argument is static
+        return loop.absorb_jit, shapes, shapes[2]
+    advanced: Any = loop.advance_jit  # without its jit, whose first argument is static
     decode = jax.jit(functools.partial(advanced.__wrapped__, 32), donate_argnums=1)
     return decode, shapes, shapes[1].cache
 

@@ -34,13 +34,13 @@ def model(tiny_config):
 def grown(monkeypatch):
     """The sizes that caches grow to."""
     sizes = []
-    plain = capacity.grown
+    plain = capacity.grow
 
     def noted(cache, slots):
         sizes.append(slots)
         return plain(cache, slots)
 
-    monkeypatch.setattr(capacity, "grown", noted)
+    monkeypatch.setattr(capacity, "grow", noted)
     return sizes
 
 
@@ -86,22 +86,22 @@ def test_old_buffers_are_gone_before_new_ones_are_made(tiny_config, monkeypatch)
     one = sum(leaf.nbytes for leaf in jax.tree.leaves(layer))
     before = live_bytes() - old
     seen = []
-    plain = capacity._longer
+    plain = capacity._resize_layer_jit
 
     def noted(layer, slots):
         longer = plain(layer, slots)
         seen.append(live_bytes() - before)
         return longer
 
-    monkeypatch.setattr(capacity, "_longer", noted)
-    longer = capacity.grown(cache, 512)
+    monkeypatch.setattr(capacity, "_resize_layer_jit", noted)
+    longer = capacity.grow(cache, 512)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache.layers))
     # At first the old cache and a layer of the new one; at most the new one and a layer of the old.
     assert seen[0] <= old + 2 * one
     assert max(seen) <= longer.nbytes + one < longer.nbytes + old
     assert len(seen) == 6
     # What grows in one program needs both at once, and is for caches that somebody still holds.
-    again = loop.resized(longer, 1024)
+    again = loop.resize_jit(longer, 1024)
     assert live_bytes() - before >= longer.nbytes + again.nbytes
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(longer))
 

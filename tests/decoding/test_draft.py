@@ -420,10 +420,10 @@ def test_no_second_cache():
     """
     _, (model, state, *_), cache = program(Case(jkv.dense(), 2, 1, slots=4096))
     history = jax.ShapeDtypeStruct((2, 4096), jnp.int32)
-    state = jax.eval_shape(drafts.drafting, state, history)
+    state = jax.eval_shape(drafts.begin_draft, state, history)
     ends = jax.ShapeDtypeStruct((2, 4), jnp.int32)
     how = (jkv.prompt_lookup(), None, None, ends, state.token)
-    compiled = drafts.drafted.lower(32, model, state, *how).compile()
+    compiled = drafts.draft_jit.lower(32, model, state, *how).compile()
     biggest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
     assert count_copies(compiled.as_text(), biggest) == 0
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * nbytes(cache)

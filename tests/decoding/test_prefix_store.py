@@ -122,14 +122,14 @@ def test_a_batch_is_read_and_written_at_once(tiny_model):
 
 def test_of_several_rows_one_at_a_time_is_copied(tiny_model, store, monkeypatch):
     """All of them would be a second cache on the device."""
-    row_of, made = prefix_store.row_of, []
+    row_of, made = prefix_store.take_row, []
 
     def copied(cache, row):
         assert not any(ref() for ref in made)
         made.append(weakref.ref(it := row_of(cache, row)))
         return it
 
-    monkeypatch.setattr(prefix_store, "row_of", copied)
+    monkeypatch.setattr(prefix_store, "take_row", copied)
     out = jkv.generate(tiny_model, [LONG, OTHER, OTHER[:20]], store=store, **HOW)
     assert len(made) == len(store) == len(out.tokens)
 

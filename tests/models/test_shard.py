@@ -257,7 +257,7 @@ def test_rounded_pages_of_a_tpu_are_not_parted():
 
     with dispatch.target("tpu"):
         cache = jkv.init_cache(config, kind, batch=1, slots=64)
-        own = jax.eval_shape(lambda: loop.new_cache(config, kind, 1, 64, "float32", mesh))
+        own = jax.eval_shape(lambda: loop.init_cache_jit(config, kind, 1, 64, "float32", mesh))
     assert tiled(cache)
     assert not tiled(own)
     with pytest.raises(jkv.UnsupportedError, match="scales of all heads together"):
