@@ -12,7 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 OPTIMISED: dict[str, Any] = {"xla_backend_optimization_level": 3}
-_QUICK = {"xla_backend_optimization_level": "0"}
+_QUICK = {
+    "xla_backend_optimization_level": "0",
+    # Modules split among threads cost a fifth more time in all; the suite's workers fill the cores.
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     # The newer of two ways to emit fusions optimises whatever it is told; later versions have but
     # one, and no such option.
