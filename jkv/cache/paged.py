@@ -30,7 +30,7 @@ from jkv.cache.protocol import (
     window_of,
 )
 from jkv.errors import UnsupportedError
-from jkv.ops.attention.reference import gathered
+from jkv.ops.attention.reference import gather_slots
 from jkv.ops.codecs import Affine, Codec, Encoded
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.order import depend_on
@@ -204,7 +204,9 @@ class Paged(LayerCache):
             UnsupportedError: a page has left a window.
         """
         pages.check_whole(self.pool, table, lengths)
-        keys, values = (gathered(x, table).astype(self.dtype) for x in (self.k_pages, self.v_pages))
+        keys, values = (
+            gather_slots(x, table).astype(self.dtype) for x in (self.k_pages, self.v_pages)
+        )
         return keys, values
 
     def requantise(self, to: Any, lengths: Int[Array, " B"]) -> Paged:

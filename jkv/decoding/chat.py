@@ -28,7 +28,7 @@ from jkv.decoding.stream import Stream, stream
 from jkv.errors import CacheFullError, CorruptError, JkvError, UnsupportedError
 from jkv.models.lm import LM
 from jkv.models.template import plain_message
-from jkv.models.weights import still, weights_of
+from jkv.models.weights import is_current, weights_of
 
 if TYPE_CHECKING:
     from jkv.store import Store
@@ -252,7 +252,7 @@ class Chat:
         if self._prefixes is not None:
             self._prefixes.renew()
         known = past.result
-        if known is not None and not still(known.weights, self._decoder):
+        if known is not None and not is_current(known.weights, self._decoder):
             known = None  # computed with weights that the model does not have any more
         start, new = _common(known or self._found(ids), ids)
         reused = 0 if start is None else len(start.history[0]) - 1

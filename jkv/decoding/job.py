@@ -27,7 +27,7 @@ from jkv.decoding.result import Result, differences
 from jkv.decoding.stopping import Stops, parse_stops
 from jkv.decoding.transform import Transform
 from jkv.errors import CacheFullError, StaleError
-from jkv.models.weights import Weights, still, weights_of
+from jkv.models.weights import Weights, is_current, weights_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _resumed(options: Options, rows: list[np.ndarray], model: DecoderLike) -> li
         raise ValueError(
             f"resume got the result of another model ({differ}); expected one of this model"
         )
-    if not still(resume.weights, model):
+    if not is_current(resume.weights, model):
         raise StaleError(
             "resume got a result of other weights than the model has now: its cache holds keys "
             "and values of the old ones. Generate anew from its tokens, result.history"

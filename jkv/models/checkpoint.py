@@ -1,4 +1,4 @@
-"""A directory in Hugging Face layout, read into a decoder or refused as a whole."""
+"""The reader of a checkpoint directory in Hugging Face layout, whole or not at all."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def read_checkpoint(
     progress: Progress | None = None,
     problems: list[str] | None = None,
 ) -> tuple[Decoder, Config]:
-    """The decoder of a directory with `config.json` and safetensors.
+    """Read the decoder of a directory with `config.json` and safetensors.
 
-    Tensor by tensor: the host never holds a second copy of the weights.
+    Tensors are read one by one: the host never holds a second copy of the weights.
 
     Args:
         directory: what to read.
         dtype: of the weights; by default float32 on the CPU, the checkpoint's own elsewhere.
         ignore: keys of `config.json` to treat as absent.
         progress: called with the bytes read so far and those to read.
-        problems: what was found before, in the tokenizer for one; reported with the rest.
+        problems: problems found before, such as in the tokenizer; reported with the rest.
 
     Raises:
-        CheckpointError: anything is missing, left over, misshapen or unknown; it lists everything.
+        CheckpointError: something is missing, unknown or of another shape; it lists everything.
     """
     problems = [] if problems is None else problems
     values, config, family = _read_config(directory, ignore, problems)
     tensors = _find_tensors(directory, family, problems)
     if family is not None:
-        tensors = _named(tensors, family, problems)
-    # What is harmless in an unknown family is unknown too.
-    counted = {} if family is None else _without_harmless(tensors, family)
+        tensors = _strip_prefix(tensors, family, problems)
+    # Which tensors are harmless in an unknown family is unknown.
+    counted = {} if family is None else _drop_harmless(tensors, family)
     coded = diagnose.quantization(values, directory, counted)
     if coded is not None:
         problems.append(coded)
@@ -79,13 +79,13 @@ def read_config(
     ignore: Sequence[str] = (),
     problems: list[str] | None = None,
 ) -> Config:
-    """The configuration of a directory; its weights are not looked at, and need not be there.
+    """Read the configuration of a directory; weights are not read, and need not exist.
 
     Args:
         directory: what to read.
         dtype: of the weights; by default the checkpoint's own, float32 where it does not say.
         ignore: keys of `config.json` to treat as absent.
-        problems: what was found before; reported with the rest.
+        problems: problems found before; reported with the rest.
 
     Raises:
         CheckpointError: the configuration is missing, broken or unknown; it lists everything.
@@ -117,7 +117,7 @@ def _report(directory: Path, problems: list[str]) -> str:
 def _read_config(
     directory: Path, ignore: Sequence[str], problems: list[str]
 ) -> tuple[dict[str, Any], Config | None, Family | None]:
-    """The keys that are not ignored, and what they mean."""
+    """Read the keys that are not ignored, the `Config` that they describe, and its family."""
     values = read_json(directory / "config.json", problems, optional=True)
     if not (directory / "config.json").exists():
         what = diagnose.directory(directory)
@@ -134,13 +134,13 @@ def _read_config(
 
 
 def _find_tensors(directory: Path, family: Family | None, problems: list[str]) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint by name."""
+    """Find every tensor of the checkpoint, by name."""
     if (directory / _SINGLE).exists():
         return read_header(directory / _SINGLE, problems)
     if (directory / _INDEX).exists():
         return _find_shards(directory, family, problems)
     if not (directory / "config.json").exists() and diagnose.directory(directory) is not None:
-        return {}  # said where the configuration was looked for
+        return {}  # reported with the missing configuration
     problems.append(f"{_SINGLE} or {_INDEX} is missing; {diagnose.weights(directory)}")
     return {}
 
@@ -156,7 +156,7 @@ def _find_shards(directory: Path, family: Family | None, problems: list[str]) ->
     found: dict[str, Tensor] = {}
     shards: set[str] = set()
     for shard in sorted({str(name) for name in weight_map.values()}):
-        if not _plain(shard):
+        if not _is_shard_name(shard):
             problems.append(
                 f"{_INDEX}: {brief(shard)} is no shard's name; expected that of a .safetensors "
                 "file in the directory itself"
@@ -180,21 +180,23 @@ def _find_shards(directory: Path, family: Family | None, problems: list[str]) ->
                 )
     lost = [name for name in weight_map if name not in found and str(weight_map[name]) in shards]
     if family is not None:
-        lost = [name for name in lost if not _harmless(name.removeprefix(family.prefix), family)]
-    problems.extend(f"{_INDEX}: {name} is not in its shard" for name in _grouped(lost))
+        lost = [name for name in lost if not _is_harmless(name.removeprefix(family.prefix), family)]
+    problems.extend(f"{_INDEX}: {name} is not in its shard" for name in _group_layers(lost))
     return found
 
 
-def _plain(shard: str) -> bool:
-    """Whether a name stays in the directory, as a name: symlinks of a hub snapshot are fine."""
+def _is_shard_name(shard: str) -> bool:
+    """Return whether a name is a file in the directory itself; it may be a symlink."""
     return re.fullmatch(r"[^/\\:\x00-\x1f]+\.safetensors", shard) is not None
 
 
 # What the model needs -----------------------------------------------------------------------------
 
 
-def _named(tensors: dict[str, Tensor], family: Family, problems: list[str]) -> dict[str, Tensor]:
-    """The tensors by the names of the family's table, which have no prefix."""
+def _strip_prefix(
+    tensors: dict[str, Tensor], family: Family, problems: list[str]
+) -> dict[str, Tensor]:
+    """Return the tensors by the names of the family's table, which have no prefix."""
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = name.removeprefix(family.prefix)
@@ -205,28 +207,30 @@ def _named(tensors: dict[str, Tensor], family: Family, problems: list[str]) -> d
     return named
 
 
-def _without_harmless(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """Without what old versions saved and nothing needs."""
-    return {name: t for name, t in tensors.items() if not _harmless(name, family)}
+def _drop_harmless(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Drop tensors that old versions saved and no model uses."""
+    return {name: t for name, t in tensors.items() if not _is_harmless(name, family)}
 
 
-def _harmless(name: str, family: Family) -> bool:
+def _is_harmless(name: str, family: Family) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in family.harmless)
 
 
 def _match(config: Config, family: Family, tensors: dict[str, Tensor], problems: list[str]) -> None:
-    """Report what is missing, left over or of another shape."""
+    """Report tensors that are missing, unknown or of another shape."""
     shapes = tensor_shapes(config, family)
-    problems.extend(f"missing tensor {name}" for name in _grouped(shapes.keys() - tensors.keys()))
-    extra = _without_harmless(tensors, family).keys() - shapes.keys()
+    problems.extend(
+        f"missing tensor {name}" for name in _group_layers(shapes.keys() - tensors.keys())
+    )
+    extra = _drop_harmless(tensors, family).keys() - shapes.keys()
     if config.tied and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
         embedding = tensors.get(next(n for n, p in family.tensors.items() if p == _EMBEDDING))
-        if embedding is not None and not _same(embedding, tensors["lm_head.weight"]):
+        if embedding is not None and not _equal_tensors(embedding, tensors["lm_head.weight"]):
             problems.append(
                 "lm_head.weight differs from the embedding, and tie_word_embeddings is true"
             )
-    problems.extend(f"unknown tensor {name}" for name in _grouped(extra))
+    problems.extend(f"unknown tensor {name}" for name in _group_layers(extra))
     for name, shape in shapes.items():
         if name in tensors and not tensors[name].listed:
             problems.append(
@@ -242,7 +246,7 @@ def _match(config: Config, family: Family, tensors: dict[str, Tensor], problems:
 _EMBEDDING = Place("array", ("embedding",))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _equal_tensors(a: Tensor, b: Tensor) -> bool:
     """Compare two tensors, rounded to the coarser of their dtypes."""
     if a.shape != b.shape:
         return False
@@ -264,12 +268,12 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint8)
 
 
-def _grouped(names: Iterable[str]) -> list[str]:
-    """Names in order, those that differ in the layer's number only as one: ``layers.{0,1}.x``."""
+def _group_layers(names: Iterable[str]) -> list[str]:
+    """Sort names, and join those that differ only in the layer's number: ``layers.{0,1}.x``."""
     groups: dict[str, list[int]] = {}
     for name in sorted(names):
         match = re.search(r"(?<=\.)\d{1,9}(?=\.)", "." + name)
-        key = name if match is None else _star(name, match)
+        key = name if match is None else _mask_layer(name, match)
         groups.setdefault(key, [])
         if match is not None:
             groups[key].append(int(match.group()))
@@ -282,7 +286,7 @@ def _grouped(names: Iterable[str]) -> list[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Numbers in order as 0,2-5,7."""
+    """Format sorted numbers as 0,2-5,7."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -293,7 +297,7 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(parts)
 
 
-def _star(name: str, match: re.Match[str]) -> str:
+def _mask_layer(name: str, match: re.Match[str]) -> str:
     return name[: match.start() - 1] + "\0" + name[match.end() - 1 :]
 
 
@@ -308,7 +312,7 @@ def _choose_dtype(dtype: str | None, config: Config, tensors: dict[str, Tensor])
 
 
 def usual_dtype(stored: str) -> str:
-    """The dtype in which weights stored in another are loaded, unless somebody asks."""
+    """Return the default dtype in which weights stored in another are loaded."""
     # XLA's matrix products in bfloat16 are ten times slower than in float32 on the CPU.
     cpu = jax.default_backend() == "cpu"
     return "float32" if cpu or stored == "float64" else stored

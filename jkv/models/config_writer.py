@@ -47,10 +47,10 @@ def reads_as(values: Mapping[str, Any], config: Config, end_ids: Any = None) -> 
     problems: list[str] = []
     family = families.find(values, problems)
     read = None if family is None else families.read_config(values, family, problems, end_ids)
-    return read is not None and not problems and _plain(read) == _plain(config)
+    return read is not None and not problems and _normalise(read) == _normalise(config)
 
 
-def _plain(config: Config) -> Config:
+def _normalise(config: Config) -> Config:
     """Normalise fields that can be written in two ways, and drop the family and dtype."""
     windows = tuple(config.window(i) for i in range(config.layers))
     return dataclasses.replace(

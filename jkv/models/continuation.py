@@ -27,7 +27,7 @@ class Continuation:
         self._whole = tokenizer
         self._inner = self._added = None
         parts = {name: state_of(getattr(tokenizer, name)) for name in _PARTS}
-        plain = {name: _without_prefix(part) for name, part in parts.items()}
+        plain = {name: _strip_prefix(part) for name, part in parts.items()}
         if plain != parts:
             # Its parts cannot be changed in place: other threads may be encoding with them.
             self._inner = tokenizers.Tokenizer.from_str(
@@ -50,7 +50,7 @@ class Continuation:
         return encoding.ids
 
 
-def _without_prefix(part: Any) -> Any:
+def _strip_prefix(part: Any) -> Any:
     """A normalizer or pre-tokenizer that leaves the beginning of a text alone."""
     if not isinstance(part, dict):
         return part
@@ -67,6 +67,6 @@ def _without_prefix(part: Any) -> Any:
             name = "normalizers" if "normalizers" in part else "pretokenizers"
             if any(p["type"] == "WhitespaceSplit" for p in part[name]):
                 return part  # the spaces put before words stand for those that were split away
-            inner = [_without_prefix(p) for p in part[name]]
+            inner = [_strip_prefix(p) for p in part[name]]
             return part | {name: [p for p in inner if p is not None]}
     return part

@@ -1,4 +1,4 @@
-"""What keys and values depend on, in 32 bytes: two models with equal ones make the same cache."""
+"""Fingerprints: 32 bytes over all that keys and values depend on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fingerprint(model: Any, kind: Any = None) -> bytes:
     """SHA-256 over the weights' checksums, the configuration and a kind of cache.
 
     A weight's checksum has 64 bits and is computed where it lies, at the speed of the memory: it
-    tells other weights from these, and is no protection from somebody who wants two to be alike.
+    tells other weights from these, but does not protect against deliberate collisions.
 
     Args:
         model: a decoder.

@@ -31,7 +31,7 @@ from jkv.models.template_compiler import CodeGenerator
 from jkv.models.template_sizes import (
     GROWTH,
     Weight,
-    joined,
+    join_size,
     json_padding,
     shallow_bytes,
     weigh,
@@ -357,7 +357,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
             self.charge(len(owner) >> 8)
             growth = GROWTH.get(function.__name__)
             if function.__name__ == "join":
-                size = joined(size, args[0] if args else (), owner)
+                size = join_size(size, args[0] if args else (), owner)
             elif growth is not None:
                 size = growth(size, owner, *args, **named)
         self.reserve(12 * size)
@@ -406,7 +406,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         if growth is not None:
             chars = growth(chars, value, *rest, **kwargs)
         elif name == "join":
-            chars = joined(chars, value, *rest, **kwargs)
+            chars = join_size(chars, value, *rest, **kwargs)
         elif name == "tojson":
             # At least 4 characters are a part, which may begin a line.
             chars = 2 * chars + (chars * json_padding(*rest, **kwargs) * (size.depth + 1) >> 3)

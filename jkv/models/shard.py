@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jkv._text import plural
 from jkv.models.decoder import Decoder
 from jkv.models.lm import LM
-from jkv.models.weights import are_copies
+from jkv.models.weights import add_copy
 
 M = TypeVar("M", LM, Decoder)
 
@@ -76,20 +76,20 @@ def shard(lm: M, mesh: Mesh) -> M:
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param):
             value = node.get_value()
-            node.set_value(_put(value, _placed(mesh, where.get(id(node)), value.shape)))
-    are_copies(lm, model)
+            node.set_value(_place(value, _sharding_of(mesh, where.get(id(node)), value.shape)))
+    add_copy(lm, model)
     return model
 
 
-def _put(value: Any, there: NamedSharding) -> Any:
-    """There; the shape of an array that is none yet says where it will be."""
+def _place(value: Any, there: NamedSharding) -> Any:
+    """Put an array there, or give the shape of a future array its sharding."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=there)
     return jax.device_put(value, there)
 
 
-def _placed(mesh: Mesh, spec: PartitionSpec | None, shape: tuple[int, ...]) -> NamedSharding:
-    """Parts where they can be equal, else all of it everywhere."""
+def _sharding_of(mesh: Mesh, spec: PartitionSpec | None, shape: tuple[int, ...]) -> NamedSharding:
+    """Return the sharding into equal parts where possible, else replicated."""
     if spec is None or shape[len(spec) - 1] % mesh.size:
         spec = PartitionSpec()
     return NamedSharding(mesh, spec)

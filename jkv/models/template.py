@@ -127,14 +127,14 @@ def render(
         UnsupportedError: the template refuses the messages, does not work, or takes too much.
     """
     try:
-        plain = [_message(i, message) for i, message in enumerate(_list(messages))]
-        values = {name: _plain(value) for name, value in _checked(values).items()}
+        plain = [_message(i, message) for i, message in enumerate(_check_messages(messages))]
+        values = {name: _to_json_types(value) for name, value in _with_schemas(values).items()}
         parts: list[int] = []
         chars = weigh((plain, values), parts.append).chars
     except (RecursionError, jinja2.exceptions.SecurityError) as error:
         raise ValueError("messages, tools or documents are nested too deeply") from error
     field = "content" if continue_final_message is True else continue_final_message
-    final = _mark(plain, field, source) if field else None
+    final = _append_mark(plain, field, source) if field else None
     steps, memory = budget[0] + 1000 * sum(parts), budget[1] + 64 * chars
     sandbox = _environment(steps=steps, memory=memory)
     try:
@@ -147,13 +147,13 @@ def render(
         raise UnsupportedError(
             f"the checkpoint's chat template cannot write these messages: {reason}"
         ) from error
-    return text if final is None else _cut(text, final)
+    return text if final is None else _text_before_mark(text, final)
 
 
 # What the template sees ---------------------------------------------------------------------------
 
 
-def _list(messages: Any) -> Sequence[Any]:
+def _check_messages(messages: Any) -> Sequence[Any]:
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(
             f"got {brief(messages)} as messages; expected a list such as "
@@ -175,7 +175,11 @@ def plain_message(message: Any) -> dict[str, Any] | None:
         fields = _fields(message)
         if fields is None or not isinstance(fields.get("role"), str):
             return None
-        return {_plain(k): _plain(value) for k, value in fields.items() if value is not None}
+        return {
+            _to_json_types(k): _to_json_types(value)
+            for k, value in fields.items()
+            if value is not None
+        }
     except RecursionError as error:
         raise ValueError("a message is nested too deeply") from error
 
@@ -192,8 +196,8 @@ def _message(i: int, message: Any) -> dict[str, Any]:
     return plain
 
 
-def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """The values, with schemas in place of functions."""
+def _with_schemas(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with schemas in place of functions."""
     for name in ("tools", "documents"):
         given = values.get(name)
         if given is not None and not isinstance(given, list | tuple):
@@ -229,31 +233,31 @@ def _fields(value: Any) -> Mapping[Any, Any] | None:
     return dumped if isinstance(dumped, Mapping) else None
 
 
-def _plain(value: Any) -> Any:
-    """JSON's types and nothing else: the methods of other objects are not the sandbox's."""
+def _to_json_types(value: Any) -> Any:
+    """Convert to the types of JSON alone: templates must not call methods of other objects."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         return str.__str__(value)  # the base's method: a subclass (an enum) may write otherwise
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return _to_json_types(value.item())
     for kind in (int, float):
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, list | tuple):
-        items = [_plain(item) for item in value]
+        items = [_to_json_types(item) for item in value]
         return items if isinstance(value, list) else tuple(items)
     fields = _fields(value)
     if fields is not None:
-        return {_plain(key): _plain(item) for key, item in fields.items()}
+        return {_to_json_types(key): _to_json_types(item) for key, item in fields.items()}
     raise ValueError(f"a message holds {type(value).__name__}; expected what JSON can hold")
 
 
 # Going on with the last message -------------------------------------------------------------------
 
 
-def _mark(messages: list[dict[str, Any]], field: str, source: str) -> str:
-    """Put a mark behind the last message's text, and return that text."""
+def _append_mark(messages: list[dict[str, Any]], field: str, source: str) -> str:
+    """Append a mark to the last message's text, and return that text."""
     last = messages[-1]
     text = last.get(field)
     if text is None:
@@ -277,8 +281,8 @@ def _mark(messages: list[dict[str, Any]], field: str, source: str) -> str:
     return text
 
 
-def _cut(text: str, final: str) -> str:
-    """The text up to the mark; a template that trims messages has trimmed the mark's space too."""
+def _text_before_mark(text: str, final: str) -> str:
+    """Return the text before the mark, which a trimming template has trimmed too."""
     at = text.rfind(_MARK.strip())
     if at < 0 or final.strip() not in text:
         raise UnsupportedError(

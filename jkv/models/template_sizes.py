@@ -77,25 +77,25 @@ def shallow_bytes(value: Any) -> int:
 # characters of the value and the arguments together.
 
 
-def _padded(n: int, value: Any, width: int = 80, *_: Any) -> int:
+def _pad_size(n: int, value: Any, width: int = 80, *_: Any) -> int:
     return n + max(width, 0)
 
 
-def _replaced(n: int, value: Any, old: Any, new: Any, count: Any = None) -> int:
+def _replace_size(n: int, value: Any, old: Any, new: Any, count: Any = None) -> int:
     found = value.count(old) if isinstance(value, str) and isinstance(old, str) and old else n
     return n + found * len(str(new))
 
 
-def joined(n: int, value: Any, d: Any = "", attribute: Any = None) -> int:
+def join_size(n: int, value: Any, d: Any = "", attribute: Any = None) -> int:
     """Characters of items with `d` between them."""
     return n + len(value) * len(str(d)) if hasattr(value, "__len__") else n
 
 
-def _indented(n: int, value: Any, width: Any = 4, first: Any = False, blank: Any = False) -> int:
+def _indent_size(n: int, value: Any, width: Any = 4, first: Any = False, blank: Any = False) -> int:
     return n * (1 + (len(width) if isinstance(width, str) else max(width, 0)))
 
 
-def _wrapped(
+def _wrap_size(
     n: int,
     value: Any,
     width: Any = 79,
@@ -106,20 +106,20 @@ def _wrapped(
     return n * (2 + len(wrapstring or ""))
 
 
-def _batched(n: int, value: Any, linecount: int, fill_with: Any = None) -> int:
+def _batch_size(n: int, value: Any, linecount: int, fill_with: Any = None) -> int:
     return 8 * n + (0 if fill_with is None else 8 * max(linecount, 0))
 
 
 GROWTH: dict[str, Callable[..., int]] = {
-    "center": _padded,
-    "ljust": _padded,
-    "rjust": _padded,
-    "zfill": _padded,
+    "center": _pad_size,
+    "ljust": _pad_size,
+    "rjust": _pad_size,
+    "zfill": _pad_size,
     "expandtabs": lambda n, value, tabsize=8: n + value.count("\t") * max(tabsize, 0),
-    "replace": _replaced,
-    "indent": _indented,
-    "wordwrap": _wrapped,
-    "batch": _batched,
+    "replace": _replace_size,
+    "indent": _indent_size,
+    "wordwrap": _wrap_size,
+    "batch": _batch_size,
     "split": lambda n, value, sep=None, maxsplit=-1: (
         16 * n if sep is None else n + 16 * value.count(sep)
     ),

@@ -1,6 +1,6 @@
 """Safetensors files: a header that is checked before it is believed, and tensors read one by one.
 
-The file is read, not mapped: a mapped file that somebody truncates kills the process, its pages
+The file is read, not mapped: a mapped file that is truncated kills the process, its pages
 count as this process's memory, and JAX on the CPU would make arrays that alias it.
 """
 
@@ -145,7 +145,11 @@ def read_header(path: Path, problems: list[str]) -> dict[str, Tensor]:
     if None in tensors:
         return {}
     found = [tensor for tensor in tensors if tensor is not None]
-    return {t.name: t for t in found} if _tiled(found, path, 8 + length, size, problems) else {}
+    return (
+        {t.name: t for t in found}
+        if _are_contiguous(found, path, 8 + length, size, problems)
+        else {}
+    )
 
 
 def write_tensors(
@@ -192,7 +196,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(name: str, entry: Any, path: Path, base: int, problems: list[str]) -> Tensor | None:
     """One entry of a header, if it agrees with itself."""
 
-    def whole(values: Any) -> bool:
+    def are_sizes(values: Any) -> bool:
         return isinstance(values, list) and all(
             isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in values
         )
@@ -205,7 +209,7 @@ def _tensor(name: str, entry: Any, path: Path, base: int, problems: list[str]) -
     if not isinstance(dtype, str) or dtype not in _SIZES:
         problems.append(f"{where}: unknown dtype {brief(dtype)}")
         return None
-    if not whole(shape) or not whole(offsets) or len(offsets) != 2:
+    if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2:
         problems.append(f"{where}: shape {brief(shape)} and offsets {brief(offsets)} are not valid")
         return None
     start, stop = offsets
@@ -219,8 +223,10 @@ def _tensor(name: str, entry: Any, path: Path, base: int, problems: list[str]) -
     return Tensor(name, dtype, tuple(shape), path, base + start, nbytes)
 
 
-def _tiled(tensors: list[Tensor], path: Path, base: int, size: int, problems: list[str]) -> bool:
-    """Whether the tensors follow each other to the end of the file, as the format demands."""
+def _are_contiguous(
+    tensors: list[Tensor], path: Path, base: int, size: int, problems: list[str]
+) -> bool:
+    """Return whether the tensors fill the file without gaps, as the format demands."""
     at, before = base, "the header"
     for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
         if tensor.start != at:

@@ -44,7 +44,7 @@ def build(
             )
             return None
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(_adapted(values, config, model_type)))
+        return tokenizers.Tokenizer.from_str(json.dumps(_adapt(values, config, model_type)))
     except BaseException as error:  # the bare class, or that of a panic, is what tokenizers raises
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -76,7 +76,7 @@ def _is_charsmap(text: Any) -> bool:
 # What transformers makes anew ---------------------------------------------------------------------
 
 
-def _adapted(values: dict[str, Any], config: Mapping[str, Any], model_type: Any) -> dict[str, Any]:
+def _adapt(values: dict[str, Any], config: Mapping[str, Any], model_type: Any) -> dict[str, Any]:
     name = config.get("tokenizer_class")
     name = name.removesuffix("Fast") if isinstance(name, str) else None
     name = "GPT2Tokenizer" if name is None and model_type == "gpt2" else name
@@ -182,7 +182,7 @@ def add_tokens(
     else:
         special = {**config, **special}
         where = "added_tokens.json"
-        marked = set(_named(special).values()) | {_content(v) for v in _extra(special)}
+        marked = set(_named_tokens(special).values()) | {_content(v) for v in _extra(special)}
         for token, i in added.items():
             whole = isinstance(i, int) and not isinstance(i, bool) and 0 <= i < _MOST_IDS
             if not whole or _content(token) is None:
@@ -199,7 +199,7 @@ def add_tokens(
                 )
             )
     stated.sort(key=lambda pair: pair[0])
-    names = _named(special)
+    names = _named_tokens(special)
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     known |= {_content(value) for _, value in stated}
     more: list[Any] = [special[name] for name in names if isinstance(special.get(name), str | dict)]
@@ -233,7 +233,7 @@ def _content(value: Any) -> str | None:
     return value or None
 
 
-def _named(values: Mapping[str, Any]) -> dict[str, str]:
+def _named_tokens(values: Mapping[str, Any]) -> dict[str, str]:
     """Special tokens with names, the usual ones first, then a model's own."""
     found = {f"{word}_token": _content(values.get(f"{word}_token")) for word in _NAMED}
     own = {k: _content(v) for k, v in values.items() if k.endswith("_token") and k not in found}

@@ -25,7 +25,7 @@ class Weights:
         self._copies = [tuple(map(weakref.ref, leaves))]
 
     def holds(self, leaves: Sequence[Any]) -> bool:
-        """Whether these are the arrays."""
+        """Return whether these are the arrays."""
         return any(
             len(refs) == len(leaves) and all(r() is x for r, x in zip(refs, leaves, strict=True))
             for refs in self._copies
@@ -36,7 +36,7 @@ class Weights:
         self._copies.append(tuple(map(weakref.ref, leaves)))
 
     def alive(self) -> list[Any] | None:
-        """The arrays, where all of them are still there."""
+        """Return the arrays, if all of them still exist."""
         for refs in self._copies:
             leaves = [ref() for ref in refs]
             if not any(leaf is None or _is_deleted(leaf) for leaf in leaves):
@@ -73,15 +73,15 @@ def weights_of(model: Any) -> Weights:
     return weights
 
 
-def are_copies(model: Any, other: Any) -> None:
-    """Note that another model has the same weights in arrays of its own."""
+def add_copy(model: Any, other: Any) -> None:
+    """Record that another model has the same weights in arrays of its own."""
     weights_of(model).add(_leaves(other))
 
 
-def still(weights: Weights | None, model: Any) -> bool:
-    """Whether a model has these weights: the same arrays, or others of the same values.
+def is_current(weights: Weights | None, model: Any) -> bool:
+    """Return whether a model has these weights: the same arrays, or others of the same values.
 
-    Values can only be compared while the old arrays are there. None is unknown, and taken as equal.
+    Values can only be compared while the old arrays exist. None is unknown and counts as equal.
     """
     if weights is None:
         return True

@@ -63,7 +63,7 @@ class Choice:
         return "\n".join([*lines, f"{self.name}: yes"])
 
 
-def lazily(module: str, function: str) -> Callable[..., Any]:
+def lazy_import(module: str, function: str) -> Callable[..., Any]:
     """Return a function of a module that is imported at its first call.
 
     The kernels' languages take a while to import, and most processes never need them.

@@ -1,4 +1,4 @@
-"""Who sees whom, from positions only, and what is done to the scores."""
+"""Masks from positions alone, and the static settings of an attention."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def affine(
     # Each divided by itself: the range of two large numbers may be infinite.
     wide = high / levels - low / levels
     far = jnp.maximum(jnp.abs(low), jnp.abs(high)) / MOST
-    step = up(jnp.maximum(jnp.maximum(wide, far), LEAST))
+    step = round_up(jnp.maximum(jnp.maximum(wide, far), LEAST))
     # XLA divides by the same number many times with its reciprocal, and that of the largest steps
     # is a subnormal number, which many processors take for zero: both are made smaller before.
     by = step.astype(jnp.float32)
@@ -59,7 +59,7 @@ def affine(
     return codes, jnp.where(finite, step, jnp.nan), zero
 
 
-def up(x: Float[Array, "..."]) -> Array:
+def round_up(x: Float[Array, "..."]) -> Array:
     """Positive numbers as the next bfloat16 that is no smaller.
 
     A step rounded down would not reach its range's end.

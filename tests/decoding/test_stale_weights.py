@@ -9,7 +9,7 @@ import pytest
 
 import jkv
 from jkv.errors import StaleError
-from jkv.models.weights import still, weights_of
+from jkv.models.weights import is_current, weights_of
 from jkv.store import Memory, Store
 from tests.decoding import oracle
 
@@ -51,11 +51,11 @@ def test_equal_weights_in_other_arrays_are_the_same(model):
     want = oracle.said(jkv.generate(model, [[4]], resume=first, **HOW))
     assert oracle.said(jkv.generate(other, [[4]], resume=first, **HOW)) == want
     train(other)
-    assert not still(first.weights, other)
+    assert not is_current(first.weights, other)
     # A sharded copy is known to be one after the original is gone.
     mesh = jax.make_mesh((1,), ("heads",))
     sharded = jkv.shard(model, mesh)
-    assert still(first.weights, sharded)
+    assert is_current(first.weights, sharded)
     assert weights_of(sharded) is first.weights
 
 
@@ -64,7 +64,7 @@ def test_weights_of_numpy_count_too(model):
     first = jkv.generate(moved, [[1, 2, 3]], **HOW)
     assert jkv.generate(moved, [[4]], resume=first, **HOW).lengths.tolist() == [4]
     leaves, tree = jax.tree.flatten(moved)
-    assert still(first.weights, jax.tree.unflatten(tree, [leaf.copy() for leaf in leaves]))
+    assert is_current(first.weights, jax.tree.unflatten(tree, [leaf.copy() for leaf in leaves]))
     other = jax.tree.unflatten(tree, [leaf * 1.5 for leaf in leaves])
     with pytest.raises(StaleError, match="other weights than the model has now"):
         jkv.generate(other, [[4]], resume=first, **HOW)

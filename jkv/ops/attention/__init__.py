@@ -14,7 +14,7 @@ from jkv._axes import Array, Shaped
 from jkv._text import brief
 from jkv.ops import dispatch
 from jkv.ops.attention import reference, xla, xla_paged
-from jkv.ops.dispatch import Choice, Implementation, fold_rows, lazily
+from jkv.ops.dispatch import Choice, Implementation, fold_rows, lazy_import
 from jkv.ops.kv import KV, ContiguousKV, PagedKV
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.partial import Partial, merge
@@ -26,7 +26,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _anything(q: Any, kv: Any, positions: Any, spec: Any) -> None:
+def _supports_all(q: Any, kv: Any, positions: Any, spec: Any) -> None:
     """No reason against any case."""
     del q, kv, positions, spec
 
@@ -51,8 +51,8 @@ def _kernel(name: str, platform: str, *, only_chunks: bool = False) -> Implement
     return Implementation(
         name,
         (platform,),
-        lazily(module, "unsupported"),
-        lazily(module, "attention"),
+        lazy_import(module, "unsupported"),
+        lazy_import(module, "attention"),
         only_chunks=only_chunks,
     )
 
@@ -64,8 +64,8 @@ OPERATION = dispatch.Operation(
         _kernel("cudnn", "cuda", only_chunks=True),
         _kernel("mosaic_gpu", "cuda"),
         _kernel("mosaic_tpu", "tpu"),
-        Implementation("xla", dispatch.PLATFORMS, _anything, _by_xla, differentiable=True),
-        Implementation("reference", (), _anything, reference.attention, differentiable=True),
+        Implementation("xla", dispatch.PLATFORMS, _supports_all, _by_xla, differentiable=True),
+        Implementation("reference", (), _supports_all, reference.attention, differentiable=True),
     ],
     _fold,
 )
@@ -101,10 +101,10 @@ def attention(
         >>> spec = AttentionSpec(scale=64**-0.5, window=1024)
         >>> attention(q, ContiguousKV(k, v, lengths=lengths), positions, spec).out
     """
-    spec = _checked(q, spec)
+    spec = _check_spec(q, spec)
     parts = [
         OPERATION.run(implementation, (q, one.for_queries(positions), positions), spec)
-        for one in _operands(q, kv)
+        for one in _check_operands(q, kv)
     ]
     return parts[0] if len(parts) == 1 else merge(*parts)
 
@@ -128,8 +128,8 @@ def explain(
         TypeError, ValueError: as `attention` does.
         UnsupportedError: another platform.
     """
-    spec = _checked(q, spec)
-    (one,) = _operands(q, kv)
+    spec = _check_spec(q, spec)
+    (one,) = _check_operands(q, kv)
     return OPERATION.choose(platform, (q, one, None), spec)
 
 
@@ -160,12 +160,12 @@ def attention_with_chunk(
         since: the chunk's tokens before this position neither see nor are seen.
     """
     own = ContiguousKV.of_chunk(k, v)
-    apart = _is_apart(q, own, spec)
+    apart = _attends_apart(q, own, spec)
     if written is not None and not apart:
         return attention(q, written, positions, spec)
-    past = _operands(q, past)
+    past = _check_operands(q, past)
     if since and apart:
-        part = _shifted(q, k, v, positions, spec, since)
+        part = _attend_shifted(q, k, v, positions, spec, since)
     elif since:
         positions = jnp.where(positions >= since, positions, -1)
         part = attention(q, ContiguousKV(own.k, own.v, slot_positions=positions), positions, spec)
@@ -174,22 +174,22 @@ def attention_with_chunk(
     if not past:
         return part
 
-    def merged() -> Partial:
+    def attend_and_merge() -> Partial:
         return merge(attention(q, past, positions, spec), part)
 
     # Before most prefills there is nothing, and not even a ring is to be walked. Only here, since
     # on a TPU a branch takes copies of encoded buffers. Pages are walked as far as they are filled.
     if not apart or any(isinstance(one, PagedKV) for one in past):
-        return merged()
-    return lax.cond(jnp.any(positions[:, 0] > 0), merged, lambda: part)
+        return attend_and_merge()
+    return lax.cond(jnp.any(positions[:, 0] > 0), attend_and_merge, lambda: part)
 
 
-def _is_apart(q: Shaped, own: ContiguousKV, spec: AttentionSpec) -> bool:
+def _attends_apart(q: Shaped, own: ContiguousKV, spec: AttentionSpec) -> bool:
     """Whether the best implementation for a chunk alone can attend to nothing else."""
     return OPERATION.find(explain(q, own, spec).name).only_chunks
 
 
-def _shifted(
+def _attend_shifted(
     q: Array, k: Array, v: Array, positions: Array, spec: AttentionSpec, since: int
 ) -> Partial:
     """The chunk's tokens from a position on, brought to the front of each row and back."""
@@ -197,17 +197,17 @@ def _shifted(
     skipped = jnp.sum((positions >= 0) & (positions < since), axis=1)
     offsets = jnp.arange(new, dtype=jnp.int32)[None]
 
-    def moved(x: Array, by: Array) -> Array:
+    def shift(x: Array, by: Array) -> Array:
         at = (offsets + by[:, None]) % new
         return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 2)), axis=1)
 
-    later = moved(jnp.where(positions >= since, positions, -1), skipped)
-    q, k, v = (moved(x, skipped) for x in (q, k, v))
+    later = shift(jnp.where(positions >= since, positions, -1), skipped)
+    q, k, v = (shift(x, skipped) for x in (q, k, v))
     part = attention(q, ContiguousKV.of_chunk(k, v), later, spec)
-    return jax.tree.map(lambda x: moved(x, -skipped), part)
+    return jax.tree.map(lambda x: shift(x, -skipped), part)
 
 
-def _checked(q: Any, spec: object) -> AttentionSpec:
+def _check_spec(q: Any, spec: object) -> AttentionSpec:
     if spec is None:
         return AttentionSpec(scale=q.shape[-1] ** -0.5)
     if not isinstance(spec, AttentionSpec):
@@ -218,7 +218,7 @@ def _checked(q: Any, spec: object) -> AttentionSpec:
     return spec
 
 
-def _operands(q: Any, kv: object) -> list[KV]:
+def _check_operands(q: Any, kv: object) -> list[KV]:
     found = [kv] if isinstance(kv, ContiguousKV | PagedKV) else kv
     if not isinstance(found, list | tuple) or not all(
         isinstance(one, ContiguousKV | PagedKV) for one in found

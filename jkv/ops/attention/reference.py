@@ -49,14 +49,14 @@ def attention(
 def contiguous(kv: PagedKV) -> ContiguousKV:
     """Gather each row's pages in order; a page that is not there leaves empty slots."""
     return ContiguousKV(
-        k=gathered(kv.k, kv.block_table),
-        v=gathered(kv.v, kv.block_table),
+        k=gather_slots(kv.k, kv.block_table),
+        v=gather_slots(kv.v, kv.block_table),
         lengths=kv.lengths,
         slot_positions=slot_positions(kv.block_table, kv.page),
     )
 
 
-def gathered(
+def gather_slots(
     pages: Float[Array, "P K page H"] | Encoded | TpuPages, block_table: Int[Array, "B M"]
 ) -> Float[Array, "B K S H"]:
     """Gather each row's pages in order, decoded, S = M * page; anything where there is no page."""

@@ -1,11 +1,11 @@
-"""Attention together with its weights, for caches that choose tokens by what is looked at."""
+"""Attention that returns its weights, for caches that keep tokens by the attention they get."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
@@ -13,11 +13,15 @@ from jaxtyping import Float, Int
 from jkv._axes import Array
 from jkv.ops import dispatch
 from jkv.ops.attention import xla
+from jkv.ops.codecs.base import PRODUCT
 from jkv.ops.dispatch import fold_unless_shared
 from jkv.ops.masks import AttentionSpec
 
 # Keys [B, K, S, H], values [B, K, S, H] and positions [B, K, S], -1 and below where there is none.
 Part = tuple[Array, Array, Array]
+OutAndWeights = tuple[Array, Array]
+Products = Callable[[Array, Array], Array]  # of queries and keys
+Sums = Callable[[Array, Array, Array], Array]  # of weights, values and positions
 
 
 def attention_weights(
@@ -26,7 +30,7 @@ def attention_weights(
     positions: Int[Array, "B T"],
     spec: AttentionSpec,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B K G T S"]]:
-    """Attend to the union of some parts, and return how much each query looks at each slot.
+    """Attend to the union of some parts, and return the weight of each slot for each query.
 
     Unlike in `jkv.ops.attention`, every key/value head has tokens of its own. The weights are
     written out, as many as queries times slots, so this is for few slots, or few queries.
@@ -44,27 +48,30 @@ def attention_weights(
     batch, new, heads, dim = q.shape
     kv_heads = parts[0][0].shape[1]
     groups = heads // kv_heads
-    # Each row and head is a row of its own here: one axis, as in `xla`, and for its reasons.
+    # Rows and heads are one axis, as in `xla`.
     at = jnp.repeat(positions, kv_heads, axis=0)
-    lines = [[x.reshape(batch * kv_heads, *x.shape[2:]) for x in part] for part in parts]
+    lines: list[Part] = jax.tree.map(
+        lambda x: x.reshape(batch * kv_heads, *x.shape[2:]), list(parts)
+    )
 
-    def attend(q, lines, products, sums):
-        scores = [xla._masked(spec, products(q, k), at, held) for k, _, held in lines]
-        weights, l, _ = xla._softmax(jnp.concatenate(scores, axis=-1))
+    def attend(q: Array, lines: list[Part], products: Products, sums: Sums) -> OutAndWeights:
+        scores = [xla.mask_scores(spec, products(q, k), at, places) for k, _, places in lines]
+        weights, l, _ = xla.softmax(jnp.concatenate(scores, axis=-1))
         weights = weights / l
         out, start = jnp.zeros(q.shape, jnp.float32), 0
-        for _, v, held in lines:
+        for _, v, places in lines:
             own = lax.slice_in_dim(weights, start, start + v.shape[1], axis=-1)
-            out += sums(own, v, held)
+            out += sums(own, v, places)
             start += v.shape[1]
         return out, weights
 
-    def plain(q, lines):
-        return attend(
-            q, lines, _products, lambda w, v, held: xla._weighted_in_place(w, v, at, held)
-        )
+    def in_place(w: Array, v: Array, places: Array) -> Array:
+        return xla.weighted_sum_in_place(w, v, at, places)
 
-    def in_pairs(q, lines):
+    def plain(q: Array, lines: list[Part]) -> OutAndWeights:
+        return attend(q, lines, _products, in_place)
+
+    def in_pairs(q: Array, lines: list[Part]) -> OutAndWeights:
         # As in `xla`: one query row alone makes accelerators copy the whole cache.
         out, weights = plain(jnp.concatenate([q, q], axis=1), lines)
         return out[:, :1], weights[:, :1]
@@ -82,30 +89,30 @@ def attention_weights(
 
 
 def _products(q: Float[Array, "Z R H"], k: Float[Array, "Z S H"]) -> Float[Array, "Z R S"]:
-    return jnp.einsum("zrh,zsh->zrs", q, k, **xla._PRODUCT)
+    return jnp.einsum("zrh,zsh->zrs", q, k, **PRODUCT)
 
 
 def _sums(w: Float[Array, "Z R S"], v: Float[Array, "Z S H"]) -> Float[Array, "Z R H"]:
-    """With zeros for values without weight, as the kernel has them."""
+    """Sum values with weights, with zeros for values of weight zero, as the kernel does."""
     used = jnp.any(w > 0, axis=1)[..., None]
-    return xla._weighted(w, jnp.where(used, v, jnp.zeros((), v.dtype)))
+    return xla.weighted_sum(w, jnp.where(used, v, jnp.zeros((), v.dtype)))
 
 
-def _kernels(q: Array, k: Array, v: Array) -> tuple[Any, Any] | None:
-    """Products and sums by kernels for TPUs, if those are compiled for and take such operands."""
+def _kernels(q: Array, k: Array, v: Array) -> tuple[Products, Sums] | None:
+    """Return kernels for TPUs, if those are compiled for and take such operands."""
     if "tpu" not in dispatch.platforms():
         return None
-    from jkv.ops.mosaic_tpu import weights as tpu  # its language takes a while to import
+    from jkv.ops.mosaic_tpu import weights as tpu  # Pallas takes a while to import
 
     if tpu.unsupported(q, k, v) is not None:
         return None
 
-    # Under `vmap` of more lines, or by what stands beside each kernel.
+    # Under `vmap`, with more lines or by XLA.
     def products(q: Array, k: Array) -> Array:
         return dispatch.kernel(tpu.products, _products, (q, k), fold=fold_unless_shared(1))
 
-    def sums(w: Array, v: Array, held: Array) -> Array:
-        del held
+    def sums(w: Array, v: Array, places: Array) -> Array:
+        del places
         return dispatch.kernel(tpu.sums, _sums, (w, v), fold=fold_unless_shared(1))
 
     return products, sums

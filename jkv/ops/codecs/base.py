@@ -21,7 +21,8 @@ else:
 
 E = TypeVar("E", bound="Encoded")
 
-# Products of float32 in float32, as in `jkv.ops.attention.xla`.
+# Products of float32 in float32. By default TPUs round to bfloat16 first, for which XLA converts
+# the whole cache at every step, and NVIDIA GPUs to TF32; neither gives the tokens of the CPU.
 PRODUCT: dict[str, Any] = {
     "preferred_element_type": jnp.float32,
     "precision": lax.Precision.HIGHEST,

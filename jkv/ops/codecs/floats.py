@@ -42,7 +42,7 @@ class Float8Codes(Encoded):
         new = new.astype(jnp.float32)
         largest = jnp.max(jnp.abs(new), axis=-1)
         finite = jnp.all(jnp.isfinite(new), axis=-1)  # XLA's largest on the CPU passes over NaN
-        scales = quantize.up(jnp.maximum(largest / MAX_E4M3, quantize.LEAST))
+        scales = quantize.round_up(jnp.maximum(largest / MAX_E4M3, quantize.LEAST))
         scaled = new / scales[..., None].astype(jnp.float32)
         codes = jnp.where(finite[..., None], scaled, 0.0).astype(jnp.float8_e4m3fn)
         codes = lax.bitcast_convert_type(codes, jnp.uint8)
