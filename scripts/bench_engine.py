@@ -369,10 +369,10 @@ def measure_host(block: int, options: Any) -> dict[str, Any]:
 
     decode_state.decode_jit = timed
     for _ in range(passes):
-        began, waited, before = time.perf_counter(), engine.batch.waited, called
+        began, waited, before = time.perf_counter(), engine.core.runner.waited, called
         engine.step()
         calls.append(called - before)
-        times.append(time.perf_counter() - began - (engine.batch.waited - waited) - calls[-1])
+        times.append(time.perf_counter() - began - (engine.core.runner.waited - waited) - calls[-1])
     decode_state.decode_jit = dispatch
     own, jax_own = statistics.median(times), statistics.median(calls)
     return {

@@ -48,8 +48,11 @@ FLOORS = {
 # Where the bare class is caught, because a library raises nothing narrower.
 BROAD = {
     "jkv.models.tokenizer_files": "tokenizers raises Exception itself",
+    "jkv.engine.core": "whatever a device raises ends the requests of that step only",
+    "jkv.engine.outputs": "a callback may raise anything, and ends its own request only",
+    "jkv.engine.runner": "whatever a device raises ends the requests of that step only",
+    "jkv.engine.scheduler": "a store may raise anything, and ends one request only",
     "jkv.engine.swap": "a store may raise anything, and what it keeps can be computed again",
-    "jkv.engine.scheduler": "a callback may raise anything, and ends its own request only",
 }
 
 # Where objects are of others' classes, and may lack what is looked for.
@@ -176,7 +179,7 @@ def declared(package: str) -> list[Path]:
     return [path for path in FILES if module_of(path).startswith(f"{package}.")]
 
 
-ASKED = [*declared("jkv.cache"), *declared("jkv.store")]
+ASKED = [*declared("jkv.cache"), *declared("jkv.store"), *declared("jkv.engine")]
 
 
 @pytest.mark.parametrize("path", ASKED, ids=module_of)
@@ -189,7 +192,7 @@ def test_what_is_asked_of_an_object_is_declared(path):
             assert not asked or module_of(path) in FOREIGN, f"{where}: declare it in a base class"
 
 
-@pytest.mark.parametrize("path", declared("jkv.store"), ids=module_of)
+@pytest.mark.parametrize("path", [*declared("jkv.store"), *declared("jkv.engine")], ids=module_of)
 def test_classes_are_abstract_or_final(path):
     """What a class shares with another it has, or both implement: it inherits no implementation."""
     module = importlib.import_module(module_of(path))

@@ -7,11 +7,20 @@ import dataclasses
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jkv._text import plural
+
+if TYPE_CHECKING:
+    from jkv.decoding.transform import Transform
+    from jkv.engine.sequence import RunningSequence
+else:  # the one needs JAX, and the other this module
+    Transform = RunningSequence = Any
+
+PageLeaves = list[np.ndarray]  # of one page, or of several ``[n, ...]``, in all layers
+Contents = list[tuple[Any, Any]]  # per layer keys and values of pages: arrays [n, ...], or codes
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
@@ -24,26 +33,52 @@ class Driver(Protocol):
     def cancel(self, request: Request) -> None: ...  # noqa: D102
     def abandon(self, request: Request) -> None: ...  # noqa: D102
     def text(self, request: Request) -> str: ...  # noqa: D102
-    def watch(self, reader: weakref.ref[Any], request: Request) -> None: ...  # noqa: D102
+    def watch(self, reader: weakref.ref[Reader], request: Request) -> None: ...  # noqa: D102
+
+
+@dataclasses.dataclass
+class SwappedPages:
+    """A request's pages on the host.
+
+    Attributes:
+        length: tokens.
+        weights: of the model that computed them.
+        key: where a store has them.
+        contents: the pages, where no store has them.
+        nbytes: of the pages.
+    """
+
+    length: int
+    weights: list[Any]
+    key: str | None = None
+    contents: Contents | None = None
+    nbytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """How a request ended: one value, so that an interrupt finds all of it or none."""
+    """How a request ended: one value, so that an interrupt leaves all of it or nothing.
+
+    Attributes:
+        reason: see `Request.finish_reason`.
+        tokens: all that were generated.
+        error: what ended it, if anything did.
+        seconds: on `time.perf_counter`.
+    """
 
     reason: str
     tokens: list[int]
     error: BaseException | None
-    seconds: float  # on `time.perf_counter`
+    seconds: float
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Request:
     """One prompt on its way through an engine; made by `Engine.submit`.
 
-    Where a request is follows from two attributes, each set by one store: `seat`, the lane in which
-    it runs, and the first of its `endings`. Everything else that an engine keeps about it can be
-    made again from these and from its tokens, whatever was interrupted.
+    Its state follows from two attributes, each set by one assignment: `sequence`, in which it runs,
+    and the first of its `endings`. Everything else that an engine keeps about it can be made again
+    from these and from its tokens, whatever was interrupted.
 
     Attributes:
         number: in order of arrival.
@@ -53,6 +88,7 @@ class Request:
         tenant: whose prefixes it may share.
         request_id: an id of the caller's own, None without one.
         cached_tokens: of its prompt, found in the cache when it was first admitted.
+        preemptions: how often it had to wait again after it ran.
         submitted: seconds on `time.perf_counter`.
         first_token: likewise, None before.
     """
@@ -60,24 +96,24 @@ class Request:
     number: int
     prompt: np.ndarray
     max_new_tokens: int
-    sampler: Any
+    sampler: Transform | None  # with its parameters on the host
     key: np.ndarray | None  # [2] uint32, data of a threefry key
     stop_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
     priority: int
     tenant: str
-    on_token: Callable[[Request, int], Any] | None
+    on_token: Callable[[Request, int], object] | None
     engine: Driver
     rank: int
     submitted: float
-    request_id: Any = None
+    request_id: object = None
     endings: list[Ending] = dataclasses.field(default_factory=list)  # the first of them counts
-    heard: list[int] = dataclasses.field(default_factory=list)  # of `tokens`, all but the latest
-    seat: Any = None  # in which it runs, and which has those
+    generated: list[int] = dataclasses.field(default_factory=list)  # `tokens` without the latest
+    sequence: RunningSequence | None = None  # in which it runs, and which has the latest tokens
     cached_tokens: int = 0
     first_token: float | None = None
     preemptions: int = 0
-    swapped: Any = None  # its pages on the host while it waits to go on
+    swapped: SwappedPages | None = None  # while it waits to go on
 
     @property
     def ending(self) -> Ending | None:
@@ -86,10 +122,10 @@ class Request:
 
     @property
     def state(self) -> str:
-        """Where it is: "waiting", "running" or "finished"."""
+        """Its state: "waiting", "running" or "finished"."""
         if self.endings:
             return FINISHED
-        return WAITING if self.seat is None else RUNNING
+        return WAITING if self.sequence is None else RUNNING
 
     @property
     def finish_reason(self) -> str | None:
@@ -111,15 +147,15 @@ class Request:
         """Tokens generated so far, ids; complete once it is finished."""
         if self.endings:
             return self.endings[0].tokens
-        seat = self.seat
-        if seat is not None:
-            seat.settle()
-        return self.heard
+        sequence = self.sequence
+        if sequence is not None:
+            sequence.collect()
+        return self.generated
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
-        """End it, unless it has ended; any thread may, at any time."""
+        """End it, unless it has ended; any thread may call this at any time."""
         if not self.endings:
-            # Of two that get here at once the first counts: the engine sees one end.
+            # Where two threads get here at once the first ending counts: the engine sees one.
             tokens = list(self.tokens)
             self.endings.append(Ending(reason, tokens, error, time.perf_counter()))
 
@@ -134,7 +170,7 @@ class Request:
 
     @property
     def watched(self) -> bool:
-        """Whether each of its tokens is looked at on the host as it comes."""
+        """Whether each of its tokens is looked at on the host, for a stop string or a callback."""
         return bool(self.stop_strings) or self.on_token is not None
 
     @property
@@ -178,16 +214,16 @@ class Request:
             raise self.error
 
     def __repr__(self) -> str:
-        """Where it stands."""
-        said = f"{len(self.tokens)} of {plural(self.max_new_tokens, 'token')}"
+        """Return its state and progress."""
+        progress = f"{len(self.tokens)} of {plural(self.max_new_tokens, 'token')}"
         end = f", {self.finish_reason}" if self.finish_reason else ""
-        return f"Request({self.number}, {self.state}, {said}{end})"
+        return f"Request({self.number}, {self.state}, {progress}{end})"
 
 
 class Tokens(Iterator[int]):
     """The tokens of a request for `for`.
 
-    Not a generator, which does not notice that it is left before its first token.
+    No generator: a generator does not notice that it is left before its first token.
     """
 
     def __init__(self, request: Request):
@@ -229,8 +265,8 @@ class Tokens(Iterator[int]):
 class AsyncTokens(AsyncIterator[int]):
     """The tokens of a request for `async for`.
 
-    Not an asynchronous generator, whose end waits for the event loop: this one cancels the request
-    as soon as it is left.
+    No asynchronous generator: the end of one waits for the event loop, and this class cancels the
+    request as soon as it is left.
     """
 
     def __init__(self, request: Request):
@@ -271,3 +307,6 @@ class AsyncTokens(AsyncIterator[int]):
     def __del__(self) -> None:
         """See `aclose`."""
         self._leave()
+
+
+Reader = Tokens | AsyncTokens

@@ -1,291 +1,398 @@
-"""What the engine has on the device: the pages, lanes, and passes over both."""
+"""The model on its devices: its pages, the state of the lanes, and steps over both."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import time
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jkv._axes import Array
+from jkv._pytree import nbytes
+from jkv._text import brief
 from jkv.cache import heads
-from jkv.decoding import sampling
-from jkv.decoding.apply import apply, init_state
+from jkv.cache.base import Cache
+from jkv.cache.paged import PagedKind, paged
+from jkv.cache.pages import pools
+from jkv.cache.protocol import as_kind
+from jkv.decoding import loop
+from jkv.decoding.arguments import Sampler
 from jkv.decoding.capacity import bucket
 from jkv.decoding.prompts import PAD
+from jkv.decoding.transform import Transform
 from jkv.engine import decode_state as device
-from jkv.engine.pages import Pages, filled
-from jkv.engine.sequence import RunningSequence, SequenceTable
+from jkv.engine.page_transfer import PageForm, gather_jit, pad, scatter_jit
+from jkv.engine.request import Contents, Request
+from jkv.engine.samplers import as_arrays, bind_sampler, structure_of
+from jkv.engine.schedule import BatchLimits, Schedule
+from jkv.engine.sequence import RunningSequence
+from jkv.errors import StaleError
+from jkv.models.decoder import Decoder
 
-ENDS = 16  # stop ids of a request beside the checkpoint's, at most
+STOP_IDS = 16  # of a request beside the checkpoint's, at most
 
 
-@dataclasses.dataclass
+class StepError(Exception):
+    """A step failed: what it raised, and the requests that were in it."""
+
+    def __init__(self, requests: Sequence[Request], error: Exception):
+        super().__init__(str(error))
+        self.requests, self.error = requests, error
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class InFlightStep:
-    """One pass that has been dispatched, and those of its rows that say something."""
+    """A compiled step that has been dispatched, and whose output has not been read.
 
-    rows: Any  # [N], or a slice
-    lanes: np.ndarray  # [N], of these rows
-    numbers: np.ndarray  # [N], of who sat there
-    told: Array  # [R, n + 1], see `device.decode_jit`
-    reading: tuple[RunningSequence, ...] = ()  # those of the pass that are still at their prompts
+    Attributes:
+        lane_ids: ``[R]`` lanes that take part.
+        sequence_ids: ``[R]`` of the sequences in them.
+        rows: those of the R that yield tokens.
+        output: ``[>= R, n + 1]``, see `decode_state.decode_jit`.
+    """
+
+    lane_ids: np.ndarray
+    sequence_ids: np.ndarray
+    rows: np.ndarray | slice
+    output: Array
 
 
-class Runner(Pages):
-    """Pages, the lanes that requests run in, and passes over both; see `Pages` for the pages.
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step has yielded, on the host.
+
+    Attributes:
+        lane_ids: ``[N]`` lanes that yielded tokens.
+        sequence_ids: ``[N]`` of the sequences that were in them.
+        tokens: ``[N, n]``, PAD for none.
+        flags: ``[N]``, see `decode_state`.
+    """
+
+    lane_ids: np.ndarray
+    sequence_ids: np.ndarray
+    tokens: np.ndarray
+    flags: np.ndarray
+
+
+class Runner:
+    """A decoder, its pages and the state of the lanes on the device.
 
     Args:
         model: a decoder.
-        lanes: requests at once.
-        block: tokens of each lane per pass, at most.
-        chunk: tokens of prompts per pass, of one or of several.
-        rows: prompts per pass.
-        how: as of `Pages`.
+        kind: of its pages.
+        limits: of a step.
+
+    Attributes:
+        weights: that the compiled steps are given; new ones after `reset`.
+        columns: of each group's block table.
+        windows: of each group of layers, None where they see all tokens.
+        page_bytes: of one page in all layers.
+        waited: seconds that were waited for the device, in all.
     """
 
-    def __init__(self, model: Any, *, lanes: int, block: int, chunk: int, rows: int, **how: Any):
-        super().__init__(model, **how)
-        self.lanes, self.block = lanes, block
-        self.chunk, self.rows = min(chunk, self.config.context), rows
-        self.part = -(-self.chunk // rows)  # tokens of each where there are several
-        self.ends = ENDS + len(self.config.end_ids)
-        self.state = device.empty(lanes, self.columns, self.ends, heads.mesh_of(model))
-        self.groups: dict[Any, int] = {}
-        self.waited = 0.0  # seconds for the device, in all
+    def __init__(self, model: Decoder, kind: PagedKind, limits: BatchLimits):
+        self.model, self.config, self.kind, self.limits = model, model.config, kind, limits
+        self.stop_ids = STOP_IDS + len(self.config.end_ids)
+        self.waited = 0.0
+        self._uploaded = np.zeros(limits.lanes, np.int64)  # slots that the block tables know
+        self.reset()
+        self.page_bytes = nbytes(self.layers) / (kind.pages or 1)
 
     def reset(self) -> None:
-        """Make pages and lanes anew, empty."""
-        super().reset()
-        self.groups = {}
-        self.state = device.empty(self.lanes, self.columns, self.ends, heads.mesh_of(self.model))
+        """Make pages and lanes anew, empty, for the model as it is now."""
+        # The old pages go first: there may be no room for both.
+        self.layers = ()
+        self.graphdef, self.weights = device.split_weights(self.model)
+        cache = self._empty_cache()
+        self.layers = cache.layers
+        self.columns = tuple(table.shape[1] for table in cache.tables)
+        self.windows = tuple(pool.window for pool in pools(cache.layers))
+        self._sampler_groups: dict[Hashable, int] = {}
+        self._uploaded[:] = 0
+        self.state = device.empty_state_jit(
+            self.limits.lanes, self.columns, self.stop_ids, heads.mesh_of(self.model)
+        )
+
+    def _empty_cache(self) -> Cache:
+        config, mesh = self.config, heads.mesh_of(self.model)
+        return loop.init_cache_jit(config, self.kind, 1, config.context, config.dtype, mesh)
 
     def intact(self) -> bool:
-        """As of `Pages`."""
-        return super().intact() and not any(x.is_deleted() for x in jax.tree.leaves(self.state))
+        """Whether the device's state is there: a step that failed may have taken it along."""
+        return not any(x.is_deleted() for x in jax.tree.leaves((self.layers, self.state)))
 
-    def check_ends(self, ends: tuple[int, ...]) -> None:
+    def check_weights(self) -> None:
+        """Refuse to go on with weights that the model does not have any more.
+
+        Raises:
+            StaleError: they were changed in place.
+        """
+        now = jax.tree.leaves(self.model)
+        if len(now) != len(self.weights) or any(map(operator.is_not, now, self.weights)):
+            raise StaleError(
+                "the model's weights were changed after this engine had taken them; call "
+                "engine.update(lm), which drops what was cached of the old ones"
+            )
+
+    def check_stop_ids(self, stop_ids: tuple[int, ...]) -> None:
         """Refuse more stop ids than a lane has room for.
 
         Raises:
             ValueError: too many.
         """
-        if len(ends) > self.ends:
+        if len(stop_ids) > self.stop_ids:
             raise ValueError(
-                f"stop got {len(ends)} ids with the checkpoint's own; an engine takes at most "
-                f"{ENDS} beside those"
+                f"stop got {len(stop_ids)} ids with the checkpoint's own; an engine takes at most "
+                f"{STOP_IDS} beside those"
             )
 
-    def group_of(self, sampler: Any) -> int:
-        """The sampler's place among the structures that the lanes know."""
-        if sampler is None:
-            return -1
-        signature = _signature(_plain(sampler))
-        if signature not in self.groups:
-            vocab, room = self.config.vocab, bucket(self.config.context)
-            self.state = device.with_sampler(self.state, _plain(sampler), vocab, room)
-            self.groups[signature] = len(self.groups)
-        return self.groups[signature]
+    # Requests in lanes.
 
-    def bound(self, sampler: Any, ends: tuple[int, ...]) -> Any:
-        """A user's sampler as the lanes take it, for a request that ends at these ids.
-
-        Its parameters are on the host. Refused here, it is in no program that others share.
-
-        Raises:
-            Exception: whatever it raises, and what `jkv.decoding.apply` does.
-        """
+    def bind(self, sampler: Sampler | None, stop_ids: tuple[int, ...]) -> Transform | None:
+        """Make a user's sampler one that lanes can run; see `bind_sampler`."""
         if sampler is None:
             return None
-        sampler = sampling.bind(sampler, self.config.vocab, filled(ends, self.ends, -2)[None])
-        plain = _plain(sampler)
-        lane = jax.tree.map(lambda leaf: leaf[None], plain)
-        _lane_step.eval_shape(self.config.vocab, bucket(self.config.context), lane)
-        return plain
+        ends = pad(stop_ids, self.stop_ids, -2)
+        return bind_sampler(sampler, self.config.vocab, self._context, ends)
 
-    def install(self, seat: RunningSequence, limit: int) -> None:
-        """The request's state in its lane, where it may say so many tokens."""
-        request = seat.request
-        group = self.group_of(request.sampler)
-        history = request.history
-        what = {
-            "tables": tuple(
-                filled(seq.table, width) for seq, width in zip(seat.held, self.columns, strict=True)
-            ),
-            "lengths": np.int32(seat.cached),
-            # A request that begins has none; one that was preempted goes on after its last.
-            "token": np.int32(history[-1] if request.tokens else PAD),
-            "active": np.bool_(not seat.reading),
-            "left": np.int32(limit),
-            "ends": filled(request.stop_ids, self.ends, -2),
-            "keys": np.zeros(2, np.uint32) if request.key is None else request.key,
-        }
-        if group >= 0:
+    def add_sampler(self, sampler: Transform | None) -> int:
+        """Return the place of a sampler's structure in the decode state; a new one is added."""
+        if sampler is None:
+            return -1
+        sampler = as_arrays(sampler)
+        structure = structure_of(sampler)
+        if structure not in self._sampler_groups:
+            self.state = device.add_sampler_jit(
+                self.state, sampler, self.config.vocab, self._context
+            )
+            self._sampler_groups[structure] = len(self._sampler_groups)
+        return self._sampler_groups[structure]
+
+    def install(self, sequence: RunningSequence) -> None:
+        """Write a sequence's state into its lane."""
+        request = sequence.request
+        group = self.add_sampler(request.sampler)
+        history, start = request.history, None
+        if request.sampler is not None:
             # The sampler's state is that of a row which was never preempted: of the prompt, and one
-            # update for each token but the last, which the next pass tells it.
-            room, told = bucket(self.config.context), history[len(request.prompt) : -1]
-            what["prompt"] = filled(request.prompt, room, PAD)
-            what["generated"] = filled(told, room, PAD)
-            what["updates"] = np.int32(len(request.tokens))
-            what["sampler"] = _plain(request.sampler)
-        slots = len(seat.held[0].table) * self.page
-        seat.tally.reserved[seat.lane] = seat.tally.known[seat.lane] = slots
-        self.state = device.install_jit(
-            self.state, group, self.config.vocab, np.int32(seat.lane), what
+            # update for each token but the last, which the next step gives it.
+            generated = history[len(request.prompt) : -1]
+            start = device.SamplerStart(
+                sampler=as_arrays(request.sampler),
+                prompt=pad(request.prompt, self._context, PAD),
+                generated=pad(generated, self._context, PAD),
+                updates=np.int32(len(request.tokens)),
+            )
+        tables = zip(sequence.page_tables, self.columns, strict=True)
+        lane = device.LaneStart(
+            tables=tuple(pad(pages.table, width) for pages, width in tables),
+            lengths=np.int32(sequence.cached),
+            # A request that begins has none; one that was preempted goes on after its last.
+            token=np.int32(history[-1] if request.tokens else PAD),
+            active=np.bool_(not sequence.in_prefill),
+            remaining=np.int32(sequence.limit),
+            stop_ids=pad(request.stop_ids, self.stop_ids, -2),
+            keys=np.zeros(2, np.uint32) if request.key is None else request.key,
+            sampler=start,
         )
+        self._uploaded[sequence.lane] = len(sequence.page_tables[0].table) * self.kind.page
+        self._install(sequence.lane, group, lane)
 
-    # Passes.
+    def _install(self, lane: int, group: int, start: device.LaneStart) -> None:
+        vocab = self.config.vocab
+        self.state = device.install_jit(self.state, group, vocab, np.int32(lane), start)
 
-    def absorb(self, prompts: list[tuple[RunningSequence, int]]) -> InFlightStep:
-        """Dispatch the tokens of each seat from where it is, up to the given one."""
-        most = max(upto - seat.cached for seat, upto in prompts)
-        rows, size = next(s for s in self.shapes if s[0] >= len(prompts) and s[1] >= most)
+    # Steps.
+
+    def execute(self, schedule: Schedule) -> list[InFlightStep]:
+        """Dispatch what a schedule says; nothing is waited for.
+
+        Raises:
+            StepError: it could not be dispatched.
+        """
+        steps = []
+        if schedule.prefills:
+            try:
+                steps.append(self._prefill(schedule))
+            except Exception as error:
+                requests = [prefill.sequence.request for prefill in schedule.prefills]
+                raise StepError(requests, error) from error
+        if len(schedule.decodes):
+            try:
+                steps.append(self._decode(schedule))
+            except Exception as error:
+                there = (schedule.running[lane] for lane in schedule.decodes.tolist())
+                raise StepError([s.request for s in there if s], error) from error
+        return steps
+
+    def _prefill(self, schedule: Schedule) -> InFlightStep:
+        prefills = schedule.prefills
+        most = max(prefill.stop - prefill.start for prefill in prefills)
+        rows, size = next(s for s in self.shapes if s[0] >= len(prefills) and s[1] >= most)
         tokens = np.zeros((rows, size), np.int32)
         counts, last = np.zeros(rows, np.int32), np.zeros(rows, bool)
-        for i, (seat, upto) in enumerate(prompts):
-            counts[i] = upto - seat.cached
-            tokens[i, : counts[i]] = seat.request.history[seat.cached : upto]
-            last[i] = upto == seat.target
-        seats = [seat for seat, _ in prompts]
-        tally, lanes = seats[0].tally, np.asarray([seat.lane for seat in seats])
-        who = self._who(lanes, rows, size, tally, dict(zip(lanes.tolist(), seats, strict=True)))
-        self.layers, self.state, told = device.prefill_jit(
-            self.frame, self.weights, self.layers, self.state, who, tokens, counts, last
-        )
-        for seat, upto in prompts:
-            seat.absorbed(upto)
-        speaking = np.flatnonzero(last)
-        lanes = lanes[speaking]
-        reading = tuple(seat for seat in seats if seat.reading)
-        return InFlightStep(speaking, lanes, tally.number[lanes], told, reading)
+        for i, prefill in enumerate(prefills):
+            sequence = prefill.sequence
+            counts[i] = prefill.stop - prefill.start
+            tokens[i, : counts[i]] = sequence.request.history[prefill.start : prefill.stop]
+            last[i] = prefill.stop == sequence.target
+        lanes = np.asarray([prefill.sequence.lane for prefill in prefills])
+        batch = self._batch(lanes, rows, size, schedule)
+        output = self._run_prefill(batch, tokens, counts, last)
+        return InFlightStep(lanes, schedule.table.ids[lanes], np.flatnonzero(last), output)
 
-    def decode(self, lanes: np.ndarray, tally: SequenceTable, seats: Any) -> InFlightStep:
-        """Dispatch the next block of tokens of these lanes, those that may say more."""
+    def _decode(self, schedule: Schedule) -> InFlightStep:
+        lanes = schedule.decodes
         width = next(w for w in self.widths if w >= len(lanes))
-        who = self._who(lanes, width, self.block, tally, seats)
-        self.layers, self.state, told = device.decode_jit(
-            self.block, self.frame, self.weights, self.layers, self.state, who
+        output = self._run_decode(self._batch(lanes, width, self.limits.block, schedule))
+        return InFlightStep(lanes, schedule.table.ids[lanes], slice(len(lanes)), output)
+
+    def _run_prefill(
+        self, batch: np.ndarray, tokens: np.ndarray, counts: np.ndarray, last: np.ndarray
+    ) -> Array:
+        self.layers, self.state, output = device.prefill_jit(
+            self.graphdef, self.weights, self.layers, self.state, batch, tokens, counts, last
         )
-        return InFlightStep(slice(len(lanes)), lanes, tally.number[lanes], told)
+        return output
+
+    def _run_decode(self, batch: np.ndarray) -> Array:
+        block = self.limits.block
+        self.layers, self.state, output = device.decode_jit(
+            block, self.graphdef, self.weights, self.layers, self.state, batch
+        )
+        return output
+
+    def _batch(
+        self, lanes: np.ndarray, rows: int, tokens: int, schedule: Schedule | None
+    ) -> np.ndarray:
+        """Return lanes and the pages that the device does not know yet, as of `decode_jit`."""
+        page = self.kind.page
+        groups, wide = len(self.columns), tokens // page + 3
+        batch = np.empty((rows, 1 + groups * wide), np.int32)
+        batch.fill(-1)
+        new_pages = batch[:, 1:].reshape(rows, groups, wide)
+        batch[: len(lanes), 0], batch[len(lanes) :, 0] = lanes, self.limits.lanes
+        if schedule is None:
+            return batch
+        reserved, uploaded = schedule.table.reserved, self._uploaded
+        grown = (reserved > uploaded)[lanes].nonzero()[0]
+        at = lanes[grown]
+        known = uploaded[at] // page
+        new_pages[grown, :, 0] = known[:, None]
+        for row, lane, first in zip(grown.tolist(), at.tolist(), known.tolist(), strict=True):
+            sequence = schedule.running[lane]
+            for group, pages in enumerate(sequence.page_tables if sequence else ()):
+                for i, number in enumerate(pages.table[first:], 1):
+                    new_pages[row, group, i] = number
+        uploaded[at] = reserved[at]
+        return batch
+
+    def read(self, step: InFlightStep) -> StepOutput:
+        """Wait for a step's output."""
+        began = time.perf_counter()
+        output = np.asarray(step.output)[: len(step.lane_ids)][step.rows]
+        self.waited += time.perf_counter() - began
+        lanes, ids = step.lane_ids[step.rows], step.sequence_ids[step.rows]
+        return StepOutput(lanes, ids, output[:, :-1], output[:, -1])
 
     @functools.cached_property
     def widths(self) -> tuple[int, ...]:
-        """How many lanes a pass may have: 1, 2, 4, ..., and all. Half of them sit at least."""
+        """Lanes that a decode step may have: 1, 2, 4, ..., and all."""
         widths = [1]
-        while widths[-1] < self.lanes:
-            widths.append(min(2 * widths[-1], self.lanes))
+        while widths[-1] < self.limits.lanes:
+            widths.append(min(2 * widths[-1], self.limits.lanes))
         return tuple(widths)
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Rows and tokens of each that a pass over prompts may have."""
-        part = self.part
-        alone = (min(size, self.chunk) for size in (part, 2 * part, self.chunk))
-        return tuple(sorted({(self.rows, part), *((1, size) for size in alone)}))
+        """Rows and tokens of each that a prefill may have."""
+        limits = self.limits
+        part, chunk = limits.shared_chunk, limits.chunk
+        alone = (min(size, chunk) for size in (part, 2 * part, chunk))
+        return tuple(sorted({(limits.rows, part), *((1, size) for size in alone)}))
 
-    def _who(
-        self, lanes: np.ndarray, rows: int, tokens: int, tally: SequenceTable, seats: Any
-    ) -> np.ndarray:
-        """Lanes of a pass, and the pages that they got since the device last heard of them.
+    @property
+    def _context(self) -> int:
+        """Slots of a lane's history."""
+        return bucket(self.config.context)
 
-        In the form of `device.decode_jit`; `seats` has those who sit in the lanes.
-        """
-        groups, wide = len(self.columns), tokens // self.page + 3
-        who = np.empty((rows, 1 + groups * wide), np.int32)
-        who.fill(-1)
-        grown = who[:, 1:].reshape(rows, groups, wide)
-        who[: len(lanes), 0], who[len(lanes) :, 0] = lanes, self.lanes
-        there = (tally.reserved > tally.known)[lanes].nonzero()[0]
-        at = lanes[there]
-        known = tally.known[at] // self.page
-        grown[there, :, 0] = known[:, None]
-        for row, lane, first in zip(there.tolist(), at.tolist(), known.tolist(), strict=True):
-            for group, seq in enumerate(seats[lane].held):
-                for i, page in enumerate(seq.table[first:], 1):
-                    grown[row, group, i] = page
-        tally.known[at] = tally.reserved[at]
-        return who
+    # Pages.
 
-    def read(self, part: InFlightStep) -> np.ndarray:
-        """What its rows said, ``[N, n + 1]``, as of `device.decode_jit`."""
-        began = time.perf_counter()
-        told = np.asarray(part.told)[part.rows]
-        self.waited += time.perf_counter() - began
-        return told
+    def gather(self, tables: tuple[np.ndarray, ...]) -> Contents:
+        """Copy pages, on the device; see `gather_jit`."""
+        return gather_jit(self.layers, tables)
 
-    def warm(self, swaps: bool) -> None:
-        """Compile every pass, and what moves pages where `swaps`; no request takes part."""
-        context = bucket(self.config.context)
+    def scatter(self, tables: tuple[np.ndarray, ...], contents: Contents) -> None:
+        """Write pages; see `scatter_jit`."""
+        self.layers = scatter_jit(self.layers, tables, contents)
+
+    def contents_from(self, leaves: Sequence[np.ndarray]) -> Contents:
+        """Make what `scatter` takes of its leaves."""
+        return jax.tree.unflatten(jax.tree.structure(self._gathered(1)), leaves)
+
+    def page_form(self, count: int) -> PageForm:
+        """Return shapes and dtypes of the leaves of so many pages."""
+        leaves = jax.tree.leaves(self._gathered(count))
+        return [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves]
+
+    def _gathered(self, count: int) -> Contents:
+        tables = tuple(pad((), count) for _ in self.columns)
+        return jax.eval_shape(gather_jit, self.layers, tables)
+
+    def warm(self) -> None:
+        """Compile every step; no request takes part."""
         for group in range(-1, len(self.state.samplers)):
-            what = {
-                "tables": tuple(filled((), width) for width in self.columns),
-                "lengths": np.int32(0),
-                "token": np.int32(PAD),
-                "active": np.bool_(False),
-                "left": np.int32(0),
-                "ends": filled((), self.ends, -2),
-                "keys": np.zeros(2, np.uint32),
-            }
+            start = None
             if group >= 0:
-                some = jax.tree.map(lambda leaf: np.asarray(leaf[0]), self.state.samplers[group])
-                nothing = filled((), context, PAD)
-                what |= {"prompt": nothing, "generated": nothing, "updates": np.int32(0)}
-                what["sampler"] = some
-            # A lane past the last is nobody's.
-            self.state = device.install_jit(
-                self.state, group, self.config.vocab, np.int32(self.lanes), what
+                sampler = self.state.samplers[group]
+                empty = pad((), self._context, PAD)
+                start = device.SamplerStart(
+                    sampler=jax.tree.map(lambda leaf: np.asarray(leaf[0]), sampler),
+                    prompt=empty,
+                    generated=empty,
+                    updates=np.int32(0),
+                )
+            lane = device.LaneStart(
+                tables=tuple(pad((), width) for width in self.columns),
+                lengths=np.int32(0),
+                token=np.int32(PAD),
+                active=np.bool_(False),
+                remaining=np.int32(0),
+                stop_ids=pad((), self.stop_ids, -2),
+                keys=np.zeros(2, np.uint32),
+                sampler=start,
             )
-        if swaps:
-            self.warm_moves()
-        nobody, tally = np.zeros(0, np.int64), SequenceTable(self.lanes, 0)
+            self._install(self.limits.lanes, group, lane)  # past the last: nothing changes
+        no_lanes = np.zeros(0, np.int64)
         for width in self.widths:
-            who = self._who(nobody, width, self.block, tally, ())
-            self.layers, self.state, _ = device.decode_jit(
-                self.block, self.frame, self.weights, self.layers, self.state, who
-            )
+            self._run_decode(self._batch(no_lanes, width, self.limits.block, None))
         for rows, size in self.shapes:
-            self.layers, self.state, _ = device.prefill_jit(
-                self.frame,
-                self.weights,
-                self.layers,
-                self.state,
-                self._who(nobody, rows, size, tally, ()),
+            self._run_prefill(
+                self._batch(no_lanes, rows, size, None),
                 np.zeros((rows, size), np.int32),
                 np.zeros(rows, np.int32),
                 np.zeros(rows, bool),
             )
 
 
-# Compiled never; `jit` remembers what it has traced.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _lane_step(vocab: int, tokens: int, sampler: Any) -> Any:
-    """One step of a transform as passes take it: `vmap` goes over the lanes.
+def managed_kind(kind: PagedKind | str | None, page: int | None, pages: int) -> PagedKind:
+    """Return the kind with the engine's pages.
 
-    What `vmap` does not take, such as a callback to the host without a rule for it, would fail in
-    a pass that others share.
+    Raises:
+        TypeError: a kind without pages.
+        ValueError: pages of two sizes.
     """
-
-    def one(sampler: Any, logits: Array, token: Array) -> Any:
-        state = init_state(sampler, jnp.full((1, tokens), PAD, jnp.int32), vocab)
-        return apply(sampler, logits[None], state, token[None])
-
-    return jax.vmap(one)(sampler, jnp.zeros((1, vocab)), jnp.full((1,), PAD, jnp.int32))
-
-
-def _plain(sampler: Any) -> Any:
-    """A sampler whose parameters are arrays of 32 bits."""
-
-    def array(leaf: Any) -> Any:
-        if isinstance(leaf, int):
-            return np.asarray(leaf, np.int32)
-        return np.asarray(leaf, np.float32) if isinstance(leaf, float) else np.asarray(leaf)
-
-    return jax.tree.map(array, sampler)
-
-
-def _signature(sampler: Any) -> Any:
-    leaves, tree = jax.tree.flatten(sampler)
-    return (tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    if kind is None:
+        kind = paged() if page is None else paged(page)
+    kind = as_kind(kind)
+    if not isinstance(kind, PagedKind):
+        raise TypeError(f"cache got {brief(kind)}; expected a kind of pages, such as jkv.paged()")
+    if page not in (None, kind.page):
+        raise ValueError(
+            f"page={page} and a cache with pages of {kind.page}; expected one of them, or the same"
+        )
+    return dataclasses.replace(kind, pages=pages, managed=True)

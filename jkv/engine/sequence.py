@@ -1,208 +1,132 @@
-"""Who is next, who runs, and what each holds: the host's bookkeeping, without JAX."""
+"""Sequences that run: a request in a lane with its page tables, and the counts of all lanes."""
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import threading
-import weakref
-from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
-from jkv.engine.request import WAITING, Request
-
-
-class RequestQueue:
-    """The requests that have not ended, and which of them is next.
-
-    `live` is the only truth, changed by one operation at a time; the order is a heap that may also
-    hold requests that have ended, or run, or never were.
-
-    Attributes:
-        live: by number.
-        readers: iterations over tokens, and the request of each.
-    """
-
-    def __init__(self) -> None:
-        self.live: dict[int, Request] = {}
-        self.readers: dict[weakref.ref[Any], Request] = {}
-        self._heap: list[tuple[int, int, Request]] = []
-        self._partial = False  # the heap may lack some of those that wait
-
-    def add(self, requests: list[Request]) -> None:
-        """Queue new requests, all of them or, interrupted, none."""
-        before, self._partial = self._partial, True
-        self.live.update({request.number: request for request in requests})
-        for request in requests:
-            self.push(request)
-        self._partial = before  # what an interrupted one left out is still missing
-
-    def push(self, request: Request) -> None:
-        """Put a request that waits into the order."""
-        heapq.heappush(self._heap, (request.rank, request.number, request))
-
-    def pop(self) -> Request | None:
-        """Take the waiting request that is next out of the order, None without one."""
-        # What has ended stays in the heap until its turn, or until it is most of it.
-        if self._partial or len(self._heap) > 2 * len(self.live) + 16:
-            self.rebuild()
-        while self._heap:
-            request = heapq.heappop(self._heap)[2]
-            if request.number in self.live and request.state == WAITING:
-                return request
-        return None
-
-    def rebuild(self) -> None:
-        """Make the order anew of the requests that wait."""
-        waiting = [r for r in list(self.live.values()) if r.state == WAITING]
-        heap = [(request.rank, request.number, request) for request in waiting]
-        heapq.heapify(heap)
-        self._heap, self._partial = heap, False
-
-    def deserted(self) -> list[Request]:
-        """Return the requests of which an iteration was left, and that have not ended.
-
-        The iteration's finaliser cancels them too, unless an interrupt comes first, which Python
-        swallows there.
-        """
-        found = []
-        for reader, request in list(self.readers.items()):
-            if request.endings:
-                self.readers.pop(reader, None)
-            elif reader() is None:
-                found.append(request)
-        return found
-
-    def discard(self, number: int) -> None:
-        """Let go of one that has ended."""
-        self.live.pop(number, None)
+from jkv.engine.page_pool import PageSequence
+from jkv.engine.request import Request
 
 
 class SequenceTable:
-    """What is counted of each lane, side by side: a step looks at hundreds of them at once.
+    """The counts of all lanes, one array per count: a step updates hundreds of lanes at once.
 
     Attributes:
-        number: of who sits there, 0 for nobody; nobody gets one twice.
-        quiet: the same, but 0 where nobody has heard of it yet, or wants to hear of each token.
-        filled: tokens in the cache, with those that it has been asked for.
-        left: tokens that it may still be asked for; none before its prompt is in the cache.
-        said: tokens that have been read.
-        reserved: tokens that it has pages for.
-        known: and for how many the device knows them.
-        tokens: ``[context, W]`` int32, what has been said, where its request has not taken it.
-        lock: held by who takes tokens to a request.
+        ids: of the sequence in each lane, 0 for none; no id is used twice.
+        bulk_ids: the same, but 0 while the first token is outstanding, and for requests whose
+            tokens are looked at one by one.
+        lengths: tokens in the cache once all scheduled steps are done.
+        remaining: tokens that may still be scheduled; 0 until the prompt is in the cache.
+        generated: tokens that have been read.
+        reserved: slots of the pages that the sequence holds.
+        tokens: ``[context, W]`` int32, the generated tokens, until the request collects them.
+        lock: held while tokens are collected into a request.
     """
 
     def __init__(self, lanes: int, context: int) -> None:
-        self._counts = np.zeros((7, lanes), np.int64)
-        self.number, self.quiet, self.filled, self.left, *rest = self._counts
-        self.said, self.reserved, self.known = rest
+        self._counts = np.zeros((6, lanes), np.int64)
+        self.ids, self.bulk_ids, self.lengths, self.remaining, *rest = self._counts
+        self.generated, self.reserved = rest
         self.tokens = np.zeros((context, lanes), np.int32)
         self.lock = threading.RLock()
 
     def clear(self, lane: int) -> None:
-        """Nobody sits there."""
+        """Mark a lane as free."""
         self._counts[:, lane] = 0
 
-    def bounds(self, more: int) -> np.ndarray:
-        """Tokens in the cache, at most, once each has been asked for `more`, ``[W]``."""
-        return self.filled + np.minimum(self.left, more)
+    def lengths_after(self, block: int) -> np.ndarray:
+        """Return the tokens in the cache after `block` more of each lane, at most, ``[W]``."""
+        return self.lengths + np.minimum(self.remaining, block)
 
-    def ask(self, more: int) -> np.ndarray:
-        """Lanes that may say more, in order; each is asked for so many, or what it has left."""
-        lanes = self.left.nonzero()[0]
-        asked = np.minimum(self.left, more)
-        self.filled += asked
-        self.left -= asked
+    def advance(self, block: int) -> np.ndarray:
+        """Schedule `block` tokens, or what remains, of each lane that may generate; those lanes."""
+        lanes = self.remaining.nonzero()[0]
+        scheduled = np.minimum(self.remaining, block)
+        self.lengths += scheduled
+        self.remaining -= scheduled
         return lanes
 
-    def hear(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
-        """These lanes said so many more each, ``[N, n]``."""
-        said = self.said[lanes]
+    def append(self, lanes: np.ndarray, tokens: np.ndarray) -> None:
+        """Append generated tokens ``[N, n]`` to these lanes."""
+        generated = self.generated[lanes]
         for i, column in enumerate(tokens.T):
-            self.tokens[said + i, lanes] = column
-        # Only now: another thread may be reading.
-        self.said[lanes] = said + tokens.shape[1]
+            self.tokens[generated + i, lanes] = column
+        # Last: another thread may be reading.
+        self.generated[lanes] = generated + tokens.shape[1]
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class RunningSequence:
-    """A request in a lane."""
+    """A request in a lane, and the pages that it holds.
+
+    Attributes:
+        request: whose tokens these are.
+        lane: its row of the decode state.
+        table: with the counts of the lane.
+        page_tables: its sequence in each page pool, one per group of layers.
+        target: tokens to be in the cache before it generates.
+        pending: 1 where the first token comes from the prefill and is not in the cache yet, else 0.
+        cached: tokens of the target that are in the cache or have been dispatched.
+        published: tokens of the target whose pages other requests can find.
+        limit: tokens that it may generate.
+        earlier: tokens of its request that were generated before it got the lane.
+    """
 
     request: Request
     lane: int
-    tally: SequenceTable
-    held: Any  # its sequences in the page pools, one per group of layers
-    target: int  # tokens that are to be in the cache before it says any
-    ahead: int = 1  # 1 where its first token comes of the prefill, and is not in the cache yet
-    cached: int = 0  # of its target, those that have been dispatched
-    shown: int = 0  # and how many of them others can find
-    limit: int = 0  # tokens that it may say
-    before: int = 0  # tokens of its request that were said before it sat down
+    table: SequenceTable
+    page_tables: list[PageSequence]
+    target: int
+    pending: int = 1
+    cached: int = 0
+    published: int = 0
+    limit: int = 0
+    earlier: int = 0
 
-    def sit(self, number: int, limit: int) -> None:
-        """Be counted, by a number of its own; it may say so many tokens."""
-        tally, lane = self.tally, self.lane
-        self.limit, self.before = limit, len(self.request.tokens)
-        tally.number[lane], tally.filled[lane] = number, self.cached
-        tally.left[lane] = 0 if self.reading else limit
+    def start(self, number: int) -> None:
+        """Fill in the counts of the lane, under an id of its own."""
+        table, lane = self.table, self.lane
+        self.earlier = len(self.request.tokens)
+        self.limit = self.request.max_new_tokens - self.earlier
+        table.ids[lane], table.lengths[lane] = number, self.cached
+        table.remaining[lane] = 0 if self.in_prefill else self.limit
 
-    def absorbed(self, upto: int) -> None:
-        """So much of its target has been dispatched; with the last of it comes its first token."""
-        self.cached = self.tally.filled[self.lane] = upto
-        if not self.reading:
-            self.tally.left[self.lane] = self.limit - 1
+    def advance_prefill(self, stop: int) -> None:
+        """Count `stop` tokens of the target as dispatched; the last of them yields a token."""
+        self.cached = self.table.lengths[self.lane] = stop
+        if not self.in_prefill:
+            self.table.remaining[self.lane] = self.limit - 1
 
-    def settle(self) -> None:
-        """What has been said in its lane into the request's list; any thread may ask for it."""
-        tally, heard = self.tally, self.request.heard
-        with tally.lock:
-            # Watched tokens come one by one, each after it was looked at.
-            if self.request.seat is self and not self.request.watched:
-                done, said = len(heard) - self.before, int(tally.said[self.lane])
-                if done < said:
-                    # Not appended: who interrupts this and asks for the same does no harm.
-                    heard[self.before + done :] = tally.tokens[done:said, self.lane].tolist()
+    def collect(self) -> None:
+        """Move the lane's generated tokens into the request's list; any thread may call it."""
+        table, generated = self.table, self.request.generated
+        with table.lock:
+            # A watched request gets its tokens one by one, each after it was looked at.
+            if self.request.sequence is self and not self.request.watched:
+                done, count = len(generated) - self.earlier, int(table.generated[self.lane])
+                if done < count:
+                    # Assigned, not appended: repeated after an interrupt it does no harm.
+                    new = table.tokens[done:count, self.lane].tolist()
+                    generated[self.earlier + done :] = new
 
-    def part(self) -> None:
-        """The request has what was said here, and will hear no more of this lane."""
-        with self.tally.lock:
-            self.settle()
-            if self.request.seat is self:
-                self.request.seat = None
+    def detach(self) -> None:
+        """Collect the tokens, and take the request out of the lane."""
+        with self.table.lock:
+            self.collect()
+            if self.request.sequence is self:
+                self.request.sequence = None
 
     @property
-    def reading(self) -> bool:
-        """Whether it is still at its prompt."""
+    def in_prefill(self) -> bool:
+        """Whether part of its target has not been dispatched."""
         return self.cached < self.target
 
-    def filled(self) -> int:
-        """Tokens in the cache, with those that it has been asked for."""
-        return int(self.tally.filled[self.lane])
-
+    @property
     def written(self) -> int:
         """Tokens in the cache, by what has been read."""
-        if self.reading:
+        if self.in_prefill:
             return self.cached
-        return self.target - self.ahead + int(self.tally.said[self.lane])
-
-
-def shared_ahead(
-    history: np.ndarray, tenant: str, seats: Iterable[RunningSequence | None], page: int
-) -> bool:
-    """Whether someone is just reading pages that this prompt begins with too.
-
-    It is worth a few steps' wait: the pages are then found instead of computed twice.
-    """
-    for seat in seats:
-        if seat is None or seat.shown == seat.target or seat.request.tenant != tenant:
-            continue
-        other = seat.request.history[: seat.target]
-        most = min(len(history) - 1, len(other))
-        same = history[:most] == other[:most]
-        common = most if same.all() else int(np.argmin(same))
-        if seat.shown < common // page * page:
-            return True
-    return False
+        return self.target - self.pending + int(self.table.generated[self.lane])

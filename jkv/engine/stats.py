@@ -1,4 +1,4 @@
-"""What an engine did, in figures."""
+"""Counters and latencies of an engine."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from jkv.engine.request import RUNNING, WAITING, Request
 
-KEPT = 10_000  # of the latest latencies, from which percentiles are taken
+LATEST = 10_000  # latencies, from which percentiles are taken
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
+class FinishedCounts:
     """Counts of the requests that have ended: one value, so that each is counted once."""
 
     number: int = 0  # of the request that was counted last
@@ -30,66 +30,67 @@ class Stats:
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
-        self.ended = Ended()
-        self.first: collections.deque[float] = collections.deque(maxlen=KEPT)
-        self.between: collections.deque[tuple[float, int]] = collections.deque(maxlen=KEPT)
+        self.finished = FinishedCounts()
+        self.first: collections.deque[float] = collections.deque(maxlen=LATEST)
+        self.between: collections.deque[tuple[float, int]] = collections.deque(maxlen=LATEST)
         self.busy_seconds = 0.0
         self.host_seconds = 0.0
         self.prefill_seconds = 0.0
-        self._last: float | None = None  # when tokens were read
-        self.slots_held = 0  # summed over steps that were looked at, as is the next
+        self._last: float | None = None  # when tokens were last read
+        self.slots_held = 0  # summed over the sampled steps, as is the next
         self.slots_filled = 0
 
-    def stepped(self, seconds: float, waited: float, prefilled: int) -> None:
-        """A step took so long, and of it waited for the device; it read `prefilled` tokens."""
+    def record_step(self, seconds: float, waited: float, prefilled: int) -> None:
+        """Record a step: its seconds, those that it waited for the device, and prompt tokens."""
         self.counts["steps"] += 1
         self.busy_seconds += seconds
         self.host_seconds += seconds - waited
         if prefilled:
+            self.counts["prefill_tokens"] += prefilled
             self.prefill_seconds += seconds
 
-    def said(self, tokens: int, lanes: int, now: float) -> None:
-        """So many tokens of so many lanes were read."""
+    def record_tokens(self, tokens: int, lanes: int, now: float) -> None:
+        """Record that so many tokens of so many lanes were read."""
         if self._last is not None:
             self.between.append(((now - self._last) * lanes / tokens, tokens))
         self._last = now
 
-    def count(self, number: int, reason: str, tokens: int) -> None:
-        """A request ended with so many tokens; counted again at once, it counts as one."""
-        old = self.ended
+    def record_finished(self, number: int, reason: str, tokens: int) -> None:
+        """Record the end of a request; repeated for the same request, it changes nothing."""
+        old = self.finished
         if old.number != number:
             reasons = {**old.reasons, reason: old.reasons[reason] + 1}
-            self.ended = Ended(number, old.tokens + tokens, reasons)
+            self.finished = FinishedCounts(number, old.tokens + tokens, reasons)
 
-    def rested(self) -> None:
-        """There was nothing to do: the time until the next token is nobody's."""
+    def record_idle(self) -> None:
+        """Record that there was nothing to do: the time until the next token is no latency."""
         self._last = None
 
-    def filled(self, held: int, filled: int) -> None:
-        """Slots of the pages that requests hold, and those of them with tokens."""
+    def record_slots(self, held: int, filled: int) -> None:
+        """Record the slots of the pages that requests hold, and how many of them are filled."""
         self.slots_held += held
         self.slots_filled += filled
 
     def prefill_rate(self) -> float:
-        """Prompt tokens per second, those of steps that did other things too among them."""
+        """Return prompt tokens per second, over all steps that prefilled any."""
         return max(self.counts["prefill_tokens"], 1) / max(self.prefill_seconds, 1e-9)
 
     def as_dict(self, *, live: list[Request], pool: dict[str, Any]) -> dict[str, Any]:
-        """All figures.
+        """Return all figures.
 
         Args:
             live: requests that have not been counted as ended.
             pool: figures of the pages.
 
         Keys: requests `running`, `waiting`, `finished` and by reason; `pages` (in all, `used`, and
-        of them `shared`; `cached`, nobody's and to be found again; `free`); `hit_rate` (tokens of
-        prompts found, of those asked for); `preemptions` (`recompute`, `swap`);
+        of them `shared`; `cached`, without an owner and to be found again; `free`); `hit_rate`
+        (tokens of prompts found, of those asked for); `preemptions` (`recompute`, `swap`);
         `time_to_first_token` and `time_between_tokens` (seconds, `p50` and `p99` of the latest);
         `tokens`, `tokens_per_second` (while there was work); `host_seconds_per_step` (the host's
         own work, waiting for the device left out); `waste` (slots held and not filled, of those
         held, over the steps that were looked at).
         """
-        counts, ended = self.counts, self.ended
+        counts, ended = self.counts, self.finished
         states = collections.Counter(request.state for request in live)
         tokens = ended.tokens + sum(len(request.tokens) for request in live)
         swapped = sum(r.swapped.nbytes for r in live if r.swapped is not None)
@@ -119,7 +120,7 @@ class Stats:
 
 
 def _percentiles(values: list[float], weights: list[int] | None) -> dict[str, float | None]:
-    """The 50th and 99th, each value counted `weights` times; None without any."""
+    """Return the 50th and 99th, each value counted `weights` times; None without any."""
     if not values:
         return {"p50": None, "p99": None}
     order = np.argsort(values)
@@ -132,7 +133,7 @@ _HELP = {
     "running": ("gauge", "Requests that run."),
     "waiting": ("gauge", "Requests that wait."),
     "finished": ("counter", "Requests that have ended."),
-    "tokens": ("counter", "Tokens said."),
+    "tokens": ("counter", "Tokens generated."),
     "prefill_tokens": ("counter", "Tokens of prompts computed."),
     "hit_tokens": ("counter", "Tokens of prompts found in the cache."),
     "asked_tokens": ("counter", "Tokens of prompts looked for in the cache."),
@@ -143,7 +144,7 @@ _HELP = {
 
 
 def prometheus(figures: dict[str, Any], prefix: str = "jkv_engine") -> str:
-    """The figures of `Engine.stats` in Prometheus' text format."""
+    """Format the figures of `Engine.stats` as Prometheus' text."""
     lines: list[str] = []
 
     def family(name: str, kind: str, text: str, samples: list[tuple[str, Any]]) -> None:

@@ -25,5 +25,5 @@ def empty(engine):
     assert pages["used"] == 0
     assert pages["free"] + pages["cached"] == pages["pages"]
     assert figures["swapped_bytes"] == 0
-    for pool in engine.batch.pools:
+    for pool in engine.core.pages.pools:
         pool.check()

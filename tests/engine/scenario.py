@@ -58,9 +58,9 @@ class Scenario:
         }
         self.watched = ("sampled", "stopped")
         self.requests = Recorder()
-        self.engine.requests.live = self.requests
-        self.turns, self._step = 0, self.engine._step_or_charge
-        self.engine._step_or_charge = self.bounded  # a lost request would be waited for for ever
+        self.engine.core.scheduler.requests.live = self.requests
+        self.turns, self._step = 0, self.engine.core.step
+        self.engine.core.step = self.bounded  # a lost request would be waited for for ever
 
     def run(self, strikes: dict[int, Interrupt]) -> list[str]:
         """The calls, those of these places each under its interrupt; the names of all."""
@@ -97,7 +97,7 @@ class Scenario:
     def unlocked(self, strike: Interrupt) -> None:
         """Other threads can go on, unless the interrupt came where Python delivers none."""
         got: list[bool] = []
-        lock = self.engine._lock
+        lock = self.engine._transactions.lock
         while lock._is_owned() and not strike.genuine:
             lock.release()
 
@@ -171,7 +171,7 @@ class Scenario:
         short = self.attempt(generate, "generate", again=False)
         self.attempt(engine.stats, "stats")
         if short is None:  # what is interrupted is cancelled
-            assert not engine.requests.live
+            assert not engine.core.scheduler.requests.live
             short = generate()
         assert [r.tokens for r in short] == [self.wanted["short"]] * 2
 
@@ -213,8 +213,8 @@ class Scenario:
                 assert sorted(set(heard)) == heard
                 assert len(tokens) - len(self.strikes) <= len(heard) <= len(tokens)
         empty(engine)
-        assert engine.requests.live == {}
-        assert not engine._abandoned
+        assert engine.core.scheduler.requests.live == {}
+        assert not engine.core.needs_sweep()
         after = engine.stats()
         requests = list(self.requests.all.values())
         assert after["finished"] - before["finished"] == len(requests)

@@ -262,29 +262,30 @@ def test_passes_are_no_wider_than_who_takes_part(engine, alone, monkeypatch):
 
 def test_the_next_pass_is_dispatched_before_the_last_one_is_read(engine, alone, monkeypatch):
     events = []
+    runner = engine.core.runner
+    execute, read = runner.execute, runner.read
 
-    def watch(name):
-        run = getattr(engine.batch, name)
+    def executing(schedule):
+        steps = execute(schedule)
+        events.extend((False, step) for step in steps)
+        return steps
 
-        def watched(*given):
-            found = run(*given)
-            events.append((name == "read", given[0] if name == "read" else found))
-            return found
+    def reading(step):
+        events.append((True, step))
+        return read(step)
 
-        monkeypatch.setattr(engine.batch, name, watched)
-
-    for name in ("absorb", "decode", "read"):
-        watch(name)
+    monkeypatch.setattr(runner, "execute", executing)
+    monkeypatch.setattr(runner, "read", reading)
     request = engine.submit(PROMPTS[3], max_new_tokens=30, stop=())
     engine.run()
     assert request.tokens == alone(PROMPTS[3], 30)
-    sent = [(at, part) for at, (read, part) in enumerate(events) if not read]
-    reads = [(at, part) for at, (read, part) in enumerate(events) if read]
+    sent = [(at, step) for at, (is_read, step) in enumerate(events) if not is_read]
+    reads = [(at, step) for at, (is_read, step) in enumerate(events) if is_read]
     assert len(reads) == len(sent) > 4
     # Two are under way whenever one is read, until there is nothing more to dispatch.
-    for n, (at, part) in enumerate(reads[:-1]):
+    for n, (at, step) in enumerate(reads[:-1]):
         assert sum(when < at for when, _ in sent) == n + 2
-        assert part is sent[n][1]
+        assert step is sent[n][1]
 
 
 def test_the_host_looks_at_no_lane_of_which_there_is_nothing_to_say(lm):
@@ -382,7 +383,7 @@ def test_layers_with_windows_give_back_what_nobody_sees(tiny_config, preemption)
     for turn in range(2):  # the second may find what the first has left
         requests = [engine.submit(p, max_new_tokens=n, stop=()) for p, n in plan]
         while engine.step():
-            least = min(least, *(pool.free_pages for pool in engine.batch.pools))
+            least = min(least, *(pool.free_pages for pool in engine.core.pages.pools))
             for request in requests[turn :: 3 + turn]:
                 if request.preemptions and not request.tokens:
                     request.cancel()

@@ -101,7 +101,7 @@ def test_a_request_that_could_never_fit_is_refused_at_once(lm, alone):
 def test_bad_requests_are_refused_at_once(lm, bad, error, match):
     engine = made(lm)
     with pytest.raises(ValueError, match="at most 16"):
-        engine.batch.check_ends(tuple(range(17)))
+        engine.core.runner.check_stop_ids(tuple(range(17)))
     with pytest.raises(error, match=match):
         engine.submit(**({"prompt": [1, 2], "max_new_tokens": 4} | bad))
     assert not engine.step()
@@ -147,7 +147,7 @@ def test_what_is_interrupted_on_its_way_can_be_cancelled(engine, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.batch, "match", torn)
+        patch.setattr(engine.core.pages, "match", torn)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     request.cancel()
@@ -158,15 +158,15 @@ def test_what_is_interrupted_on_its_way_can_be_cancelled(engine, monkeypatch):
 def test_an_interrupt_while_it_makes_room_loses_nobody(lm, alone, monkeypatch):
     engine = made(lm, pages=14, preemption="recompute", share=False)
     requests = [engine.submit(PROMPTS[7], max_new_tokens=18, stop=()) for _ in range(4)]
-    close = engine.batch.close
+    close = engine.core.pages.close
 
     def torn(held):
         if any(request.preemptions for request in requests):
-            monkeypatch.setattr(engine.batch, "close", close)
+            monkeypatch.setattr(engine.core.pages, "close", close)
             raise KeyboardInterrupt
         close(held)
 
-    monkeypatch.setattr(engine.batch, "close", torn)
+    monkeypatch.setattr(engine.core.pages, "close", torn)
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     engine.run()
@@ -231,7 +231,7 @@ def soak(lm, alone, count, seed):
                     assert request.tokens == want[: len(request.tokens)]
             live = [x for x in live if x[0].state != "finished"]
         if i % 50 == 0:
-            for pool in engine.batch.pools:
+            for pool in engine.core.pages.pools:
                 pool.check()
     engine.run()
     empty(engine)

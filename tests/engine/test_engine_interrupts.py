@@ -97,7 +97,7 @@ def test_an_iteration_whose_end_is_interrupted_leaves_no_request(lm):
     requests.append(engine.submit(PROMPTS[2], **asked))
     for where in at_every_place(("abandon", "Request.end"), leave):
         steps(engine)
-        assert engine.requests.live == {}, where
+        assert engine.core.scheduler.requests.live == {}, where
         assert requests[-1].state == "finished", where
         requests.append(engine.submit(PROMPTS[2], **asked))
     empty(engine)
@@ -115,7 +115,7 @@ def test_an_iteration_whose_finaliser_is_interrupted_is_noticed_all_the_same(lm,
     del reader
     engine.stats()
     assert request.finish_reason == "cancelled"
-    assert engine.requests.live == {}
+    assert engine.core.scheduler.requests.live == {}
     empty(engine)
 
 
@@ -128,7 +128,7 @@ def test_what_generate_had_queued_is_cancelled_by_an_interrupt(lm):
     inside = ("Engine._queue", "RequestQueue.add", "RequestQueue.push")
     for where in at_every_place(inside, generate):
         engine.stats()
-        assert engine.requests.live == {}, where
+        assert engine.core.scheduler.requests.live == {}, where
     reasons = engine.stats()["reasons"]
     assert reasons["cancelled"] > 0
     assert sum(reasons.values()) == reasons["cancelled"] + 1
@@ -137,17 +137,17 @@ def test_what_generate_had_queued_is_cancelled_by_an_interrupt(lm):
 
 def test_an_update_that_is_interrupted_has_taken_place_or_not(lm, alone, monkeypatch):
     engine = made(lm, pages=PAGES, max_batch=2)
-    reset = engine.batch.reset
+    reset = engine.core.runner.reset
 
     def torn():
-        monkeypatch.setattr(engine.batch, "reset", reset)
+        monkeypatch.setattr(engine.core.runner, "reset", reset)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.batch, "reset", torn)
+    monkeypatch.setattr(engine.core.runner, "reset", torn)
     with pytest.raises(KeyboardInterrupt):
         engine.update(lm.model)
     # The weights are new, and those that were taken are not: that is the engine's to mend.
-    engine.batch.weights = [None, *engine.batch.weights[1:]]
+    engine.core.runner.weights = [None, *engine.core.runner.weights[1:]]
     request = engine.submit(PROMPTS[2], max_new_tokens=4, stop=())
     assert request.result() == alone(PROMPTS[2], 4)
     assert engine.model is lm.model
@@ -164,7 +164,7 @@ def test_close_ends_requests_whose_pass_has_failed(lm, monkeypatch):
         raise OSError("the device is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.batch, "read", failing)
+        patch.setattr(engine.core.runner, "read", failing)
         engine.close()
     assert request.finish_reason == "error"
     assert isinstance(request.error, OSError)
@@ -180,7 +180,7 @@ def test_a_submit_that_is_interrupted_has_queued_its_request_or_not(lm):
 
     for where in at_every_place(("RequestQueue.add", "RequestQueue.push"), submit):
         steps(engine)
-        assert engine.requests.live == {}, where
+        assert engine.core.scheduler.requests.live == {}, where
     steps(engine)  # the one that was not interrupted
     empty(engine)
 
@@ -193,7 +193,7 @@ def test_a_request_whose_end_was_counted_is_not_counted_again(lm, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.requests, "discard", torn)
+        patch.setattr(engine.core.scheduler.requests, "discard", torn)
         with pytest.raises(KeyboardInterrupt):
             second.cancel()
     first.end("cancelled")  # to be counted before it by the recovery
@@ -208,7 +208,7 @@ def test_what_an_interrupted_submit_left_out_of_the_order_is_still_found(lm, mon
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.requests, "push", struck)
+    monkeypatch.setattr(engine.core.scheduler.requests, "push", struck)
     with pytest.raises(KeyboardInterrupt):
         engine.submit(PROMPTS[1], max_new_tokens=2, stop=())
     request = engine.submit(PROMPTS[2], max_new_tokens=2, stop=())

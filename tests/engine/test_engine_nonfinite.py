@@ -56,8 +56,8 @@ def test_it_ends_alone_and_nothing_of_it_is_found_again(bad):
         with pytest.raises(NonFiniteError, match=f"at step 3 .*{BY_SAMPLER}"):
             masked.result()
         # The pages of those that the model failed are not found, in the pool or in the store.
-        names = {name for name, _ in engine.batch.pools[0].cached()}
-        whole = engine.batch.pools[0].sequence()
+        names = {name for name, _ in engine.core.pages.pools[0].cached()}
+        whole = engine.core.pages.pools[0].sequence()
         assert names <= set(whole.names([*LONG, *want[0]]))
         assert len(names) >= len(LONG) // 4
         whole.close()

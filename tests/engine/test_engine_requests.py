@@ -56,7 +56,7 @@ def test_a_pass_that_fails_on_the_device_ends_its_requests_and_is_not_tried_agai
     first = engine.submit(PROMPTS[4], **HOW)
     while len(first.tokens) < 3:
         engine.step()
-    read, left = engine.batch.read, [1]
+    read, left = engine.core.runner.read, [1]
 
     def failing(part):
         if left:
@@ -64,7 +64,7 @@ def test_a_pass_that_fails_on_the_device_ends_its_requests_and_is_not_tried_agai
             raise jax.errors.JaxRuntimeError("INTERNAL: the device")
         return read(part)
 
-    monkeypatch.setattr(engine.batch, "read", failing)
+    monkeypatch.setattr(engine.core.runner, "read", failing)
     late = engine.submit(PROMPTS[5], **HOW)
     engine.run()
     assert (first.finish_reason, late.finish_reason) == ("error", "length")
@@ -74,7 +74,7 @@ def test_a_pass_that_fails_on_the_device_ends_its_requests_and_is_not_tried_agai
 
 def test_what_fails_while_pages_are_put_aside_ends_one_request(lm, alone, monkeypatch):
     engine = made(lm, pages=14, preemption="swap", share=False)
-    save, left = engine.batch.save, [1]
+    save, left = engine.core.swap.save, [1]
 
     def failing(*given):
         if left:
@@ -82,7 +82,7 @@ def test_what_fails_while_pages_are_put_aside_ends_one_request(lm, alone, monkey
             raise OSError("no memory")
         return save(*given)
 
-    monkeypatch.setattr(engine.batch, "save", failing)
+    monkeypatch.setattr(engine.core.swap, "save", failing)
     requests = [engine.submit(PROMPTS[7], max_new_tokens=18, stop=()) for _ in range(4)]
     engine.run()
     assert sorted(r.finish_reason for r in requests) == ["error", "length", "length", "length"]
@@ -214,7 +214,7 @@ def test_generate_in_one_call(engine, lm, alone, tiny_model):
         engine.generate(["a", "b"], request_ids=[1], **HOW)
     with pytest.raises(TypeError, match="prompt 1"):
         engine.generate(["a", 3], **HOW)
-    assert engine.requests.live == {}
+    assert engine.core.scheduler.requests.live == {}
 
     def failing(request, token):
         if request.request_id == 1:

@@ -69,7 +69,7 @@ def test_pages_are_kept_alike_however_they_lie_in_memory(lm, alone):
             with dispatch.target("tpu") if there else contextlib.nullcontext():
                 # Other pages than before: what is traced keeps its choice.
                 engine = jkv.Engine(lm, pages=16 + there, store=store, **SHAPE | {"page": 16})
-                tiled = isinstance(engine.batch.layers[0].k_pages, TpuPages)
+                tiled = isinstance(engine.core.runner.layers[0].k_pages, TpuPages)
                 want.append((tiled, asked(engine, [prompt])[0]))
             engine.close()
     assert want == [(t, (n, alone(prompt, 3))) for t, n in ((True, 0), (False, 32), (True, 32))]
