@@ -43,25 +43,26 @@ class Engine:
 
     Args:
         lm: what `jkv.load` or `jkv.shard` returns, or a decoder (then prompts are ids).
-        pages: pages of the pool, each of `page` tokens in every layer.
+        pages: pages in the pool, each of `page` tokens in every layer.
         page: tokens per page, by default those of `cache`, which are 16.
         max_batch: requests that run at once.
         cache: a `jkv.paged` kind or its text ("paged:16,int8"), for pages in another form; by
             default in the model's dtype. With quantized pages, a prefix hit reads quantized values
             while a fresh prefill reads exact ones: a request's tokens may then differ from those
             that it would have alone.
-        block: tokens that each request gets per step, at most: more of them make less work for
-            the host, and up to twice as many slots are held that may never be used.
-        prefill_chunk: tokens of prompts per step: of one, or of several in equal parts. More of
-            them make long prompts shorter work, and the step of those who run beside them longer.
-        prefill_rows: prompts that are read in one step, at most.
-        policy: which of the pages that nobody owns goes first, of `jkv.store`; LRU by default.
-        share: whether equal prefixes of prompts of one tenant share pages.
-        preemption: what becomes of the pages of a request that has to wait: "recompute", "swap"
-            (they are copied to the host), or "auto", whichever is sooner as measured so far.
-        swap_bytes: on the host, at most; requests beyond that are recomputed.
-        store: a `jkv.store.Store`: pages that the pool gives away go there, and are found again by
-            prompts that begin with them, in another process too; and so do requests that wait.
+        block: tokens that each request gets per step, at most. More of them are less work for the
+            host, and up to twice as many slots are held that may never be used.
+        prefill_chunk: prompt tokens per step: of one prompt, or of several in equal parts. With
+            more of them long prompts take fewer steps, and each step takes longer for the requests
+            that generate beside them.
+        prefill_rows: prompts per step, at most.
+        policy: which cached page is evicted first, of `jkv.store`; LRU by default.
+        share: whether equal prefixes of one tenant's prompts share pages.
+        preemption: what becomes of the pages of a request that has to wait again: "recompute",
+            "swap" (they are copied to the host), or "auto", the faster one as measured so far.
+        swap_bytes: of swapped pages on the host, at most; further requests are recomputed.
+        store: a `jkv.store.Store` for evicted pages, which prompts that begin with them find again,
+            in another process too; and for the pages of requests that wait.
 
     Raises:
         TypeError: a kind that is not paged.
@@ -119,7 +120,7 @@ class Engine:
 
     @property
     def model(self) -> Decoder:
-        """The decoder that it has, in `update`'s latest weights."""
+        """The decoder, with the weights of the latest `update`."""
         return self.core.runner.model
 
     # What users do.
@@ -160,14 +161,14 @@ class Engine:
             prompt: a text, or token ids.
             max_new_tokens: at most.
             sampler: a transform of `jkv.sampling`, or a function of the logits ``[1, V]``; greedy
-                by default. One of a structure that the engine has not seen, or another function,
-                compiles its programs anew.
+                by default. A structure that the engine has not seen, or another function, compiles
+                its programs anew.
             key: `jax.random.key(seed)`, for samplers that draw at random: the tokens are those of
                 `jkv.generate` with the same key.
-            stop: ids and strings at which it ends beside the checkpoint's, as of `jkv.generate`;
+            stop: ids and strings at which it ends beside the checkpoint's, as in `jkv.generate`;
                 at most 16 ids. () switches all off.
-            priority: an integer; higher is sooner.
-            tenant: requests share prefixes with those of their tenant only.
+            priority: an integer; higher ones are served sooner.
+            tenant: requests share prefixes only with others of their tenant.
             on_token: called with (request, token) as tokens come. What it raises ends the request.
             samples: requests for as many answers to one prompt, drawn independently; they share
                 the prompt's pages.
@@ -214,22 +215,22 @@ class Engine:
     ) -> list[Request]:
         """Submit prompts, run until all of them have ended, and return their requests.
 
-        Requests that were submitted before run beside them. What is interrupted is cancelled.
+        Requests that were submitted before run beside them. If this call is interrupted, its
+        requests are cancelled.
 
         Args:
             prompts: a list of texts and of token ids, or one text.
             max_new_tokens: of each, at most.
-            sampler: as of `submit`.
+            sampler: as in `submit`.
             key: one for all, or one per prompt; the tokens are those of `jkv.generate`.
-            stop: as of `submit`, for all; or one list of ids and strings per prompt.
-            priority: as of `submit`.
+            stop: as in `submit`, for all; or one list of ids and strings per prompt.
+            priority: as in `submit`.
             tenant: likewise.
             on_token: likewise.
             request_ids: an id of the caller's own for each prompt.
 
         Returns:
-            The finished requests in the order of the prompts. One that failed has its `error`, and
-            the others their tokens.
+            The finished requests in the order of the prompts. A failed one has its `error`.
 
         Raises:
             TypeError: see `submit`; nothing is run if one of the prompts is refused.
@@ -309,13 +310,13 @@ class Engine:
         self.core.scheduler.requests.readers[reader] = request
 
     def update(self, lm: Model) -> None:
-        """Take new weights, of the same model after a training step for example.
+        """Take new weights, such as those of the same model after a training step.
 
-        Requests that run or wait keep their tokens and go on with the new weights; what was cached
-        of the old ones is dropped, and in a store it is not found any more.
+        Running and waiting requests keep their tokens and go on with the new weights. What was
+        cached with the old ones is dropped, and what a store has of them is not found any more.
 
         Args:
-            lm: what `jkv.load` returns, or a decoder, of the configuration that the engine has.
+            lm: what `jkv.load` returns, or a decoder, with the engine's configuration.
 
         Raises:
             ValueError: another configuration.

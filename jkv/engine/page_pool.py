@@ -1,24 +1,24 @@
-"""Pages that sequences share: who holds which, which may be written, and which can be found again.
+"""Pages that sequences share: their owners, which may be written, and which can be found again.
 
-Plain Python: what is in a page, and where that is, is its owner's affair. A page is
+Plain Python: the contents of a page are kept elsewhere. A page is
 
 * free, with nothing in it;
 * owned by one sequence or several, with a count of them;
-* cached: full, without an owner, and found again by what is in it, until the policy gives it away.
+* cached: full, without an owner, and found again by its contents, until the policy evicts it.
 
 A full page is found by a chained SHA-256 over what it depends on: the model and the cache (the
-pool's fingerprint), the tenant, and all tokens up to its end. What several sequences hold, or what
-can be found, is never written again: `reserve` says what to copy first.
+pool's fingerprint), the tenant, and all tokens up to its end. A page with several owners, or one
+that can be found, is never written again: `reserve` returns what to copy first.
 
-Every operation takes O(pages touched). Not for several threads at once. What is refused raises and
-changes nothing. The idea of pages is that of Kwon et al., "Efficient Memory Management for Large
+Every operation takes O(pages touched). Not for several threads at once. A call that raises changes
+nothing. The idea of pages is that of Kwon et al., "Efficient Memory Management for Large
 Language Model Serving with PagedAttention" (SOSP 2023).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from jkv._text import plural
 from jkv.errors import PoolFullError
@@ -27,16 +27,16 @@ from jkv.store.policy import LRU, Policy
 
 
 class PagePool:
-    """So many pages, of so many tokens each.
+    """A pool of equal pages, and the index by which full ones are found.
 
     Args:
         pages: their number; they are called 0, 1, ... in tables.
         page: tokens in each.
-        policy: which cached page is given away first.
+        policy: which cached page is evicted first.
         fingerprint: of all that keys and values depend on beside tokens and tenant: weights,
             configuration, dtype, the kind of cache. Pools with equal ones name contents alike.
-        on_evict: called with the name and number of a cached page that is given away, before
-            anybody may write to it.
+        on_evict: called with the name and number of a cached page that is evicted, before it may
+            be written.
 
     Raises:
         ValueError: sizes below 1.
@@ -49,7 +49,7 @@ class PagePool:
         page: int,
         policy: Policy | None = None,
         fingerprint: bytes = b"",
-        on_evict: Callable[[Any, int], None] | None = None,
+        on_evict: Callable[[bytes, int], None] | None = None,
     ) -> None:
         if pages < 1 or page < 1:
             raise ValueError(f"pages={pages}, page={page}; expected at least 1 of each")
@@ -59,7 +59,7 @@ class PagePool:
         self._on_evict = on_evict
         self._owners = [0] * pages
         self._names: list[bytes | None] = [None] * pages  # of those that the index has
-        self._index: dict[Hashable, int] = {}
+        self._index: dict[bytes, int] = {}
         self._evictor = self.policy.start(pages)  # has what the index has; owned pages are held
         self._empty = list(range(pages - 1, -1, -1))
         self._open: set[PageSequence] = set()
@@ -69,17 +69,17 @@ class PagePool:
 
     @property
     def free_pages(self) -> int:
-        """Pages that could be had now: empty ones, and cached ones, which nobody owns."""
+        """Pages that could be reserved now: free ones and cached ones."""
         return len(self._empty) + self._cached
 
     def sequence(self, *, tenant: str = "") -> PageSequence:
-        """A sequence without tokens. Tenants never find each other's pages."""
+        """Return a sequence without tokens. Tenants never find each other's pages."""
         sequence = PageSequence(self, tenant)
         self._open.add(sequence)
         return sequence
 
     def needs(self, sequence: PageSequence, length: int) -> int:
-        """How many of the free pages ``sequence.reserve(length)`` would take.
+        """Return how many of the free pages ``sequence.reserve(length)`` would take.
 
         Raises:
             ValueError: a closed sequence, or another pool's.
@@ -88,14 +88,14 @@ class PagePool:
             raise ValueError("needs got another pool's sequence; expected one of this pool's")
         return sequence._needs(length)
 
-    def cached(self) -> list[tuple[Any, int]]:
-        """Names and numbers of the pages without an owner that can be found."""
+    def cached(self) -> list[tuple[bytes, int]]:
+        """Return names and numbers of the cached pages."""
         return [(name, page) for name, page in self._index.items() if not self._owners[page]]
 
     def clear(self) -> None:
-        """Forget what is in every page: nothing is found until it is published anew.
+        """Forget the contents of every page: nothing is found until it is published anew.
 
-        Sequences keep their pages. What they hold by now is not published any more.
+        Sequences keep their pages; what those hold now is not published any more.
         """
         for page in self._index.values():
             self._names[page] = None
@@ -107,11 +107,11 @@ class PagePool:
         self._generation += 1
 
     def stats(self) -> dict[str, int]:
-        """Pages by state, and what happened so far.
+        """Return the pages by state, and what happened so far.
 
         ``pages = used + cached + free``; of those used, `shared` have several owners. Of
         `asked_tokens` in calls of `match`, `hits_tokens` were found. `evicted` counts cached pages
-        that were given away, `copies` pages that were copied before they were written.
+        that were evicted, `copies` pages that were copied before they were written.
         """
         return {
             "pages": self.pages,
@@ -127,7 +127,7 @@ class PagePool:
         }
 
     def check(self) -> None:
-        """Compare all that is counted with what there is; for tests: O(pages).
+        """Compare all counts with the pages themselves; for tests: O(pages).
 
         Raises:
             RuntimeError: something does not agree.
@@ -151,12 +151,12 @@ class PagePool:
         states = [set(self._empty), cached, {page for page, n in enumerate(owners) if n}]
         _agree("pages in a state", sum(map(len, states)), self.pages)
         _agree("pages in any state", len(set().union(*states)), self.pages)
-        _agree("what may go", len(self._evictor), len(named))
+        _agree("pages in the policy", len(self._evictor), len(named))
         if not all(name in self._evictor for name in named.values()):
             raise RuntimeError("the policy does not know a page that the index has")
 
     def _take(self, count: int) -> list[int]:
-        """Pages for one owner: empty ones, and then the cached ones that go next."""
+        """Take pages for one owner: free ones, and then cached ones by the policy."""
         taken = []
         for _ in range(count):
             page = self._empty.pop() if self._empty else self._evict()
@@ -166,8 +166,8 @@ class PagePool:
         return taken
 
     def _evict(self) -> int:
-        """The cached page that goes next."""
-        name = self._evictor.victim()
+        """Evict a cached page by the policy; its number."""
+        name = cast(bytes, self._evictor.victim())  # what the index has
         self._evictor.evicted(name)
         page = self._index.pop(name)
         self._names[page] = None
@@ -178,7 +178,7 @@ class PagePool:
         return page
 
     def _share(self, page: int) -> None:
-        """One more owner."""
+        """Add an owner to a page."""
         self._owners[page] += 1
         if self._owners[page] == 1:
             self._cached -= 1
@@ -188,7 +188,7 @@ class PagePool:
             self._shared += 1
 
     def _leave(self, page: int) -> None:
-        """One owner less."""
+        """Remove an owner from a page."""
         self._owners[page] -= 1
         if self._owners[page] == 1:
             self._shared -= 1
@@ -218,13 +218,13 @@ class PagePool:
 
 
 class PageSequence:
-    """One sequence's pages; made by `PagePool.sequence`.
+    """One sequence's block table; made by `PagePool.sequence`.
 
     Attributes:
-        tenant: whose it is.
-        table: the pages in order, -1 where one was dropped. To be read only.
-        length: tokens that the pages are for. Those that are not written yet are this sequence's
-            to write; before others share its pages, `crop` to what is written.
+        tenant: that it belongs to.
+        table: the pages in order, -1 where one was dropped. Read only.
+        length: tokens that pages are reserved for. Only this sequence writes those that are not
+            written yet; before others share its pages, `crop` to what is written.
     """
 
     __slots__ = (
@@ -255,7 +255,7 @@ class PageSequence:
 
         Args:
             tokens: token ids.
-            limit: at most so many of them: a prompt whose logits are wanted leaves one out.
+            limit: at most so many of them; one less than all where logits are wanted.
 
         Returns:
             tokens covered, a multiple of the page.
@@ -278,8 +278,8 @@ class PageSequence:
                 break
             names.append(name)
         self.table = [pool._index[name] for name in names]
-        # From the last one back, so that of a chain that nobody uses the end goes first: what is
-        # behind a missing page cannot be found.
+        # From the last one back, so that the end of an unused chain is evicted first: pages behind
+        # a missing one cannot be found.
         for name, found in zip(reversed(names), reversed(self.table), strict=True):
             pool._evictor.touch(name)
             pool._share(found)
@@ -290,7 +290,7 @@ class PageSequence:
         return self.length
 
     def names(self, tokens: Sequence[int]) -> list[bytes]:
-        """What the full pages of a sequence of these tokens are called, 32 bytes each.
+        """Return the names of the full pages of a sequence of these tokens, 32 bytes each.
 
         Raises:
             TypeError: tokens that are not whole numbers.
@@ -301,11 +301,11 @@ class PageSequence:
         return names[1:]
 
     def reserve(self, length: int) -> list[tuple[int, int]]:
-        """Pages for `length` tokens in all; nothing to do where it has them.
+        """Reserve pages for `length` tokens in all; nothing to do where it has them.
 
         Returns:
-            Pairs (source, target): what to copy, in this order, before anything is written that
-            was reserved now or later.
+            Pairs (source, target) of pages to copy, in this order, before anything is written
+            that was reserved now or later.
 
         Raises:
             PoolFullError: too few free pages.
@@ -335,16 +335,16 @@ class PageSequence:
         return [(source, target)]
 
     def extend(self, length: int) -> None:
-        """What ``reserve`` takes, where there is so much and nothing has to be copied first."""
+        """Do what `reserve` does, where enough pages are free and nothing has to be copied."""
         pool = self._pool
         self.table += pool._take(-(-length // pool.page) - len(self.table))
         self.length = length
 
     def publish(self, tokens: Sequence[int]) -> None:
-        """Its first ``len(tokens)`` tokens are these, and written: full pages can be found.
+        """Let the full pages of its first tokens be found, which are these and are written.
 
-        What was published before is not looked at again. Where a page with the same contents is
-        there, that one is found, and this one emptied in the end.
+        What was published before is not looked at again. Where a page with the same contents can
+        be found already, this one becomes free in the end.
 
         Raises:
             ValueError: the sequence is closed, or has fewer tokens.
@@ -367,9 +367,9 @@ class PageSequence:
                     pool._publish(self.table[at], name)
 
     def withdraw(self) -> None:
-        """Remove all its pages from the index: sequences that have them keep them, none is found.
+        """Remove all its pages from the index, such as when their contents turn out to be bad.
 
-        For pages whose contents turn out to be bad.
+        Sequences that have them keep them.
 
         Raises:
             ValueError: the sequence is closed.
@@ -380,9 +380,9 @@ class PageSequence:
                 self._pool._withdraw(page)
 
     def fork(self) -> PageSequence:
-        """Another sequence of the same tokens in the same pages, the last one too.
+        """Return another sequence of the same tokens in the same pages, the last one too.
 
-        Whichever writes first into a page that is partly filled gets a copy.
+        The first to write into a page that is partly filled gets a copy.
 
         Raises:
             ValueError: the sequence is closed.
@@ -397,7 +397,7 @@ class PageSequence:
         return other
 
     def crop(self, length: int) -> None:
-        """Keep the first `length` tokens; pages past them are given back.
+        """Keep the first `length` tokens, and give back the pages past them.
 
         Raises:
             ValueError: the sequence is closed, has fewer tokens, or has dropped one of the last
@@ -431,7 +431,7 @@ class PageSequence:
             self._dropped += 1
 
     def close(self) -> None:
-        """Give all pages back. Whatever is called after that raises.
+        """Give back all pages. Every call after that raises.
 
         Raises:
             ValueError: it was closed before.
@@ -443,7 +443,7 @@ class PageSequence:
         self._pool._open.remove(self)
 
     def _give_back(self, keep: int) -> None:
-        """All pages but the first ones; the last ones first, which are then the first to go."""
+        """Give back all pages but the first ones: the last ones first, to be evicted first."""
         while len(self.table) > keep:
             page = self.table.pop()
             if page >= 0:
@@ -457,7 +457,7 @@ class PageSequence:
         return -(-length // self._pool.page) - len(self.table) + self._must_copy()
 
     def _must_copy(self) -> bool:
-        """Whether the next token would go into a page that others see."""
+        """Whether the next token would go into a page that is shared or can be found."""
         if self.length % self._pool.page == 0:
             return False
         last = self.table[-1]
@@ -468,6 +468,6 @@ class PageSequence:
             raise ValueError("this sequence is closed; make another with PagePool.sequence")
 
 
-def _agree(what: str, told: object, is_: object) -> None:
-    if told != is_:
-        raise RuntimeError(f"{what}: told {told!r:.200}, and it is {is_!r:.200}")
+def _agree(what: str, counted: object, actual: object) -> None:
+    if counted != actual:
+        raise RuntimeError(f"{what}: counted {counted!r:.200}, but there are {actual!r:.200}")

@@ -54,7 +54,7 @@ class RequestFactory:
     """Makes the requests of one engine.
 
     Args:
-        engine: that they are told of.
+        engine: that runs them.
         runner: which checks samplers and stop ids.
         pages: of which a request may need no more than there are.
         tokenizer: for stop strings, or None.
@@ -72,8 +72,8 @@ class RequestFactory:
     ) -> list[Request]:
         """Make requests, `samples` of each row; they are not queued yet.
 
-        What they bring is on the host from here on, whatever device it was on: a step takes
-        everything of all its requests at once.
+        Their samplers and keys are on the host from here on, whatever device they were on: one
+        step takes those of all its requests.
 
         Args:
             rows: prompts.

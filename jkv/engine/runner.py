@@ -209,7 +209,7 @@ class Runner:
     # Steps.
 
     def execute(self, schedule: Schedule) -> list[InFlightStep]:
-        """Dispatch what a schedule says; nothing is waited for.
+        """Dispatch a schedule, without waiting for anything.
 
         Raises:
             StepError: it could not be dispatched.

@@ -109,7 +109,7 @@ class Scheduler:
         self.reset()
 
     def reset(self) -> None:
-        """Forget who runs; the requests stay, each still with its sequence."""
+        """Forget which requests run; they stay, each still with its sequence."""
         self.running: list[RunningSequence | None] = [None] * self.limits.lanes
         self.table = SequenceTable(self.limits.lanes, self.context)
         self._prefilling: list[RunningSequence] = []  # and some that have left

@@ -26,7 +26,7 @@ class FinishedCounts:
 
 
 class Stats:
-    """Counters of one engine; `as_dict` says what they are."""
+    """Counters of one engine; see `as_dict`."""
 
     def __init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()

@@ -63,7 +63,7 @@ class Swap:
         self.store: PageStore | None = None
         self.fingerprint = b""
         if self._store is not None:
-            # How many pages there are, and who manages them, says nothing of what is in one.
+            # The number of pages has no influence on their contents.
             kind = dataclasses.replace(runner.kind, pages=None)
             self.fingerprint = fingerprint(runner.model, kind)
             self.store = PageStore(self._store, self.fingerprint)

@@ -39,7 +39,8 @@ class FakeRunner:
 
     def __init__(self, pages: int, page: int, windows: tuple[int | None, ...], block: int):
         self.page, self.windows, self.block = page, windows, block
-        self.contents = [[[None] * page for _ in range(pages)] for _ in windows]
+        empty: list[int | None] = [None] * page
+        self.contents = [[list(empty) for _ in range(pages)] for _ in windows]
         self.ids: dict[int, list[int]] = {}  # by lane: all tokens, the pending one too
         self.remaining: dict[int, int] = {}
 

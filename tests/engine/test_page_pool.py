@@ -250,7 +250,7 @@ def test_names_are_the_same_in_every_process():
         "p = PagePool(pages=2, page=2, fingerprint=b'm'); s = p.sequence(tenant='t')\n"
         "s.reserve(4); s.publish([1, 2, 3, 4]); print([n.hex() for n in p._index])\n"
     )
-    told = {
+    printed = {
         subprocess.run(
             [sys.executable, "-c", "import sys; sys.modules['jax'] = None\n" + code],
             capture_output=True,
@@ -262,7 +262,7 @@ def test_names_are_the_same_in_every_process():
         for seed in ("1", "2")
     }
     pool = PagePool(pages=2, page=2, fingerprint=b"m")
-    assert told == {str([name(pool, "t", [1, 2, 3, 4][:n]).hex() for n in (2, 4)])}
+    assert printed == {str([name(pool, "t", [1, 2, 3, 4][:n]).hex() for n in (2, 4)])}
 
 
 def test_misuse_raises_and_changes_nothing():
