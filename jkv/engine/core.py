@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jkv.cache.paged import PagedKind
-from jkv.decoding.arguments import Sampler
+from jkv.decoding.arguments import DecoderLike, Sampler, TokenizerLike
 from jkv.engine.allocator import PageAllocator
 from jkv.engine.outputs import OutputProcessor
 from jkv.engine.request import Request
@@ -17,8 +17,6 @@ from jkv.engine.schedule import BatchLimits, Schedule
 from jkv.engine.scheduler import Preemption, Scheduler
 from jkv.engine.stats import Stats
 from jkv.engine.swap import Swap
-from jkv.models.decoder import Decoder
-from jkv.models.tokenizer import Tokenizer
 from jkv.store.policy import Policy
 from jkv.store.store import Store
 
@@ -45,8 +43,8 @@ class EngineCore:
 
     def __init__(
         self,
-        model: Decoder,
-        tokenizer: Tokenizer | None,
+        model: DecoderLike,
+        tokenizer: TokenizerLike | None,
         *,
         kind: PagedKind,
         limits: BatchLimits,
@@ -220,7 +218,7 @@ class EngineCore:
         """Whether a request was ended between steps."""
         return bool(self._abandoned or self.scheduler.requests.abandoned())
 
-    def update(self, model: Decoder) -> None:
+    def update(self, model: DecoderLike) -> None:
         """Take new weights; all requests go on from their tokens."""
         self.runner.model = model
         self.recover()

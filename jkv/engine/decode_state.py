@@ -24,11 +24,11 @@ from jkv.cache import heads
 from jkv.cache.base import Cache
 from jkv.decoding import loop, sampling
 from jkv.decoding.apply import apply, init_state
+from jkv.decoding.arguments import DecoderLike
 from jkv.decoding.faults import undrawable
 from jkv.decoding.prompts import PAD
 from jkv.decoding.transform import Transform
 from jkv.engine.page_transfer import Layers
-from jkv.models.decoder import Decoder
 
 Given = Array | np.ndarray | np.generic  # on the device, or given to it by the host
 
@@ -189,7 +189,7 @@ class GraphDef:
     def __init__(self, tree: Any):
         self.tree = tree
 
-    def merge(self, weights: list[Array]) -> Decoder:
+    def merge(self, weights: list[Array]) -> Any:  # the model, of the class that was split
         """Return the model with these weights."""
         return jax.tree.unflatten(self.tree, weights)
 
@@ -197,7 +197,7 @@ class GraphDef:
 _graphdef = functools.cache(GraphDef)  # equal models have one, and share programs
 
 
-def split_weights(model: Decoder) -> tuple[GraphDef, list[Array]]:
+def split_weights(model: DecoderLike) -> tuple[GraphDef, list[Array]]:
     """Split a model into its structure and its weights."""
     weights, tree = jax.tree.flatten(model)
     return _graphdef(tree), weights
@@ -293,7 +293,7 @@ def prefill_jit(
     return *_place(model, cache.layers, _scatter_rows(state, batch[:, 0], rows)), output
 
 
-def _place(model: Decoder, layers: Layers, state: DecodeState) -> tuple[Layers, DecodeState]:
+def _place(model: DecoderLike, layers: Layers, state: DecodeState) -> tuple[Layers, DecodeState]:
     """Shard a step's results as its arguments are: the next step is then the same program."""
     mesh = heads.mesh_of(model)
     return heads.parted(layers, mesh), replicate(state, mesh)

@@ -19,7 +19,7 @@ from jkv._checks import check_integer, check_one_of
 from jkv._fork import check_fork
 from jkv._transfer import transfers
 from jkv.cache.paged import PagedKind
-from jkv.decoding.arguments import Ids, Model, Prompts, Sampler
+from jkv.decoding.arguments import DecoderLike, Ids, Model, Prompts, Sampler
 from jkv.decoding.detokenize import new_text
 from jkv.decoding.options import keywords
 from jkv.decoding.prompts import check_concrete, rows_of_tokens, split_model
@@ -31,7 +31,6 @@ from jkv.engine.runner import managed_kind
 from jkv.engine.schedule import BatchLimits
 from jkv.engine.transaction import Transactions
 from jkv.errors import UnsupportedError
-from jkv.models.decoder import Decoder
 from jkv.store.policy import Policy
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ class Engine:
         self._transactions = Transactions(core.recover, core.sweep)
 
     @property
-    def model(self) -> Decoder:
+    def model(self) -> DecoderLike:
         """The decoder, with the weights of the latest `update`."""
         return self.core.runner.model
 

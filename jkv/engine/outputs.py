@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from jkv.decoding import faults
+from jkv.decoding.arguments import TokenizerLike
 from jkv.decoding.prompts import PAD
 from jkv.decoding.stopping import StopMatch, first_stop
 from jkv.engine.decode_state import (
@@ -22,7 +23,6 @@ from jkv.engine.scheduler import Scheduler
 from jkv.engine.sequence import RunningSequence
 from jkv.engine.stats import Stats
 from jkv.errors import NonFiniteError
-from jkv.models.tokenizer import Tokenizer
 
 
 class OutputProcessor:
@@ -34,7 +34,7 @@ class OutputProcessor:
         stats: counts what happens.
     """
 
-    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer | None, stats: Stats):
+    def __init__(self, scheduler: Scheduler, tokenizer: TokenizerLike | None, stats: Stats):
         self.scheduler, self.tokenizer, self.stats = scheduler, tokenizer, stats
 
     def process(self, output: StepOutput) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import numpy as np
 from jkv._checks import check_function, check_integer, check_text, got, is_integer
 from jkv._text import plural
 from jkv.decoding import loop, sampling
-from jkv.decoding.arguments import Sampler, Stop
+from jkv.decoding.arguments import Sampler, Stop, TokenizerLike
 from jkv.decoding.options import DrawOptions, EndOptions
 from jkv.decoding.prompts import check_concrete
 from jkv.decoding.stopping import parse_stops
@@ -22,7 +22,6 @@ from jkv.engine.allocator import PageAllocator
 from jkv.engine.request import Driver, Request
 from jkv.engine.runner import Runner
 from jkv.errors import PoolFullError
-from jkv.models.tokenizer import Tokenizer
 
 # A request of priority p goes before those that came at most 64 p requests before it: it is
 # served sooner, and no request waits for ever.
@@ -61,7 +60,7 @@ class RequestFactory:
     """
 
     def __init__(
-        self, engine: Driver, runner: Runner, pages: PageAllocator, tokenizer: Tokenizer | None
+        self, engine: Driver, runner: Runner, pages: PageAllocator, tokenizer: TokenizerLike | None
     ):
         self._engine, self._runner, self._pages = engine, runner, pages
         self._tokenizer = tokenizer

@@ -20,7 +20,7 @@ from jkv.cache.paged import PagedKind, paged
 from jkv.cache.pages import pools
 from jkv.cache.protocol import as_kind
 from jkv.decoding import loop
-from jkv.decoding.arguments import Sampler
+from jkv.decoding.arguments import DecoderLike, Sampler
 from jkv.decoding.capacity import bucket
 from jkv.decoding.prompts import PAD
 from jkv.decoding.transform import Transform
@@ -31,7 +31,6 @@ from jkv.engine.samplers import as_arrays, bind_sampler, structure_of
 from jkv.engine.schedule import BatchLimits, Schedule
 from jkv.engine.sequence import RunningSequence
 from jkv.errors import StaleError
-from jkv.models.decoder import Decoder
 
 STOP_IDS = 16  # of a request beside the checkpoint's, at most
 
@@ -94,7 +93,7 @@ class Runner:
         waited: seconds that were waited for the device, in all.
     """
 
-    def __init__(self, model: Decoder, kind: PagedKind, limits: BatchLimits):
+    def __init__(self, model: DecoderLike, kind: PagedKind, limits: BatchLimits):
         self.model, self.config, self.kind, self.limits = model, model.config, kind, limits
         self.stop_ids = STOP_IDS + len(self.config.end_ids)
         self.waited = 0.0
