@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from jkv._text import brief
 
@@ -14,7 +13,7 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
-def parse_bytes(value: Any, what: str = "device_memory") -> int:
+def parse_bytes(value: object, what: str = "device_memory") -> int:
     """Bytes as a number, or as a text: "80GB" is 80 * 1000**3, "24GiB" 24 * 1024**3.
 
     Raises:

@@ -1,6 +1,7 @@
 """Frozen dataclasses as pytrees: the one way in which a value of this library is defined."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -26,14 +27,14 @@ def pytree(cls: type[T]) -> type[T]:
     data = tuple(f.name for f in fields if not f.metadata.get(_STATIC))
     meta = tuple(f.name for f in fields if f.metadata.get(_STATIC))
 
-    def flatten_with_keys(node: Any):
+    def flatten_with_keys(node: T):
         children = tuple((jax.tree_util.GetAttrKey(n), getattr(node, n)) for n in data)
         return children, tuple(getattr(node, n) for n in meta)
 
-    def flatten(node: Any):
+    def flatten(node: T):
         return tuple(getattr(node, n) for n in data), tuple(getattr(node, n) for n in meta)
 
-    def unflatten(aux: tuple, children: Any):
+    def unflatten(aux: tuple, children: Iterable[Any]):
         node = object.__new__(cls)
         for name, value in zip(data + meta, tuple(children) + aux, strict=True):
             object.__setattr__(node, name, value)
@@ -49,7 +50,7 @@ def replace(node: T, **changes: Any) -> T:
     return dataclasses.replace(node, **changes)  # pyright: ignore[reportArgumentType]
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: object) -> int:
     """Bytes that the arrays of `tree` hold, padding of the device's layout not counted."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from typing import Any
 
 _TEXT = 200  # characters of a text in an error message: paths are long
 _VALUE = 80  # of anything else
@@ -19,7 +18,7 @@ class _Short(reprlib.Repr):
         self.maxstring, self.maxother = _TEXT + 2, _VALUE
         self.maxlong = 40
 
-    def repr1(self, x: Any, level: int) -> str:
+    def repr1(self, x: object, level: int) -> str:
         shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
         if isinstance(shape, tuple) and dtype is not None and shape:
             return f"{type(x).__name__} {dtype}{list(shape)}"
@@ -33,7 +32,7 @@ class _Short(reprlib.Repr):
 _SHORT = _Short()
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     """Represent a value of the user's in an error message: one line, 250 characters at most.
 
     Arrays are shown by dtype and shape, long texts and collections by how they begin.
@@ -46,7 +45,7 @@ def brief(value: Any) -> str:
     return text if len(text) <= _TEXT + 50 else f"{text[:_TEXT]}..."
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """Represent a value in at most 40 characters, or by its type where it takes more."""
     shown = repr(value)
     return shown if len(shown) <= 40 else f"a {type(value).__name__}"

@@ -36,7 +36,7 @@ def write_config(config: Config) -> dict[str, Any]:
     )
 
 
-def reads_as(values: Mapping[str, Any], config: Config, end_ids: Any = None) -> bool:
+def reads_as(values: Mapping[str, Any], config: Config, end_ids: object = None) -> bool:
     """Return whether `config.json` with these keys describes a model, of any dtype.
 
     Args:

@@ -50,7 +50,7 @@ class Continuation:
         return encoding.ids
 
 
-def _strip_prefix(part: Any) -> Any:
+def _strip_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
     """A normalizer or pre-tokenizer that leaves the beginning of a text alone."""
     if not isinstance(part, dict):
         return part

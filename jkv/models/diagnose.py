@@ -65,7 +65,7 @@ def quantization(
     )
 
 
-def _method(key: str, value: Any) -> str:
+def _method(key: str, value: object) -> str:
     if QUANTIZATION[key] or not isinstance(value, dict):
         return QUANTIZATION[key] or brief(value)
     if isinstance(value.get("quant_method"), str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import weakref
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,23 @@ from jax import lax
 from jkv._axes import Array
 from jkv._stored_names import written_fields, written_name
 from jkv._transfer import transfers
+from jkv.cache.protocol import CacheKind
+from jkv.models.config import Config
 
 # Arrays never change, so what was computed of the very same ones still holds.
 _known: list[tuple[tuple[Any, ...], bytes]] = []
 _KEPT = 8  # models
 
 
+@runtime_checkable
+class Configured(Protocol):
+    """A model: a pytree of weights with a configuration."""
+
+    config: Config
+
+
 @transfers
-def fingerprint(model: Any, kind: Any = None) -> bytes:
+def fingerprint(model: Configured, kind: CacheKind | None = None) -> bytes:
     """SHA-256 over the weights' checksums, the configuration and a kind of cache.
 
     A weight's checksum has 64 bits and is computed where it lies, at the speed of the memory: it
@@ -40,7 +49,7 @@ def fingerprint(model: Any, kind: Any = None) -> bytes:
     return whole.digest()
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """Describe a value as every process and version does: functions by name, not by address."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = [

@@ -48,7 +48,7 @@ class HFConfig:
         self.problems.append(f"{self.where}: {text}")
         self.broken = True
 
-    def raw(self, key: str, default: Any = None) -> Any:
+    def raw(self, key: str, default: object = None) -> Any:
         """Return the value unchecked; `default` where the key is absent."""
         self.seen.add(key)
         return self.values.get(key, default)
@@ -59,7 +59,7 @@ class HFConfig:
             self.values[key] = self.values.pop(other)
 
     def integer(
-        self, key: str, default: Any = _ABSENT, *, null: Any = _ABSENT, most: int = 2**31 - 1
+        self, key: str, default: object = _ABSENT, *, null: object = _ABSENT, most: int = 2**31 - 1
     ) -> Any:
         """Read an integer from 1 to `most`; `null` replaces a JSON null where one is allowed."""
         return self._read(
@@ -71,10 +71,10 @@ class HFConfig:
             1,
         )
 
-    def number(self, key: str, default: Any = _ABSENT, *, null: Any = _ABSENT) -> Any:
+    def number(self, key: str, default: object = _ABSENT, *, null: object = _ABSENT) -> Any:
         """Read a finite number above 0, as a float."""
 
-        def fits(value: Any) -> bool:
+        def fits(value: object) -> bool:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 return False
             return abs(value) < 1e300 and math.isfinite(value) and value > 0
@@ -82,12 +82,12 @@ class HFConfig:
         value = self._read(key, default, null, "a finite number above 0", fits, 1.0)
         return float(value) if isinstance(value, int) else value
 
-    def flag(self, key: str, default: Any = _ABSENT) -> bool:
+    def flag(self, key: str, default: object = _ABSENT) -> bool:
         """Read true or false; null counts as false where the default is false."""
         null = False if default is False else _ABSENT
         return self._read(key, default, null, "true or false", lambda v: isinstance(v, bool), False)
 
-    def choice(self, key: str, options: Mapping[str, str], default: Any = _ABSENT) -> str:
+    def choice(self, key: str, options: Mapping[str, str], default: object = _ABSENT) -> str:
         """Read one of the words of `options`, and return its value there."""
         wanted = "one of " + ", ".join(options)
         value = self._read(
@@ -122,7 +122,7 @@ class HFConfig:
             return None
         return HFConfig(value, self.problems, self._ignored, f"{self._path}{key}.")
 
-    def expect(self, key: str, *allowed: Any) -> None:
+    def expect(self, key: str, *allowed: object) -> None:
         """Report any value of a key but these; absence and null are allowed."""
         value = self.raw(key)
         if value is not None and not any(equal(value, a) for a in allowed):
@@ -159,11 +159,11 @@ class HFConfig:
     def _read(
         self,
         key: str,
-        default: Any,
-        null: Any,
+        default: object,
+        null: object,
         wanted: str,
         fits: Callable[[Any], bool],
-        placeholder: Any,
+        placeholder: object,
     ) -> Any:
         value = self.raw(key, _ABSENT)
         if value is _ABSENT:

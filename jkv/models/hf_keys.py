@@ -189,7 +189,7 @@ def _layer_type(window: int | None) -> str:
 STATED = frozenset(stated(Config(1, 1, 2, 1, 1, 2, 1, 1, rope=Rope(dims=2)), {}))
 
 
-def equal(a: Any, b: Any) -> bool:
+def equal(a: object, b: object) -> bool:
     """Compare two JSON values: 4096 is 4096.0, and neither 0 is false nor 1 true."""
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 

@@ -34,7 +34,7 @@ _UNWANTED = (
 
 
 def resolve(
-    source: Any, revision: str | None, *, show: bool = False, wanted: tuple[str, ...] = ALL
+    source: object, revision: str | None, *, show: bool = False, wanted: tuple[str, ...] = ALL
 ) -> Path:
     """The directory of a checkpoint, downloaded where it has to be.
 

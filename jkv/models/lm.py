@@ -24,7 +24,7 @@ from jkv.models.config import Config
 from jkv.models.decoder import Decoder
 from jkv.models.hf_keys import check_ignore
 from jkv.models.slots import outline_model
-from jkv.models.tokenizer import Tokenizer, read_tokenizer
+from jkv.models.tokenizer import Ids, Tokenizer, read_tokenizer
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -71,7 +71,7 @@ class LM:
         tokenizer = self._tokenizer("encode")
         return [tokenizer.encode(text) for text in texts]
 
-    def decode(self, tokens: Any) -> str | list[str]:
+    def decode(self, tokens: Ids | Sequence[Ids]) -> str | list[str]:
         """The text of a row of ids, or those of several; -1 (padding) and special tokens skipped.
 
         Args:
@@ -230,7 +230,7 @@ def outline(
     return LM(model, config, tokenizer, os.fspath(source), directory, keys)
 
 
-def _dtype_name(dtype: Any, what: str = "load") -> str:
+def _dtype_name(dtype: DTypeLike, what: str = "load") -> str:
     try:
         name = jnp.dtype(dtype).name
     except TypeError:

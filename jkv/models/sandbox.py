@@ -30,6 +30,7 @@ from jinja2.exceptions import SecurityError
 from jkv.models.template_compiler import CodeGenerator
 from jkv.models.template_sizes import (
     GROWTH,
+    Value,
     Weight,
     join_size,
     json_padding,
@@ -48,18 +49,18 @@ _WIDEST = 10_000  # characters to which a number or a text is padded by a format
 class Namespace(utils.Namespace):
     """jinja2's `namespace`, which would store names that lead into Python's internals."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:
+    def __init__(*args: Value, **kwargs: Value) -> None:
         self, rest = args[0], args[1:]
         for name in dict(*rest, **kwargs):
             _check_name(name)
         utils.Namespace.__init__(self, *rest, **kwargs)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: Value) -> None:
         _check_name(name)
         super().__setitem__(name, value)
 
 
-def _check_name(name: Any) -> None:
+def _check_name(name: Value) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"a namespace with the name {name!r}")
 
@@ -67,11 +68,11 @@ def _check_name(name: Any) -> None:
 class MakeDict:
     """`dict` as an object: the class itself has attributes to climb."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+    def __call__(self, *args: Value, **kwargs: Value) -> dict[Any, Any]:
         """Make a mapping."""
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+    def fromkeys(self, *args: Value) -> dict[Any, Any]:
         """Make a mapping with one value for all keys."""
         return dict.fromkeys(*args)
 
@@ -149,7 +150,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         memory: int = MEMORY,
         own_filters: dict[str, Callable[..., Any]],
         own_globals: dict[str, Any],
-        **options: Any,
+        **options: Value,
     ):
         self._steps, self._memory = steps, memory
         self._limits = steps, memory
@@ -190,16 +191,16 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
     def _too_large(self) -> NoReturn:
         raise SecurityError(f"it takes more than {self._limits[1]} bytes")
 
-    def weigh(self, value: Any) -> Weight:
+    def weigh(self, value: Value) -> Weight:
         """Charge for all parts of a value."""
         return weigh(value, self.charge)
 
-    def made(self, value: Any) -> Any:
+    def made(self, value: Value) -> Value:
         """Charge for a new value, and return it."""
         self.charge(1, shallow_bytes(value))
         return value
 
-    def _answered(self, value: Any) -> Any:
+    def _answered(self, value: Value) -> Value:
         """Charge for what a function has made, with the items of a list."""
         if isinstance(value, Iterator) and not isinstance(value, runtime.LoopContext):
             return self.counted(value)
@@ -207,19 +208,19 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
             self.charge(len(value) >> 3, 56 * len(value))
         return self.made(value)
 
-    def listed(self, value: Any) -> Any:
+    def listed(self, value: Value) -> Value:
         """A list of what an iterator yields: iterators in iterators would nest without a limit."""
         if isinstance(value, Iterator) and not isinstance(value, runtime.LoopContext):
             return self.made(list(self.counted(value)))
         return value
 
-    def counted(self, values: Any) -> Iterator[Any]:
+    def counted(self, values: Value) -> Iterator[Value]:
         """Charge for each item."""
         for value in values:
             self.charge(1, 8)
             yield value
 
-    def spread(self, values: Any) -> Any:
+    def spread(self, values: Value) -> Value:
         """Charge for the copy of what is passed as ``*values`` or ``**values``."""
         values = self.listed(values)
         if hasattr(values, "__len__"):
@@ -229,10 +230,10 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
     # Called by compiled templates
 
     @jinja2.pass_context  # so that no constant is written out at compile time
-    def _finalize(self, context: runtime.Context, value: Any) -> Any:
+    def _finalize(self, context: runtime.Context, value: Value) -> Value:
         return self.text(value)
 
-    def text(self, value: Any) -> Any:
+    def text(self, value: Value) -> Value:
         """Charge for the text of a value that is about to be written."""
         if isinstance(value, str):
             self.charge(1 + (len(value) >> 8), sys.getsizeof(value))
@@ -242,7 +243,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
             self.charge(1, chars)
         return value
 
-    def operand(self, value: Any) -> Any:
+    def operand(self, value: Value) -> Value:
         """Charge for a value that is about to be compared or hashed."""
         self.charge(1)
         if type(value) is str:
@@ -251,14 +252,14 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
             self.weigh(value)
         return value
 
-    def container(self, value: Any) -> Any:
+    def container(self, value: Value) -> Value:
         """Charge for what is about to be searched."""
         self.charge(1)
         if not isinstance(value, dict):
             self.weigh(value)
         return value
 
-    def sliced(self, value: Any, part: slice) -> Any:
+    def sliced(self, value: Value, part: slice) -> Value:
         """Take a slice."""
         if hasattr(value, "__len__"):
             self.charge(1 + (len(value) >> 6))
@@ -267,7 +268,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
 
     # jinja2's hooks
 
-    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+    def _generate(self, source: nodes.Template, *args: Value, **kwargs: Value) -> str:
         for loop in source.find_all(nodes.For):
             if loop.test is not None:  # items that it drops go through no body
                 loop.iter = nodes.Filter(loop.iter, _COUNTED, [], [], None, None)
@@ -278,19 +279,19 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
                     setattr(call, name, spread)
         return super()._generate(source, *args, **kwargs)
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
+    def getitem(self, obj: Value, argument: Value) -> Value:
         """Subscribe an object."""
         if not isinstance(argument, str | int):  # it is hashed, or an error repeats it
             self.reserve(12 * self.weigh(argument).chars)
         return super().getitem(obj, argument)
 
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+    def is_safe_attribute(self, obj: Value, attr: str, value: Value) -> bool:
         """Whether a template may have an attribute: of those listed only."""
         if isinstance(obj, _OBJECTS):
             return super().is_safe_attribute(obj, attr, value)
         return any(isinstance(obj, kind) and attr in names for kind, names in _METHODS)
 
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+    def wrap_str_format(self, value: Value) -> Callable[..., str] | None:
         """Replace the methods `format` and `format_map` of a text."""
         name = getattr(value, "__name__", None)
         owner = getattr(value, "__self__", None)
@@ -298,14 +299,14 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
             return None
         formatter = _Formatter(self)
 
-        def formatted(*args: Any, **kwargs: Any) -> str:
+        def formatted(*args: Value, **kwargs: Value) -> str:
             if name == "format_map":
                 return formatter.vformat(str(owner), (), *args, **kwargs)
             return formatter.vformat(str(owner), args, kwargs)
 
         return formatted
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Value, operator: str, left: Value, right: Value) -> Value:
         """Compute, after the size of the result."""
         self.charge(1)
         if isinstance(left, int | float) and isinstance(right, int | float):
@@ -332,14 +333,14 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         if max(bits, default=0) > _LONGEST_INTEGER:
             raise SecurityError("it computes with numbers that are too large")
 
-    def _check_percent(self, form: str, values: Any) -> None:
+    def _check_percent(self, form: str, values: Value) -> None:
         if re.search(r"\d{5}|%[^a-zA-Z%]*\*", form):
             raise SecurityError(f"it pads a text with % to more than {_WIDEST} characters")
         padding = _WIDEST if re.search(r"\d{3}", form) else 100
         chars = self.weigh(values).chars
         self.reserve(4 * len(form) + 4 * form.count("%") * (12 * chars + padding))
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self, __context: Value, __obj: Value, *args: Value, **kwargs: Value) -> Value:
         """Call what a template calls."""
         self, function = __self, __obj
         self.charge(4 + len(args) + len(kwargs))
@@ -363,14 +364,14 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         self.reserve(12 * size)
         return self._answered(super().call(__context, function, *args, **kwargs))
 
-    def _guard(self, method: Callable[..., Any], name: str, function: Any) -> Callable[..., Any]:
+    def _guard(self, method: Callable[..., Any], name: str, function: Value) -> Callable[..., Any]:
         """A filter or a test that is called through a method; partial, as that is made quickly."""
         guarded = functools.partial(method, name, function)
         if hasattr(function, "jinja_pass_arg"):
             vars(guarded)["jinja_pass_arg"] = function.jinja_pass_arg
         return guarded
 
-    def _filter(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def _filter(self, name: str, function: Value, *args: Value, **kwargs: Value) -> Value:
         """Charge for a filter's arguments and its result."""
         leading = int(hasattr(function, "jinja_pass_arg"))
         value, *rest = (self.listed(arg) for arg in args[leading:])
@@ -384,7 +385,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         return self._answered(function(*args[:leading], value, *rest, **kwargs))
 
     def _check_filter(
-        self, name: str, size: Weight, value: Any, rest: list[Any], kwargs: dict[str, Any]
+        self, name: str, size: Weight, value: Value, rest: list[Any], kwargs: dict[str, Any]
     ) -> None:
         """Refuse a filter whose result, or whose work, is too large."""
         chars = size.chars
@@ -412,7 +413,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
             chars = 2 * chars + (chars * json_padding(*rest, **kwargs) * (size.depth + 1) >> 3)
         self.reserve(12 * chars)
 
-    def _test(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def _test(self, name: str, function: Value, *args: Value, **kwargs: Value) -> Value:
         """Charge for a test's arguments."""
         self.charge(4)
         leading = int(hasattr(function, "jinja_pass_arg"))
@@ -431,14 +432,14 @@ class _Formatter(sandbox.SandboxedFormatter):
 
     _env: Sandbox
 
-    def convert_field(self, value: Any, conversion: Any) -> Any:
+    def convert_field(self, value: Value, conversion: Value) -> Value:
         return (
             value
             if conversion is None
             else super().convert_field(self._env.text(value), conversion)
         )
 
-    def format_field(self, value: Any, format_spec: str) -> Any:
+    def format_field(self, value: Value, format_spec: str) -> Value:
         if any(int(width) > _WIDEST for width in re.findall(r"\d{1,6}", format_spec)):
             raise SecurityError(f"it pads a text to more than {_WIDEST} characters")
         return self._env.made(super().format_field(self._env.text(value), format_spec))

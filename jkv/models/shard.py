@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -81,7 +81,9 @@ def shard(lm: M, mesh: Mesh) -> M:
     return model
 
 
-def _place(value: Any, there: NamedSharding) -> Any:
+def _place(
+    value: jax.Array | jax.ShapeDtypeStruct, there: NamedSharding
+) -> jax.Array | jax.ShapeDtypeStruct:
     """Put an array there, or give the shape of a future array its sharding."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=there)

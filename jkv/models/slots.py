@@ -64,7 +64,7 @@ class Slot:
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         return whole.T if self.place.kind == "linear" else whole
 
-    def _host(self, value: Any) -> np.ndarray:
+    def _host(self, value: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:
         if isinstance(value, jax.ShapeDtypeStruct):
             raise UnsupportedError(
                 f"{self.name} has a shape and no values: an outline cannot be saved; use jkv.load"

@@ -15,6 +15,7 @@ import jinja2
 import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
+import jinja2.parser
 import numpy as np
 
 from jkv._text import brief
@@ -48,18 +49,18 @@ class _Generation(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012  jinja2's own declaration
 
-    def parse(self, parser: Any) -> jinja2.nodes.Node:
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=line)
 
 
-def _raise(message: Any) -> None:
+def _raise(message: object) -> None:
     raise jinja2.TemplateError(str(message))
 
 
 def _to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
@@ -102,12 +103,12 @@ def _compile(source: str) -> types.CodeType:
 
 def render(
     source: str,
-    messages: Any,
+    messages: object,
     budget: tuple[int, int] = (STEPS, MEMORY),
     /,
     *,
     continue_final_message: bool | str = False,
-    **values: Any,
+    **values: object,
 ) -> str:
     """Write a conversation as text.
 
@@ -153,7 +154,7 @@ def render(
 # What the template sees ---------------------------------------------------------------------------
 
 
-def _check_messages(messages: Any) -> Sequence[Any]:
+def _check_messages(messages: object) -> Sequence[Any]:
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(
             f"got {brief(messages)} as messages; expected a list such as "
@@ -162,7 +163,7 @@ def _check_messages(messages: Any) -> Sequence[Any]:
     return messages
 
 
-def plain_message(message: Any) -> dict[str, Any] | None:
+def plain_message(message: object) -> dict[str, Any] | None:
     """Return a message's fields in JSON's types, without those that are None; None for no message.
 
     Args:
@@ -184,7 +185,7 @@ def plain_message(message: Any) -> dict[str, Any] | None:
         raise ValueError("a message is nested too deeply") from error
 
 
-def _message(i: int, message: Any) -> dict[str, Any]:
+def _message(i: int, message: object) -> dict[str, Any]:
     plain = plain_message(message)
     if plain is None:
         raise ValueError(
@@ -211,7 +212,7 @@ def _with_schemas(values: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _tool(tool: Any) -> Any:
+def _tool(tool: object) -> Any:
     if inspect.isfunction(tool) or inspect.ismethod(tool):
         return _tools.schema(tool)
     if not isinstance(tool, Mapping):
@@ -222,7 +223,7 @@ def _tool(tool: Any) -> Any:
     return tool
 
 
-def _fields(value: Any) -> Mapping[Any, Any] | None:
+def _fields(value: object) -> Mapping[Any, Any] | None:
     """What a mapping, a dataclass or a pydantic model holds; None for anything else."""
     if isinstance(value, Mapping):
         return value
@@ -233,7 +234,7 @@ def _fields(value: Any) -> Mapping[Any, Any] | None:
     return dumped if isinstance(dumped, Mapping) else None
 
 
-def _to_json_types(value: Any) -> Any:
+def _to_json_types(value: object) -> Any:
     """Convert to the types of JSON alone: templates must not call methods of other objects."""
     if value is None or isinstance(value, bool):
         return value

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from jinja2 import compiler, nodes
 
@@ -17,7 +17,7 @@ class CodeGenerator(compiler.CodeGenerator):
 
     environment: Sandbox
 
-    def blockvisit(self, statements: Any, frame: Any) -> None:
+    def blockvisit(self, statements: Iterable[nodes.Node], frame: compiler.Frame) -> None:
         """Charge for statements, and compile them."""
         statements = list(statements)
         steps, memory = _count(statements)
@@ -25,12 +25,12 @@ class CodeGenerator(compiler.CodeGenerator):
         super().blockvisit(statements, frame)
 
     def visit_ScopedEvalContextModifier(
-        self, node: nodes.ScopedEvalContextModifier, frame: Any
+        self, node: nodes.ScopedEvalContextModifier, frame: compiler.Frame
     ) -> None:
         """Refuse the tag `autoescape`."""
         self.fail("a chat template writes plain text: autoescape is not known", node.lineno)
 
-    def visit_Compare(self, node: nodes.Compare, frame: Any) -> None:
+    def visit_Compare(self, node: nodes.Compare, frame: compiler.Frame) -> None:
         """Charge for what is compared."""
         self.write("(")
         self._wrap("operand", node.expr, frame)
@@ -40,7 +40,7 @@ class CodeGenerator(compiler.CodeGenerator):
             self._wrap("container" if searched else "operand", operand.expr, frame)
         self.write(")")
 
-    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
+    def visit_Concat(self, node: nodes.Concat, frame: compiler.Frame) -> None:
         """Charge for what ``~`` joins."""
         self.write("str_join((")
         for part in node.nodes:
@@ -48,7 +48,7 @@ class CodeGenerator(compiler.CodeGenerator):
             self.write(", ")
         self.write("))")
 
-    def visit_Getitem(self, node: nodes.Getitem, frame: Any) -> None:
+    def visit_Getitem(self, node: nodes.Getitem, frame: compiler.Frame) -> None:
         """Charge for slices."""
         if not isinstance(node.arg, nodes.Slice):
             super().visit_Getitem(node, frame)
@@ -64,7 +64,7 @@ class CodeGenerator(compiler.CodeGenerator):
             self.write(", ")
         self.write("))")
 
-    def visit_Tuple(self, node: nodes.Tuple, frame: Any) -> None:
+    def visit_Tuple(self, node: nodes.Tuple, frame: compiler.Frame) -> None:
         """Charge for a tuple."""
         if node.ctx != "load":
             super().visit_Tuple(node, frame)
@@ -73,13 +73,13 @@ class CodeGenerator(compiler.CodeGenerator):
         super().visit_Tuple(node, frame)
         self.write(")")
 
-    def visit_List(self, node: nodes.List, frame: Any) -> None:
+    def visit_List(self, node: nodes.List, frame: compiler.Frame) -> None:
         """Charge for a list."""
         self.write("environment.made(")
         super().visit_List(node, frame)
         self.write(")")
 
-    def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
+    def visit_Dict(self, node: nodes.Dict, frame: compiler.Frame) -> None:
         """Charge for a mapping and its keys."""
         self.write("environment.made({")
         for item in node.items:
@@ -89,7 +89,7 @@ class CodeGenerator(compiler.CodeGenerator):
             self.write(", ")
         self.write("})")
 
-    def _wrap(self, method: str, node: nodes.Node, frame: Any) -> None:
+    def _wrap(self, method: str, node: nodes.Node, frame: compiler.Frame) -> None:
         self.write(f"environment.{method}(")
         self.visit(node, frame)
         self.write(")")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Set, ValuesView
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from jinja2 import utils
 from jinja2.exceptions import SecurityError
+
+Value: TypeAlias = Any  # of a template: whatever its author computes
 
 _DEEPEST = 100  # containers in containers; to hash a tuple of 100,000 levels ends the process
 
@@ -24,7 +26,7 @@ class Weight(NamedTuple):
     depth: int
 
 
-def weigh(value: Any, charge: Callable[[int], None]) -> Weight:
+def weigh(value: Value, charge: Callable[[int], None]) -> Weight:
     """Walk through a value. What two containers hold counts twice, as it does in their text.
 
     Args:
@@ -36,7 +38,7 @@ def weigh(value: Any, charge: Callable[[int], None]) -> Weight:
     """
     level, chars = [value], 0
     for depth in range(_DEEPEST):
-        below: list[Any] = []
+        below: list[Value] = []
         for item in level:
             chars += 4
             if isinstance(item, str):
@@ -62,11 +64,11 @@ def weigh(value: Any, charge: Callable[[int], None]) -> Weight:
     raise SecurityError(f"it nests values deeper than {_DEEPEST}")
 
 
-def _attributes(namespace: utils.Namespace) -> dict[str, Any]:
+def _attributes(namespace: utils.Namespace) -> dict[str, Value]:
     return object.__getattribute__(namespace, "_Namespace__attrs")
 
 
-def shallow_bytes(value: Any) -> int:
+def shallow_bytes(value: Value) -> int:
     """Bytes of a value without what it holds."""
     if isinstance(value, str | list | tuple | dict | set):
         return sys.getsizeof(value)
@@ -77,36 +79,38 @@ def shallow_bytes(value: Any) -> int:
 # characters of the value and the arguments together.
 
 
-def _pad_size(n: int, value: Any, width: int = 80, *_: Any) -> int:
+def _pad_size(n: int, value: Value, width: int = 80, *_: Value) -> int:
     return n + max(width, 0)
 
 
-def _replace_size(n: int, value: Any, old: Any, new: Any, count: Any = None) -> int:
+def _replace_size(n: int, value: Value, old: Value, new: Value, count: Value = None) -> int:
     found = value.count(old) if isinstance(value, str) and isinstance(old, str) and old else n
     return n + found * len(str(new))
 
 
-def join_size(n: int, value: Any, d: Any = "", attribute: Any = None) -> int:
+def join_size(n: int, value: Value, d: Value = "", attribute: Value = None) -> int:
     """Characters of items with `d` between them."""
     return n + len(value) * len(str(d)) if hasattr(value, "__len__") else n
 
 
-def _indent_size(n: int, value: Any, width: Any = 4, first: Any = False, blank: Any = False) -> int:
+def _indent_size(
+    n: int, value: Value, width: Value = 4, first: Value = False, blank: Value = False
+) -> int:
     return n * (1 + (len(width) if isinstance(width, str) else max(width, 0)))
 
 
 def _wrap_size(
     n: int,
-    value: Any,
-    width: Any = 79,
-    break_long_words: Any = True,
-    wrapstring: Any = None,
-    break_on_hyphens: Any = True,
+    value: Value,
+    width: Value = 79,
+    break_long_words: Value = True,
+    wrapstring: Value = None,
+    break_on_hyphens: Value = True,
 ) -> int:
     return n * (2 + len(wrapstring or ""))
 
 
-def _batch_size(n: int, value: Any, linecount: int, fill_with: Any = None) -> int:
+def _batch_size(n: int, value: Value, linecount: int, fill_with: Value = None) -> int:
     return 8 * n + (0 if fill_with is None else 8 * max(linecount, 0))
 
 
@@ -138,7 +142,10 @@ GROWTH: dict[str, Callable[..., int]] = {
 
 
 def json_padding(
-    ensure_ascii: Any = False, indent: Any = None, separators: Any = None, sort_keys: Any = False
+    ensure_ascii: Value = False,
+    indent: Value = None,
+    separators: Value = None,
+    sort_keys: Value = False,
 ) -> int:
     """Characters that `tojson` may add per level and item."""
     added = len(indent) if isinstance(indent, str) else max(indent or 0, 0)

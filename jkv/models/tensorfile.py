@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -193,10 +193,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _tensor(name: str, entry: Any, path: Path, base: int, problems: list[str]) -> Tensor | None:
+def _tensor(name: str, entry: object, path: Path, base: int, problems: list[str]) -> Tensor | None:
     """One entry of a header, if it agrees with itself."""
 
-    def are_sizes(values: Any) -> bool:
+    def are_sizes(values: object) -> TypeGuard[list[int]]:
         return isinstance(values, list) and all(
             isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in values
         )

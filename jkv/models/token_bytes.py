@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import tokenizers
 
@@ -53,6 +53,15 @@ class TokenBytes:
         return " ".join(written) if decoder is None else decoder.decode(written)
 
 
+@runtime_checkable
+class _Part(Protocol):
+    """A part of a tokenizer, which tokenizers gives no class for."""
+
+    def __getstate__(self) -> Any:
+        """Its JSON, as bytes or a text."""
+        ...
+
+
 def byte_letters() -> dict[str, int]:
     """The printable character with which byte-level vocabularies write each byte (GPT-2)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
@@ -63,12 +72,12 @@ def byte_letters() -> dict[str, int]:
     }
 
 
-def state_of(part: Any) -> Any:
+def state_of(part: _Part | None) -> dict[str, Any] | None:
     """A part of a tokenizer as `tokenizer.json` has it; None where there is none."""
     return None if part is None else json.loads(part.__getstate__())
 
 
-def _kinds(state: Any) -> set[str]:
+def _kinds(state: object) -> set[str]:
     """The types of a part and of all that it is made of."""
     if isinstance(state, dict):
         found = {state["type"]} if isinstance(state.get("type"), str) else set()

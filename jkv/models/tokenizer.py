@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, TypeAlias
 
+import jax
 import numpy as np
 import tokenizers
 
@@ -127,7 +128,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return {i: token.content for i, token in added.items() if token.special}
 
-    def decode(self, ids: Any, *, skip_special: bool = True) -> str:
+    def decode(self, ids: Ids, *, skip_special: bool = True) -> str:
         """The text of a row of ids; -1 (padding) is left out.
 
         Args:
@@ -141,7 +142,7 @@ class Tokenizer:
 
     def chat(
         self,
-        messages: Any,
+        messages: object,
         *,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | str = False,
@@ -209,7 +210,7 @@ class Tokenizer:
             )
         return self.templates[template]
 
-    def chat_ids(self, messages: Any, **options: Any) -> list[int]:
+    def chat_ids(self, messages: object, **options: Any) -> list[int]:
         """Encode `chat`'s text, in which the template has written all special tokens itself.
 
         Args:
@@ -217,6 +218,9 @@ class Tokenizer:
             options: as of `chat`.
         """
         return self.encode(self.chat(messages, **options), special=False)
+
+
+Ids: TypeAlias = Sequence[SupportsIndex] | np.ndarray | jax.Array  # a row of ids, [T]
 
 
 def _check_text(text: str) -> None:
@@ -228,7 +232,7 @@ def _check_text(text: str) -> None:
         raise ValueError(f"encode got a text that is not valid Unicode: {error}") from error
 
 
-def _ids(values: Any) -> list[int]:
+def _ids(values: Ids) -> list[int]:
     if isinstance(values, str | bytes | Mapping):
         raise ValueError(f"decode got {type(values).__name__}; expected a row of ids")
     if hasattr(values, "ndim"):
@@ -298,7 +302,7 @@ def _template_files(directory: Path, problems: list[str]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text is not None}
 
 
-def _templates(value: Any, problems: list[str]) -> dict[str, str]:
+def _templates(value: object, problems: list[str]) -> dict[str, str]:
     if value is None:
         return {}
     if isinstance(value, str):

@@ -26,7 +26,7 @@ _MOST_IDS = 1 << 32  # of tokenizers
 
 
 def build(
-    values: dict[str, Any], config: Mapping[str, Any], model_type: Any, problems: list[str]
+    values: dict[str, Any], config: Mapping[str, Any], model_type: object, problems: list[str]
 ) -> tokenizers.Tokenizer | None:
     """Build the tokenizer of a `tokenizer.json`.
 
@@ -52,7 +52,7 @@ def build(
         return None
 
 
-def _charsmaps(value: Any) -> Iterator[Any]:
+def _charsmaps(value: object) -> Iterator[Any]:
     """Maps of characters that SentencePiece has compiled, wherever they are."""
     if isinstance(value, dict):
         if value.get("type") == "Precompiled":
@@ -63,11 +63,13 @@ def _charsmaps(value: Any) -> Iterator[Any]:
             yield from _charsmaps(item)
 
 
-def _is_charsmap(text: Any) -> bool:
-    """Whether a map holds what it states; tokenizers would ask for up to 8 GB, and abort."""
+def _is_charsmap(text: object) -> bool:
+    """Return whether a map has its stated size; tokenizers would allocate up to 8 GB, and abort."""
+    if not isinstance(text, str):
+        return False
     try:
         data = base64.b64decode(text, validate=True)
-    except (binascii.Error, TypeError, ValueError):
+    except (binascii.Error, ValueError):
         return False
     size = int.from_bytes(data[:4], "little")
     return len(data) >= 4 and 0 < size <= len(data) - 4 and size % 1024 == 0
@@ -76,7 +78,7 @@ def _is_charsmap(text: Any) -> bool:
 # What transformers makes anew ---------------------------------------------------------------------
 
 
-def _adapt(values: dict[str, Any], config: Mapping[str, Any], model_type: Any) -> dict[str, Any]:
+def _adapt(values: dict[str, Any], config: Mapping[str, Any], model_type: object) -> dict[str, Any]:
     name = config.get("tokenizer_class")
     name = name.removesuffix("Fast") if isinstance(name, str) else None
     name = "GPT2Tokenizer" if name is None and model_type == "gpt2" else name
@@ -84,6 +86,7 @@ def _adapt(values: dict[str, Any], config: Mapping[str, Any], model_type: Any) -
     has_bytes = any(part.get("type") == "ByteLevel" for part in _parts(splitter))
     if (
         name in _BYTE_LEVEL_CLASSES
+        and isinstance(splitter, dict)
         and has_bytes
         and model_type in ("gpt2", "llama", "qwen2", "qwen3")
     ):
@@ -95,7 +98,7 @@ def _adapt(values: dict[str, Any], config: Mapping[str, Any], model_type: Any) -
     return values
 
 
-def _parts(splitter: Any) -> list[dict[str, Any]]:
+def _parts(splitter: object) -> list[dict[str, Any]]:
     """The parts of a pre-tokenizer."""
     if not isinstance(splitter, dict):
         return []
@@ -105,7 +108,7 @@ def _parts(splitter: Any) -> list[dict[str, Any]]:
     return [inner for part in parts for inner in _parts(part)]
 
 
-def _with_prefix(splitter: Any, prefix: bool) -> dict[str, Any]:
+def _with_prefix(splitter: dict[str, Any], prefix: bool) -> dict[str, Any]:
     """A pre-tokenizer whose bytes begin with a space, or do not."""
     if splitter.get("type") == "ByteLevel":
         return splitter | {"add_prefix_space": prefix}
@@ -220,12 +223,12 @@ def add_tokens(
     return names
 
 
-def _is_id(text: Any) -> TypeGuard[str]:
+def _is_id(text: object) -> TypeGuard[str]:
     # Python refuses to read thousands of digits.
     return isinstance(text, str) and text.isdecimal() and len(text) <= 10 and int(text) < _MOST_IDS
 
 
-def _content(value: Any) -> str | None:
+def _content(value: object) -> str | None:
     """The text of a token, which is a text or an object; None where it is empty or no Unicode."""
     value = value.get("content") if isinstance(value, dict) else value
     if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -252,7 +255,7 @@ def _extra(values: Mapping[str, Any]) -> list[Any]:
     return extra if isinstance(extra, list) else []
 
 
-def _token(value: Any, *, is_special: bool) -> tokenizers.AddedToken:
+def _token(value: object, *, is_special: bool) -> tokenizers.AddedToken:
     fields = value if isinstance(value, dict) else {}
     special = is_special or fields.get("special") is True
     flags = {name: fields.get(name) is True for name in ("lstrip", "rstrip", "single_word")}

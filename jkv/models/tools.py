@@ -94,7 +94,7 @@ def _describe(kind: dict[str, Any], text: str, where: str) -> dict[str, Any]:
     return kind | {"description": text}
 
 
-def _type(hint: Any, where: str) -> dict[str, Any]:
+def _type(hint: object, where: str) -> dict[str, Any]:
     """The JSON schema of an annotation."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is None:

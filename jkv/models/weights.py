@@ -51,17 +51,17 @@ class Weights:
 _known: list[Weights] = []  # the latest last
 
 
-def _leaves(model: Any) -> list[Any]:
+def _leaves(model: object) -> list[Any]:
     # Those of numpy too (`jax.device_get(model)`), of which only new ones are seen, and no change
     # within one.
     return [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array | np.ndarray)]
 
 
-def _is_deleted(leaf: Any) -> bool:
+def _is_deleted(leaf: object) -> bool:
     return isinstance(leaf, jax.Array) and leaf.is_deleted()
 
 
-def weights_of(model: Any) -> Weights:
+def weights_of(model: object) -> Weights:
     """The weights that a model has now."""
     leaves = _leaves(model)
     for weights in reversed(_known):
@@ -73,12 +73,12 @@ def weights_of(model: Any) -> Weights:
     return weights
 
 
-def add_copy(model: Any, other: Any) -> None:
+def add_copy(model: object, other: object) -> None:
     """Record that another model has the same weights in arrays of its own."""
     weights_of(model).add(_leaves(other))
 
 
-def is_current(weights: Weights | None, model: Any) -> bool:
+def is_current(weights: Weights | None, model: object) -> bool:
     """Return whether a model has these weights: the same arrays, or others of the same values.
 
     Values can only be compared while the old arrays exist. None is unknown and counts as equal.

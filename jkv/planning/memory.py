@@ -15,6 +15,7 @@ from jkv import _pytree
 from jkv.cache import pages
 from jkv.cache.base import Cache
 from jkv.cache.init import init_cache
+from jkv.cache.protocol import CacheKind
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder
 from jkv.ops.attention.xla import BLOCK
@@ -53,7 +54,7 @@ def weights_read(config: Config, tokens: int) -> int:
 class Layers:
     """Layers of one kind: how many, and what one of them is for a batch and a number of slots."""
 
-    kind: Any
+    kind: CacheKind
     count: int
     numbers: tuple[int, ...]
 
@@ -64,7 +65,7 @@ class Layers:
         )
 
 
-def distinct(config: Config, kind: Any) -> list[Layers]:
+def distinct(config: Config, kind: CacheKind) -> list[Layers]:
     """The kinds of a model's layers, each once."""
     found: dict[Any, list[int]] = collections.defaultdict(list)
     for i in range(config.layers):
@@ -72,12 +73,12 @@ def distinct(config: Config, kind: Any) -> list[Layers]:
     return [Layers(k, len(numbers), tuple(numbers)) for k, numbers in found.items()]
 
 
-def cache_shape(config: Config, kind: Any, batch: int, slots: int) -> Any:
+def cache_shape(config: Config, kind: CacheKind, batch: int, slots: int) -> Any:
     """What `jkv.init_cache` would return, of shapes."""
     return jax.eval_shape(lambda: init_cache(config, kind, batch=batch, slots=slots))
 
 
-def cache_sizer(config: Config, kind: Any) -> Callable[[int, int], int]:
+def cache_sizer(config: Config, kind: CacheKind) -> Callable[[int, int], int]:
     """Bytes of a cache as a function of (batch, slots), sooner than from `cache_shape`."""
     if kind.recomputes:
         return lambda batch, slots: _pytree.nbytes(cache_shape(config, kind, batch, slots))
@@ -94,7 +95,7 @@ def cache_sizer(config: Config, kind: Any) -> Callable[[int, int], int]:
     return size
 
 
-def bytes_per_token(config: Config, kind: Any, slots: int) -> int | float:
+def bytes_per_token(config: Config, kind: CacheKind, slots: int) -> int | float:
     """What one more token takes in one row of `slots`: the average over the next 1024.
 
     0 for kinds that stop growing; a fraction where tokens share what a cache keeps.
@@ -121,7 +122,7 @@ def activations(config: Config, batch: int, new: int, together: int) -> int:
     return max(stream + max(attention, mlp), logits)
 
 
-def looked_at_together(config: Config, kind: Any, length: int, new: int) -> int:
+def looked_at_together(config: Config, kind: CacheKind, length: int, new: int) -> int:
     """Slots whose scores and weights exist at one time: those of a block of attention.
 
     A cache that keeps tokens by what looks at them needs the weights of all.

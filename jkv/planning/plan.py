@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
+
+from jax.typing import DTypeLike
 
 from jkv import _pytree
 from jkv._bytes import parse_bytes
@@ -13,14 +16,19 @@ from jkv._checks import check_integer
 from jkv._text import brief
 from jkv.cache import spec
 from jkv.cache.dense import dense
+from jkv.cache.protocol import CacheKind
+from jkv.decoding.arguments import CacheLike
 from jkv.decoding.options import Options, resolve_kind
 from jkv.errors import UnsupportedError
 from jkv.models.config import Config
+from jkv.models.decoder import Decoder
 from jkv.models.hf_keys import check_ignore
-from jkv.models.lm import read_config
+from jkv.models.lm import LM, read_config
 from jkv.planning import memory
 from jkv.planning.presets import PRESETS, preset
 from jkv.planning.work import Work, work
+
+ModelLike = str | os.PathLike[str] | Config | LM | Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,17 +108,39 @@ class Refusal:
         return {"cache": self.cache, "refused": self.why}
 
 
+@overload
 def plan(
-    model: Any,
+    model: ModelLike,
     *,
-    batch: Any = 1,
-    seq_len: Any = None,
-    cache: Any = None,
-    dtype: Any = None,
-    device_memory: Any = None,
-    ignore: Any = (),
-) -> Any:
-    """What a model and its cache will take, in bytes and operations; nothing is allocated.
+    batch: int = 1,
+    seq_len: int | None = None,
+    cache: CacheLike | None = None,
+    dtype: DTypeLike | None = None,
+    device_memory: int | str | None = None,
+    ignore: Sequence[str] = (),
+) -> Plan: ...
+@overload
+def plan(
+    model: ModelLike,
+    *,
+    batch: int = 1,
+    seq_len: int | None = None,
+    cache: Sequence[CacheLike],
+    dtype: DTypeLike | None = None,
+    device_memory: int | str | None = None,
+    ignore: Sequence[str] = (),
+) -> list[Plan]: ...
+def plan(
+    model: ModelLike,
+    *,
+    batch: int = 1,
+    seq_len: int | None = None,
+    cache: CacheLike | Sequence[CacheLike] | None = None,
+    dtype: DTypeLike | None = None,
+    device_memory: int | str | None = None,
+    ignore: Sequence[str] = (),
+) -> Plan | list[Plan]:
+    """Plan the bytes and operations that a model and its cache take; nothing is allocated.
 
     Args:
         model: the name of a preset ("llama-2-7b"), what `jkv.load` takes, of which only
@@ -150,33 +180,50 @@ def plan(
     there = None if device_memory is None else parse_bytes(device_memory)
     if isinstance(cache, list | tuple):
         return [_plan(name, config, batch, seq_len, each, there) for each in cache]
-    return _plan(name, config, batch, seq_len, cache, there)
+    return _plan(name, config, batch, seq_len, cache, there)  # pyright: ignore[reportArgumentType]
 
 
-def survey(model: Any, **asked: Any) -> list[Plan | Refusal]:
-    """`plan` for every kind of cache that there is, or why the model cannot have it.
+def survey(
+    model: ModelLike,
+    *,
+    batch: int = 1,
+    seq_len: int | None = None,
+    dtype: DTypeLike | None = None,
+    device_memory: int | str | None = None,
+    ignore: Sequence[str] = (),
+) -> list[Plan | Refusal]:
+    """Plan every kind of cache, or say why the model cannot have it.
 
     Args:
         model: see `plan`.
-        asked: `batch`, `seq_len`, `dtype`, `device_memory` and `ignore`, see `plan`.
+        batch: see `plan`.
+        seq_len: see `plan`.
+        dtype: see `plan`.
+        device_memory: see `plan`.
+        ignore: see `plan`.
 
     Raises:
         CheckpointError: no preset, and nothing that can be read.
         ValueError: numbers below 1, a text that names no kind, or keys to ignore where there
             is no `config.json`.
     """
-    name, config = find_config(model, asked.pop("dtype", None), asked.pop("ignore", ()))
+    name, config = find_config(model, dtype, ignore)
     made: list[Plan | Refusal] = []
     for text in spec.examples():
         try:
-            made.append(dataclasses.replace(plan(config, cache=text, **asked), model=name))
+            one = plan(
+                config, batch=batch, seq_len=seq_len, cache=text, device_memory=device_memory
+            )
+            made.append(dataclasses.replace(one, model=name))
         except UnsupportedError as error:
             made.append(Refusal(text, str(error)))
     return made
 
 
-def find_config(model: Any, dtype: Any = None, ignore: Any = ()) -> tuple[str, Config]:
-    """A name and a configuration for whatever stands for a model; see `plan`."""
+def find_config(
+    model: ModelLike, dtype: DTypeLike | None = None, ignore: Sequence[str] = ()
+) -> tuple[str, Config]:
+    """Find the name and configuration of a model; see `plan`."""
     keys, is_read = check_ignore(ignore), False
     if isinstance(model, str) and (known := preset(model)) is not None:
         name, config = next(n for n, c in PRESETS.items() if c is known), known
@@ -201,7 +248,7 @@ def find_config(model: Any, dtype: Any = None, ignore: Any = ()) -> tuple[str, C
 
 
 def _plan(
-    name: str, config: Config, batch: int, seq_len: int, cache: Any, there: int | None
+    name: str, config: Config, batch: int, seq_len: int, cache: CacheLike | None, there: int | None
 ) -> Plan:
     kind = dense() if cache is None else resolve_kind(cache)
     parameters, weight_bytes = memory.weights(config)
@@ -250,7 +297,7 @@ def _plan(
     )
 
 
-def _kept_tokens(config: Config, kind: Any, batch: int, length: int) -> int | None:
+def _kept_tokens(config: Config, kind: CacheKind, batch: int, length: int) -> int | None:
     """Tokens of a row that layers keep on average, None where one of them keeps all."""
     total = 0
     for layers in memory.distinct(config, kind):
@@ -270,7 +317,7 @@ class _Kept:
     nbytes: int  # of one layer
 
 
-def kept(config: Config, kind: Any, batch: int, length: int) -> list[_Kept]:
+def kept(config: Config, kind: CacheKind, batch: int, length: int) -> list[_Kept]:
     """What each kind of layer holds of rows of `length` tokens."""
     found = []
     for layers in memory.distinct(config, kind):
@@ -296,7 +343,9 @@ class _Passes:
         )
 
 
-def with_cache(config: Config, kind: Any, batch: int, length: int, passes: list[_Passes]) -> Work:
+def with_cache(
+    config: Config, kind: CacheKind, batch: int, length: int, passes: list[_Passes]
+) -> Work:
     """Passes with a cache for rows of `length` tokens, and the logits after the last.
 
     A cache is read as far as a query looks: a layer's own window, or all that the kind keeps.
@@ -337,7 +386,7 @@ def without_cache(config: Config, batch: int, length: int, new: int) -> Work:
     )
 
 
-def _works(config: Config, kind: Any, batch: int, length: int) -> tuple[Work, ...]:
+def _works(config: Config, kind: CacheKind, batch: int, length: int) -> tuple[Work, ...]:
     """The last of `length` tokens, and all of them into an empty cache."""
     if kind.recomputes:
         return tuple(without_cache(config, batch, length, new) for new in (1, length))
@@ -351,7 +400,7 @@ def _works(config: Config, kind: Any, batch: int, length: int) -> tuple[Work, ..
     )
 
 
-def _dtype(dtype: Any) -> str:
+def _dtype(dtype: DTypeLike) -> str:
     from jkv.models.lm import _dtype_name
 
     return _dtype_name(dtype)
