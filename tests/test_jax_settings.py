@@ -25,7 +25,7 @@ from jkv.cache import spec
 from jkv.models import Decoder
 from jkv.store import Memory, Store
 from tests.decoding import oracle
-from tests.engine.engines import made
+from tests.engine.engines import make_engine
 from tests.test_every_kind import ALIKE, GO_ON
 
 ROWS = [[1, 2, 3], [4, 5, 6, 7, 8]]
@@ -108,7 +108,7 @@ def stored(model: Decoder) -> list[list[int]]:
 
 
 def served(model: Decoder) -> list[list[int]]:
-    engine = made(model, max_batch=2, prefill_rows=1)
+    engine = make_engine(model, max_batch=2, prefill_rows=1)
     requests = [engine.submit(row, max_new_tokens=NEW, stop=()) for row in ROWS]
     engine.run()
     return [request.result() for request in requests]

@@ -109,7 +109,7 @@ class Swap:
             return []
         names = table.names(ids)[len(table.table) :]
         form = [(shape[1:], dtype) for shape, dtype in self._runner.page_form(1)]
-        return self.store.pages(names, most, form) if names else []
+        return self.store.find(names, most, form) if names else []
 
     def load(self, pages: Sequence[int], contents: list[PageLeaves]) -> None:
         """Write what `find_pages` returned into these pages."""
@@ -157,7 +157,7 @@ class Swap:
         if self.store is None or saved.key is None:
             saved.contents = contents
             return True
-        return self.store.put_aside(saved.key, contents, saved.length)
+        return self.store.save_request(saved.key, contents, saved.length)
 
     def fetch(self, request: Request) -> Contents | None:
         """Take the request's pages from the host; None if they were lost."""
@@ -170,7 +170,7 @@ class Swap:
         if saved.key is None or self.store is None:
             return saved.contents
         form = self._runner.page_form(bucket(self._pages_for(saved.length), 4))
-        leaves = self.store.take_back(saved.key, form)
+        leaves = self.store.load_request(saved.key, form)
         return None if leaves is None else self._runner.contents_from(leaves)
 
     def restore(self, sequence: RunningSequence, contents: Contents) -> None:
@@ -182,7 +182,7 @@ class Swap:
         """Delete the request's pages on the host."""
         saved = request.swapped
         if saved is not None and saved.key is not None and self.store is not None:
-            self.store.forget(saved.key)
+            self.store.remove_request(saved.key)
         request.swapped = None
 
     def nbytes(self, tokens: int) -> int:
@@ -267,7 +267,7 @@ class PageStore:
     def _has(self, key: str) -> bool:
         return self.store.contains(key, fingerprint=self.fingerprint)
 
-    def pages(self, names: Sequence[bytes], most: int, form: PageForm) -> list[PageLeaves]:
+    def find(self, names: Sequence[bytes], most: int, form: PageForm) -> list[PageLeaves]:
         """Return the leaves of pages of these names, up to the first that is not there.
 
         Args:
@@ -299,22 +299,22 @@ class PageStore:
         """Return the key of a waiting request's pages."""
         return f"waiting/{self._own}.{number}"
 
-    def put_aside(self, key: str, pages: Contents, length: int) -> bool:
+    def save_request(self, key: str, pages: Contents, length: int) -> bool:
         """Store the pages of a waiting request; False if the store has no room for them."""
         entry = _entry(jax.tree.leaves(pages), length=length)
         mark = self.fingerprint
         kept = self.store.put(key, entry, pin=True, ephemeral=True, fingerprint=mark, ttl=WAITS)
         return kept is not None
 
-    def take_back(self, key: str, form: PageForm) -> PageLeaves | None:
-        """Return the leaves of what `put_aside` stored and remove it; None if it was lost."""
+    def load_request(self, key: str, form: PageForm) -> PageLeaves | None:
+        """Return the leaves of what `save_request` stored and remove it; None if it was lost."""
         entry = self.store.get(key, fingerprint=self.fingerprint, recompute_seconds=float("inf"))
         leaves = None if entry is None else self._leaves(key, entry, form)
         self.store.remove(key, sync=False)
         return leaves
 
-    def forget(self, key: str) -> None:
-        """Remove what `put_aside` stored."""
+    def remove_request(self, key: str) -> None:
+        """Remove what `save_request` stored."""
         try:
             self.store.remove(key, sync=False)
         except Exception as error:  # such as a closed store, which has removed it

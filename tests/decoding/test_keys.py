@@ -8,7 +8,7 @@ import pytest
 
 import jkv
 from tests.decoding import oracle
-from tests.engine.engines import empty, made
+from tests.engine.engines import check_empty, make_engine
 
 HOT = jkv.sampling.temperature(3.0)
 ROWS = [[1, 2, 3], [4, 5, 6, 7, 8]]
@@ -18,9 +18,9 @@ IMPLEMENTATIONS = ["threefry2x32", "rbg", "unsafe_rbg"]
 
 @pytest.fixture(scope="module")
 def engine(tiny_model):
-    it = made(oracle.lm(tiny_model), max_batch=2, prefill_rows=1)
+    it = make_engine(oracle.lm(tiny_model), max_batch=2, prefill_rows=1)
     yield it
-    empty(it)
+    check_empty(it)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -14,7 +14,7 @@ import pytest
 import jkv
 from jkv.cache import from_legacy
 from tests.decoding import oracle
-from tests.engine.engines import made
+from tests.engine.engines import make_engine
 
 ROWS = [[1, 2, 3], [4, 5, 6]]
 HOT = jkv.sampling.temperature(1.5)
@@ -54,7 +54,7 @@ def test_traced_models_keys_and_parameters(tiny_model):
 
 
 def test_an_engine_refuses_what_is_traced(tiny_model):
-    engine = made(oracle.lm(tiny_model))
+    engine = make_engine(oracle.lm(tiny_model))
     with pytest.raises(TypeError, match=f"prompt is {TRACED}"):
         jax.jit(lambda p: engine.submit(p, max_new_tokens=2))(jnp.ones((2,), jnp.int32))
     with pytest.raises(TypeError, match=f"key is {TRACED}"):

@@ -12,7 +12,7 @@ import pytest
 
 import jkv
 from tests.decoding import oracle, texts
-from tests.engine.engines import empty, made
+from tests.engine.engines import check_empty, make_engine
 
 ROWS = [[1, 2, 3], [4, 5, 6, 7, 8]]
 KEY = jax.random.key(0)
@@ -108,7 +108,7 @@ def test_wherever_a_sampler_enters(tiny_model, tiny_config):
         logits = jnp.zeros((2, 11))
         return jkv.rollout(model, logits, cache, steps=4, sampler=bad, key=KEY)
 
-    engine = made(oracle.lm(tiny_model), max_batch=2)
+    engine = make_engine(oracle.lm(tiny_model), max_batch=2)
     lm = texts.noise(dataclasses.replace(tiny_config, layers=1))
     for call in (
         lambda: jkv.stream(tiny_model, ROWS, **how),
@@ -120,7 +120,7 @@ def test_wherever_a_sampler_enters(tiny_model, tiny_config):
     ):
         with pytest.raises(ValueError, match=r"the transform Mine made float32\[\d, 1\] of the"):
             call()
-    empty(engine)
+    check_empty(engine)
 
 
 def test_logits_in_another_float_are_converted(tiny_model):

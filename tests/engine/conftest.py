@@ -1,4 +1,4 @@
-"""A tiny model for engines, what it says to one request alone, and an engine."""
+"""A tiny model for engines, its tokens for one request alone, and an engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 import jkv
 from tests.decoding import oracle
-from tests.engine.engines import empty, made
+from tests.engine.engines import check_empty, make_engine
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +16,10 @@ def lm(tiny_model):
 
 @pytest.fixture(scope="module")
 def alone(tiny_model):
-    """What a request says by itself, from `jkv.generate`."""
+    """Return the tokens of a request by itself, from `jkv.generate`."""
     known = {}
 
-    def say(prompt, new, sampler=None, key=None, **how):
+    def generate(prompt, new, sampler=None, key=None, **how):
         which = (tuple(prompt), new, id(sampler), None if key is None else str(key), str(how))
         if which not in known:
             how = {"slots": 64, "stop": (), "sampler": sampler, "key": key} | how
@@ -27,12 +27,12 @@ def alone(tiny_model):
             known[which] = out.tokens[0, : out.lengths[0]].tolist()
         return known[which]
 
-    return say
+    return generate
 
 
 @pytest.fixture
 def engine(lm):
     """An engine with pages for all its requests; at the end none of them is held."""
-    it = made(lm)
+    it = make_engine(lm)
     yield it
-    empty(it)
+    check_empty(it)

@@ -14,11 +14,11 @@ RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(0, 11, n).tolist() for n in (1, 3, 4, 5, 8, 9, 13, 21, 2, 16, 7, 30)]
 
 
-def made(lm, pages=64, **changes):
+def make_engine(lm, pages=64, **changes):
     return jkv.Engine(lm, pages=pages, **(SHAPE | changes))
 
 
-def empty(engine):
+def check_empty(engine):
     figures = engine.stats()
     assert (figures["running"], figures["waiting"]) == (0, 0)
     pages = figures["pages"]

@@ -22,12 +22,12 @@ from jkv.engine.stats import Stats
 
 
 def next_token(ids: list[int]) -> int:
-    """The token after these; each of them matters."""
+    """Return the token after these; it depends on each of them."""
     return (sum(i * token for i, token in enumerate(ids, 1)) + 7) % 97
 
 
 def answer(prompt: list[int], new: int) -> list[int]:
-    """What a request generates."""
+    """Return what a request generates."""
     ids = list(prompt)
     for _ in range(new):
         ids.append(next_token(ids))
@@ -85,7 +85,7 @@ class FakeRunner:
                 contents[page][at % self.page] = ids[at]
 
     def generate(self, sequence: RunningSequence, count: int) -> list[int]:
-        """The next token of a sequence, all of whose tokens must be where its tables say."""
+        """Return a sequence's next token; all its tokens must be where its tables say."""
         ids = self.ids[sequence.lane]
         for contents, pages, window in zip(
             self.contents, sequence.page_tables, self.windows, strict=True
@@ -150,7 +150,7 @@ class FakeSwap:
 
 
 class Machine:
-    """What an engine does with a scheduler, one step behind the device."""
+    """A scheduler driven as by an engine, one step behind the device."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 import jkv
-from tests.engine.engines import HOT, PROMPTS, empty, made
+from tests.engine.engines import HOT, PROMPTS, check_empty, make_engine
 from tests.engine.interrupts import Interrupt
 
 
@@ -36,7 +36,7 @@ class Scenario:
     def __init__(self, lm: Any, alone: Any, calls: str, **how: Any):
         self.lm, self.calls = lm, calls
         self.store = how.get("store")
-        self.engine = made(lm, **how)
+        self.engine = make_engine(lm, **how)
         self.engine.warm()  # with and without a sampler's structure, which an interrupt forgets
         self.engine.warm([HOT])
         text = lm.tokenizer.decode(alone(PROMPTS[6], 12))[3:6]
@@ -212,7 +212,7 @@ class Scenario:
                 assert all(tokens[at - 1] == token for at, token in heard)
                 assert sorted(set(heard)) == heard
                 assert len(tokens) - len(self.strikes) <= len(heard) <= len(tokens)
-        empty(engine)
+        check_empty(engine)
         assert engine.core.scheduler.requests.live == {}
         assert not engine.core.needs_sweep()
         after = engine.stats()
@@ -231,18 +231,18 @@ class Spied:
     """A store that knows which keys it was asked to keep for requests that wait."""
 
     def __init__(self, store: Any):
-        self.store, self.put_aside = store, {}
+        self.store, self.saved_keys = store, {}
         for name in ("contains", "get", "get_many", "put_many", "remove", "reject"):
             setattr(self, name, getattr(store, name))
 
     def put(self, key: str, *args: Any, **how: Any) -> Any:
         """Remember the key."""
-        self.put_aside[key] = how["fingerprint"]
+        self.saved_keys[key] = how["fingerprint"]
         return self.store.put(key, *args, **how)
 
     def waiting(self) -> list[str]:
         """Keys of requests that still are there."""
-        it = self.put_aside.items()
+        it = self.saved_keys.items()
         there = [key for key, mark in it if self.store.contains(key, fingerprint=mark)]
-        self.put_aside.clear()
+        self.saved_keys.clear()
         return there

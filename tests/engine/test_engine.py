@@ -1,4 +1,4 @@
-"""The engine: what a request says does not depend on what runs beside it, nor on what is found."""
+"""The engine: a request's tokens do not depend on what runs beside it or on what is cached."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from jkv.engine import decode_state
 from jkv.engine.stats import prometheus
 from jkv.errors import NonFiniteError
 from tests.decoding import oracle
-from tests.engine.engines import HOT, PAGE, PROMPTS, PUSHED, empty, made
+from tests.engine.engines import HOT, PAGE, PROMPTS, PUSHED, check_empty, make_engine
 
 
-def test_tokens_are_those_of_each_request_alone(engine, alone):
+def test_tokens_equal_those_of_each_request_alone(engine, alone):
     requests = [engine.submit(p, max_new_tokens=5 + i, stop=()) for i, p in enumerate(PROMPTS)]
     engine.run()
     for i, (request, prompt) in enumerate(zip(requests, PROMPTS, strict=True)):
@@ -49,9 +49,9 @@ def test_samplers_beside_each_other(engine, alone):
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_too_few_pages_change_nothing_but_the_time(lm, alone, preemption):
+def test_too_few_pages_change_no_token(lm, alone, preemption):
     # 14 pages of 4 tokens; four requests that end with 7 to 12 pages each.
-    engine = made(lm, pages=14, preemption=preemption, share=False)
+    engine = make_engine(lm, pages=14, preemption=preemption, share=False)
     ways = [{}, {"sampler": HOT, "key": jax.random.key(1)}, {"sampler": PUSHED}]
     asked = [(PROMPTS[7 + i % 5], 18 + 2 * i, ways[i % 3]) for i in range(6)]
     requests = [engine.submit(p, max_new_tokens=n, stop=(), **how) for p, n, how in asked]
@@ -60,7 +60,7 @@ def test_too_few_pages_change_nothing_but_the_time(lm, alone, preemption):
         assert request.tokens == alone(prompt, new, **how)
     assert engine.stats()["preemptions"][preemption] > 0
     assert sum(engine.stats()["preemptions"].values()) == sum(r.preemptions for r in requests)
-    empty(engine)
+    check_empty(engine)
 
 
 @pytest.mark.parametrize(("length", "found"), [(7, 4), (8, 4), (9, 8), (12, 8), (13, 12)])
@@ -76,7 +76,7 @@ def test_prompts_of_whole_pages_cold_and_warm(engine, alone, length, found):
     assert cold.tokens == warm.tokens == alone(prompt, 3)
 
 
-def test_an_answer_is_part_of_the_next_turn_but_for_its_last_token(engine, alone):
+def test_the_next_turn_finds_the_answer_but_its_last_token(engine, alone):
     prompt = [1, 2, 3, 4, 5]
     first = engine.submit(prompt, max_new_tokens=8, stop=())
     engine.run()
@@ -110,14 +110,14 @@ def test_samples_share_the_pages_of_their_prompt(engine, tiny_model):
     assert most_shared == 3
 
 
-def test_without_sharing_nothing_is_found(lm, alone):
-    engine = made(lm, share=False)
+def test_share_false_finds_no_pages(lm, alone):
+    engine = make_engine(lm, share=False)
     for _ in range(2):
         request = engine.submit(PROMPTS[7], max_new_tokens=3, stop=())
         engine.run()
         assert request.tokens == alone(PROMPTS[7], 3)
         assert request.cached_tokens == 0
-    empty(engine)
+    check_empty(engine)
 
 
 def test_stops_by_id_and_by_text(engine, alone, lm):
@@ -146,8 +146,8 @@ def test_tokens_as_they_come(engine, alone):
     engine.run()
 
 
-def test_tokens_may_be_read_at_any_moment(engine, alone, lm):
-    """Between steps, in another's callback, by a thread, and never before the end."""
+def test_tokens_can_be_read_at_any_time(engine, alone, lm):
+    """Between steps, in another request's callback, in a thread, or only at the end."""
     asked, grew = [], []
 
     def spying(request, token):
@@ -180,7 +180,7 @@ def test_tokens_may_be_read_at_any_moment(engine, alone, lm):
     assert [request.tokens for request in asked] == want
     for request, tokens in grew:
         assert tokens == want[asked.index(request)][: len(tokens)]
-    for i in (2, 3):  # of which nobody hears, and yet they are seen to grow
+    for i in (2, 3):  # without a callback or a stop string, and still they are seen to grow
         assert len({len(tokens) for request, tokens in grew if request is asked[i]}) > 3
 
 
@@ -195,8 +195,8 @@ def test_several_tasks_wait_for_tokens(engine, alone):
     engine.run()
 
 
-def test_priority_comes_first_and_nobody_waits_for_ever(lm):
-    engine = made(lm, max_batch=1)
+def test_higher_priority_goes_first_within_64_requests(lm):
+    engine = make_engine(lm, max_batch=1)
     order = []
 
     def ended(request, token):
@@ -211,11 +211,11 @@ def test_priority_comes_first_and_nobody_waits_for_ever(lm):
     assert sorted(order) == numbers
     # 64 that come later go before one without priority, and no more.
     assert [order.index(r.number) for r in plain] == [61, 63, 65]
-    empty(engine)
+    check_empty(engine)
 
 
-def test_nothing_is_compiled_after_warming(lm, compiles):
-    engine = made(lm, pages=14, preemption="swap", share=False)
+def test_nothing_is_compiled_after_warm(lm, compiles):
+    engine = make_engine(lm, pages=14, preemption="swap", share=False)
     engine.warm(samplers=[HOT])
     first = engine.submit([1], max_new_tokens=2, sampler=HOT, key=jax.random.key(0))
     engine.submit([1], max_new_tokens=2)
@@ -230,10 +230,10 @@ def test_nothing_is_compiled_after_warming(lm, compiles):
         engine.run()
         assert compiles.count == 0
     assert engine.stats()["preemptions"]["swap"] > 0  # there and back, and nothing compiled
-    empty(engine)
+    check_empty(engine)
 
 
-def test_passes_are_no_wider_than_who_takes_part(engine, alone, monkeypatch):
+def test_steps_are_no_wider_than_their_lanes(engine, alone, monkeypatch):
     widths, shapes = [], []
     decode_jit, prefill_jit = decode_state.decode_jit, decode_state.prefill_jit
 
@@ -260,7 +260,7 @@ def test_passes_are_no_wider_than_who_takes_part(engine, alone, monkeypatch):
     assert shapes == [(1, 8)] * 4  # 30 tokens
 
 
-def test_the_next_pass_is_dispatched_before_the_last_one_is_read(engine, alone, monkeypatch):
+def test_a_step_is_dispatched_before_the_last_one_is_read(engine, alone, monkeypatch):
     events = []
     runner = engine.core.runner
     execute, read = runner.execute, runner.read
@@ -288,20 +288,20 @@ def test_the_next_pass_is_dispatched_before_the_last_one_is_read(engine, alone, 
         assert step is sent[n][1]
 
 
-def test_the_host_looks_at_no_lane_of_which_there_is_nothing_to_say(lm):
-    engine = made(lm, page=64, max_batch=32, prefill_rows=8)
+def test_the_host_step_costs_the_same_for_any_number_of_lanes(lm):
+    engine = make_engine(lm, page=64, max_batch=32, prefill_rows=8)
 
     def calls():
-        """What is called in a step in which everybody goes on, in Python and from it."""
+        """Count the calls, in Python and from it, of a step in which every request goes on."""
         count = 0
 
-        def heard(frame, event, argument):
+        def count_call(frame, event, argument):
             nonlocal count
             count += event in ("call", "c_call")
 
         engine.step()
         engine.step()
-        sys.setprofile(heard)
+        sys.setprofile(count_call)
         try:
             engine.step()
         finally:
@@ -344,36 +344,36 @@ def test_figures(engine, alone):
 
 
 @pytest.mark.slow  # rounding kinds take long to compile
-def test_rounded_pages_say_what_the_kind_says(lm, tiny_model):
+def test_quantized_pages_generate_what_their_kind_does(lm, tiny_model):
     kind = jkv.paged(page=PAGE, bits=8)
     # One chunk: tokens of a chunk see each other before they are rounded.
-    engine = made(lm, cache=kind, prefill_chunk=16, prefill_rows=1)
+    engine = make_engine(lm, cache=kind, prefill_chunk=16, prefill_rows=1)
     requests = [engine.submit(p, max_new_tokens=6, stop=()) for p in PROMPTS[3:7]]
     engine.run()
     for prompt, request in zip(PROMPTS[3:7], requests, strict=True):
         how = {"cache": kind, "slots": 64, "stop": (), "prefill_chunk": 16}
         out = jkv.generate(tiny_model, [prompt], max_new_tokens=6, **how)
         assert request.tokens == out.tokens[0].tolist()
-    empty(engine)
-    # A model that makes NaN of one token: whoever says it is told, and nobody finds its pages.
+    check_empty(engine)
+    # A model that makes NaN of one token: its request gets the error, and its pages are not reused.
     leaves, tree = jax.tree.flatten(tiny_model)
     at = next(i for i, leaf in enumerate(leaves) if leaf.shape == tiny_model.embedding[...].shape)
     leaves[at] = leaves[at].at[9].set(np.nan)
-    engine = made(oracle.lm(jax.tree.unflatten(tree, leaves)), cache=kind, prefill_chunk=16)
+    engine = make_engine(oracle.lm(jax.tree.unflatten(tree, leaves)), cache=kind, prefill_chunk=16)
     bad = engine.submit([1, 9, 1, 1, 1], max_new_tokens=6, stop=())
     engine.run()
     with pytest.raises(NonFiniteError, match="NaN or infinity of this request's tokens, at step 0"):
         bad.result()
     assert engine.stats()["pages"]["cached"] == 0
-    empty(engine)
+    check_empty(engine)
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_layers_with_windows_give_back_what_nobody_sees(tiny_config, preemption):
+def test_pages_outside_windows_are_released(tiny_config, preemption):
     config = dataclasses.replace(tiny_config, windows=(3, None))  # one smaller than a page
     model = jax.jit(lambda: jkv.Decoder(config, rngs=nnx.Rngs(2)))()
     model.embedding[...] = model.embedding[...] * 50
-    engine = made(model, pages=16, preemption=preemption)
+    engine = make_engine(model, pages=16, preemption=preemption)
     plan = [(PROMPTS[7 + i % 5], 14 + 2 * i) for i in range(6)]
     want = [
         jkv.generate(model, [p], max_new_tokens=n, stop=(), slots=64).tokens[0].tolist()
@@ -391,10 +391,10 @@ def test_layers_with_windows_give_back_what_nobody_sees(tiny_config, preemption)
             assert request.tokens == tokens[: len(request.tokens)]
             assert request.finish_reason == "cancelled" or request.tokens == tokens
     assert sum(engine.stats()["preemptions"].values()) > 0
-    empty(engine)
+    check_empty(engine)
 
 
-def test_time_in_which_there_was_nothing_to_do_is_no_latency(engine, monkeypatch):
+def test_idle_time_is_no_latency(engine, monkeypatch):
     clock, idle = time.perf_counter, 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + idle)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Requests that are refused, cancelled, raise or are interrupted: the others go on as if alone."""
+"""Requests that are refused, cancelled, fail or are interrupted do not disturb the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 import jkv
 from jkv.errors import PoolFullError
-from tests.engine.engines import HOT, PROMPTS, empty, made
+from tests.engine.engines import HOT, PROMPTS, check_empty, make_engine
 
 
 def test_cancelled_while_waiting_and_while_running(engine, alone):
@@ -32,7 +32,7 @@ def test_cancelled_while_waiting_and_while_running(engine, alone):
             assert request.tokens == alone(prompt, 40)
 
 
-def test_what_a_callback_raises_ends_its_request_alone(engine, alone):
+def test_an_error_in_a_callback_ends_its_request_alone(engine, alone):
     heard = []
 
     def broken(request, token):
@@ -68,8 +68,8 @@ def test_a_callback_may_submit_and_cancel_but_not_run(engine, alone):
     assert isinstance(nested.error, RuntimeError)
 
 
-def test_a_request_that_could_never_fit_is_refused_at_once(lm, alone):
-    engine = made(lm, pages=6)
+def test_a_request_that_can_never_fit_is_refused(lm, alone):
+    engine = make_engine(lm, pages=6)
     with pytest.raises(PoolFullError, match=r"need 7 pages of 4, and the pool has 6"):
         engine.submit(PROMPTS[7], max_new_tokens=5)
     request = engine.submit(PROMPTS[7], max_new_tokens=4, stop=())  # 24 tokens, all of the pool
@@ -77,7 +77,7 @@ def test_a_request_that_could_never_fit_is_refused_at_once(lm, alone):
     assert request.tokens == alone(PROMPTS[7], 4)
     with pytest.raises(ValueError, match="more than the model's context of 256"):
         engine.submit(PROMPTS[0], max_new_tokens=256)
-    empty(engine)
+    check_empty(engine)
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,14 @@ def test_a_request_that_could_never_fit_is_refused_at_once(lm, alone):
         ({"sampler": HOT, "key": jax.random.split(jax.random.key(0))}, ValueError, r"shape \(2,\)"),
     ],
 )
-def test_bad_requests_are_refused_at_once(lm, bad, error, match):
-    engine = made(lm)
+def test_bad_requests_are_refused(lm, bad, error, match):
+    engine = make_engine(lm)
     with pytest.raises(ValueError, match="at most 16"):
         engine.core.runner.check_stop_ids(tuple(range(17)))
     with pytest.raises(error, match=match):
         engine.submit(**({"prompt": [1, 2], "max_new_tokens": 4} | bad))
     assert not engine.step()
-    empty(engine)
+    check_empty(engine)
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_bad_requests_are_refused_at_once(lm, bad, error, match):
         ({"preemption": "kill"}, ValueError, "recompute"),
     ],
 )
-def test_bad_engines_are_refused_at_once(lm, bad, error, match):
+def test_bad_engines_are_refused(lm, bad, error, match):
     with pytest.raises(error, match=match):
-        made(lm, **bad)
+        make_engine(lm, **bad)
 
 
-def test_a_step_that_is_interrupted_costs_time_and_no_tokens(engine, alone):
+def test_an_interrupted_step_loses_no_token(engine, alone):
     def interrupting(request, token):
         if len(request.tokens) == 3:
             raise KeyboardInterrupt
@@ -140,7 +140,7 @@ def test_a_step_that_is_interrupted_costs_time_and_no_tokens(engine, alone):
         assert request.tokens == alone(prompt, 12)
 
 
-def test_what_is_interrupted_on_its_way_can_be_cancelled(engine, monkeypatch):
+def test_a_request_interrupted_at_admission_can_be_cancelled(engine, monkeypatch):
     request = engine.submit(PROMPTS[3], max_new_tokens=4, stop=())
 
     def torn(*_):
@@ -155,8 +155,8 @@ def test_what_is_interrupted_on_its_way_can_be_cancelled(engine, monkeypatch):
     engine.run()
 
 
-def test_an_interrupt_while_it_makes_room_loses_nobody(lm, alone, monkeypatch):
-    engine = made(lm, pages=14, preemption="recompute", share=False)
+def test_an_interrupt_during_preemption_loses_no_request(lm, alone, monkeypatch):
+    engine = make_engine(lm, pages=14, preemption="recompute", share=False)
     requests = [engine.submit(PROMPTS[7], max_new_tokens=18, stop=()) for _ in range(4)]
     close = engine.core.pages.close
 
@@ -171,10 +171,10 @@ def test_an_interrupt_while_it_makes_room_loses_nobody(lm, alone, monkeypatch):
         engine.run()
     engine.run()
     assert [request.tokens for request in requests] == [alone(PROMPTS[7], 18)] * 4
-    empty(engine)
+    check_empty(engine)
 
 
-def test_a_sampler_that_cannot_run_is_refused_and_stops_nobody(engine, alone):
+def test_a_failing_sampler_is_refused_alone(engine, alone):
     class Broken:
         def init(self, tokens, vocab):
             return ()
@@ -189,8 +189,8 @@ def test_a_sampler_that_cannot_run_is_refused_and_stops_nobody(engine, alone):
     engine.run()
 
 
-def test_a_sampler_that_cannot_run_beside_others_is_refused(engine, alone):
-    """A callback without a rule for `vmap` works alone, and would fail in a pass over lanes."""
+def test_a_sampler_that_cannot_run_under_vmap_is_refused(engine, alone):
+    """A callback without a rule for `vmap` works alone, and would fail in a step over lanes."""
 
     def called(logits):
         return jax.pure_callback(np.asarray, jax.ShapeDtypeStruct(logits.shape, "float32"), logits)
@@ -202,9 +202,9 @@ def test_a_sampler_that_cannot_run_beside_others_is_refused(engine, alone):
 
 
 def soak(lm, alone, count, seed):
-    """Short requests with everything that can happen to them, on few pages."""
+    """Run short requests with all that can happen to them, on few pages."""
     rng = np.random.default_rng(seed)
-    engine = made(lm, pages=11, preemption="auto")
+    engine = make_engine(lm, pages=11, preemption="auto")
     prompts = [rng.integers(0, 11, n).tolist() for n in rng.integers(1, 14, 12)]
     live, checked = [], 0
 
@@ -234,7 +234,7 @@ def soak(lm, alone, count, seed):
             for pool in engine.core.pages.pools:
                 pool.check()
     engine.run()
-    empty(engine)
+    check_empty(engine)
     figures = engine.stats()
     assert figures["finished"] == count == sum(figures["reasons"].values())
     assert checked > count / 2

@@ -1,4 +1,4 @@
-"""An interrupt at any place of any call costs time, and no token, request or page."""
+"""An interrupt at any place of any call costs time, but no token, request or page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import pytest
 
 from jkv.store import Memory, Store
-from tests.engine.engines import PROMPTS, empty, made
+from tests.engine.engines import PROMPTS, check_empty, make_engine
 from tests.engine.interrupts import Interrupt
 from tests.engine.scenario import Scenario, Spied
 
@@ -30,7 +30,7 @@ def strike(scenario, places, inside=("/engine/",)):
 
 
 def places(scenario, inside, twice):
-    """Places (call, event, event of the next call): of each call some.
+    """Return places (call, event, event of the next call), some of each call.
 
     In a soak all before which Python delivers a signal, some 18,000.
     """
@@ -50,7 +50,7 @@ def places(scenario, inside, twice):
 
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("calls", ["steps", "waits", "closes"])
-def test_an_interrupt_anywhere_costs_no_token_and_no_page(lm, alone, calls, twice):
+def test_an_interrupt_anywhere_loses_no_token_and_no_page(lm, alone, calls, twice):
     how = {"preemption": "recompute" if twice else "swap"}
     scenario = Scenario(lm, alone, calls, pages=PAGES, **how)
     strike(scenario, places(scenario, ("/engine/",), twice))
@@ -67,7 +67,7 @@ def test_an_interrupt_leaves_nothing_in_a_store(lm, alone, calls):
 
 
 def at_every_place(inside, call):
-    """Do it again and again, with an interrupt at another bytecode each time."""
+    """Repeat a call with an interrupt at another bytecode each time; yield each place."""
     for at in range(10_000):
         it = Interrupt(at, inside)
         try:
@@ -82,12 +82,12 @@ def at_every_place(inside, call):
 
 
 def steps(engine):
-    """Run it to its end, which is near."""
+    """Run an engine to its end, which is near."""
     assert any(not engine.step() for _ in range(60)), "the engine never rests"
 
 
 def test_an_iteration_whose_end_is_interrupted_leaves_no_request(lm):
-    engine = made(lm, pages=PAGES, max_batch=2)
+    engine = make_engine(lm, pages=PAGES, max_batch=2)
     asked = {"max_new_tokens": 4, "stop": ()}
     requests = []
 
@@ -100,13 +100,13 @@ def test_an_iteration_whose_end_is_interrupted_leaves_no_request(lm):
         assert engine.core.scheduler.requests.live == {}, where
         assert requests[-1].state == "finished", where
         requests.append(engine.submit(PROMPTS[2], **asked))
-    empty(engine)
+    check_empty(engine)
 
 
 @pytest.mark.parametrize("read", [iter, aiter])
-def test_an_iteration_whose_finaliser_is_interrupted_is_noticed_all_the_same(lm, monkeypatch, read):
+def test_an_iteration_with_an_interrupted_finaliser_is_noticed(lm, monkeypatch, read):
     """Python swallows what a finaliser raises, so the engine itself looks at its readers."""
-    engine = made(lm, pages=PAGES, max_batch=2)
+    engine = make_engine(lm, pages=PAGES, max_batch=2)
     request = engine.submit(PROMPTS[2], max_new_tokens=12, stop=())
     reader = read(request)
     engine.step()
@@ -116,11 +116,11 @@ def test_an_iteration_whose_finaliser_is_interrupted_is_noticed_all_the_same(lm,
     engine.stats()
     assert request.finish_reason == "cancelled"
     assert engine.core.scheduler.requests.live == {}
-    empty(engine)
+    check_empty(engine)
 
 
-def test_what_generate_had_queued_is_cancelled_by_an_interrupt(lm):
-    engine = made(lm, pages=PAGES, max_batch=2)
+def test_an_interrupted_generate_cancels_its_requests(lm):
+    engine = make_engine(lm, pages=PAGES, max_batch=2)
 
     def generate():
         engine.generate([PROMPTS[2]], max_new_tokens=1, stop=())
@@ -132,11 +132,11 @@ def test_what_generate_had_queued_is_cancelled_by_an_interrupt(lm):
     reasons = engine.stats()["reasons"]
     assert reasons["cancelled"] > 0
     assert sum(reasons.values()) == reasons["cancelled"] + 1
-    empty(engine)
+    check_empty(engine)
 
 
-def test_an_update_that_is_interrupted_has_taken_place_or_not(lm, alone, monkeypatch):
-    engine = made(lm, pages=PAGES, max_batch=2)
+def test_an_interrupted_update_is_completed_by_the_next_call(lm, alone, monkeypatch):
+    engine = make_engine(lm, pages=PAGES, max_batch=2)
     reset = engine.core.runner.reset
 
     def torn():
@@ -151,11 +151,11 @@ def test_an_update_that_is_interrupted_has_taken_place_or_not(lm, alone, monkeyp
     request = engine.submit(PROMPTS[2], max_new_tokens=4, stop=())
     assert request.result() == alone(PROMPTS[2], 4)
     assert engine.model is lm.model
-    empty(engine)
+    check_empty(engine)
 
 
-def test_close_ends_requests_whose_pass_has_failed(lm, monkeypatch):
-    engine = made(lm, pages=PAGES, max_batch=2)
+def test_close_ends_requests_of_a_failed_step(lm, monkeypatch):
+    engine = make_engine(lm, pages=PAGES, max_batch=2)
     request = engine.submit(PROMPTS[2], max_new_tokens=4, stop=())
     waiting = engine.submit(PROMPTS[2], max_new_tokens=4, stop=(), priority=-1)
     engine.step()
@@ -169,11 +169,11 @@ def test_close_ends_requests_whose_pass_has_failed(lm, monkeypatch):
     assert request.finish_reason == "error"
     assert isinstance(request.error, OSError)
     assert waiting.state == "finished"
-    empty(engine)
+    check_empty(engine)
 
 
-def test_a_submit_that_is_interrupted_has_queued_its_request_or_not(lm):
-    engine = made(lm, pages=PAGES, max_batch=2)
+def test_an_interrupted_submit_has_queued_its_request_or_not(lm):
+    engine = make_engine(lm, pages=PAGES, max_batch=2)
 
     def submit():
         engine.submit(PROMPTS[2], max_new_tokens=1, stop=())
@@ -182,11 +182,11 @@ def test_a_submit_that_is_interrupted_has_queued_its_request_or_not(lm):
         steps(engine)
         assert engine.core.scheduler.requests.live == {}, where
     steps(engine)  # the one that was not interrupted
-    empty(engine)
+    check_empty(engine)
 
 
-def test_a_request_whose_end_was_counted_is_not_counted_again(lm, monkeypatch):
-    engine = made(lm, pages=PAGES, max_batch=2)
+def test_the_end_of_a_request_is_counted_once(lm, monkeypatch):
+    engine = make_engine(lm, pages=PAGES, max_batch=2)
     first, second = (engine.submit(PROMPTS[2], max_new_tokens=4, stop=()) for _ in range(2))
 
     def torn(number):
@@ -198,11 +198,11 @@ def test_a_request_whose_end_was_counted_is_not_counted_again(lm, monkeypatch):
             second.cancel()
     first.end("cancelled")  # to be counted before it by the recovery
     assert engine.stats()["reasons"]["cancelled"] == 2
-    empty(engine)
+    check_empty(engine)
 
 
-def test_what_an_interrupted_submit_left_out_of_the_order_is_still_found(lm, monkeypatch):
-    engine = made(lm)
+def test_a_request_missing_from_the_order_is_still_run(lm, monkeypatch):
+    engine = make_engine(lm)
 
     def struck(*_):
         monkeypatch.undo()
@@ -216,4 +216,4 @@ def test_what_an_interrupted_submit_left_out_of_the_order_is_still_found(lm, mon
         if not engine.step():
             break
     assert len(request.tokens) == 2
-    empty(engine)
+    check_empty(engine)

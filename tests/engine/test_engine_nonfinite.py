@@ -15,7 +15,7 @@ from jkv.models import Decoder
 from jkv.store import Memory, Store
 from tests.decoding import oracle
 from tests.decoding.test_nonfinite import BY_MODEL, BY_SAMPLER, CLOSING
-from tests.engine.engines import empty, made
+from tests.engine.engines import check_empty, make_engine
 
 NEW = 12
 LONG = [4, 5, 6, 7, 8, 9, 10, 4, 5]
@@ -34,12 +34,12 @@ def bad(tiny_config):
     return model, good
 
 
-def test_it_ends_alone_and_nothing_of_it_is_found_again(bad):
+def test_a_nonfinite_request_ends_alone_and_its_pages_are_not_reused(bad):
     model, good = bad
     want = oracle.said(jkv.generate(good, [LONG, [1, 2]], max_new_tokens=NEW, stop=()))
     step = want[1].index(3) + 1
     with Store(tiers=[Memory(1 << 20)]) as store:
-        engine = made(oracle.lm(model), store=store, **SHAPE)
+        engine = make_engine(oracle.lm(model), store=store, **SHAPE)
         others = engine.submit(LONG, max_new_tokens=NEW, stop=())
         late = engine.submit([1, 2], max_new_tokens=NEW, stop=())
         early = engine.submit([6, 5, 3, 1, 1, 1, 2, 2, 9], max_new_tokens=NEW, stop=())
@@ -63,10 +63,10 @@ def test_it_ends_alone_and_nothing_of_it_is_found_again(bad):
         whole.close()
         engine.close()
         assert len(store) == len(names)
-        empty(engine)
+        check_empty(engine)
 
 
-def test_pages_are_withdrawn_whoever_has_them():
+def test_shared_pages_are_withdrawn():
     from jkv.engine.page_pool import PagePool
 
     pool = PagePool(pages=6, page=2)

@@ -1,4 +1,4 @@
-"""What one request brings, breaks or leaves is its own affair: passes that fail, and iterations."""
+"""Failing steps, iterations that are left, and samplers: each concerns its own request only."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 
 import jkv
 from jkv.engine import decode_state
-from tests.engine.engines import HOT, PROMPTS, empty, made
+from tests.engine.engines import HOT, PROMPTS, check_empty, make_engine
 
 HOW = {"max_new_tokens": 9, "stop": ()}
 
 
 @pytest.mark.parametrize("which", ["prefill_jit", "decode_jit"])
-def test_a_pass_that_cannot_be_dispatched_ends_its_requests_alone(
+def test_a_step_that_cannot_be_dispatched_ends_its_requests_alone(
     engine, alone, monkeypatch, which
 ):
     first = engine.submit(PROMPTS[4], **HOW)
@@ -50,9 +50,7 @@ def test_a_pass_that_cannot_be_dispatched_ends_its_requests_alone(
     assert engine.stats()["reasons"]["error"] == len(failed)
 
 
-def test_a_pass_that_fails_on_the_device_ends_its_requests_and_is_not_tried_again(
-    engine, alone, monkeypatch
-):
+def test_a_step_that_fails_on_the_device_ends_its_requests_alone(engine, alone, monkeypatch):
     first = engine.submit(PROMPTS[4], **HOW)
     while len(first.tokens) < 3:
         engine.step()
@@ -72,8 +70,8 @@ def test_a_pass_that_fails_on_the_device_ends_its_requests_and_is_not_tried_agai
     assert late.tokens == alone(PROMPTS[5], 9)
 
 
-def test_what_fails_while_pages_are_put_aside_ends_one_request(lm, alone, monkeypatch):
-    engine = made(lm, pages=14, preemption="swap", share=False)
+def test_a_failing_swap_ends_one_request(lm, alone, monkeypatch):
+    engine = make_engine(lm, pages=14, preemption="swap", share=False)
     save, left = engine.core.swap.save, [1]
 
     def failing(*given):
@@ -87,10 +85,10 @@ def test_what_fails_while_pages_are_put_aside_ends_one_request(lm, alone, monkey
     engine.run()
     assert sorted(r.finish_reason for r in requests) == ["error", "length", "length", "length"]
     assert all(r.tokens == alone(PROMPTS[7], 18) for r in requests if r.error is None)
-    empty(engine)
+    check_empty(engine)
 
 
-def test_what_requests_bring_is_on_the_host(engine, alone):
+def test_prompts_samplers_and_keys_are_on_the_host(engine, alone):
     device = jax.devices()[0]
     sampler = jax.tree.map(lambda leaf: jax.device_put(np.float32(leaf), device), HOT)
     key = jax.device_put(jax.random.key(1), device)
@@ -233,7 +231,7 @@ def test_generate_in_one_call(engine, lm, alone, tiny_model):
 
 
 def test_the_last_in_rank_is_preempted(lm, alone):
-    engine = made(lm, pages=12, page=4, max_batch=2, share=False)
+    engine = make_engine(lm, pages=12, page=4, max_batch=2, share=False)
     requests = [engine.submit(PROMPTS[5], max_new_tokens=20, stop=()) for _ in range(2)]
     engine.run()
     assert [r.tokens for r in requests] == [alone(PROMPTS[5], 20)] * 2
@@ -242,9 +240,9 @@ def test_the_last_in_rank_is_preempted(lm, alone):
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_a_sampler_looks_back_past_a_preemption(lm, alone, preemption):
+def test_a_sampler_keeps_its_history_over_a_preemption(lm, alone, preemption):
     sampler = jkv.sampling.chain(jkv.sampling.repetition_penalty(3.0), jkv.sampling.greedy())
-    engine = made(lm, pages=14, preemption=preemption, share=False, max_batch=2)
+    engine = make_engine(lm, pages=14, preemption=preemption, share=False, max_batch=2)
     prompts = [PROMPTS[4], PROMPTS[5]]
     requests = [engine.submit(p, max_new_tokens=36, stop=(), sampler=sampler) for p in prompts]
     engine.run()
@@ -256,7 +254,7 @@ def test_a_sampler_looks_back_past_a_preemption(lm, alone, preemption):
         assert want != alone(prompt, 36)  # it does look back
 
 
-def test_a_callback_hears_each_token_once_at_a_stop_string(engine, alone, lm):
+def test_a_callback_gets_each_token_once_at_a_stop_string(engine, alone, lm):
     text = lm.tokenizer.decode(alone(PROMPTS[6], 12))[3:6]
     heard = []
 
@@ -274,7 +272,7 @@ def test_a_callback_hears_each_token_once_at_a_stop_string(engine, alone, lm):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_a_forked_child_is_told_so(engine, lm, tmp_path):
+def test_a_forked_child_is_refused(engine, lm, tmp_path):
     from jkv.store import Memory, Store
 
     engine.submit([1, 2], **HOW).result()

@@ -1,4 +1,4 @@
-"""The engine in front of a store: pages that were given away, and requests that wait, come back."""
+"""The engine over a store: evicted pages and swapped requests come back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jkv.ops import dispatch
 from jkv.ops.pages import TpuPages
 from jkv.store import Disk, Entry, Memory, Store
 from tests.decoding import oracle
-from tests.engine.engines import HOT, PROMPTS, SHAPE, empty
+from tests.engine.engines import HOT, PROMPTS, SHAPE, check_empty
 
 pytestmark = pytest.mark.slow  # programs for each engine
 
@@ -31,24 +31,24 @@ def asked(engine, prompts):
     return found
 
 
-def test_pages_that_were_given_away_are_found_again(lm, alone):
+def test_evicted_pages_are_found_in_the_store(lm, alone):
     want = [alone(p, 3) for p in TEXTS]
     with Store(tiers=[Memory(1 << 24)]) as store:
         engine = jkv.Engine(lm, pages=12, store=store, **SHAPE)
         cold = asked(engine, TEXTS)
         assert [n for n, _ in cold] == [0] * 6
-        # Each leaves five pages behind: those of the first are in the store by now.
+        # Each leaves five pages; those of the first are in the store by now.
         assert store.stats()["entries"] >= 12
         warm = asked(engine, TEXTS)
         assert [n for n, _ in warm] == [16] * 6
         assert [t for _, t in cold] == [t for _, t in warm] == want
-        empty(engine)
+        check_empty(engine)
     without = jkv.Engine(lm, pages=12, **SHAPE)
     asked(without, TEXTS)
     assert [n for n, _ in asked(without, TEXTS)] == [0] * 6
 
 
-def test_another_process_finds_them_and_another_model_does_not(lm, alone, tmp_path, tiny_model):
+def test_stored_pages_are_for_all_processes_and_one_model(lm, alone, tmp_path, tiny_model):
     def engine(which, store):
         return jkv.Engine(which, pages=12, store=store, **SHAPE)
 
@@ -61,8 +61,8 @@ def test_another_process_finds_them_and_another_model_does_not(lm, alone, tmp_pa
             assert asked(engine(which, store), TEXTS[:1])[0][0] == found
 
 
-def test_pages_are_kept_alike_however_they_lie_in_memory(lm, alone):
-    """What a TPU has given away is found by a CPU, and the other way round."""
+def test_stored_pages_do_not_depend_on_the_layout(lm, alone):
+    """Pages that a TPU has stored are found by a CPU, and the other way round."""
     prompt, want = (np.arange(40) % 11).tolist(), []
     with Store(tiers=[Memory(1 << 24)]) as store:
         for there in (True, False, True):
@@ -76,7 +76,7 @@ def test_pages_are_kept_alike_however_they_lie_in_memory(lm, alone):
 
 
 @pytest.mark.parametrize("room", [1 << 24, 1])
-def test_requests_wait_in_the_store_where_it_has_room(lm, alone, room):
+def test_requests_are_swapped_to_the_store_where_it_has_room(lm, alone, room):
     with Store(tiers=[Memory(room)]) as store:
         engine = jkv.Engine(lm, pages=14, store=store, share=False, preemption="swap", **SHAPE)
         ways = [{}, {"sampler": HOT, "key": jax.random.key(1)}]
@@ -89,10 +89,10 @@ def test_requests_wait_in_the_store_where_it_has_room(lm, alone, room):
         assert (counts["swap"] > 0) == (room > 1)
         assert counts["swap"] + counts["recompute"] > 0
         assert store.stats()["entries"] == 0
-        empty(engine)
+        check_empty(engine)
 
 
-def test_what_the_store_has_lost_is_computed_again(lm, alone):
+def test_swapped_pages_that_were_lost_are_recomputed(lm, alone):
     with Store(tiers=[Memory(1 << 24)]) as store:
         engine = jkv.Engine(lm, pages=14, store=store, share=False, preemption="swap", **SHAPE)
         plan = [(PROMPTS[7 + i % 5], 18 + 2 * i) for i in range(6)]
@@ -105,10 +105,10 @@ def test_what_the_store_has_lost_is_computed_again(lm, alone):
         assert lost > 0
         for request, (prompt, new) in zip(requests, plan, strict=True):
             assert request.tokens == alone(prompt, new)
-        empty(engine)
+        check_empty(engine)
 
 
-def test_what_is_left_in_the_pool_goes_to_the_store_at_the_end(lm):
+def test_close_stores_the_cached_pages(lm):
     with Store(tiers=[Memory(1 << 24)]) as store:
         with jkv.Engine(lm, pages=32, store=store, **SHAPE) as engine:
             asked(engine, TEXTS[:1])
@@ -121,7 +121,7 @@ def test_what_is_left_in_the_pool_goes_to_the_store_at_the_end(lm):
         assert store.stats()["replaced"] == 0
 
 
-def test_a_store_that_fails_ends_requests_and_nothing_else(lm, alone):
+def test_a_failing_store_ends_requests_only(lm, alone):
     store = Store(tiers=[Memory(1 << 24)])
     engine = jkv.Engine(lm, pages=32, store=store, **SHAPE)
     store.close()
@@ -131,25 +131,25 @@ def test_a_store_that_fails_ends_requests_and_nothing_else(lm, alone):
         assert request.finish_reason == "error"
         with pytest.raises(ValueError, match="closed"):
             request.result()
-    empty(engine)
+    check_empty(engine)
     short = engine.submit([1, 2], max_new_tokens=3, stop=())  # nothing to be looked for
     assert short.result() == alone([1, 2], 3)
     engine.run()
-    empty(engine)
+    check_empty(engine)
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_what_waits_stays_until_it_is_taken_back(lost):
-    """Pages that come later take no room from it; then it is gone, whatever came of it."""
+def test_swapped_pages_stay_until_they_are_taken_back(lost):
+    """Later pages do not evict it; once loaded it is gone, also if it was lost."""
     pages = [(np.arange(64, dtype=np.float32).reshape(4, 16), np.ones((4, 16), np.float32))]
     form = [((4, 16), np.dtype(np.float32))] * 2
     with Store([Memory(max_entries=4)], fingerprint=b"another") as store:
         kept = PageStore(store, b"engine")
         key = kept.key_of(0)
-        assert kept.put_aside(key, pages, 4)
+        assert kept.save_request(key, pages, 4)
         for i in range(20):
             store.put(f"page/{i}", Entry({"0": pages[0][1]}, {}))
-        leaves = kept.take_back(key, form[1:] if lost else form)
+        leaves = kept.load_request(key, form[1:] if lost else form)
         if lost:
             assert leaves is None
         else:
@@ -175,8 +175,8 @@ def a_leaf_more(arrays):
 
 
 @pytest.mark.parametrize("lie", [as_int32, a_token_less, a_leaf_less, a_leaf_more, None])
-def test_pages_that_are_no_pages_of_this_engine(lm, alone, tmp_path, lie):
-    """Under the right name and fingerprint, sealed: misses, counted and put aside."""
+def test_stored_pages_of_another_form_are_rejected(lm, alone, tmp_path, lie):
+    """Under the right name, fingerprint and seal they are misses, counted and quarantined."""
     with Store(tiers=[Disk(tmp_path)]) as store:
         asked(jkv.Engine(lm, pages=12, store=store, **SHAPE), TEXTS)
         keys = [record.key for record in store._index.records.values()]
@@ -191,11 +191,11 @@ def test_pages_that_are_no_pages_of_this_engine(lm, alone, tmp_path, lie):
         assert found == (16 if lie is None else 0)
         assert tokens == alone(TEXTS[0], 3)
         assert store.stats()["tiers"]["disk"]["corrupt"] == (0 if lie is None else 1)
-        empty(engine)
+        check_empty(engine)
     assert (tmp_path / "quarantine").exists() == (lie is not None)
 
 
-def test_a_waiting_request_that_is_none_is_computed_anew(lm, alone):
+def test_swapped_pages_of_another_form_are_recomputed(lm, alone):
     plan = [(p, 12) for p in PROMPTS]
     with Store(tiers=[Memory(1 << 24)]) as store:
         engine = jkv.Engine(lm, pages=12, preemption="swap", store=store, **SHAPE)
@@ -211,9 +211,9 @@ def test_a_waiting_request_that_is_none_is_computed_anew(lm, alone):
         assert lied > 0
         assert [r.tokens for r in requests] == [alone(p, n) for p, n in plan]
         assert store.stats()["tiers"]["memory"]["corrupt"] > 0
-        empty(engine)
+        check_empty(engine)
 
 
-def test_no_store(lm):
+def test_an_object_that_is_no_store_is_refused(lm):
     with pytest.raises(TypeError, match=r"expected a jkv\.store\.Store"):
         jkv.Engine(lm, pages=8, store="dir")

@@ -1,4 +1,4 @@
-"""Pages: who holds which, what is in them, what is found again, and what that costs."""
+"""The page pool: owners and contents of pages, what is found again, and what that costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_forks_of_a_partly_filled_page(order):
-    """Each writes its own tokens after the same ones; then they go, in all orders."""
+    """Each writes its own tokens after the same ones; then they close, in all orders."""
     device = Device(pages=6, page=4)
     first, _ = device.prompt([1, 2, 3, 4, 5])
     rows = [first, device.fork(first), device.fork(first)]
@@ -56,8 +56,8 @@ def test_a_full_page_is_shared_without_a_copy():
     assert first.seq.table[1] != other.seq.table[1]
 
 
-def test_a_page_that_can_be_found_is_not_written():
-    """Cropped into its middle and written anew: the old contents are found, and the new ones."""
+def test_a_published_page_is_not_written():
+    """Cropped in its middle and written again: the old and the new contents are both found."""
     device = Device(pages=6, page=4)
     row, _ = device.prompt([1, 2, 3, 4, 5, 6, 7, 8])
     row.seq.crop(6)
@@ -77,7 +77,7 @@ def test_a_page_that_can_be_found_is_not_written():
 
 @pytest.mark.parametrize("pages", [1, 2, 3])
 def test_prompts_of_exactly_so_many_pages(pages):
-    """Cold nothing is found, warm all but the page with the last token; with it if wanted."""
+    """A cold pool has nothing; a warm one all but the page with the last token, or all."""
     page = 4
     tokens = list(range(pages * page))
     device = Device(pages=12, page=page)
@@ -87,7 +87,7 @@ def test_prompts_of_exactly_so_many_pages(pages):
     assert found == (pages - 1) * page
     device.close(row)
     device.close(warm)
-    row, found = device.prompt(tokens)  # and when nobody has
+    row, found = device.prompt(tokens)  # and once all are closed
     assert found == (pages - 1) * page
     assert device.pool.stats()["hits_tokens"] == 2 * (pages - 1) * page
     assert device.pool.stats()["asked_tokens"] == 3 * pages * page
@@ -115,8 +115,8 @@ def test_outputs_are_found_by_the_next_turn():
     assert found == 4
 
 
-def test_what_is_equal_is_kept_once():
-    """Two that computed the same at the same time: the first page is found, the second goes."""
+def test_equal_pages_are_kept_once():
+    """Of two sequences that computed the same page, the first one's is found, and one freed."""
     device = Device(pages=6, page=2)
     tokens = [1, 2, 3]
     rows = []
@@ -146,8 +146,8 @@ def test_publishing_again_changes_nothing():
 
 
 @pytest.mark.parametrize("policy", [LRU(), LFU(), SLRU(), ARC(), CostAware()], ids=repr)
-def test_the_end_of_a_chain_goes_first(policy):
-    """What is behind a page that went could not be found."""
+def test_the_end_of_a_chain_is_evicted_first(policy):
+    """Pages behind an evicted one could not be found."""
     device = Device(pages=6, page=2, policy=policy)
     row, _ = device.prompt([1, 2, 3, 4, 5, 6, 7, 8])
     device.close(row)
@@ -161,7 +161,7 @@ def test_the_end_of_a_chain_goes_first(policy):
     assert device.pool.stats()["evicted"] == 4
 
 
-def test_an_evicted_page_is_found_no_more():
+def test_an_evicted_page_is_not_found():
     device = Device(pages=3, page=2)
     row, _ = device.prompt([1, 2, 3])
     device.close(row)
@@ -175,8 +175,8 @@ def test_an_evicted_page_is_found_no_more():
     assert found == 0
 
 
-def test_the_policy_sees_what_is_used():
-    """LFU keeps the prefix that many asked for, LRU the one that was asked for last."""
+def test_the_policy_sees_each_use():
+    """LFU keeps the prefix that was used most, LRU the one that was used last."""
     kept = {}
     for policy in (LRU(), LFU()):
         device = Device(pages=4, page=2, policy=policy)
@@ -207,7 +207,7 @@ def test_the_policy_sees_what_is_used():
         (("\ud800", [1, 2, 3, 4, 0]), ("\ud801", [1, 2, 3, 4, 0])),
     ],
 )
-def test_what_differs_is_not_found(one, other):
+def test_other_contents_are_not_found(one, other):
     device = Device(pages=20, page=2)
     for tenant, tokens in (one, other):
         row, found = device.prompt(tokens, tenant)
@@ -219,7 +219,7 @@ def test_what_differs_is_not_found(one, other):
         device.check()
 
 
-def test_what_is_before_a_page_counts():
+def test_a_name_depends_on_the_tokens_before_the_page():
     """The same page after another one is another page."""
     device = Device(pages=20, page=2)
     device.prompt([1, 2, 3, 4, 0])
@@ -311,7 +311,7 @@ def test_misuse_raises_and_changes_nothing():
             PagePool(pages=pages, page=page)
 
 
-def test_extending_is_reserving_where_nothing_is_in_the_way():
+def test_extend_equals_reserve_where_pages_are_free():
     tables = []
     for way in (PageSequence.reserve, PageSequence.extend):
         pool = PagePool(pages=8, page=4)
@@ -330,7 +330,7 @@ def test_extending_is_reserving_where_nothing_is_in_the_way():
     assert tables[0][-1]["evicted"] == 2
 
 
-def test_a_window_gives_pages_back():
+def test_drop_before_releases_pages():
     device = Device(pages=3, page=4)
     row = device.new()
     for token in range(40):
@@ -365,7 +365,7 @@ def test_nothing_is_found_after_clear():
         device.close(row)
 
 
-def test_the_pool_empties_whatever_the_order():
+def test_the_pool_empties_in_any_order():
     rng = random.Random(0)
     for _ in range(20):
         device = Device(pages=16, page=2, policy=rng.choice(POLICIES))
@@ -379,7 +379,7 @@ def test_the_pool_empties_whatever_the_order():
 
 
 def cost_ratio(measure: str, pages: int) -> float:
-    """What a request costs among so many pages, over what it costs among 1000."""
+    """Return the cost of a request among so many pages, over that among 1000."""
     # In another process: here every call is checked, which takes longer than what it does.
     code = f"from tests.engine.cost import *; print({measure}({pages}) / {measure}(1000))"
     done = subprocess.run(
@@ -388,10 +388,10 @@ def cost_ratio(measure: str, pages: int) -> float:
     return float(done.stdout)
 
 
-def test_a_request_takes_as_many_operations_among_many_pages():
+def test_the_operations_of_a_request_do_not_grow_with_the_pool():
     assert cost_ratio("counted", 30_000) < 1.1
 
 
 @pytest.mark.soak
-def test_a_request_costs_the_same_among_a_million_pages():
+def test_the_time_of_a_request_does_not_grow_with_the_pool():
     assert cost_ratio("timed", 10**6) < 8  # a search in C through all takes 15 times as long

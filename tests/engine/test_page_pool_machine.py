@@ -203,7 +203,7 @@ def test_random_lives():
 
 
 @pytest.mark.parametrize("wrong", ["_must_copy", "_leave", "_publish", "match"])
-def test_the_machine_sees_what_is_wrong(wrong, monkeypatch):
+def test_the_machine_detects_mutants(wrong, monkeypatch):
     """Without copies on write, with pages that leak, names that are wrong, other tenants' pages."""
     if wrong == "_must_copy":
         monkeypatch.setattr(PageSequence, wrong, lambda self: False)

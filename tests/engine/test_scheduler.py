@@ -1,4 +1,4 @@
-"""The scheduler alone: who runs, what is computed, and who waits when pages are short."""
+"""The scheduler alone: which requests run, what a step computes, and which are preempted."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_it_needs_no_jax():
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("windows", [(None,), (3, None), (6,)])
 @pytest.mark.parametrize("how", [{}, {"preemption": "swap"}, {"preemption": "swap", "room": False}])
-def test_tokens_depend_on_nothing_else(pages, share, windows, how):
-    """Each token is the sum of all that its pages hold, which the device looks at."""
+def test_tokens_do_not_depend_on_the_schedule(pages, share, windows, how):
+    """Each token is a sum of all tokens before it, which the fake device reads from the pages."""
     machine = Machine(pages=pages, share=share, windows=windows, **how)
     for _ in range(2):  # the second time some prompts are found
         plan = [(p, 5 + 2 * i) for i, p in enumerate(PROMPTS[:8])]
@@ -47,7 +47,7 @@ def test_tokens_depend_on_nothing_else(pages, share, windows, how):
     assert swaps or not counts["swap"]
 
 
-def test_pages_that_are_short_are_asked_for_again_once_outputs_are_known():
+def test_requests_are_preempted_only_once_outputs_are_known():
     machine = Machine(pages=8, lanes=2, share=False)
     first, second = machine.submit(PROMPTS[4], 20), machine.submit(PROMPTS[4], 20)
     scheduler, answers = machine.scheduler, []
@@ -80,7 +80,7 @@ def test_lanes_go_to_the_first_in_rank():
     assert late.tokens == answer(PROMPTS[0], 4)
 
 
-def test_prompts_are_read_in_parts_of_one_chunk():
+def test_prompts_share_one_chunk():
     machine = Machine(lanes=3, chunk=8)
     for i in (11, 7, 9):
         machine.submit(PROMPTS[i], 1)
@@ -112,7 +112,7 @@ def test_pages_out_of_a_window_are_given_back():
 
 
 def test_a_running_request_keeps_a_page_to_go_on():
-    """One that would leave none for its next tokens is not admitted beside it."""
+    """A request that would leave none for it is not admitted beside it."""
     machine = Machine(pages=8, lanes=2, share=False)
     first = machine.submit(PROMPTS[9], 8)
     for _ in range(3):
@@ -124,7 +124,7 @@ def test_a_running_request_keeps_a_page_to_go_on():
     assert first.preemptions == second.preemptions == 0
 
 
-def test_what_cannot_be_saved_ends_its_request_alone(monkeypatch):
+def test_an_error_while_swapping_ends_one_request(monkeypatch):
     machine = Machine(pages=8, lanes=2, share=False, preemption="swap")
     first, second = machine.submit(PROMPTS[4], 20), machine.submit(PROMPTS[4], 20)
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_saved_ends_its_request_alone(monkeypatch):
     assert first.tokens == answer(PROMPTS[4], 20)
 
 
-def test_what_fails_as_it_is_admitted_is_reported_and_stops_nobody(monkeypatch):
+def test_an_error_at_admission_is_reported_alone(monkeypatch):
     machine = Machine(lanes=2)
     bad, good = machine.submit(PROMPTS[4], 3), machine.submit(PROMPTS[5], 3)
     match = machine.pages.match

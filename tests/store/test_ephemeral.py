@@ -29,7 +29,7 @@ from tests.store.fakes import entry
 
 store = Store([Memory(10), Disk(sys.argv[1])])  # there is no room in memory
 kept = PageStore(store, b"model")
-kept.put_aside(kept.key_of(7), [(np.arange(50), np.arange(50))], 50)
+kept.save_request(kept.key_of(7), [(np.arange(50), np.arange(50))], 50)
 print(kept.key_of(7), flush=True)
 store.put("lasts", entry(1), pin=True)
 print("ready", flush=True)
@@ -82,7 +82,7 @@ def test_engines_of_two_containers_do_not_share_a_name(monkeypatch):
             monkeypatch.setattr(swap, "_engines", itertools.count())
             own = swap.PageStore(store, b"model")
             keys.append(own.key_of(0))
-            assert own.put_aside(keys[-1], [(np.arange(5), np.arange(5))], 5)
+            assert own.save_request(keys[-1], [(np.arange(5), np.arange(5))], 5)
         assert len(set(keys)) == len(store) == 2
 
 
