@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,16 @@ def test_functions_are_not_taken_for_the_modules_that_define_them(package):
         for name, home in homes.items()
         if ROOT.joinpath(*home.split("."), f"{name}.py").exists()
     ] == []
+
+
+def test_public_modules_are_strict():
+    """Each package's `__init__`: pyright then finds whatever has no type there."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]
+    packages = {f"jkv/{path.parent.name}" for path in ROOT.glob("jkv/*/__init__.py")}
+    private = {"jkv/cli"}
+    inits = {"jkv/__init__.py"} | {f"{name}/__init__.py" for name in packages - private}
+    assert inits <= set(settings["strict"])
+    assert [name for name in settings["strict"] if not (ROOT / name).exists()] == []
 
 
 def test_pyright_sees_types_and_mistakes_in_a_users_script(tmp_path):

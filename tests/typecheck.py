@@ -58,7 +58,7 @@ ENTRY_POINTS = {
         "LM.encode",
         "LM.save",
         "Tokenizer.decode",
-        "_dtype_name",
+        "dtype_name",
         "_ids",
         "load",
         "outline",

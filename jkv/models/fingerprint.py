@@ -27,7 +27,10 @@ _KEPT = 8  # models
 class Configured(Protocol):
     """A model: a pytree of weights with a configuration."""
 
-    config: Config
+    @property
+    def config(self) -> Config:
+        """Its shape and mathematics."""
+        ...
 
 
 @transfers

@@ -121,7 +121,7 @@ class LM:
             >>> train(lm.model)
             >>> lm.save("shakespeare-tuned", dtype="bfloat16")
         """
-        name = None if dtype is None else _dtype_name(dtype, "save")
+        name = None if dtype is None else dtype_name(dtype, "save")
         save.save(self, directory, name, parse_bytes(max_shard_size, "max_shard_size"), overwrite)
 
     def _tokenizer(self, what: str) -> Tokenizer:
@@ -163,7 +163,7 @@ def load(
         >>> jkv.generate(lm, ["ROMEO:"], max_new_tokens=16)
     """
     check_fork()
-    name = None if dtype is None else _dtype_name(dtype)
+    name = None if dtype is None else dtype_name(dtype)
     keys = check_ignore(ignore)
     directory = hub.resolve(source, revision, show=progress is not None)
     problems: list[str] = []
@@ -194,7 +194,7 @@ def read_config(
         CheckpointError: it cannot be found or is refused; the message lists everything wrong.
         ValueError: a dtype or source of another kind.
     """
-    name = None if dtype is None else _dtype_name(dtype)
+    name = None if dtype is None else dtype_name(dtype)
     keys = check_ignore(ignore)
     directory = hub.resolve(source, revision, wanted=hub.CONFIG)
     return checkpoint.read_config(directory, dtype=name, ignore=keys)
@@ -219,7 +219,7 @@ def outline(
         CheckpointError: it cannot be found or is refused; the message lists everything wrong.
         ValueError: a dtype or source of another kind.
     """
-    name = None if dtype is None else _dtype_name(dtype)
+    name = None if dtype is None else dtype_name(dtype)
     keys = check_ignore(ignore)
     directory = hub.resolve(source, revision, wanted=hub.ALL_BUT_WEIGHTS)
     problems: list[str] = []
@@ -230,7 +230,12 @@ def outline(
     return LM(model, config, tokenizer, os.fspath(source), directory, keys)
 
 
-def _dtype_name(dtype: DTypeLike, what: str = "load") -> str:
+def dtype_name(dtype: DTypeLike, what: str = "load") -> str:
+    """Return the name of a dtype that weights may have.
+
+    Raises:
+        ValueError: another one.
+    """
     try:
         name = jnp.dtype(dtype).name
     except TypeError:

@@ -319,7 +319,7 @@ class _Kept:
 
 def kept(config: Config, kind: CacheKind, batch: int, length: int) -> list[_Kept]:
     """What each kind of layer holds of rows of `length` tokens."""
-    found = []
+    found: list[_Kept] = []
     for layers in memory.distinct(config, kind):
         shape = layers.shape(config, batch, length)
         slots = shape.retained or length
@@ -401,6 +401,6 @@ def _works(config: Config, kind: CacheKind, batch: int, length: int) -> tuple[Wo
 
 
 def _dtype(dtype: DTypeLike) -> str:
-    from jkv.models.lm import _dtype_name
+    from jkv.models.lm import dtype_name
 
-    return _dtype_name(dtype)
+    return dtype_name(dtype)
