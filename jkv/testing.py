@@ -142,17 +142,17 @@ class _Probe:
         """Each new token [B, T] asks for a position; padding is NaN."""
         self.compiled += 1
 
-        def stack(tokens: Any, step: Any, layers: Any) -> Any:
-            real = (step.positions >= 0)[..., None, None]
-            k = jnp.broadcast_to(
-                self.keys[jnp.maximum(step.positions, 0)][:, :, None], (*tokens.shape, HEADS, DIM)
-            )
-            q = jnp.broadcast_to(self.keys[asked][:, :, None], k.shape)
-            k, v = (jnp.where(real, x, jnp.nan) for x in (k, jnp.asarray(_VALUES)[tokens]))
-            out, layer = layers[0].attend(jnp.where(real, q, 0.0), k, v, step, AttentionSpec(SHARP))
-            return out.reshape(*tokens.shape, -1), (layer,)
-
-        out, cache = cache.advance(stack, tokens, counts)
+        run = cache.begin(tokens, counts)
+        positions = run.step.positions
+        real = (positions >= 0)[..., None, None]
+        k = jnp.broadcast_to(
+            self.keys[jnp.maximum(positions, 0)][:, :, None], (*positions.shape, HEADS, DIM)
+        )
+        q = jnp.broadcast_to(self.keys[asked][:, :, None], k.shape)
+        k, v = (jnp.where(real, x, jnp.nan) for x in (k, jnp.asarray(_VALUES)[run.tokens]))
+        spec = AttentionSpec(SHARP)
+        out, layer = run.layers[0].attend(jnp.where(real, q, 0.0), k, v, run.step, spec)
+        out, cache = run.end(out.reshape(*positions.shape, -1), [layer])
         return out.reshape(*tokens.shape, HEADS, DIM), cache
 
     def push(self, rows: _Rows, counts: Sequence[int], what: str) -> _Rows:

@@ -2,7 +2,7 @@
 
 from jkv._pytree import pytree, replace, static
 from jkv.cache import scores, spec
-from jkv.cache.base import Cache, concat
+from jkv.cache.base import Cache, Run, concat
 from jkv.cache.compressed import NearFar, fp8, near_far, quantized, sparse
 from jkv.cache.dense import Dense, dense, from_legacy
 from jkv.cache.evicting import Evicting, evicting
@@ -22,6 +22,7 @@ __all__ = [
     "LayerCache",
     "NearFar",
     "Paged",
+    "Run",
     "Step",
     "Window",
     "concat",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from jkv.cache import pages
 from jkv.cache.evicting import evicted
 from jkv.cache.protocol import (
     LayerCache,
-    Stack,
     Step,
     as_kind,
     furthest,
@@ -32,6 +32,9 @@ from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_RENAMED = {
+    "advance": "cache.begin(tokens, counts), whose end(hidden, layers) returns what advance did",
+}
 
 
 def _eager(
@@ -109,26 +112,34 @@ class Cache:
         """Bytes of all its arrays."""
         return _pytree.nbytes(self)
 
-    def advance(
-        self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Run the model's layers over new tokens, of which each row's first `counts[b]` are real.
+    def begin(self, tokens: Int[Array, "B T"], counts: Int[Array, " B"] | None = None) -> Run:
+        """Begin a forward pass over new tokens.
+
+        A full row takes none of its tokens. Tell it from the others by `check` on the host, or by
+        `overflowed` of the cache that `Run.end` returns.
+
+        Args:
+            tokens: of each row.
+            counts: how many of a row's T tokens are real, all by default; the rest is padding.
 
         Raises:
             ValueError: tokens for another number of rows.
-        """
-        self.expect(tokens)
-        step, overflowed = self.admit(tokens.shape[1], counts)
-        hidden, layers = stack(tokens, step, self.layers)
-        return hidden, _pytree.replace(
-            self,
-            layers=layers,
-            lengths=step.stop,
-            overflowed=overflowed,
-            tables=tuple(plan.table for plan in step.pages),
-        )
 
-    def expect(self, tokens: Array) -> None:
+        Example:
+            >>> run = cache.begin(tokens)
+            >>> x, layers = embed(run.tokens), []
+            >>> for block, layer in zip(blocks, run.layers, strict=True):
+            ...     q, k, v = block.project(x, run.step.positions)
+            ...     out, layer = layer.attend(q, k, v, run.step, block.spec)
+            ...     x = block.finish(x, out)
+            ...     layers.append(layer)
+            >>> hidden, cache = run.end(x, layers)
+        """
+        self.check_batch(tokens)
+        step, overflowed = self.reserve(tokens.shape[1], counts)
+        return Run(self, tokens, step, self.layers, step, overflowed)
+
+    def check_batch(self, tokens: Array) -> None:
         """Refuse tokens that are not for the rows of this cache.
 
         Raises:
@@ -141,10 +152,11 @@ class Cache:
                 "many: make another with jkv.init_cache(..., batch=), or choose with cache.take"
             )
 
-    def admit(self, new: int, counts: Int[Array, " B"] | None) -> tuple[Step, Array]:
-        """The step for `new` tokens, none in a row that has no room for all, and the new flags.
+    def reserve(self, new: int, counts: Int[Array, " B"] | None) -> tuple[Step, Array]:
+        """Reserve slots for `new` tokens per row, none in a row that has no room for all.
 
-        Pages are found for all layers of a group at once.
+        Returns:
+            The step, and the new `overflowed`.
         """
         if counts is None:
             counts = jnp.full((self.batch,), new, jnp.int32)
@@ -158,6 +170,23 @@ class Cache:
             plans, fits = pages.planned(groups, self.tables, self.lengths, counts, new, fits)
         step = Step.after(self.lengths, jnp.where(fits, counts, 0), new)
         return _pytree.replace(step, pages=plans), ~fits
+
+    def finish(self, run: Run, hidden: Array, layers: tuple[Any, ...]) -> tuple[Array, Cache]:
+        """See `Run.end`."""
+        after = _pytree.replace(
+            self,
+            layers=layers,
+            lengths=run.new.stop,
+            overflowed=run.overflowed,
+            tables=tuple(plan.table for plan in run.new.pages),
+        )
+        return hidden, after
+
+    if not TYPE_CHECKING:  # there, a misspelt name is an error
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f". It is now {_RENAMED[name]}" if name in _RENAMED else ""
+            raise AttributeError(f"Cache has no attribute {name!r}{hint}")
 
     @transfers
     def check(self) -> Cache:
@@ -293,7 +322,7 @@ class Cache:
         flags, lengths, tables = self.overflowed, self.lengths, made.tables
         layers = made.layers
         if held:
-            step, refused = made.admit(held, self.lengths)
+            step, refused = made.reserve(held, self.lengths)
             layers = tuple(
                 layer.append(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), step)
                 for layer, (keys, values) in zip(layers, pairs, strict=True)
@@ -393,6 +422,48 @@ class Cache:
             return pairs
         longest = int(np.max(np.asarray(self.lengths), initial=0))
         return tuple((k[:, :, :longest], v[:, :, :longest]) for k, v in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One forward pass over new tokens, from `Cache.begin`.
+
+    A plain value within a program: return the cache that `end` makes from a jitted function, and
+    not this.
+
+    Attributes:
+        cache: before the pass.
+        tokens: ``[B, T]``, what the layers run over: the new tokens; of `none()`, the whole
+            history.
+        step: where these are.
+        layers: for each of the model's layers, its cache.
+        new: where the new tokens are; the same as `step` but for `none()`.
+        overflowed: ``[B]``, rows that refuse their new tokens.
+    """
+
+    cache: Cache
+    tokens: Array
+    step: Step
+    layers: tuple[Any, ...]  # of LayerCache
+    new: Step
+    overflowed: Array
+
+    def end(self, hidden: Float[Array, "B T *D"], layers: Sequence[Any]) -> tuple[Array, Cache]:
+        """Return the new tokens' hidden states, and the cache after the pass.
+
+        Args:
+            hidden: of all `tokens`, after the last layer.
+            layers: what each layer's `attend` returned.
+
+        Raises:
+            ValueError: another number of layers than `layers` of the pass.
+        """
+        if len(layers) != len(self.layers):
+            raise ValueError(
+                f"end got {plural(len(layers), 'layer')}; expected {len(self.layers)}, what attend "
+                "of each of run.layers returned"
+            )
+        return self.cache.finish(self, hidden, tuple(layers))
 
 
 @transfers

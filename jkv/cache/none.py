@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
-from jkv.cache.base import Cache
-from jkv.cache.protocol import CacheKind, LayerCache, Shape, Stack, Step, shard_heads
+from jkv.cache.base import Cache, Run
+from jkv.cache.protocol import CacheKind, LayerCache, Shape, Step, shard_heads
 from jkv.errors import UnsupportedError
 from jkv.ops.masks import AttentionSpec
 
@@ -171,21 +171,29 @@ class Recompute(Cache):
         """Whether each pass runs over all tokens."""
         return True
 
-    def advance(
-        self, stack: Stack, tokens: Int[Array, "B T"], counts: Int[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Recompute]:
-        """Append the tokens, run the layers over the history, return the new tokens' part."""
-        self.expect(tokens)
+    def begin(self, tokens: Int[Array, "B T"], counts: Int[Array, " B"] | None = None) -> Run:
+        """Append the tokens, and begin a pass over the whole history."""
+        self.check_batch(tokens)
         (past,) = self.layers
-        step, overflowed = self.admit(tokens.shape[1], counts)
+        step, overflowed = self.reserve(tokens.shape[1], counts)
         slots = jnp.where(step.positions < 0, past.capacity, step.positions)
         rows = jnp.arange(self.batch, dtype=jnp.int32)[:, None]
         history = past.tokens.at[rows, slots].set(tokens.astype(jnp.int32), mode="drop")
         whole = Step.after(jnp.zeros_like(step.stop), step.stop, past.capacity)
-        hidden, _ = stack(history, whole, (Chunk(),) * past.layers)
-        hidden = jnp.take_along_axis(hidden, jnp.maximum(step.positions, 0)[..., None], axis=1)
-        layers = (replace(past, tokens=history),)
-        return hidden, Recompute(layers=layers, lengths=step.stop, overflowed=overflowed)
+        return Run(self, history, whole, (Chunk(),) * past.layers, step, overflowed)
+
+    def finish(self, run: Run, hidden: Array, layers: tuple[Any, ...]) -> tuple[Array, Cache]:
+        """Return the new tokens' part of the hidden states."""
+        del layers
+        at = jnp.maximum(run.new.positions, 0)
+        at = at.reshape(*at.shape, *(1,) * (hidden.ndim - 2))
+        after = replace(
+            self,
+            layers=(replace(self.layers[0], tokens=run.tokens),),
+            lengths=run.new.stop,
+            overflowed=run.overflowed,
+        )
+        return jnp.take_along_axis(hidden, at, axis=1), after
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,7 +139,7 @@ class Paged(LayerCache):
         if not step.pages:
             raise UnsupportedError(
                 "a layer of pages has no table of its own: expected a step of the cache that it "
-                "belongs to; call the cache's advance, as a model does"
+                "belongs to; call the cache's begin, as a model does"
             )
         return step.pages[self.group]
 

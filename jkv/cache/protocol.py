@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import jax
@@ -330,11 +330,6 @@ class Windowed(Protocol):
     """A configuration whose layers may have windows of their own."""
 
     def window(self, layer: int) -> int | None: ...  # noqa: D102
-
-
-# The model without its cache: tokens [B, T], their step and the layers' caches in; the hidden
-# states [B, T, D] and the next caches out.
-Stack = Callable[[Array, Step, tuple[Any, ...]], tuple[Array, tuple[Any, ...]]]
 
 
 def check_heads(held: Any, new: Array) -> None:

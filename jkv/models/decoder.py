@@ -16,7 +16,7 @@ from jkv._text import plural
 from jkv.cache import heads
 from jkv.cache.base import on_device
 from jkv.cache.none import Chunk
-from jkv.cache.protocol import Step
+from jkv.cache.protocol import LayerCache, Step
 from jkv.models.config import Config
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.rope import angles, rotate
@@ -251,17 +251,14 @@ class Decoder(nnx.Module):
         branch: Branch = _unchanged,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The last layer's output, before the head: for when only some logits are wanted."""
-
-        def stack(tokens: Array, step: Step, layers: tuple[Any, ...]):
-            return self._stack(tokens, step, layers, branch)
-
-        if cache is not None:
-            return on_device(cache).advance(stack, tokens, counts)
-        batch, new = tokens.shape
-        zeros = jnp.zeros((batch,), jnp.int32)
-        step = Step.after(zeros, zeros + new if counts is None else counts, new)
-        hidden, _ = stack(tokens, step, (Chunk(),) * self.config.layers)
-        return hidden, None
+        if cache is None:
+            zeros = jnp.zeros(tokens.shape[:1], jnp.int32)
+            new = tokens.shape[1]
+            step = Step.after(zeros, zeros + new if counts is None else counts, new)
+            layers = (Chunk(),) * self.config.layers
+            return self._run_layers(tokens, step, layers, branch)[0], None
+        run = on_device(cache).begin(tokens, counts)
+        return run.end(*self._run_layers(run.tokens, run.step, run.layers, branch))
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Return the logits of every token of the vocabulary, float32."""
@@ -271,9 +268,10 @@ class Decoder(nnx.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def _stack(
-        self, tokens: Array, step: Step, layers: tuple[Any, ...], branch: Branch
-    ) -> tuple[Array, tuple[Any, ...]]:
+    def _run_layers(
+        self, tokens: Array, step: Step, layers: tuple[LayerCache, ...], branch: Branch
+    ) -> tuple[Array, list[LayerCache]]:
+        """Return the last layer's output, and each layer's next cache."""
         config = self.config
         if len(layers) != config.layers:
             raise ValueError(
@@ -301,4 +299,4 @@ class Decoder(nnx.Module):
                 lambda y, i=i: branch(y, 2 * i + 2),
             )
             after.append(layer)
-        return x, tuple(after)
+        return x, after

@@ -220,11 +220,9 @@ def test_padding_is_not_stored(case, model):
 
     @jax.jit
     def attend(cache, k, v):
-        def stack(tokens, step, layers):
-            found = [layer.attend(q, k, v, step, AttentionSpec(0.3)) for layer in layers]
-            return found[0][0].reshape(B, 5, -1), tuple(layer for _, layer in found)
-
-        return cache.advance(stack, jnp.zeros((B, 5), jnp.int32), counts)
+        run = cache.begin(jnp.zeros((B, 5), jnp.int32), counts)
+        found = [layer.attend(q, k, v, run.step, AttentionSpec(0.3)) for layer in run.layers]
+        return run.end(found[0][0].reshape(B, 5, -1), [layer for _, layer in found])
 
     out, clean = attend(cache, jnp.where(real, k, 0), jnp.where(real, v, 0))
     dirty_out, dirty = attend(cache, jnp.where(real, k, jnp.nan), jnp.where(real, v, jnp.nan))
@@ -466,11 +464,9 @@ def test_dtypes_and_head_dimensions(case, dim, dtype, size):
             qkv = [x.swapaxes(0, 1) for x in qkv]
             spec = AttentionSpec(scale, case.window, softcap=softcap)
 
-            def stack(tokens, step, layers):
-                out, layer = layers[0].attend(*qkv, step, spec)
-                return out.reshape(2, size, -1), (layer,)
-
-            out, cache = cache.advance(stack, jnp.zeros((2, size), jnp.int32))
+            run = cache.begin(jnp.zeros((2, size), jnp.int32))
+            out, layer = run.layers[0].attend(*qkv, run.step, spec)
+            out, cache = run.end(out.reshape(2, size, -1), [layer])
             return cache, out.swapaxes(0, 1)
 
         layer = case.kind.init(2, 20, 2, dim, jnp.dtype(dtype))
@@ -489,3 +485,16 @@ def test_dtypes_and_head_dimensions(case, dim, dtype, size):
     # But for a scale that is no power of two.
     bound = max(bound, 1e-2) if case.name.endswith("fp8") else bound
     np.testing.assert_allclose(got, want, atol=bound)
+
+
+def test_a_pass_says_what_is_wrong():
+    cache = Cache.empty([jkv.dense().init(2, 8, 1, 4, jnp.float32)], 2, 8)
+    with pytest.raises(AttributeError, match=r"'advance'\. It is now cache\.begin"):
+        cache.advance  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'layer'$"):
+        cache.layer  # noqa: B018
+    run = cache.begin(jnp.zeros((2, 3), jnp.int32))
+    with pytest.raises(ValueError, match=r"end got 0 layers; expected 1"):
+        run.end(jnp.zeros((2, 3, 4)), [])
+    with pytest.raises(ValueError, match="2 rows and the tokens 1"):
+        cache.begin(jnp.zeros((1, 3), jnp.int32))

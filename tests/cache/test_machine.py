@@ -49,12 +49,10 @@ def key_of(position):
 def appended(cache, tokens, counts):
     """The cache with new tokens [B, T]; asking for nothing."""
 
-    def stack(tokens, step, layers):
-        k, v = material(tokens, step.positions)
-        out, layer = layers[0].attend(jnp.zeros_like(k), k, v, step, AttentionSpec(SHARP))
-        return out.reshape(*tokens.shape, -1), (layer,)
-
-    return cache.advance(stack, tokens, counts)[1]
+    run = cache.begin(tokens, counts)
+    k, v = material(run.tokens, run.step.positions)
+    out, layer = run.layers[0].attend(jnp.zeros_like(k), k, v, run.step, AttentionSpec(SHARP))
+    return run.end(out, [layer])[1]
 
 
 def material(tokens, positions):
@@ -68,13 +66,10 @@ def asked(cache, token):
     """What a next token finds at each position: [targets, B, HEADS, DIM]."""
 
     def ask(target):
-        def stack(tokens, step, layers):
-            k, v = material(tokens, step.positions)
-            q = jnp.broadcast_to(target, (*k.shape[:2], HEADS, DIM))
-            out, layer = layers[0].attend(q, k, v, step, AttentionSpec(SHARP))
-            return out.reshape(*tokens.shape, -1), (layer,)
-
-        out, _ = cache.advance(stack, token[:, None])
+        run = cache.begin(token[:, None])
+        k, v = material(run.tokens, run.step.positions)
+        q = jnp.broadcast_to(target, (*k.shape[:2], HEADS, DIM))
+        out, _ = run.layers[0].attend(q, k, v, run.step, AttentionSpec(SHARP))
         return out.reshape(-1, HEADS, DIM)
 
     return jax.lax.map(ask, jnp.asarray(key_of(np.arange(SLOTS))))

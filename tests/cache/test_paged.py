@@ -32,11 +32,10 @@ def new(rows=3, slots=SLOTS, kind=None, **options):
 
 @jax.jit
 def put(cache, tokens, counts):
-    def stack(tokens, step, layers):
-        k = jnp.stack([tokens, step.positions], axis=-1)[:, :, None].astype(jnp.float32)
-        return jnp.zeros((*tokens.shape, 1)), tuple(x.append(k, k + 0.5, step) for x in layers)
-
-    return cache.advance(stack, tokens, counts)[1]
+    run = cache.begin(tokens, counts)
+    k = jnp.stack([tokens, run.step.positions], axis=-1)[:, :, None].astype(jnp.float32)
+    layers = [layer.append(k, k + 0.5, run.step) for layer in run.layers]
+    return run.end(jnp.zeros((*tokens.shape, 1)), layers)[1]
 
 
 def written(cache, rows, more, width=None):
@@ -226,11 +225,9 @@ def test_what_nobody_has_is_seen_by_nobody():
     @jax.jit
     def steps(cache):
         def one(cache, qkv):
-            def stack(tokens, step, layers):
-                out, layer = layers[0].attend(*(x[:, None] for x in qkv), step, AttentionSpec(0.3))
-                return out.reshape(3, 1, -1), (layer,)
-
-            out, cache = cache.advance(stack, jnp.zeros((3, 1), jnp.int32))
+            run, spec = cache.begin(jnp.zeros((3, 1), jnp.int32)), AttentionSpec(0.3)
+            out, layer = run.layers[0].attend(*(x[:, None] for x in qkv), run.step, spec)
+            out, cache = run.end(out.reshape(3, 1, -1), [layer])
             return cache, out
 
         return jax.lax.scan(one, cache, (q, k, v))[1]
@@ -425,11 +422,10 @@ def test_nan_is_told_and_leaves_with_its_page():
 
     @jax.jit
     def put_numbers(cache, numbers):
-        def stack(tokens, step, layers):
-            k = jnp.broadcast_to(numbers[:, :, None, None], (*tokens.shape, 1, 2))
-            return jnp.zeros((*tokens.shape, 1)), tuple(x.append(k, k, step) for x in layers)
-
-        return cache.advance(stack, jnp.zeros(numbers.shape, jnp.int32))[1]
+        run = cache.begin(jnp.zeros(numbers.shape, jnp.int32))
+        k = jnp.broadcast_to(numbers[:, :, None, None], (*numbers.shape, 1, 2))
+        layers = [layer.append(k, k, run.step) for layer in run.layers]
+        return run.end(jnp.zeros((*numbers.shape, 1)), layers)[1]
 
     numbers = np.ones((3, 5), np.float32)
     put_numbers(cache, numbers).check()
@@ -492,11 +488,9 @@ def test_pages_as_they_lie_on_a_tpu(bits, dim):
 
         @jax.jit
         def more(cache, q, k, v, counts):
-            def stack(_, step, layers):
-                out, layer = layers[0].attend(q, k, v, step, AttentionSpec(dim**-0.5))
-                return out, (layer,)
-
-            return cache.advance(stack, jnp.zeros(q.shape[:2], jnp.int32), counts)
+            run = cache.begin(jnp.zeros(q.shape[:2], jnp.int32), counts)
+            out, layer = run.layers[0].attend(q, k, v, run.step, AttentionSpec(dim**-0.5))
+            return run.end(out, [layer])
 
         for new, counts in ((19, [19, 7]), (1, [1, 1]), (19, [4, 0])):
             q, k, v = rng.normal(size=(3, 2, new, 3, dim)).astype(np.float32)

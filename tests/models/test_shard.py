@@ -51,11 +51,10 @@ arrays = [jax.random.normal(key, (2, 21, n, 8)) for key, n in zip(keys, (8, 4, 4
 def life(arrays, cache, mesh):
     outs = []
     for first, new in ((0, 20), (20, 1)):
-        def stack(tokens, step, layers):
-            q, k, v = (x[:, first : first + new] for x in arrays)
-            out, layer = heads.attend(layers[0], mesh, q, k, v, step, AttentionSpec(0.4))
-            return out, (layer,)
-        out, cache = cache.advance(stack, jnp.zeros((2, new), jnp.int32))
+        run = cache.begin(jnp.zeros((2, new), jnp.int32))
+        q, k, v = (x[:, first : first + new] for x in arrays)
+        out, layer = heads.attend(run.layers[0], mesh, q, k, v, run.step, AttentionSpec(0.4))
+        out, cache = run.end(out, [layer])
         outs.append(out)
     return jnp.concatenate(outs, axis=1), cache
 

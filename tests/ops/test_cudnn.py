@@ -147,7 +147,7 @@ def test_pages():
     cache = jkv.init_cache(SIZES, jkv.paged(16), batch=4, slots=64, dtype=jnp.float32)
     q, k, v = draw(4, NEW, 1, 2, DIM, NEW)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
-    step, _ = cache.admit(NEW, jnp.asarray(CHUNKS[0]))
+    step, _ = cache.reserve(NEW, jnp.asarray(CHUNKS[0]))
     with dispatch.record() as names:
         out, _ = cache.layers[0].attend(q, k, v, step, ops.AttentionSpec(0.3))
     assert "cudnn" in names

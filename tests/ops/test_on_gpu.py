@@ -148,17 +148,12 @@ def test_chunks_one_after_another(kind, window):
             jax.random.normal(one, (3, 130, n, 64)).astype(jnp.bfloat16)
             for one, n in zip(key, (8, 2, 2), strict=True)
         )
-        outs = []
-
-        def stack(tokens, step, layers, arrays=(q, k, v), outs=outs):
-            out, layer = layers[0].attend(*arrays, step, ops.AttentionSpec(0.2, window))
-            outs.append((out, step))
-            return tokens[..., None].astype(jnp.float32), (layer,)
-
+        run = cache.begin(tokens, jnp.asarray(counts))
+        step = run.step
         with dispatch.record() as names:
-            _, cache = cache.advance(stack, tokens, jnp.asarray(counts))
+            out, layer = run.layers[0].attend(q, k, v, step, ops.AttentionSpec(0.2, window))
         assert "cudnn" in names
-        ((out, step),) = outs
+        _, cache = run.end(out, [layer])
         keys, values = ops.write(keys, k, step.positions), ops.write(values, v, step.positions)
         options: Any = {"window": window}
         if kind.startswith("window"):
