@@ -3,26 +3,30 @@
 from jkv._pytree import pytree, replace, static
 from jkv.cache import scores, spec
 from jkv.cache.base import Cache, Run, concat
+from jkv.cache.block_table import BlockTables
 from jkv.cache.compressed import NearFar, fp8, near_far, quantized, sparse
 from jkv.cache.dense import Dense, dense, from_legacy
 from jkv.cache.evicting import Evicting, evicting
 from jkv.cache.init import init_cache
-from jkv.cache.none import none
+from jkv.cache.none import NoCache, none
 from jkv.cache.paged import Paged, copy_pages, paged
 from jkv.cache.per_layer import per_layer
-from jkv.cache.protocol import CacheKind, LayerCache, Step, shard_heads
+from jkv.cache.protocol import CacheKind, LayerCache, SharedState, Step, shard_heads
 from jkv.cache.pyramid import pyramid
 from jkv.cache.window import Window, window
 
 __all__ = [
+    "BlockTables",
     "Cache",
     "CacheKind",
     "Dense",
     "Evicting",
     "LayerCache",
     "NearFar",
+    "NoCache",
     "Paged",
     "Run",
+    "SharedState",
     "Step",
     "Window",
     "concat",

@@ -18,22 +18,14 @@ from jkv._axes import Array
 from jkv._pytree import pytree
 from jkv._text import brief, plural
 from jkv._transfer import intended, transfers
-from jkv.cache import pages
-from jkv.cache.evicting import evicted
-from jkv.cache.protocol import (
-    LayerCache,
-    Step,
-    as_kind,
-    furthest,
-    is_kind,
-    own_kind_hint,
-)
+from jkv.cache.protocol import LayerCache, Layers, SharedState, Step, as_kind, furthest
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 _RENAMED = {
     "advance": "cache.begin(tokens, counts), whose end(hidden, layers) returns what advance did",
+    "tables": "cache.shared[0].tables, of a jkv.cache.BlockTables",
 }
 
 
@@ -60,20 +52,24 @@ class Cache:
     either, which would not be where they belong, until `crop` has made it shorter.
     """
 
-    layers: tuple[Any, ...]  # of LayerCache
+    layers: Layers
     lengths: Array  # [B] int32, tokens held by each row
     overflowed: Array  # [B] bool
-    tables: tuple[Array, ...] = ()  # [B, M] int32 for each group of layers of pages, -1 for none
+    shared: tuple[SharedState, ...] = ()  # what layers share: block tables, a history of tokens
 
     @classmethod
-    def empty(cls, layers: Sequence[Any], batch: int, slots: int) -> Cache:
-        """A cache of new layers, of which those of pages get their tables."""
-        made, tables = pages.grouped(layers, batch, slots)
+    def empty(cls, layers: Sequence[LayerCache], batch: int, slots: int) -> Cache:
+        """Make the cache of new layers, and what these share."""
+        made, shared = tuple(layers), []
+        # Of several layers that share a state, one.
+        for state in dict.fromkeys(x.shares for x in layers if x.shares is not None):
+            made, new = state.empty(made, batch, slots)
+            shared.append(new)
         return cls(
             layers=made,
             lengths=jnp.zeros((batch,), jnp.int32),
             overflowed=jnp.zeros((batch,), bool),
-            tables=tables,
+            shared=tuple(shared),
         )
 
     @property
@@ -84,14 +80,14 @@ class Cache:
     @property
     def capacity(self) -> int | None:
         """Tokens that a row can hold, None when it never runs full."""
-        limits = [layer.capacity for layer in self.layers if layer.capacity is not None]
-        limits += map(pages.capacity, pages.pools(self.layers), self.tables)
-        return min(limits, default=None)
+        limits = [layer.capacity for layer in self.layers]
+        limits += [state.capacity(self.layers) for state in self.shared]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def grows(self) -> bool:
         """Whether a loop should give it slots as it goes, and not all at the start."""
-        return any(layer.grows for layer in self.layers)
+        return any(part.grows for part in (*self.layers, *self.shared))
 
     @property
     def forgets(self) -> bool:
@@ -101,7 +97,7 @@ class Cache:
     @property
     def recomputes(self) -> bool:
         """Whether each pass runs over all tokens."""
-        return False
+        return any(state.recomputes for state in self.shared)
 
     def reach(self, new: int) -> int | None:
         """How far back a token sees in a pass of `new`, itself included; None: without limit."""
@@ -136,8 +132,26 @@ class Cache:
             >>> hidden, cache = run.end(x, layers)
         """
         self.check_batch(tokens)
-        step, overflowed = self.reserve(tokens.shape[1], counts)
-        return Run(self, tokens, step, self.layers, step, overflowed)
+        new = tokens.shape[1]
+        if counts is None:
+            counts = jnp.full((self.batch,), new, jnp.int32)
+        counts = jnp.clip(counts.astype(jnp.int32), 0, new)
+        if self.capacity is None and not self.shared:
+            step = Step.after(self.lengths, counts, new)
+            return Run(self, tokens, step, step, self.overflowed, ())
+        fits = ~self.overflowed
+        if self.capacity is not None:
+            fits &= self.lengths + counts <= self.capacity
+        reserved = []
+        for state in self.shared:
+            room, fits = state.reserve(self.layers, self.lengths, counts, new, fits)
+            reserved.append(room)
+        step = whole = Step.after(self.lengths, jnp.where(fits, counts, 0), new)
+        shared = []
+        for state, room in zip(self.shared, reserved, strict=True):
+            state, tokens, whole = state.begin(room, tokens, whole)
+            shared.append(state)
+        return Run(self, tokens, whole, step, ~fits, tuple(shared))
 
     def check_batch(self, tokens: Array) -> None:
         """Refuse tokens that are not for the rows of this cache.
@@ -151,36 +165,6 @@ class Cache:
                 "expected as "
                 "many: make another with jkv.init_cache(..., batch=), or choose with cache.take"
             )
-
-    def reserve(self, new: int, counts: Int[Array, " B"] | None) -> tuple[Step, Array]:
-        """Reserve slots for `new` tokens per row, none in a row that has no room for all.
-
-        Returns:
-            The step, and the new `overflowed`.
-        """
-        if counts is None:
-            counts = jnp.full((self.batch,), new, jnp.int32)
-        counts = jnp.clip(counts.astype(jnp.int32), 0, new)
-        if self.capacity is None:
-            return Step.after(self.lengths, counts, new), self.overflowed
-        fits = ~self.overflowed & (self.lengths + counts <= self.capacity)
-        plans: tuple[Any, ...] = ()
-        if self.tables:
-            groups = pages.pools(self.layers)
-            plans, fits = pages.planned(groups, self.tables, self.lengths, counts, new, fits)
-        step = Step.after(self.lengths, jnp.where(fits, counts, 0), new)
-        return _pytree.replace(step, pages=plans), ~fits
-
-    def finish(self, run: Run, hidden: Array, layers: tuple[Any, ...]) -> tuple[Array, Cache]:
-        """See `Run.end`."""
-        after = _pytree.replace(
-            self,
-            layers=layers,
-            lengths=run.new.stop,
-            overflowed=run.overflowed,
-            tables=tuple(plan.table for plan in run.new.pages),
-        )
-        return hidden, after
 
     if not TYPE_CHECKING:  # there, a misspelt name is an error
 
@@ -205,26 +189,22 @@ class Cache:
         full = np.flatnonzero(np.asarray(self.overflowed))
         if len(full):
             where = "" if self.capacity is None else f" in {plural(self.capacity, 'slot')}"
+            reasons = "".join(f", or {state.refusal}" for state in self.shared if state.refusal)
             raise CacheFullError(
                 f"the cache is full: rows {brief(full.tolist())} had no room for their new tokens"
-                f"{where}{', or no page was free' if self.tables else ''}; nothing was written. "
+                f"{where}{reasons}; nothing was written. "
                 "Ask for more slots or fewer tokens"
             )
         for i, layer in enumerate(self.layers):
-            broken = np.flatnonzero(self._invalid(layer))
-            if len(broken):
+            flags = layer.invalid_rows(self.shared)
+            invalid = [] if flags is None else np.flatnonzero(np.asarray(flags)).tolist()
+            if invalid:
                 raise NonFiniteError(
                     f"layer {i} was given NaN or infinity as keys or values of rows "
-                    f"{broken.tolist()}, which no code can hold; expected finite ones. Look at the "
+                    f"{invalid}, which no code can hold; expected finite ones. Look at the "
                     "model's own activations, or use jkv.dense() to keep them as they are"
                 )
         return self
-
-    def _invalid(self, layer: LayerCache) -> np.ndarray:
-        """Rows [B] of which a layer holds what cannot be rounded."""
-        at = layer.table_index
-        invalid = layer.invalid_rows(None if at is None else self.tables[at])
-        return np.zeros((0,), bool) if invalid is None else np.asarray(invalid)
 
     @_eager
     def crop(self, lengths: Any) -> Cache:
@@ -243,13 +223,10 @@ class Cache:
         wanted = _per_row(lengths, self.batch, "crop")
         new = jnp.minimum(jnp.maximum(wanted, 0), self.lengths)
         layers = tuple(layer.crop(self.lengths, new) for layer in self.layers)
-        tables = tuple(
-            pages.cropped(pool, table, self.lengths, new)
-            for pool, table in zip(pages.pools(self.layers), self.tables, strict=True)
-        )
+        shared = tuple(state.crop(self.layers, self.lengths, new) for state in self.shared)
         overflowed = self.overflowed & (new == self.lengths)
         return _pytree.replace(
-            self, layers=layers, lengths=new, overflowed=overflowed, tables=tables
+            self, layers=layers, lengths=new, overflowed=overflowed, shared=shared
         )
 
     @_eager
@@ -268,7 +245,7 @@ class Cache:
             layers=tuple(layer.take(at) for layer in self.layers),
             lengths=self.lengths[at],
             overflowed=self.overflowed[at],
-            tables=tuple(table[at] for table in self.tables),
+            shared=tuple(state.take(at) for state in self.shared),
         )
 
     def fork(self, count: Any) -> Cache:
@@ -294,45 +271,9 @@ class Cache:
             UnsupportedError: a token's keys and values have not been kept, or the kind keeps none.
             CacheFullError: fewer slots than tokens.
         """
-        to = as_kind(to)
-        if not is_kind(to) or to.recomputes:
-            raise UnsupportedError(
-                f"convert got {brief(to)}; expected a kind that keeps keys and values, such as "
-                f"jkv.dense(){own_kind_hint(to)}"
-            )
-        pairs = self.to_legacy()
-        held = pairs[0][0].shape[2]
-        room = self.capacity if self.capacity is not None else max(held, 1)
-        slots = room if slots is None else _integer("convert", "slots", slots)
-        if slots < held:
-            raise CacheFullError(
-                f"convert got slots={slots} for rows of up to {plural(held, 'token')}"
-            )
-        layers = []
-        for i, (keys, _) in enumerate(pairs):
-            batch, heads, _, dim = keys.shape
-            kind = to if config is None else to.bind(config, i)
-            layers.append(kind.init(batch, slots, heads, dim, keys.dtype))
-        made = Cache.empty(layers, self.batch, slots)
-        if any(pool.managed for pool in pages.pools(made.layers)):
-            raise UnsupportedError(
-                "convert got a kind of managed pages, of which none are named yet; expected "
-                "jkv.paged() without managed=True"
-            )
-        flags, lengths, tables = self.overflowed, self.lengths, made.tables
-        layers = made.layers
-        if held:
-            step, refused = made.reserve(held, self.lengths)
-            layers = tuple(
-                layer.append(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), step)
-                for layer, (keys, values) in zip(layers, pairs, strict=True)
-            )
-            # Where pages run out, rows are refused.
-            flags, lengths = flags | refused, step.stop
-            tables = tuple(plan.table for plan in step.pages)
-        return _pytree.replace(
-            self, layers=layers, lengths=lengths, overflowed=flags, tables=tables
-        )
+        from jkv.cache.convert import convert  # it makes caches
+
+        return convert(self, to, config=config, slots=slots)
 
     @_eager
     def evict(self, budget: Any, score: Any = None) -> Cache:
@@ -349,7 +290,9 @@ class Cache:
             UnsupportedError: a cache that has let go of tokens in its own way.
             ValueError: a larger budget than an evicting cache has, or another score.
         """
-        return _pytree.replace(evicted(self, budget, score), tables=())
+        from jkv.cache.evict import evict  # it knows the evicting kind
+
+        return evict(self, budget, score)
 
     @_eager
     def requantise(self, to: Any) -> Cache:
@@ -396,28 +339,36 @@ class Cache:
                 f"resize got {plural(slots, 'slot')} under jit, fewer than the {self.capacity} "
                 "there are; whether the rows still fit is only known outside of it"
             )
-        groups = pages.pools(self.layers)
-        tables = [
-            pages.resized(pool, table, slots)
-            for pool, table in zip(groups, self.tables, strict=True)
-        ]
-        layers, renamed = pages.repooled(
-            [layer.resize(slots) for layer in self.layers],
-            tables,
-            pages.elastic_counts(groups, tables),
-        )
-        return _pytree.replace(self, layers=layers, tables=renamed)
+        layers = tuple(layer.resize(slots) for layer in self.layers)
+        shared = tuple(state.resize(self.layers, slots) for state in self.shared)
+        return _pytree.replace(self, layers=layers, shared=shared).fit()
 
-    def pair(self, layer: Any) -> tuple[Array, Array]:
-        """Keys and values of one of the layers, each ``[B, K, S, H]``."""
-        if layer.table_index is None:
-            return layer.to_legacy(self.lengths)
-        return layer.legacy_from_table(self.lengths, self.tables[layer.table_index])
+    def fit(self, sizes: Sequence[tuple[int, ...]] | None = None) -> Cache:
+        """Give what the layers share as much storage as the rows may need.
+
+        Args:
+            sizes: storage of each shared state, from `fork_sizes`, in place of that.
+        """
+        layers, shared = self.layers, []
+        for i, state in enumerate(self.shared):
+            layers, fitted = state.fit(layers, None if sizes is None else sizes[i])
+            shared.append(fitted)
+        return _pytree.replace(self, layers=layers, shared=tuple(shared))
+
+    def fork_sizes(self, count: int) -> tuple[tuple[int, ...], ...]:
+        """Return sizes for `fit` that are enough for rows which go on `count` ways each.
+
+        On the host: they depend on the lengths.
+        """
+        if not self.shared:
+            return ()
+        lengths = np.asarray(self.lengths)
+        return tuple(state.fork_sizes(self.layers, lengths, count) for state in self.shared)
 
     @_eager
     def to_legacy(self) -> tuple[tuple[Array, Array], ...]:
         """Per layer (keys, values), each ``[B, K, S, H]``, cut to the longest row if known."""
-        pairs = tuple(map(self.pair, self.layers))
+        pairs = tuple(x.to_legacy_shared(self.lengths, self.shared) for x in self.layers)
         if isinstance(self.lengths, Tracer):
             return pairs
         longest = int(np.max(np.asarray(self.lengths), initial=0))
@@ -436,17 +387,22 @@ class Run:
         tokens: ``[B, T]``, what the layers run over: the new tokens; of `none()`, the whole
             history.
         step: where these are.
-        layers: for each of the model's layers, its cache.
         new: where the new tokens are; the same as `step` but for `none()`.
         overflowed: ``[B]``, rows that refuse their new tokens.
+        shared: what the layers share after the pass.
     """
 
     cache: Cache
     tokens: Array
     step: Step
-    layers: tuple[Any, ...]  # of LayerCache
     new: Step
     overflowed: Array
+    shared: tuple[SharedState, ...]
+
+    @property
+    def layers(self) -> Layers:
+        """For each of the model's layers, its cache."""
+        return self.cache.layers
 
     def end(self, hidden: Float[Array, "B T *D"], layers: Sequence[Any]) -> tuple[Array, Cache]:
         """Return the new tokens' hidden states, and the cache after the pass.
@@ -458,12 +414,31 @@ class Run:
         Raises:
             ValueError: another number of layers than `layers` of the pass.
         """
+        for state in self.shared:
+            hidden = state.end(hidden, self.new)
+        return hidden, self.next_cache(layers)
+
+    def next_cache(self, layers: Sequence[LayerCache]) -> Cache:
+        """Return the cache after the pass, where no hidden states are wanted.
+
+        Args:
+            layers: what each layer's `attend` or `append` returned.
+
+        Raises:
+            ValueError: another number of layers than `layers` of the pass.
+        """
         if len(layers) != len(self.layers):
             raise ValueError(
-                f"end got {plural(len(layers), 'layer')}; expected {len(self.layers)}, what attend "
-                "of each of run.layers returned"
+                f"a pass got {plural(len(layers), 'layer')}; expected {len(self.layers)}, what "
+                "attend of each of run.layers returned"
             )
-        return self.cache.finish(self, hidden, tuple(layers))
+        return _pytree.replace(
+            self.cache,
+            layers=tuple(layers),
+            lengths=self.new.stop,
+            overflowed=self.overflowed,
+            shared=self.shared,
+        )
 
 
 @transfers
@@ -488,16 +463,15 @@ def concat(caches: Any) -> Cache:
         raise ValueError(f"concat got caches of different kinds or shapes: {brief(caches)}")
     first, rest = caches[0], caches[1:]
     layers = [layer.concat([c.layers[i] for c in rest]) for i, layer in enumerate(first.layers)]
-    tables = pages.joined([pages.pools(c.layers) for c in caches], [c.tables for c in caches])
-    counts = pages.elastic_counts(pages.pools(layers), tables)
-    made, renamed = pages.repooled(layers, tables, counts)
-    return _pytree.replace(
-        first,
-        layers=made,
+    every = [c.layers for c in caches]
+    shared = [s.concat([c.shared[i] for c in rest], every) for i, s in enumerate(first.shared)]
+    joined = Cache(
+        layers=tuple(layers),
         lengths=jnp.concatenate([c.lengths for c in caches]),
         overflowed=jnp.concatenate([c.overflowed for c in caches]),
-        tables=renamed,
+        shared=tuple(shared),
     )
+    return joined.fit()
 
 
 def on_device(cache: Cache) -> Cache:

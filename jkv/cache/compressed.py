@@ -15,7 +15,7 @@ from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief
 from jkv.cache.dense import check_heads, write
-from jkv.cache.protocol import CacheKind, LayerCache, Step, as_kind, shard_heads
+from jkv.cache.protocol import CacheKind, LayerCache, SharedState, Step, as_kind, shard_heads
 from jkv.cache.ring import Ring
 from jkv.ops.codecs import Affine, Codec, Encoded, Float8, Sparse, all_finite
 from jkv.ops.masks import AttentionSpec
@@ -149,9 +149,9 @@ class NearFar(LayerCache):
         """Whether it stores codes: it does."""
         return True
 
-    def invalid_rows(self, table: Int[Array, "B M"] | None) -> Bool[Array, " B"]:
+    def invalid_rows(self, shared: tuple[SharedState, ...]) -> Bool[Array, " B"]:
         """Return the rows that were given NaN or infinity."""
-        del table
+        del shared
         return self.broken
 
     def partition_spec(self, axis: str) -> NearFar:

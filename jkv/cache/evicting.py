@@ -422,30 +422,6 @@ def evicting(
     return EvictingKind(kept, score, recent, sinks)
 
 
-def evicted(cache: Any, budget: Any, score: Any = None) -> Any:
-    """See `Cache.evict`."""
-    layers = []
-    for i, layer in enumerate(cache.layers):
-        if isinstance(layer, Evicting):
-            if score is not None and score != layer.score:
-                raise ValueError(
-                    f"evict got score={brief(score)} for layer {i}, whose tokens have been judged "
-                    f"by {brief(layer.score)}; leave score out"
-                )
-            layers.append(layer.evict(cache.lengths, evicting(budget, layer.score).budget))
-            continue
-        kind = evicting(budget, _scores.key_norm if score is None else score)
-        keys, values = cache.pair(layer)
-        if not isinstance(cache.lengths, Tracer):
-            held = max(int(np.max(np.asarray(cache.lengths), initial=0)), 1)
-            keys, values = keys[:, :, :held], values[:, :, :held]
-        batch, heads, held, dim = keys.shape
-        step = Step.after(jnp.zeros_like(cache.lengths), cache.lengths, held)
-        empty = kind.init(batch, held, heads, dim, keys.dtype)
-        layers.append(empty.append(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), step))
-    return replace(cache, layers=tuple(layers))
-
-
 def count(name: str, value: Any, least: int) -> int:
     """`value` as an int.
 

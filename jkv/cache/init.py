@@ -50,9 +50,6 @@ def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: 
         raise ValueError(
             f"init_cache got dtype={dtype}; expected a floating one, such as float32 or bfloat16"
         )
-    whole = kind.init_cache(config, batch, slots, dtype)
-    if whole is not None:
-        return whole
     layers = [
         kind.bind(config, i).init(batch, slots, config.kv_heads, config.head_dim, dtype)
         for i in range(config.layers)

@@ -16,13 +16,20 @@ from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief
-from jkv.cache import pages
 from jkv.cache.base import Cache
+from jkv.cache.block_table import (
+    BlockTables,
+    PooledLayer,
+    check_whole,
+    columns,
+    pages_of_row,
+    tables_of,
+)
 from jkv.cache.compressed import NearFarKind
-from jkv.cache.pages import Plan, Pool
+from jkv.cache.page_allocation import PageWrites, PoolSpec
 from jkv.cache.protocol import (
     CacheKind,
-    LayerCache,
+    SharedState,
     Step,
     as_kind,
     check_heads,
@@ -38,7 +45,7 @@ from jkv.ops.pages import TpuPages, arrange, copy, empty, from_layout, to_layout
 
 
 @pytree
-class Paged(LayerCache):
+class Paged(PooledLayer):
     """A layer's keys and values in pages, which rows have by their cache's block table.
 
     Pages have no axis of rows: all that is done to rows is done to the table. A page in a codec's
@@ -56,25 +63,35 @@ class Paged(LayerCache):
     group: int = static(default=0)  # whose table it is
 
     @property
-    def pool(self) -> Pool:
-        """What is the same in all layers of a group."""
+    def pool(self) -> PoolSpec:
+        """What the layers of a group have in common."""
         count, _, page, _ = self.k_pages.shape
-        return Pool(page, count, self.window, self.managed, self.elastic)
+        return PoolSpec(page, count, self.window, self.managed, self.elastic)
 
     @property
     def table_index(self) -> int:
         """Which of the cache's block tables is its group's."""
         return self.group
 
+    def with_table_index(self, index: int) -> Paged:
+        """Return the layer as one of a group."""
+        return replace(self, group=index)
+
+    @property
+    def shares(self) -> type[BlockTables]:
+        """The block tables."""
+        return BlockTables
+
     @property
     def capacity(self) -> None:
-        """The table has it."""
+        """None: the block tables have one."""
         return None
 
-    def invalid_rows(self, table: Int[Array, "B M"] | None) -> Bool[Array, " B"] | None:
-        """Return the rows of a table of which a page was given NaN or infinity."""
-        if self.broken is None or table is None:
+    def invalid_rows(self, shared: tuple[SharedState, ...]) -> Bool[Array, " B"] | None:
+        """Return the rows of which a page was given NaN or infinity."""
+        if self.broken is None:
             return None
+        table = tables_of(shared)[self.group]
         return jnp.any((table >= 0) & self.broken[jnp.maximum(table, 0)], axis=1)
 
     def partition_spec(self, axis: str) -> Paged:
@@ -109,21 +126,21 @@ class Paged(LayerCache):
             ValueError: keys of other heads than the cache was made for.
             UnsupportedError: a step without pages: a layer alone has no table.
         """
-        plan, one, at = self._plan(step), q.shape[1] == 1, step.positions
+        writes, one, at = self._writes(step), q.shape[1] == 1, step.positions
         if one or self.window is None:
             # Written first, nothing is ever copied. One token sees no page that leaves its window.
             stored = self.append(k, v, step)
             if one and not self.rounds:
-                part = ops.attention(q, stored._kv(plan.table, step.stop), at, spec)
+                part = ops.attention(q, stored._kv(writes.table, step.stop), at, spec)
             else:
                 # A chunk among itself is one product, and not one for each block of pages.
-                past = stored._kv(plan.table, step.start)
+                past = stored._kv(writes.table, step.start)
                 part = ops.attention_with_chunk(q, k, v, at, spec, past)
             return part.out.astype(q.dtype), stored
-        past = self._kv(plan.before, step.start)
+        past = self._kv(writes.before, step.start)
         out = ops.attention_with_chunk(q, k, v, at, spec, past).out
         # The pages that leave the window with these tokens may be written by others.
-        return out.astype(q.dtype), self._put(k, v, plan, depend_on(plan.into, out))
+        return out.astype(q.dtype), self._put(k, v, writes, depend_on(writes.into, out))
 
     def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Paged:
         """Each new token in the page that the step has for it.
@@ -132,10 +149,10 @@ class Paged(LayerCache):
             ValueError: keys of other heads than the cache was made for.
             UnsupportedError: a step without pages.
         """
-        plan = self._plan(step)
-        return self._put(k, v, plan, plan.into)
+        writes = self._writes(step)
+        return self._put(k, v, writes, writes.into)
 
-    def _plan(self, step: Step) -> Plan:
+    def _writes(self, step: Step) -> PageWrites:
         if not step.pages:
             raise UnsupportedError(
                 "a layer of pages has no table of its own: expected a step of the cache that it "
@@ -143,19 +160,19 @@ class Paged(LayerCache):
             )
         return step.pages[self.group]
 
-    def _put(self, k: Array, v: Array, plan: Plan, into: Array) -> Paged:
+    def _put(self, k: Array, v: Array, writes: PageWrites, into: Array) -> Paged:
         check_heads(self.k_pages, k)
         put = functools.partial(
-            write_tokens, at=plan.at, source=plan.source, into=into, copies=not self.managed
+            write_tokens, at=writes.at, source=writes.source, into=into, copies=not self.managed
         )
         broken = self.broken
         if broken is not None:
             # By single numbers, of which there are few: one for each page that is written.
             fine = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=(2, 3))
             rows = jnp.arange(len(fine), dtype=jnp.int32)[:, None, None]
-            new = jnp.any(~fine[rows, jnp.maximum(plan.at, 0)] & (plan.at >= 0), axis=2)
-            begun = plan.at[:, :, 0] < 0  # the source's tokens come first
-            bad = new | (begun & broken[jnp.maximum(plan.source, 0)])
+            new = jnp.any(~fine[rows, jnp.maximum(writes.at, 0)] & (writes.at >= 0), axis=2)
+            begun = writes.at[:, :, 0] < 0  # the source's tokens come first
+            bad = new | (begun & broken[jnp.maximum(writes.source, 0)])
             at = jnp.where(into < 0, len(broken), into)
             broken = broken.at[at].set(bad, mode="drop")
         return replace(
@@ -166,22 +183,22 @@ class Paged(LayerCache):
         return ops.PagedKV(self.k_pages, self.v_pages, table, lengths)
 
     def take(self, rows: Int[Array, " R"]) -> Paged:
-        """The same: rows are in the table."""
+        """Return itself: rows are in the block table."""
         del rows
         return self
 
     def resize(self, slots: int) -> Paged:
-        """The same: the table grows, and the cache has its pools follow."""
+        """Return itself: the block table grows, and gives its layers more pages."""
         del slots
         return self
 
     def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Paged:
-        """The same: the table lets go of pages."""
+        """Return itself: the block table gives up pages."""
         del held, lengths
         return self
 
     def concat(self, others: Sequence[Paged]) -> Paged:
-        """The pages of all."""
+        """Concatenate along the axis of pages."""
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, *others)
 
     def to_legacy(self, lengths: Int[Array, " B"]) -> NoReturn:
@@ -195,15 +212,16 @@ class Paged(LayerCache):
             "a layer of pages has no table of its own; call to_legacy of the cache"
         )
 
-    def legacy_from_table(
-        self, lengths: Int[Array, " B"], table: Int[Array, "B M"]
+    def to_legacy_shared(
+        self, lengths: Int[Array, " B"], shared: tuple[SharedState, ...]
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """Return keys and values of the rows of a table, in order.
+        """Return keys and values of the rows of the block table, in order.
 
         Raises:
             UnsupportedError: a page has left a window.
         """
-        pages.check_whole(self.pool, table, lengths)
+        table = tables_of(shared)[self.group]
+        check_whole(self.pool, table, lengths)
         keys, values = (
             gather_slots(x, table).astype(self.dtype) for x in (self.k_pages, self.v_pages)
         )
@@ -272,8 +290,8 @@ class PagedKind(CacheKind):
 
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Paged:
         """An empty layer: pages of zeros that are nobody's."""
-        width = pages.columns(self.page, slots)
-        needed = batch * pages.pages_of_row(Pool(self.page, 0, self.window), width)
+        width = columns(self.page, slots)
+        needed = batch * pages_of_row(PoolSpec(self.page, 0, self.window), width)
         count = needed if self.pages is None else self.pages
         if self.window is not None and not self.managed:
             count = min(count, needed)  # more are never used
@@ -316,10 +334,11 @@ def paged(
         pages: in each layer; by default as many as all rows need when they are full.
         codec: another form of the tokens, such as `jkv.fp8()`: a kind that rounds them one by one
             and keeps none exact, or a codec of `jkv.ops.codecs`.
-        managed: take and free no pages. Whoever holds the cache gives it tables (``cache.tables``,
-            one for each group of layers that see as far, ``[B, M]``, -1 for no page) in which every
-            page that a pass will write to is named, and is nobody else's. Tables, lengths and flags
-            may be of other rows in each pass, and of any number of them.
+        managed: allocate and free no pages. The caller supplies block tables, the only entry of
+            ``cache.shared``: `jkv.cache.BlockTables` with ``[B, M]`` for each group of layers that
+            see as far, -1 for no page. Every page that a pass writes to must be listed and
+            exclusively owned. Tables, lengths and flags may be of other rows in each pass, and of
+            any number of them.
 
     Raises:
         TypeError: a codec that is none.
@@ -369,9 +388,9 @@ def _codecs(codec: Any) -> tuple[Any, Any]:
 def copy_pages(
     cache: Cache, source: Int[Array, " N"], into: Int[Array, " N"], group: int = 0
 ) -> Cache:
-    """The cache, which is donated, with pages ``into[n]`` as copies of ``source[n]``.
+    """Copy pages ``source[n]`` to ``into[n]`` in all layers of a group; the cache is donated.
 
-    In all layers of a group; tables stay as they are. For whoever manages the pages.
+    For callers that manage the pages: block tables stay as they are.
 
     Args:
         cache: whose pages.

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar, runtime_che
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jkv._axes import Array
 from jkv._pytree import pytree
-from jkv.cache.pages import Pool
 from jkv.errors import UnsupportedError
 from jkv.ops.masks import AttentionSpec
 
@@ -37,11 +37,11 @@ class Step:
     positions: Array  # [B, T] int32
     start: Array  # [B] int32, tokens in the row before this pass
     stop: Array  # [B] int32, and after it
-    pages: tuple[Any, ...] = ()  # a `pages.Plan` for each group of layers of pages
+    pages: tuple[Any, ...] = ()  # `PageWrites` of each group of layers of pages
 
     @classmethod
     def after(cls, start: Int[Array, " B"], counts: Int[Array, " B"], new: int) -> Step:
-        """The step in which `counts[b]` of `new` tokens follow the `start[b]` of each row."""
+        """Return the step in which `counts[b]` of `new` tokens follow the `start[b]` of a row."""
         offsets = jnp.arange(new, dtype=jnp.int32)[None, :]
         positions = jnp.where(offsets < counts[:, None], start[:, None] + offsets, -1)
         return cls(positions=positions, start=start, stop=start + counts)
@@ -134,15 +134,20 @@ class LayerCache(abc.ABC):
             "not sharded"
         )
 
-    def legacy_from_table(
-        self, lengths: Int[Array, " B"], table: Int[Array, "B M"]
+    @property
+    def shares(self) -> type[SharedState] | None:
+        """The class of what it shares with other layers, None where it shares nothing."""
+        return None
+
+    def to_legacy_shared(
+        self, lengths: Int[Array, " B"], shared: tuple[SharedState, ...]
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """Return what `to_legacy` does, of a layer of pages that has `table_index`.
+        """Return what `to_legacy` does, of a layer that `shares` what it needs for that.
 
         Raises:
-            UnsupportedError: a page that is needed has been freed.
+            UnsupportedError: a token's have not been kept.
         """
-        del table
+        del shared
         return self.to_legacy(lengths)
 
     @property
@@ -185,28 +190,136 @@ class LayerCache(abc.ABC):
         del to, lengths
         raise UnsupportedError(f"{type(self).__name__} rounds nothing; use cache.convert")
 
-    def invalid_rows(self, table: Int[Array, "B M"] | None) -> Bool[Array, " B"] | None:
+    def invalid_rows(self, shared: tuple[SharedState, ...]) -> Bool[Array, " B"] | None:
         """Return the rows that hold what cannot be stored, NaN among codes; None: never any.
 
         Args:
-            table: the block table, of a layer of pages.
+            shared: what the layers of the cache share.
         """
-        del table
-        return None
-
-    @property
-    def pool(self) -> Pool | None:
-        """What a layer of pages has in common with those of its group; None for other kinds."""
-        return None
-
-    @property
-    def table_index(self) -> int | None:
-        """Which of the cache's block tables is a layer's of pages; None for other kinds."""
+        del shared
         return None
 
     def portable(self) -> Self:
         """Return it in the form that all platforms and meshes have."""
         return self
+
+
+Layers = tuple[LayerCache, ...]
+
+
+class SharedState(abc.ABC):
+    """What several layers of a cache share: block tables, or the history of tokens.
+
+    A frozen pytree, decorated with `jkv.cache.pytree`. A layer names its class by `shares`, and
+    the cache then makes one, and asks it whatever it asks the layers.
+    """
+
+    @classmethod
+    @abc.abstractmethod
+    def empty(cls, layers: Sequence[LayerCache], batch: int, slots: int) -> tuple[Layers, Self]:
+        """Make the state of new layers, and return these with their place in it."""
+
+    @abc.abstractmethod
+    def capacity(self, layers: Layers) -> int | None:
+        """Return the tokens that a row can hold, None when it never runs full."""
+
+    @abc.abstractmethod
+    def begin(
+        self, reserved: Any, tokens: Int[Array, "B T"], step: Step
+    ) -> tuple[Self, Int[Array, "B T"], Step]:
+        """Begin a pass over new tokens.
+
+        Args:
+            reserved: what `reserve` returned.
+            tokens: of each row.
+            step: where they are.
+
+        Returns:
+            The state after the pass, and the tokens and the step that the layers run over.
+        """
+
+    @abc.abstractmethod
+    def take(self, rows: Int[Array, " R"]) -> Self:
+        """Return the state whose row r is this one's row ``rows[r]``."""
+
+    @abc.abstractmethod
+    def crop(self, layers: Layers, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Self:
+        """Roll back from `held[b]` tokens to the first `lengths[b]` of them.
+
+        Raises:
+            UnsupportedError: what is needed has been overwritten.
+        """
+
+    @abc.abstractmethod
+    def resize(self, layers: Layers, slots: int) -> Self:
+        """Return the same tokens with room for `slots` of each row."""
+
+    @abc.abstractmethod
+    def concat(self, others: Sequence[Self], layers: Sequence[Layers]) -> Self:
+        """Concatenate along the batch axis.
+
+        Args:
+            others: of caches of the same kind and length.
+            layers: of each cache, this one's first.
+        """
+
+    def reserve(
+        self,
+        layers: Layers,
+        start: Int[Array, " B"],
+        counts: Int[Array, " B"],
+        new: int,
+        fits: Bool[Array, " B"],
+    ) -> tuple[Any, Bool[Array, " B"]]:
+        """Reserve room for `counts[b]` of `new` tokens per row.
+
+        Args:
+            layers: of the cache.
+            start: tokens in each row.
+            counts: new tokens of each row.
+            new: T.
+            fits: rows that have room as far as is known.
+
+        Returns:
+            What `begin` is to be given, and the rows of `fits` that have room here too.
+        """
+        del layers, start, counts, new
+        return None, fits
+
+    def end(self, hidden: Float[Array, "B T *D"], step: Step) -> Float[Array, "B T *D"]:
+        """Return the hidden states of the new tokens.
+
+        Args:
+            hidden: of the tokens that `begin` returned.
+            step: of the new tokens.
+        """
+        del step
+        return hidden
+
+    def fit(self, layers: Layers, sizes: tuple[int, ...] | None = None) -> tuple[Layers, Self]:
+        """Return layers and state with as much storage as the rows may need, or of `sizes`."""
+        del sizes
+        return layers, self
+
+    def fork_sizes(self, layers: Layers, lengths: np.ndarray, times: int) -> tuple[int, ...]:
+        """Return sizes for `fit` that are enough for rows which go on `times` ways each."""
+        del layers, lengths, times
+        return ()
+
+    @property
+    def refusal(self) -> str:
+        """Why a row may have been refused, besides being full; "" where there is no reason."""
+        return ""
+
+    @property
+    def grows(self) -> bool:
+        """Whether a loop gives it slots as it goes, and not all at the start."""
+        return False
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether each pass runs over all tokens."""
+        return False
 
 
 class CacheKind(abc.ABC):
@@ -217,14 +330,6 @@ class CacheKind(abc.ABC):
         self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> LayerCache:
         """Make an empty layer cache."""
-
-    def init_cache(self, config: Shape, batch: int, slots: int, dtype: DTypeLike) -> Any:
-        """Make the empty `Cache` of a whole model, of a kind that is not one of layers.
-
-        Returns:
-            None by default: the cache consists of layers, each from `init`.
-        """
-        del config, batch, slots, dtype
 
     def bind(self, config: Shape, layer: int) -> CacheKind:
         """Return the kind for one layer of a model.
@@ -243,6 +348,11 @@ class CacheKind(abc.ABC):
     @property
     def recomputes(self) -> bool:
         """Whether it keeps tokens alone, and each pass runs over all of them."""
+        return False
+
+    @property
+    def managed(self) -> bool:
+        """Whether the caller supplies block tables before any token can be appended."""
         return False
 
     def reach(self, new: int) -> int | None:

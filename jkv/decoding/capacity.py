@@ -121,11 +121,13 @@ def _resize_layer_jit(layer: Any, slots: int) -> Any:
 
 
 def grow(cache: Cache, slots: int) -> Cache:
-    """A cache that nobody else holds in buffers of `slots` slots; its own are gone after this.
+    """Move a cache that nothing else refers to into buffers of `slots` slots; its own are freed.
 
     One layer after another, each layer's old buffers freed before the next one's new ones are
     made: there is never more than the new cache and one old layer.
     """
+    if cache.shared:  # a history of tokens: layers that keep nothing
+        return _resize_layer_jit(cache, slots)
     layers = []
     for layer in cache.layers:
         layers.append(jax.block_until_ready(_resize_layer_jit(layer, slots)))

@@ -15,7 +15,7 @@ from jkv._axes import Array
 from jkv._checks import check_integer
 from jkv._pytree import pytree, replace
 from jkv._transfer import transfers
-from jkv.cache import heads, pages
+from jkv.cache import heads
 from jkv.cache.base import Cache, on_device
 from jkv.cache.init import init_cache
 from jkv.decoding import apply, sampling
@@ -361,21 +361,17 @@ def copy_jit(cache: Cache) -> Cache:
 def fork(last: Array, cache: Cache, count: int) -> tuple[Array, Cache]:
     """Repeat each row of a prefill `count` times, copies next to each other.
 
-    What is in pages is shared, and there are as many more as they need from here on.
+    They share the pages that are filled, and there are as many more as they need from here on.
     """
-    more: tuple[int, ...] = ()
-    if cache.tables:
-        groups, lengths = pages.pools(cache.layers), np.asarray(cache.lengths)
-        more = pages.forked_counts(groups, cache.tables, lengths, count)
-    return fork_jit(last, cache, count, more)
+    return fork_jit(last, cache, count, cache.fork_sizes(count))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def fork_jit(last: Array, cache: Cache, count: int, more: tuple[int, ...]) -> tuple[Array, Cache]:
-    """See `fork`; `more` pages in each pool."""
-    cache = cache.fork(count)
-    layers, tables = pages.repooled(cache.layers, cache.tables, more)
-    return jnp.repeat(last, count, axis=0), replace(cache, layers=layers, tables=tables)
+def fork_jit(
+    last: Array, cache: Cache, count: int, sizes: tuple[tuple[int, ...], ...]
+) -> tuple[Array, Cache]:
+    """See `fork`; with storage of `sizes` for what the layers share."""
+    return jnp.repeat(last, count, axis=0), cache.fork(count).fit(sizes)
 
 
 @functools.partial(jax.jit, donate_argnums=(2, 4))

@@ -262,12 +262,12 @@ def join_rows(rows: list[Cache | None], config: Any, kind: Any, slots: int) -> C
             return loop.init_cache_jit(config, kind, 1, slots, config.dtype)
         if cache.capacity is None or cache.capacity == slots:
             return cache
-        return cache.resize(slots) if cache.tables else loop.resize_jit(cache, slots)
+        return cache.resize(slots) if cache.shared else loop.resize_jit(cache, slots)
 
     caches = tuple(sized(row) for row in rows)
     if len(caches) == 1:
         return caches[0]
-    return concat(caches) if caches[0].tables else _concat_jit(caches)
+    return concat(caches) if caches[0].shared else _concat_jit(caches)
 
 
 @jax.jit
@@ -284,4 +284,4 @@ def take_row(cache: Cache, row: int) -> Cache:
     """One row by itself."""
     if cache.batch == 1:
         return cache
-    return cache.take([row]) if cache.tables else _take_row_jit(cache, np.int32(row))
+    return cache.take([row]) if cache.shared else _take_row_jit(cache, np.int32(row))

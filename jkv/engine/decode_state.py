@@ -22,6 +22,7 @@ from jkv._axes import Array
 from jkv._pytree import pytree, replace
 from jkv.cache import heads
 from jkv.cache.base import Cache
+from jkv.cache.block_table import BlockTables
 from jkv.decoding import loop, sampling
 from jkv.decoding.apply import apply, init_state
 from jkv.decoding.arguments import DecoderLike
@@ -323,7 +324,7 @@ def _cache(layers: Layers, rows: DecodeState) -> Cache:
         layers=layers,
         lengths=rows.lengths,
         overflowed=jnp.zeros(rows.lengths.shape, bool),
-        tables=rows.tables,
+        shared=(BlockTables(rows.tables),),
     )
 
 

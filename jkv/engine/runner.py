@@ -16,8 +16,8 @@ from jkv._pytree import nbytes
 from jkv._text import brief
 from jkv.cache import heads
 from jkv.cache.base import Cache
+from jkv.cache.block_table import pools, tables_of
 from jkv.cache.paged import PagedKind, paged
-from jkv.cache.pages import pools
 from jkv.cache.protocol import as_kind
 from jkv.decoding import loop
 from jkv.decoding.arguments import DecoderLike, Sampler
@@ -108,7 +108,7 @@ class Runner:
         self.graphdef, self.weights = device.split_weights(self.model)
         cache = self._empty_cache()
         self.layers = cache.layers
-        self.columns = tuple(table.shape[1] for table in cache.tables)
+        self.columns = tuple(table.shape[1] for table in tables_of(cache.shared))
         self.windows = tuple(pool.window for pool in pools(cache.layers))
         self._sampler_groups: dict[Hashable, int] = {}
         self._uploaded[:] = 0

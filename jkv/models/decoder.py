@@ -15,7 +15,7 @@ from jkv._axes import Array
 from jkv._text import plural
 from jkv.cache import heads
 from jkv.cache.base import on_device
-from jkv.cache.none import Chunk
+from jkv.cache.none import NoCache
 from jkv.cache.protocol import LayerCache, Step
 from jkv.models.config import Config
 from jkv.ops.masks import AttentionSpec
@@ -255,7 +255,7 @@ class Decoder(nnx.Module):
             zeros = jnp.zeros(tokens.shape[:1], jnp.int32)
             new = tokens.shape[1]
             step = Step.after(zeros, zeros + new if counts is None else counts, new)
-            layers = (Chunk(),) * self.config.layers
+            layers = (NoCache(),) * self.config.layers
             return self._run_layers(tokens, step, layers, branch)[0], None
         run = on_device(cache).begin(tokens, counts)
         return run.end(*self._run_layers(run.tokens, run.step, run.layers, branch))

@@ -12,10 +12,9 @@ import jax
 from flax import nnx
 
 from jkv import _pytree
-from jkv.cache import pages
 from jkv.cache.base import Cache
 from jkv.cache.init import init_cache
-from jkv.cache.protocol import CacheKind
+from jkv.cache.protocol import CacheKind, LayerCache
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder
 from jkv.ops.attention.xla import BLOCK
@@ -58,11 +57,13 @@ class Layers:
     count: int
     numbers: tuple[int, ...]
 
-    def shape(self, config: Config, batch: int, slots: int) -> Any:
-        """One layer's cache, of shapes."""
-        return jax.eval_shape(
-            lambda: self.kind.init(batch, slots, config.kv_heads, config.head_dim, config.dtype)
-        )
+    def init(self, config: Config, batch: int, slots: int) -> LayerCache:
+        """Make one layer's empty cache."""
+        return self.kind.init(batch, slots, config.kv_heads, config.head_dim, config.dtype)
+
+    def shape(self, config: Config, batch: int, slots: int) -> LayerCache:
+        """Return one layer's cache, of shapes."""
+        return jax.eval_shape(lambda: self.init(config, batch, slots))
 
 
 def distinct(config: Config, kind: CacheKind) -> list[Layers]:
@@ -80,17 +81,15 @@ def cache_shape(config: Config, kind: CacheKind, batch: int, slots: int) -> Any:
 
 def cache_sizer(config: Config, kind: CacheKind) -> Callable[[int, int], int]:
     """Bytes of a cache as a function of (batch, slots), sooner than from `cache_shape`."""
-    if kind.recomputes:
-        return lambda batch, slots: _pytree.nbytes(cache_shape(config, kind, batch, slots))
     alike = distinct(config, kind)
 
-    # Lengths and flags of a row.
-    rest = _pytree.nbytes(jax.eval_shape(lambda: Cache.empty((), 1, 1)))
-
     def size(batch: int, slots: int) -> int:
-        shapes = [x.shape(config, batch, slots) for x in alike]
-        held = sum(x.count * _pytree.nbytes(shape) for x, shape in zip(alike, shapes, strict=True))
-        return held + batch * (rest + 4 * pages.columns_of_tables(shapes, slots))
+        one_of_each = jax.eval_shape(
+            lambda: Cache.empty([x.init(config, batch, slots) for x in alike], batch, slots)
+        )
+        pairs = zip(alike, one_of_each.layers, strict=True)
+        more = sum((x.count - 1) * _pytree.nbytes(layer) for x, layer in pairs)
+        return _pytree.nbytes(one_of_each) + more
 
     return size
 
@@ -129,7 +128,8 @@ def looked_at_together(config: Config, kind: CacheKind, length: int, new: int) -
     """
     if not kind.recomputes:
         shapes = [layers.shape(config, 1, length) for layers in distinct(config, kind)]
-        whole = [shape.retained + new for shape in shapes if shape.weighs_tokens]
+        kept = [shape.retained for shape in shapes if shape.weighs_tokens]
+        whole = [retained + new for retained in kept if retained is not None]
         if whole:
             return max(whole)
     return min(length, BLOCK)

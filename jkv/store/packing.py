@@ -20,8 +20,11 @@ from jkv._stored_names import present_name, written_fields, written_name
 from jkv._text import brief, plural
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
+from jkv.cache.block_table import BlockTables, tables_of
 from jkv.cache.init import init_cache
+from jkv.cache.none import NoCache, TokenHistory
 from jkv.cache.paged import Paged
+from jkv.cache.protocol import LayerCache, SharedState
 from jkv.errors import CorruptError, JkvError, UnsupportedError
 from jkv.models.config import Config
 from jkv.ops.pages import TpuPages
@@ -69,7 +72,7 @@ def pack(cache: Any, **meta: Any) -> Entry:
     length = int(cache.lengths[0])
     cache = _plain(_fitted(cache, length))
     arrays: dict[str, Any] = {}
-    words = _words(cache, "", arrays)
+    words = _cache_words(cache, arrays)
     return Entry(
         arrays=jax.device_get(arrays),
         meta={**meta, "jkv": VERSION, "cache": words, "length": length, "form": "exact"},
@@ -98,9 +101,7 @@ def unpack(entry: Entry) -> Cache:
         )
     try:
         # Buffers of its own: programs write into the cache that they are given.
-        cache = _value(entry.meta["cache"], _owned(dict(entry.arrays)))
-        if not isinstance(cache, Cache):
-            raise TypeError(f"{type(cache).__name__} is no cache")
+        cache = _cache_value(entry.meta["cache"], _owned(dict(entry.arrays)))
         _check_rows(cache, entry.meta.get("length"))
         layers = tuple(x.native() if isinstance(x, Paged) else x for x in cache.layers)
         return replace(cache, layers=layers)
@@ -114,10 +115,8 @@ def _check_rows(cache: Cache, length: object) -> None:
     Raises:
         TypeError, ValueError: it is not so.
     """
-    if not isinstance(cache.layers, tuple) or not isinstance(cache.tables, tuple):
-        raise TypeError("layers and tables are no tuples")
     for layer in cache.layers:
-        if not dataclasses.is_dataclass(layer):
+        if not isinstance(layer, LayerCache):
             raise TypeError(f"{type(layer).__name__} is no cache of a layer")
     for leaf in jax.tree.leaves(cache):
         if not isinstance(leaf, jax.Array):
@@ -239,7 +238,7 @@ def _fitted(cache: Cache, length: int) -> Cache:
     if slots >= cache.capacity:
         return cache
     # The pages of a pool are sorted out on the host.
-    return cache.resize(slots) if cache.tables else _resized(cache, slots)
+    return cache.resize(slots) if cache.shared else _resized(cache, slots)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -264,6 +263,63 @@ def _portable(cache: Cache) -> Cache:
 @jax.jit
 def _owned(arrays: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map(jax.numpy.copy, arrays)
+
+
+# An entry has a cache in the form of the first version: block tables beside the layers, and the
+# history of tokens of `none()` as the only layer of a class of its own.
+_CACHE, _RECOMPUTE = "jkv.cache.base:Cache", "jkv.cache.none:Recompute"
+_TOKENS = "jkv.cache.none:Tokens"
+_MOST_LAYERS = 1 << 12
+
+
+def _cache_words(cache: Cache, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Convert a cache to words of JSON; its arrays go to `arrays`."""
+    name, layers = _CACHE, cache.layers
+    history = [state for state in cache.shared if isinstance(state, TokenHistory)]
+    if history:
+        path = "layers.0.tokens"
+        tokens = {"tokens": _words(history[0].tokens, path, arrays), "layers": len(layers)}
+        words = {"tuple": [{"class": _TOKENS, "fields": tokens}]}
+        name = _RECOMPUTE
+    else:
+        words = _words(layers, "layers", arrays)
+    fields = {
+        "layers": words,
+        "lengths": _words(cache.lengths, "lengths", arrays),
+        "overflowed": _words(cache.overflowed, "overflowed", arrays),
+        "tables": _words(tables_of(cache.shared), "tables", arrays),
+    }
+    return {"class": name, "fields": fields}
+
+
+def _cache_value(words: Any, arrays: dict[str, Any]) -> Cache:
+    """Make the cache that `_cache_words` described."""
+    name, fields = words["class"], words["fields"]
+    if name not in (_CACHE, _RECOMPUTE):
+        raise ValueError(f"{brief(name)} is no cache")
+    if set(fields) != {"layers", "lengths", "overflowed", "tables"}:
+        raise ValueError(f"a cache has other fields than {brief(sorted(fields))}")
+    shared: list[SharedState] = []
+    tables = _value(fields["tables"], arrays)
+    if not isinstance(tables, tuple):
+        raise TypeError("tables are no tuple")
+    if tables:
+        shared.append(BlockTables(tables))
+    if name == _RECOMPUTE:
+        (history,) = fields["layers"]["tuple"]
+        count = history["fields"]["layers"]
+        if history["class"] != _TOKENS or set(history["fields"]) != {"tokens", "layers"}:
+            raise ValueError(f"{brief(history)} is no history of tokens")
+        if type(count) is not int or not 0 < count <= _MOST_LAYERS:
+            raise ValueError(f"a model of {brief(count)} layers")
+        shared.append(TokenHistory(_value(history["fields"]["tokens"], arrays)))
+        layers = (NoCache(),) * count
+    else:
+        layers = _value(fields["layers"], arrays)
+        if not isinstance(layers, tuple):
+            raise TypeError("layers are no tuple")
+    lengths, overflowed = (_value(fields[name], arrays) for name in ("lengths", "overflowed"))
+    return Cache(layers, lengths, overflowed, tuple(shared))
 
 
 def _words(value: Any, path: str, arrays: dict[str, Any]) -> Any:

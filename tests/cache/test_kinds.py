@@ -18,6 +18,7 @@ from flax import nnx
 
 import jkv
 from jkv.cache import Cache, LayerCache
+from jkv.cache.block_table import tables_of
 from jkv.errors import CacheFullError, UnsupportedError
 from jkv.models import Decoder
 from jkv.ops import AttentionSpec
@@ -189,12 +190,12 @@ def test_ragged_rows_are_themselves(case, model, tokens):
 
 def kept_bits(before, after, row):
     """Whether nothing of a row is different."""
-    if before.tables:
-        # Its pages: that they are the same, and what is in them.
-        tables = zip(before.tables, after.tables, strict=True)
-        if not all((a[row] == b[row]).all() for a, b in tables):
-            return False
-        at = [np.asarray(table[row]) for table in before.tables]
+    shared = zip(jax.tree.leaves(before.shared), jax.tree.leaves(after.shared), strict=True)
+    if not all((a[row] == b[row]).all() for a, b in shared):
+        return False
+    if tables := tables_of(before.shared):
+        # What is in its pages.
+        at = [np.asarray(table[row]) for table in tables]
         at = [at[layer.group][at[layer.group] >= 0] for layer in before.layers]
     else:
         at = [row] * len(before.layers)
@@ -491,10 +492,12 @@ def test_a_pass_says_what_is_wrong():
     cache = Cache.empty([jkv.dense().init(2, 8, 1, 4, jnp.float32)], 2, 8)
     with pytest.raises(AttributeError, match=r"'advance'\. It is now cache\.begin"):
         cache.advance  # noqa: B018
-    with pytest.raises(AttributeError, match="no attribute 'layer'$"):
+    with pytest.raises(AttributeError, match=r"no attribute 'layer'$"):
         cache.layer  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'tables'\. It is now cache\.shared"):
+        cache.tables  # noqa: B018
     run = cache.begin(jnp.zeros((2, 3), jnp.int32))
-    with pytest.raises(ValueError, match=r"end got 0 layers; expected 1"):
+    with pytest.raises(ValueError, match=r"a pass got 0 layers; expected 1"):
         run.end(jnp.zeros((2, 3, 4)), [])
     with pytest.raises(ValueError, match="2 rows and the tokens 1"):
         cache.begin(jnp.zeros((1, 3), jnp.int32))

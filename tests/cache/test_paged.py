@@ -13,7 +13,7 @@ from flax import nnx
 
 import jkv
 from jkv._pytree import replace
-from jkv.cache import Cache, copy_pages
+from jkv.cache import BlockTables, Cache, copy_pages
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 from jkv.models import Decoder
 from jkv.ops import AttentionSpec, dispatch
@@ -63,7 +63,7 @@ def holds(cache, rows):
 
 def used(cache, group=0):
     """Pages that somebody has."""
-    numbers = np.asarray(cache.tables[group])
+    numbers = np.asarray(cache.shared[0].tables[group])
     return len(np.unique(numbers[numbers >= 0]))
 
 
@@ -105,7 +105,7 @@ def test_forks_share_until_they_write():
     cache, (row, _, _) = written(new(), [[], [], []], numbered([10, 0, 0]))
     cache, rows = cache.take([0, 0, 0]), [row] * 3
     assert used(cache) == 3  # two full pages and a part of one
-    full = np.asarray(cache.tables[0])[:, :2]
+    full = np.asarray(cache.shared[0].tables[0])[:, :2]
     cache, rows = written(cache, rows, [[50], [], []])
     assert used(cache) == 4
     holds(cache, rows)
@@ -114,7 +114,7 @@ def test_forks_share_until_they_write():
     holds(cache, rows)
     for _ in range(3):
         cache, rows = written(cache, rows, [[70], [71], [72]])
-    np.testing.assert_array_equal(np.asarray(cache.tables[0])[:, :2], full)
+    np.testing.assert_array_equal(np.asarray(cache.shared[0].tables[0])[:, :2], full)
     assert used(cache) == 2 + 2 * 3
     holds(cache, rows)
     assert cache.fork(2).layers[0].k_pages.shape == cache.layers[0].k_pages.shape
@@ -150,7 +150,7 @@ def test_crop_gives_pages_back():
     assert np.asarray(full.overflowed).tolist() == [False, False, True]
     shorter = cache.crop([4, 4, 0])
     assert used(shorter) == 2
-    assert np.asarray(shorter.tables[0])[0].tolist()[1:] == [-1] * 4
+    assert np.asarray(shorter.shared[0].tables[0])[0].tolist()[1:] == [-1] * 4
     rows = [rows[0][:4], rows[1], []]
     again, rows = written(shorter, rows, [[], [], list(range(8))])
     holds(again, rows)
@@ -165,7 +165,7 @@ def test_a_pool_that_is_too_small_refuses_rows_and_hurts_none():
     # Two pages are free: one token needs none, two need one, and nine need two.
     assert np.asarray(cache.overflowed).tolist() == [True, False, False]
     holds(cache, [rows[0], [*rows[1], 60], [*rows[2], 61, 62]])
-    np.testing.assert_array_equal(before.tables[0][0], cache.tables[0][0])
+    np.testing.assert_array_equal(before.shared[0].tables[0][0], cache.shared[0].tables[0][0])
     with pytest.raises(CacheFullError, match=r"rows \[0\].*no page was free"):
         cache.check()
     # And with the pages that it wants, all have theirs.
@@ -208,7 +208,7 @@ def test_as_many_pages_as_rows_and_columns_always_suffice():
         most = 11 if rng.random() < 0.1 else 1
         counts = [min(int(rng.integers(0, most + 1)), 12 - len(row)) for row in rows]
         cache, rows = written(cache, rows, numbered(counts, 20 * step), width=most)
-        numbers = np.asarray(cache.tables[0])
+        numbers = np.asarray(cache.shared[0].tables[0])
         shared += np.sum(numbers >= 0) - used(cache)
         assert not np.any(np.asarray(cache.overflowed))
         holds(cache, rows)
@@ -245,12 +245,12 @@ def test_what_nobody_has_is_seen_by_nobody():
 def test_the_order_of_pages_is_nothing():
     cache, rows = written(new(), [[], [], []], numbered([9, 4, 11]))
     order = np.random.default_rng(1).permutation(cache.layers[0].k_pages.shape[0])
-    table = np.asarray(cache.tables[0])
+    table = np.asarray(cache.shared[0].tables[0])
     back = np.argsort(order)
     shuffled = replace(
         cache,
         layers=jax.tree.map(lambda leaf: leaf[order], cache.layers),
-        tables=(jnp.asarray(np.where(table < 0, -1, back[table]), jnp.int32),),
+        shared=(BlockTables((jnp.asarray(np.where(table < 0, -1, back[table]), jnp.int32),)),),
     )
     holds(shuffled, rows)
     holds(*written(shuffled, rows, numbered([2, 1, 3], 50)))
@@ -276,7 +276,7 @@ def test_concat_and_convert():
     holds(joined, [rows[2], rows[0], rows[0]])
     assert joined.layers[0].k_pages.shape[0] == 3 * 5
     dense = cache.convert(jkv.dense())
-    assert dense.tables == ()
+    assert dense.shared == ()
     back = dense.convert(jkv.paged(3), slots=SLOTS)
     holds(back, rows)
     assert back.capacity == 21
@@ -326,7 +326,7 @@ def test_what_has_left_a_window_is_not_found_again():
     short = cache.take([0, 0, 0])
     holds(replace(short, layers=(replace(short.layers[0], window=None),)), [rows[0]] * 3)
     assert short.to_legacy()[0][0].shape[2] == 4
-    assert np.asarray(cache.tables[0] >= 0).tolist()[1:] == [
+    assert np.asarray(cache.shared[0].tables[0] >= 0).tolist()[1:] == [
         [False, True, True, False, False],
         [False, True, True, False, False],
     ]
@@ -354,7 +354,7 @@ def managed(table, lengths):
 def given(cache, table, lengths):
     return replace(
         cache,
-        tables=(jnp.asarray(table, jnp.int32),),
+        shared=(BlockTables((jnp.asarray(table, jnp.int32),)),),
         lengths=jnp.asarray(lengths, jnp.int32),
         overflowed=jnp.zeros(len(lengths), bool),
     )
@@ -363,7 +363,7 @@ def given(cache, table, lengths):
 def test_managed_pages_are_written_where_the_table_says(compiles):
     a, b, c = [[7, 2, -1, -1, -1], [5, -1, -1, -1, -1], [9, 0, 3, -1, -1]]
     cache, rows = written(managed([a, b, c], [0, 0, 0]), [[], [], []], numbered([6, 3, 11]))
-    np.testing.assert_array_equal(cache.tables[0], [a, b, c])
+    np.testing.assert_array_equal(cache.shared[0].tables[0], [a, b, c])
     holds(cache, rows)
     # Other rows, in another order, and then as many again.
     two, more = written(given(cache, [c, a], [11, 6]), [rows[2], rows[0]], [[70], [71]])
@@ -385,7 +385,7 @@ def test_managed_rows_without_a_page_are_refused():
     cache, _ = written(cache, rows, [[80], [81]])
     assert np.asarray(cache.overflowed).tolist() == [True, False]
     holds(cache, [rows[0], [*rows[1], 81]])
-    np.testing.assert_array_equal(cache.tables[0], [[4, -1], [6, 1]])
+    np.testing.assert_array_equal(cache.shared[0].tables[0], [[4, -1], [6, 1]])
     long, _ = written(given(cache, [[4, 6]], [8]), [[]], [[1]])
     assert np.asarray(long.overflowed).tolist() == [True]
     # Shared pages are not copied: whoever manages them does that.
@@ -403,12 +403,12 @@ def test_each_token_is_rounded_once():
     """A copied page has its codes, not the codes of what they stand for."""
     cache = new(bits=8)
     cache, rows = written(cache, [[], [], []], numbered([6, 0, 0], 100))
-    at = np.asarray(cache.tables[0])[0, 1]
+    at = np.asarray(cache.shared[0].tables[0])[0, 1]
     before = jax.tree.map(lambda leaf: np.asarray(leaf[at]), cache.layers[0].k_pages)
     cache, rows = cache.take([0, 0, 0]), [rows[0]] * 3
     cache, rows = written(cache, rows, [[50], [51], [52]])
     for b in range(3):
-        at = np.asarray(cache.tables[0])[b, 1]
+        at = np.asarray(cache.shared[0].tables[0])[b, 1]
         after = jax.tree.map(lambda leaf, at=at: np.asarray(leaf[at]), cache.layers[0].k_pages)
         np.testing.assert_array_equal(after.codes[:, :2], before.codes[:, :2])
         np.testing.assert_array_equal(after.scales[..., :2], before.scales[..., :2])

@@ -56,8 +56,8 @@ def check_cache(model: Any, out: Any) -> None:
     lengths = np.asarray(out.cache.lengths)
     np.testing.assert_array_equal(lengths, [len(h) - 1 for h in out.history])
     assert not np.asarray(out.cache.overflowed).any()
-    if hasattr(out.cache.layers[0], "tokens"):
-        for row, held, length in zip(out.history, out.cache.layers[0].tokens, lengths, strict=True):
+    if out.cache.recomputes:
+        for row, held, length in zip(out.history, out.cache.shared[0].tokens, lengths, strict=True):
             np.testing.assert_array_equal(np.asarray(held)[:length], row[:-1])
         return
     for row, history in enumerate(out.history):

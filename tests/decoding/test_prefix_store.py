@@ -12,7 +12,7 @@ import pytest
 
 import jkv
 from jkv._pytree import replace
-from jkv.cache.base import Cache, concat
+from jkv.cache import BlockTables, Cache, concat
 from jkv.cache.spec import parse
 from jkv.decoding import prefix_store
 from jkv.ops import dispatch
@@ -216,7 +216,7 @@ def test_pages_of_a_tpu_and_of_others_are_the_same_entries(kind, dim):
         empty,
         layers=jax.tree.map(drawn, empty.layers),
         lengths=jnp.asarray([50], jnp.int32),
-        tables=(jnp.asarray([[2, 0, 3, 1]], jnp.int32),),
+        shared=(BlockTables((jnp.asarray([[2, 0, 3, 1]], jnp.int32),)),),
     )
     entry = pack(cache)
     with dispatch.target("tpu"):

@@ -17,7 +17,7 @@ import pytest
 
 import jkv
 from jkv import ops
-from jkv.cache.none import Chunk
+from jkv.cache.none import NoCache
 from jkv.cache.protocol import Step
 from jkv.errors import UnsupportedError
 from jkv.ops import dispatch
@@ -109,7 +109,7 @@ def test_kinds(name, stand_in, monkeypatch):
     draws = [draw(4, NEW, 1, 2, DIM, NEW, seed=i) for i in range(2)]
 
     def life():
-        cache = Chunk() if kind is None else kind.init(4, 64, 1, DIM, jnp.float32)
+        cache = NoCache() if kind is None else kind.init(4, 64, 1, DIM, jnp.float32)
         if name in ("dense", "window", "a long window", "sinks"):
             # What has not been written may be anything.
             cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
@@ -147,7 +147,7 @@ def test_pages():
     cache = jkv.init_cache(SIZES, jkv.paged(16), batch=4, slots=64, dtype=jnp.float32)
     q, k, v = draw(4, NEW, 1, 2, DIM, NEW)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
-    step, _ = cache.reserve(NEW, jnp.asarray(CHUNKS[0]))
+    step = cache.begin(jnp.zeros((4, NEW), jnp.int32), jnp.asarray(CHUNKS[0])).step
     with dispatch.record() as names:
         out, _ = cache.layers[0].attend(q, k, v, step, ops.AttentionSpec(0.3))
     assert "cudnn" in names

@@ -1,0 +1,51 @@
+"""Convert a cache to another kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jkv._pytree import replace
+from jkv._text import brief, plural
+from jkv.cache.base import Cache, _integer
+from jkv.cache.protocol import as_kind, is_kind, own_kind_hint
+from jkv.errors import CacheFullError, UnsupportedError
+
+
+def convert(cache: Cache, to: Any, *, config: Any = None, slots: Any = None) -> Cache:
+    """See `Cache.convert`."""
+    to = as_kind(to)
+    if not is_kind(to) or to.recomputes:
+        raise UnsupportedError(
+            f"convert got {brief(to)}; expected a kind that keeps keys and values, such as "
+            f"jkv.dense(){own_kind_hint(to)}"
+        )
+    pairs = cache.to_legacy()
+    held = pairs[0][0].shape[2]
+    room = cache.capacity if cache.capacity is not None else max(held, 1)
+    slots = room if slots is None else _integer("convert", "slots", slots)
+    if slots < held:
+        raise CacheFullError(f"convert got slots={slots} for rows of up to {plural(held, 'token')}")
+    layers = []
+    for i, (keys, _) in enumerate(pairs):
+        batch, heads, _, dim = keys.shape
+        kind = to if config is None else to.bind(config, i)
+        if kind.managed:
+            raise UnsupportedError(
+                "convert got a kind of managed pages, of which none are named yet; expected "
+                "jkv.paged() without managed=True"
+            )
+        layers.append(kind.init(batch, slots, heads, dim, keys.dtype))
+    converted = Cache.empty(layers, cache.batch, slots)
+    if not held:
+        return replace(converted, overflowed=cache.overflowed, lengths=cache.lengths)
+    # A pass of tokens whose ids no layer asks for.
+    run = converted.begin(jnp.zeros((cache.batch, held), jnp.int32), cache.lengths)
+    layers = [
+        layer.append(jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2), run.step)
+        for layer, (keys, values) in zip(run.layers, pairs, strict=True)
+    ]
+    converted = run.next_cache(layers)
+    # Where pages run out, rows are refused.
+    return replace(converted, overflowed=cache.overflowed | converted.overflowed)
