@@ -14,7 +14,6 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.cache import CacheKind as CacheKind
     from jkv.cache import LayerCache as LayerCache
     from jkv.cache import Step as Step
-    from jkv.cache import concat as concat
     from jkv.cache import fp8 as fp8
     from jkv.cache import from_legacy as from_legacy
     from jkv.cache import init_cache as init_cache
@@ -22,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.cache import quantized as quantized
     from jkv.cache import scores as scores
     from jkv.cache import sparse as sparse
+    from jkv.cache.concat import concat as concat
     from jkv.cache.dense import dense as dense
     from jkv.cache.evicting import evicting as evicting
     from jkv.cache.none import none as none
@@ -74,7 +74,7 @@ _HOME = {
     "CacheKind": "jkv.cache",
     "LayerCache": "jkv.cache",
     "Step": "jkv.cache",
-    "concat": "jkv.cache",
+    "concat": "jkv.cache.concat",
     "dense": "jkv.cache.dense",
     "evicting": "jkv.cache.evicting",
     "fp8": "jkv.cache",

@@ -2,9 +2,10 @@
 
 from jkv._pytree import pytree, replace, static
 from jkv.cache import scores, spec
-from jkv.cache.base import Cache, Run, concat
+from jkv.cache.base import Cache, Run
 from jkv.cache.block_table import BlockTables
 from jkv.cache.compressed import NearFar, fp8, near_far, quantized, sparse
+from jkv.cache.concat import concat
 from jkv.cache.dense import Dense, dense, from_legacy
 from jkv.cache.evicting import Evicting, evicting
 from jkv.cache.init import init_cache

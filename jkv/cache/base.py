@@ -15,10 +15,12 @@ from jaxtyping import Float, Int
 
 from jkv import _pytree
 from jkv._axes import Array
+from jkv._checks import check_integer
 from jkv._pytree import pytree
 from jkv._text import brief, plural
 from jkv._transfer import intended, transfers
 from jkv.cache.protocol import LayerCache, Layers, SharedState, Step, as_kind, furthest
+from jkv.cache.rows import check_lengths, check_rows
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 
 P = ParamSpec("P")
@@ -220,7 +222,7 @@ class Cache:
             ValueError: a length below 0, or lengths of another shape than [B] or [].
             UnsupportedError: a kind that no longer has what it would need.
         """
-        wanted = _per_row(lengths, self.batch, "crop")
+        wanted = check_lengths(lengths, self.batch)
         new = jnp.minimum(jnp.maximum(wanted, 0), self.lengths)
         layers = tuple(layer.crop(self.lengths, new) for layer in self.layers)
         shared = tuple(state.crop(self.layers, self.lengths, new) for state in self.shared)
@@ -239,7 +241,7 @@ class Cache:
         Raises:
             ValueError: a row that is not there.
         """
-        at = _rows(rows, self.batch)
+        at = check_rows(rows, self.batch)
         return _pytree.replace(
             self,
             layers=tuple(layer.take(at) for layer in self.layers),
@@ -256,7 +258,8 @@ class Cache:
         Raises:
             ValueError: `count` is no integer of at least 1.
         """
-        return self.take(np.repeat(np.arange(self.batch), _integer("fork", "count", count)))
+        count = check_integer("count", count, 1, of="fork")
+        return self.take(np.repeat(np.arange(self.batch), count))
 
     @_eager
     def convert(self, to: Any, *, config: Any = None, slots: Any = None) -> Cache:
@@ -326,7 +329,7 @@ class Cache:
             ValueError: `slots` is no integer of at least 1.
             CacheFullError: a row holds more than that.
         """
-        slots = _integer("resize", "slots", slots)
+        slots = check_integer("slots", slots, 1, of="resize")
         if not isinstance(self.lengths, Tracer):
             longest = int(np.max(np.asarray(self.lengths), initial=0))
             if slots < longest:
@@ -441,39 +444,6 @@ class Run:
         )
 
 
-@transfers
-def concat(caches: Any) -> Cache:
-    """One batch of the rows of several caches, with the slots of the longest.
-
-    Args:
-        caches: a list of them.
-
-    Raises:
-        TypeError: something that is no cache.
-        ValueError: no cache, or caches of different models, kinds or dtypes.
-    """
-    if not isinstance(caches, Sequence) or not all(isinstance(c, Cache) for c in caches):
-        raise TypeError(f"concat got {brief(caches)}; expected a list of caches")
-    if not caches:
-        raise ValueError("concat got no caches; expected at least one")
-    slots = max((c.capacity for c in caches if c.capacity is not None), default=None)
-    if slots is not None:
-        caches = [c if c.capacity == slots else c.resize(slots) for c in caches]
-    if len({_signature(c) for c in caches}) > 1:
-        raise ValueError(f"concat got caches of different kinds or shapes: {brief(caches)}")
-    first, rest = caches[0], caches[1:]
-    layers = [layer.concat([c.layers[i] for c in rest]) for i, layer in enumerate(first.layers)]
-    every = [c.layers for c in caches]
-    shared = [s.concat([c.shared[i] for c in rest], every) for i, s in enumerate(first.shared)]
-    joined = Cache(
-        layers=tuple(layers),
-        lengths=jnp.concatenate([c.lengths for c in caches]),
-        overflowed=jnp.concatenate([c.overflowed for c in caches]),
-        shared=tuple(shared),
-    )
-    return joined.fit()
-
-
 def on_device(cache: Cache) -> Cache:
     """Bring a cache back from the host, where `jax.device_get` moved it, as a copy.
 
@@ -482,42 +452,3 @@ def on_device(cache: Cache) -> Cache:
     if not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(cache)):
         return cache
     return jax.tree.map(jnp.array, cache)
-
-
-def _integer(where: str, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{where} got {name}={brief(value)}; expected an integer of at least 1")
-    return int(value)
-
-
-def _per_row(lengths: Any, batch: int, what: str) -> Array:
-    """Lengths as [B] int32; those whose values are known are checked."""
-    array = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
-    if array.shape not in ((), (batch,)) or not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(
-            f"{what} got lengths of shape {array.shape} and dtype {array.dtype}; expected an "
-            f"integer or one integer for each of {plural(batch, 'row')}"
-        )
-    if not isinstance(array, Tracer) and np.any(np.asarray(array) < 0):
-        raise ValueError(f"{what} got a negative length in {np.asarray(array).tolist()}")
-    return jnp.broadcast_to(jnp.asarray(array, jnp.int32), (batch,))
-
-
-def _rows(rows: Any, batch: int) -> Array:
-    array = rows if isinstance(rows, jax.Array) else np.asarray(rows)
-    if array.ndim != 1 or not jnp.issubdtype(array.dtype, jnp.integer) or array.shape[0] == 0:
-        raise ValueError(
-            f"take got rows of shape {array.shape} and dtype {array.dtype}; expected a list of "
-            "row numbers"
-        )
-    if not isinstance(array, Tracer):
-        known = np.asarray(array)
-        if known.min() < 0 or known.max() >= batch:
-            raise ValueError(f"take got rows {known.tolist()}; expected numbers 0 to {batch - 1}")
-    return jnp.asarray(array, jnp.int32)
-
-
-def _signature(cache: Cache) -> tuple[Any, ...]:
-    """Everything but the batch: kinds, shapes from the second axis on, dtypes."""
-    leaves, tree = jax.tree.flatten(cache)
-    return tree, *((leaf.dtype, leaf.shape[1:]) for leaf in leaves)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from jkv import ops
 from jkv._axes import Array
+from jkv._checks import check_integer
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief
 from jkv.cache.dense import check_heads, write
@@ -275,7 +276,7 @@ class NearFarKind(CacheKind):
 
     keys: Any  # Codec
     values: Any  # Codec
-    recent: Any = 0  # tokens, an int
+    recent: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -284,12 +285,6 @@ class NearFarKind(CacheKind):
             raise ValueError(
                 f"keys are encoded {self.keys.block_size} tokens at a time and values "
                 f"{self.values.block_size}; expected one to divide the other"
-            )
-        recent = self.recent
-        if isinstance(recent, bool) or not isinstance(recent, int) or recent < 0:
-            raise ValueError(
-                f"got {brief(recent)} recent tokens to keep exact; expected an integer of at "
-                "least 0"
             )
 
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> NearFar:
@@ -346,6 +341,7 @@ def quantized(
     values = _affine(bits if value_bits is None else value_bits, "token", group)
     if residual is None:
         residual = 128 if min(keys.bits, values.bits) < 8 else 0
+    residual = check_integer("residual", residual, 0, of="quantized")
     return NearFarKind(keys=keys, values=values, recent=residual)
 
 
@@ -365,6 +361,7 @@ def fp8(*, residual: Any = 0) -> NearFarKind:
     Raises:
         ValueError: a negative residual.
     """
+    residual = check_integer("residual", residual, 0, of="fp8")
     return NearFarKind(keys=Float8(), values=Float8(), recent=residual)
 
 
@@ -380,6 +377,7 @@ def near_far(*, recent: Any = 128, far: Any) -> NearFarKind:
         TypeError: `far` is neither.
         ValueError: a negative `recent`.
     """
+    recent = check_integer("recent", recent, 0, of="near_far")
     far = as_kind(far)
     if isinstance(far, NearFarKind):
         return dataclasses.replace(far, recent=recent)
@@ -402,5 +400,6 @@ def sparse(keep: Any = 0.25, *, bits: Any = None, residual: Any = 0) -> NearFarK
     Raises:
         ValueError: a share or number of bits out of range.
     """
+    residual = check_integer("residual", residual, 0, of="sparse")
     codec = Sparse(keep=keep, inner=None if bits is None else _affine(bits, "token", None))
     return NearFarKind(keys=codec, values=codec, recent=residual)

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jkv._checks import check_integer
 from jkv._pytree import replace
 from jkv._text import brief, plural
-from jkv.cache.base import Cache, _integer
+from jkv.cache.base import Cache
 from jkv.cache.protocol import as_kind, is_kind, own_kind_hint
 from jkv.errors import CacheFullError, UnsupportedError
 
@@ -24,7 +25,7 @@ def convert(cache: Cache, to: Any, *, config: Any = None, slots: Any = None) -> 
     pairs = cache.to_legacy()
     held = pairs[0][0].shape[2]
     room = cache.capacity if cache.capacity is not None else max(held, 1)
-    slots = room if slots is None else _integer("convert", "slots", slots)
+    slots = room if slots is None else check_integer("slots", slots, 1, of="convert")
     if slots < held:
         raise CacheFullError(f"convert got slots={slots} for rows of up to {plural(held, 'token')}")
     layers = []

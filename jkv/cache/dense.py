@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from jkv import ops
 from jkv._axes import Array
+from jkv._checks import check_flag
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief
 from jkv._transfer import transfers
@@ -133,9 +134,7 @@ def dense(grow: Any = False) -> DenseKind:
     Raises:
         TypeError: `grow` is no bool.
     """
-    if not isinstance(grow, bool):
-        raise TypeError(f"dense got grow={brief(grow)}; expected True or False")
-    return DenseKind(grow)
+    return DenseKind(check_flag("grow", grow, of="dense"))
 
 
 @transfers

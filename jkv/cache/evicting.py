@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
+from jkv._checks import check_integer
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache import scores as _scores
@@ -397,10 +398,11 @@ def evicting(
     budgets = budget if isinstance(budget, list | tuple) else (budget,)
     if not budgets:
         raise ValueError("evicting got no budgets; expected one for each key/value head, or one")
-    budgets = tuple(count("budget", each, 1) for each in budgets)
+    budgets = tuple(check_integer("budget", each, 1, of="evicting") for each in budgets)
     least = min(budgets)
-    sinks = count("sinks", sinks, 0)
-    recent = max(least // 2, 1) if recent is None else count("recent", recent, 1)
+    sinks = check_integer("sinks", sinks, 0, of="evicting")
+    recent = max(least // 2, 1) if recent is None else recent
+    recent = check_integer("recent", recent, 1, of="evicting")
     if recent + sinks > least:
         raise ValueError(
             f"evicting got recent={recent} and sinks={sinks} for a budget of {least}; expected at "
@@ -420,20 +422,6 @@ def evicting(
         )
     kept = budgets if isinstance(budget, list | tuple) else budgets[0]
     return EvictingKind(kept, score, recent, sinks)
-
-
-def count(name: str, value: Any, least: int) -> int:
-    """`value` as an int.
-
-    Raises:
-        ValueError: it is none, or below `least`.
-    """
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(
-            f"an evicting cache got {name}={brief(value)}; expected an integer of at least {least}"
-        )
-    return int(value)
 
 
 def _per_head(budget: int | tuple[int, ...], kv_heads: int) -> tuple[int, ...]:

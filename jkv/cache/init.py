@@ -4,9 +4,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jkv._checks import check_integer
 from jkv._text import brief
 from jkv._transfer import transfers
-from jkv.cache.base import Cache, _integer
+from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.cache.protocol import LayerCache, Shape, as_kind, is_kind, own_kind_hint
 
@@ -28,7 +29,8 @@ def init_cache(config: Any, kind: Any = None, *, batch: Any, slots: Any, dtype: 
             that names no kind.
     """
     kind = dense() if kind is None else as_kind(kind)
-    batch, slots = _integer("init_cache", "batch", batch), _integer("init_cache", "slots", slots)
+    batch = check_integer("batch", batch, 1, of="init_cache")
+    slots = check_integer("slots", slots, 1, of="init_cache")
     if not isinstance(config, Shape):
         hint = "; pass its .config" if hasattr(config, "config") else ""
         raise TypeError(

@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jkv import ops
 from jkv._axes import Array
+from jkv._checks import check_flag, check_integer
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief
 from jkv.cache.base import Cache
@@ -345,12 +345,9 @@ def paged(
         ValueError: numbers below 1, bits that there is no codec for, both bits and a codec, or one
             that encodes several tokens together.
     """
-    for name, value in (("page", page), ("pages", pages)):
-        plain = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not (plain and value >= 1) and not (value is None and name == "pages"):
-            raise ValueError(f"paged got {name}={brief(value)}; expected an integer of at least 1")
-    if not isinstance(managed, bool):
-        raise TypeError(f"paged got managed={brief(managed)}; expected True or False")
+    page = check_integer("page", page, 1, of="paged")
+    pages = None if pages is None else check_integer("pages", pages, 1, of="paged")
+    managed = check_flag("managed", managed, of="paged")
     if bits is not None and codec is not None:
         raise ValueError(
             f"paged got bits={brief(bits)} and codec={brief(codec)}; expected one of them"
@@ -359,7 +356,7 @@ def paged(
         # One step per token where that is fine enough: the kernel for GPUs has no more.
         codec = Affine(bits=bits, axis="token", group=None if bits >= 4 else 64)
     keys, values = _codecs(codec)
-    return PagedKind(int(page), None if pages is None else int(pages), keys, values, managed)
+    return PagedKind(page, pages, keys, values, managed)
 
 
 def _codecs(codec: Any) -> tuple[Any, Any]:

@@ -6,8 +6,7 @@ import abc
 import dataclasses
 from typing import Any
 
-import numpy as np
-
+from jkv._checks import check_integer
 from jkv._text import brief, plural
 from jkv.cache.dense import dense
 from jkv.cache.protocol import CacheKind, as_kind, is_kind, own_kind_hint
@@ -107,11 +106,8 @@ def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> A
         >>> jkv.per_layer([jkv.dense(), jkv.window(256)] * 6)
         >>> jkv.per_layer(jkv.window(256), first=1, last=1)
     """
-    for name, value in (("first", first), ("last", last)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-            raise ValueError(
-                f"per_layer got {name}={brief(value)}; expected an integer of at least 0"
-            )
+    first = check_integer("first", first, 0, of="per_layer")
+    last = check_integer("last", last, 0, of="per_layer")
     if isinstance(kinds, list | tuple):
         if not kinds:
             raise ValueError("per_layer got no kinds; expected one for each layer")
@@ -122,7 +118,7 @@ def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> A
             )
         return ListedKind(tuple(_checked(kind) for kind in kinds))
     exact = dense() if exact is None else exact
-    return EndsKind(_checked(kinds), int(first), int(last), _checked(exact))
+    return EndsKind(_checked(kinds), first, last, _checked(exact))
 
 
 def _checked(kind: Any) -> Any:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
-
-from jkv._text import brief
+from jkv._checks import check_integer, check_number
 from jkv.cache import scores as _scores
-from jkv.cache.evicting import Evicting, EvictingKind, count, evicting
+from jkv.cache.evicting import Evicting, EvictingKind, evicting
 from jkv.cache.protocol import CacheKind
 from jkv.errors import UnsupportedError
 
@@ -71,9 +69,8 @@ def pyramid(
     Raises:
         ValueError: numbers out of range.
     """
-    budget, sinks = count("budget", budget, 1), count("sinks", sinks, 0)
-    number = isinstance(ratio, int | float | np.number) and not isinstance(ratio, bool)
-    if not number or not 1 <= ratio < np.inf:
-        raise ValueError(f"pyramid got ratio={brief(ratio)}; expected a number of at least 1")
+    budget = check_integer("budget", budget, 1, of="pyramid")
+    sinks = check_integer("sinks", sinks, 0, of="pyramid")
+    ratio = check_number("ratio", ratio, "a number of at least 1", lambda x: x >= 1, of="pyramid")
     evicting(budget, score, recent, sinks)
-    return PyramidKind(budget, float(ratio), score, recent, sinks)
+    return PyramidKind(budget, ratio, score, recent, sinks)

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
+from jkv._checks import check_integer, is_integer
 from jkv._pytree import pytree
 from jkv._text import brief
 
@@ -124,14 +124,13 @@ def snapkv(window: Any = 32, pool: Any = 7) -> SnapKV:
     Raises:
         ValueError: no integers, below 1, or an even `pool`.
     """
-    for name, value in (("window", window), ("pool", pool)):
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or value < 1 or (name == "pool" and value % 2 == 0):
-            raise ValueError(
-                f"snapkv got {name}={brief(value)}; expected an integer of at least 1"
-                + (", odd: a token and as many on either side" if name == "pool" else "")
-            )
-    return SnapKV(int(window), int(pool))
+    window = check_integer("window", window, 1, of="snapkv")
+    if not is_integer(pool) or pool < 1 or pool % 2 == 0:
+        raise ValueError(
+            f"snapkv got pool={brief(pool)}; expected an integer of at least 1, odd: a token and "
+            "as many on either side"
+        )
+    return SnapKV(window, int(pool))
 
 
 def _pooled(

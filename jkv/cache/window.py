@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from jkv import ops
 from jkv._axes import Array
+from jkv._checks import check_integer
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache.dense import Dense, dense
@@ -295,15 +296,11 @@ def window(size: Any = None, sinks: Any = 0, positions: Any = "cache") -> Window
     Raises:
         ValueError: a size below 1, sinks below 0, or another rule.
     """
-    for name, value, least in (("size", size, 1), ("sinks", sinks, 0)):
-        plain = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not (plain and value >= least) and not (value is None and name == "size"):
-            raise ValueError(
-                f"window got {name}={brief(value)}; expected an integer of at least {least}"
-            )
+    size = None if size is None else check_integer("size", size, 1, of="window")
+    sinks = check_integer("sinks", sinks, 0, of="window")
     if positions not in get_args(Positions):
         raise ValueError(
             f"window got positions={brief(positions)}; expected one of "
             f"{', '.join(map(repr, get_args(Positions)))}"
         )
-    return WindowKind(None if size is None else int(size), int(sinks), positions)
+    return WindowKind(size, sinks, positions)

@@ -12,7 +12,8 @@ import numpy as np
 from jkv._checks import check_text
 from jkv._text import brief, plural
 from jkv._transfer import transfers
-from jkv.cache.base import Cache, concat
+from jkv.cache.base import Cache
+from jkv.cache.concat import concat
 from jkv.decoding import loop
 from jkv.errors import CorruptError, UnsupportedError
 from jkv.models.fingerprint import fingerprint

@@ -255,8 +255,8 @@ def test_what_cannot_be():
         (lambda: jkv.quantized(key_bits=0), "bits=0"),
         (lambda: jkv.quantized(bits=4, group=48), "group"),
         (lambda: jkv.quantized(bits=4, key_axis="row"), "axis"),
-        (lambda: jkv.quantized(bits=4, residual=-1), "-1 recent tokens"),
-        (lambda: jkv.fp8(residual=1.5), "recent tokens"),
+        (lambda: jkv.quantized(bits=4, residual=-1), "quantized got residual=-1"),
+        (lambda: jkv.fp8(residual=1.5), r"fp8 got residual=1\.5"),
         (lambda: jkv.sparse(0), "keep"),
         (lambda: jkv.sparse(1.5), "keep"),
     ):
