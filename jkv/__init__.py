@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.cache import from_legacy as from_legacy
     from jkv.cache import init_cache as init_cache
     from jkv.cache import near_far as near_far
-    from jkv.cache import quantized as quantized
     from jkv.cache import scores as scores
     from jkv.cache import sparse as sparse
     from jkv.cache.concat import concat as concat
@@ -28,6 +27,7 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.cache.paged import paged as paged
     from jkv.cache.per_layer import per_layer as per_layer
     from jkv.cache.pyramid import pyramid as pyramid
+    from jkv.cache.quantized import quantized as quantized
     from jkv.cache.spec import parse as parse
     from jkv.cache.window import window as window
     from jkv.decoding import Chat as Chat
@@ -84,7 +84,7 @@ _HOME = {
     "none": "jkv.cache.none",
     "paged": "jkv.cache.paged",
     "parse": "jkv.cache.spec",
-    "quantized": "jkv.cache",
+    "quantized": "jkv.cache.quantized",
     "sparse": "jkv.cache",
     "per_layer": "jkv.cache.per_layer",
     "pyramid": "jkv.cache.pyramid",

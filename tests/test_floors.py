@@ -57,7 +57,7 @@ BROAD = {
 
 # Where objects are of others' classes, and may lack what is looked for.
 FOREIGN = {
-    "jkv.cache.heads": "whatever runs like a decoder is a model",
+    "jkv.cache.sharding": "whatever runs like a decoder is a model",
     "jkv.cache.init": "a configuration may be a bare shape of any class",
     "jkv.cache.protocol": "what is no kind is asked what it would be, for the message",
     "jkv.cache.scores": "a score is a function, which may have an attribute",

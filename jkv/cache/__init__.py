@@ -1,10 +1,11 @@
 """Caches: one file per kind of storage, one protocol for all."""
 
+from typing import TYPE_CHECKING, NoReturn
+
 from jkv._pytree import pytree, replace, static
 from jkv.cache import scores, spec
 from jkv.cache.base import Cache, Run
 from jkv.cache.block_table import BlockTables
-from jkv.cache.compressed import NearFar, fp8, near_far, quantized, sparse
 from jkv.cache.concat import concat
 from jkv.cache.dense import Dense, dense, from_legacy
 from jkv.cache.evicting import Evicting, evicting
@@ -14,6 +15,7 @@ from jkv.cache.paged import Paged, copy_pages, paged
 from jkv.cache.per_layer import per_layer
 from jkv.cache.protocol import CacheKind, LayerCache, SharedState, Step, shard_heads
 from jkv.cache.pyramid import pyramid
+from jkv.cache.quantized import QuantizedCache, fp8, near_far, quantized, sparse
 from jkv.cache.window import Window, window
 
 __all__ = [
@@ -23,9 +25,9 @@ __all__ = [
     "Dense",
     "Evicting",
     "LayerCache",
-    "NearFar",
     "NoCache",
     "Paged",
+    "QuantizedCache",
     "Run",
     "SharedState",
     "Step",
@@ -52,6 +54,14 @@ __all__ = [
     "static",
     "window",
 ]
+
+_REPLACED = {"NearFar": "jkv.cache.QuantizedCache"}
+
+if not TYPE_CHECKING:  # there, a misspelt name is an error
+
+    def __getattr__(name: str) -> NoReturn:
+        hint = f"; it is {_REPLACED[name]} now" if name in _REPLACED else ""
+        raise AttributeError(f"module 'jkv.cache' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

@@ -25,9 +25,9 @@ from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_RENAMED = {
-    "advance": "cache.begin(tokens, counts), whose end(hidden, layers) returns what advance did",
-    "tables": "cache.shared[0].tables, of a jkv.cache.BlockTables",
+_REPLACED = {
+    "advance": "run = cache.begin(tokens, counts) and run.end(hidden, layers)",
+    "tables": "cache.shared[0].tables",
 }
 
 
@@ -171,7 +171,7 @@ class Cache:
     if not TYPE_CHECKING:  # there, a misspelt name is an error
 
         def __getattr__(self, name: str) -> Any:
-            hint = f". It is now {_RENAMED[name]}" if name in _RENAMED else ""
+            hint = f"; it is {_REPLACED[name]} now" if name in _REPLACED else ""
             raise AttributeError(f"Cache has no attribute {name!r}{hint}")
 
     @transfers

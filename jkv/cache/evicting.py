@@ -182,21 +182,21 @@ class Evicting(LayerCache):
     def _judged(self, weights: Array, queries: Array, step: Step) -> Evicting:
         """With the scores after this pass; a row without new tokens keeps what it has."""
         shape = self.scores.shape
-        fresh = self.positions >= step.start[:, None, None]
-        seen = _scores.Seen(
+        is_new = self.positions >= step.start[:, None, None]
+        inputs = _scores.ScoreInputs(
             previous=self.scores,
             weights=weights,
             keys=self.keys,
             values=self.values,
             positions=self.positions,
             queries=queries,
-            fresh=fresh,
+            is_new=is_new,
         )
-        found = jnp.asarray(self.score(seen))
+        found = jnp.asarray(self.score(inputs))
         if found.shape != shape or not jnp.issubdtype(found.dtype, jnp.floating):
             raise ValueError(
                 f"the score {self.score} made {found.dtype}{list(found.shape)}; expected "
-                f"float32{list(shape)}, a number for each token, as in seen.previous"
+                f"float32{list(shape)}, a number for each token, as in inputs.previous"
             )
         counts = (self.positions >= 0) & (step.stop > step.start)[:, None, None]
         return replace(self, scores=jnp.where(counts, found.astype(jnp.float32), self.scores))

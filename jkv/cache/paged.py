@@ -25,7 +25,6 @@ from jkv.cache.block_table import (
     pages_of_row,
     tables_of,
 )
-from jkv.cache.compressed import NearFarKind
 from jkv.cache.page_allocation import PageWrites, PoolSpec
 from jkv.cache.protocol import (
     CacheKind,
@@ -36,6 +35,7 @@ from jkv.cache.protocol import (
     shard_heads,
     window_of,
 )
+from jkv.cache.quantized import QuantizedKind
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.reference import gather_slots
 from jkv.ops.codecs import Affine, Codec, Encoded
@@ -55,7 +55,7 @@ class Paged(PooledLayer):
 
     k_pages: Any  # [P, K, page, H], or Encoded, or on a TPU TpuPages
     v_pages: Any  # [P, K, page, H], or Encoded, or on a TPU TpuPages
-    broken: Array | None  # [P] bool, encoded pages that were given NaN or infinity
+    nonfinite: Array | None  # [P] bool, encoded pages that were given NaN or infinity
     dtype: str = static()
     window: int | None = static(default=None)  # of the model, in this layer
     managed: bool = static(default=False)
@@ -89,10 +89,10 @@ class Paged(PooledLayer):
 
     def invalid_rows(self, shared: tuple[SharedState, ...]) -> Bool[Array, " B"] | None:
         """Return the rows of which a page was given NaN or infinity."""
-        if self.broken is None:
+        if self.nonfinite is None:
             return None
         table = tables_of(shared)[self.group]
-        return jnp.any((table >= 0) & self.broken[jnp.maximum(table, 0)], axis=1)
+        return jnp.any((table >= 0) & self.nonfinite[jnp.maximum(table, 0)], axis=1)
 
     def partition_spec(self, axis: str) -> Paged:
         """See `LayerCache.partition_spec`.
@@ -105,12 +105,12 @@ class Paged(PooledLayer):
                 "these pages lie as one TPU wants them, the scales of all heads together; give the "
                 "sharded model a cache whose layers are layer.portable() of these"
             )
-        return shard_heads(self, axis, whole=("broken",))
+        return shard_heads(self, axis, whole=("nonfinite",))
 
     @property
     def rounds(self) -> bool:
         """Whether the pages are in a codec's form."""
-        return self.broken is not None
+        return self.nonfinite is not None
 
     def attend(
         self,
@@ -165,18 +165,18 @@ class Paged(PooledLayer):
         put = functools.partial(
             write_tokens, at=writes.at, source=writes.source, into=into, copies=not self.managed
         )
-        broken = self.broken
-        if broken is not None:
+        nonfinite = self.nonfinite
+        if nonfinite is not None:
             # By single numbers, of which there are few: one for each page that is written.
             fine = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=(2, 3))
             rows = jnp.arange(len(fine), dtype=jnp.int32)[:, None, None]
             new = jnp.any(~fine[rows, jnp.maximum(writes.at, 0)] & (writes.at >= 0), axis=2)
             begun = writes.at[:, :, 0] < 0  # the source's tokens come first
-            bad = new | (begun & broken[jnp.maximum(writes.source, 0)])
-            at = jnp.where(into < 0, len(broken), into)
-            broken = broken.at[at].set(bad, mode="drop")
+            bad = new | (begun & nonfinite[jnp.maximum(writes.source, 0)])
+            at = jnp.where(into < 0, len(nonfinite), into)
+            nonfinite = nonfinite.at[at].set(bad, mode="drop")
         return replace(
-            self, k_pages=put(self.k_pages, k), v_pages=put(self.v_pages, v), broken=broken
+            self, k_pages=put(self.k_pages, k), v_pages=put(self.v_pages, v), nonfinite=nonfinite
         )
 
     def _kv(self, table: Int[Array, "B M"], lengths: Int[Array, " B"]) -> ops.PagedKV:
@@ -301,7 +301,7 @@ class PagedKind(CacheKind):
         return Paged(
             k_pages=k_pages,
             v_pages=v_pages,
-            broken=None if self.keys is None else jnp.zeros((count,), bool),
+            nonfinite=None if self.keys is None else jnp.zeros((count,), bool),
             dtype=jnp.dtype(dtype).name,
             window=self.window,
             managed=self.managed,
@@ -364,13 +364,13 @@ def _codecs(codec: Any) -> tuple[Any, Any]:
     if codec is None:
         return None, None
     kind = codec = as_kind(codec)
-    if not isinstance(codec, NearFarKind):
+    if not isinstance(codec, QuantizedKind):
         if isinstance(codec, type) or not isinstance(codec, Codec):
             raise TypeError(
                 f"paged got codec={brief(codec)}; expected a kind that rounds, such as jkv.fp8(), "
                 "or a codec"
             )
-        kind = NearFarKind(keys=codec, values=codec)
+        kind = QuantizedKind(keys=codec, values=codec)
     if kind.recent or kind.keys.block_size > 1 or kind.values.block_size > 1:
         together = max(kind.keys.block_size, kind.values.block_size)
         raise ValueError(

@@ -37,7 +37,7 @@ class Ring:
         """W."""
         return self.keys.shape[2]
 
-    def held(self, count: Int[Array, " B"]) -> Int[Array, "B W"]:
+    def slot_positions(self, count: Int[Array, " B"]) -> Int[Array, "B W"]:
         """Positions in the slots after `count` tokens, -1 where a slot is empty."""
         last = count[:, None] - 1
         positions = last - (last - jnp.arange(self.size, dtype=jnp.int32)[None, :]) % self.size
@@ -47,7 +47,7 @@ class Ring:
         self, count: Int[Array, " B"], since: Int[Array, " B"] | None = None
     ) -> ops.ContiguousKV:
         """Return what the ring holds after `count` tokens, from position `since` on."""
-        held = self.held(count)
+        held = self.slot_positions(count)
         if since is not None:
             held = jnp.where(held >= since[:, None], held, -1)
         return ops.ContiguousKV(self.keys, self.values, slot_positions=held)

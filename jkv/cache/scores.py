@@ -1,9 +1,9 @@
 """Scores: which tokens a cache of limited size keeps. A score is a function; write your own.
 
 It is called once per pass and layer with what that pass saw, and says how much each token is
-worth; the highest are kept. To accumulate, add to `seen.previous`:
+worth; the highest are kept. To accumulate, add to `inputs.previous`:
 
-    >>> def value_norm(seen): return jnp.linalg.norm(seen.values.astype(jnp.float32), axis=-1)
+    >>> def value_norm(inputs): return jnp.linalg.norm(inputs.values.astype(jnp.float32), axis=-1)
     >>> jkv.generate(lm, prompts, max_new_tokens=64, cache=jkv.evicting(128, score=value_norm))
 
 It is part of the compiled program, like the kind: pass the same function again and not a new
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -26,10 +26,10 @@ from jkv._text import brief
 
 
 @pytree
-class Seen:
-    """One pass over a layer's tokens, those held and those new in it, as a score sees them.
+class ScoreInputs:
+    """What a score is computed from: one pass over a layer's tokens, old and new.
 
-    A `put`, which has no queries, is one query that looks at nothing: weights of zero.
+    `append`, which has no queries, is one query that looks at nothing: weights of zero.
     """
 
     previous: Array  # [B, K, S] float32, the scores before; 0 for new tokens
@@ -38,40 +38,46 @@ class Seen:
     values: Array  # [B, K, S, H]
     positions: Array  # [B, K, S] int32, below 0 where there is no token; in any order
     queries: Array  # [B, T] int32, positions of the queries, -1 for padding
-    fresh: Array  # [B, K, S] bool, tokens that are new in this pass
+    is_new: Array  # [B, K, S] bool, tokens that are new in this pass
+
+    if not TYPE_CHECKING:  # there, a misspelt name is an error
+
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = "; it is is_new now" if name == "fresh" else ""
+            raise AttributeError(f"ScoreInputs has no attribute {name!r}{hint}")
 
 
-Score = Callable[[Seen], Array]
+Score = Callable[[ScoreInputs], Array]
 
 
-def key_norm(seen: Seen) -> Float[Array, "B K S"]:
+def key_norm(inputs: ScoreInputs) -> Float[Array, "B K S"]:
     """Keys of small L2 norm are kept: they tend to be the ones looked at.
 
     Needs no attention: the choice for `Cache.evict`. Source: Devoto et al. 2024, arXiv:2406.11430.
     """
-    keys = seen.keys.reshape(-1, *seen.keys.shape[2:]).astype(jnp.float32)
-    return -jnp.sqrt(jnp.sum(keys * keys, axis=-1)).reshape(seen.positions.shape)
+    keys = inputs.keys.reshape(-1, *inputs.keys.shape[2:]).astype(jnp.float32)
+    return -jnp.sqrt(jnp.sum(keys * keys, axis=-1)).reshape(inputs.positions.shape)
 
 
-def h2o(seen: Seen) -> Float[Array, "B K S"]:
+def h2o(inputs: ScoreInputs) -> Float[Array, "B K S"]:
     """All attention that a token ever got, summed over queries and the heads of a group.
 
     Heavy hitters. After a `put` new tokens stand at 0, and of equals the newest are kept.
     Source: Zhang et al. 2023, arXiv:2306.14048.
     """
-    return seen.previous + jnp.sum(seen.weights, axis=(2, 3))
+    return inputs.previous + jnp.sum(inputs.weights, axis=(2, 3))
 
 
-def tova(seen: Seen) -> Float[Array, "B K S"]:
+def tova(inputs: ScoreInputs) -> Float[Array, "B K S"]:
     """The attention of the last query alone, averaged over all heads: they keep the same tokens.
 
     Not for a model that `jkv.shard` has parted. A `put` has no query: the newest are kept. Source:
     Oren et al. 2024, arXiv:2401.06104.
     """
-    last = jnp.argmax(seen.queries, axis=1)[:, None, None, None, None]
-    weights = jnp.take_along_axis(seen.weights, last, axis=3)[:, :, :, 0]
+    last = jnp.argmax(inputs.queries, axis=1)[:, None, None, None, None]
+    weights = jnp.take_along_axis(inputs.weights, last, axis=3)[:, :, :, 0]
     mean = jnp.mean(weights, axis=(1, 2))
-    return jnp.broadcast_to(mean[:, None], seen.positions.shape)
+    return jnp.broadcast_to(mean[:, None], inputs.positions.shape)
 
 
 tova.across_heads = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -85,9 +91,9 @@ def compares_heads(score: Score) -> bool:
     return bool(getattr(score, "across_heads", False))
 
 
-def recency(seen: Seen) -> Float[Array, "B K S"]:
+def recency(inputs: ScoreInputs) -> Float[Array, "B K S"]:
     """The newest tokens: a window, which every other score should beat."""
-    return seen.positions.astype(jnp.float32)
+    return inputs.positions.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,16 +103,16 @@ class SnapKV:
     window: int
     pool: int
 
-    def __call__(self, seen: Seen) -> Float[Array, "B K S"]:
+    def __call__(self, inputs: ScoreInputs) -> Float[Array, "B K S"]:
         """Attention of the last queries in a prefill; in decode the prompt stands as it is."""
         kept = jnp.float32(jnp.inf)
-        if seen.weights.shape[3] == 1:
-            return jnp.where(seen.fresh, kept, seen.previous)
-        since = jnp.max(seen.queries, axis=1) - self.window
-        watching = (seen.queries >= 0) & (seen.queries > since[:, None])
-        looked = jnp.where(watching[:, None, None, :, None], seen.weights, 0.0)
-        pooled = _pooled(jnp.sum(looked, axis=(2, 3)), seen.positions, self.pool // 2)
-        return jnp.where(seen.positions > since[:, None, None], kept, pooled)
+        if inputs.weights.shape[3] == 1:
+            return jnp.where(inputs.is_new, kept, inputs.previous)
+        since = jnp.max(inputs.queries, axis=1) - self.window
+        watching = (inputs.queries >= 0) & (inputs.queries > since[:, None])
+        looked = jnp.where(watching[:, None, None, :, None], inputs.weights, 0.0)
+        pooled = _max_pool(jnp.sum(looked, axis=(2, 3)), inputs.positions, self.pool // 2)
+        return jnp.where(inputs.positions > since[:, None, None], kept, pooled)
 
 
 def snapkv(window: Any = 32, pool: Any = 7) -> SnapKV:
@@ -133,7 +139,7 @@ def snapkv(window: Any = 32, pool: Any = 7) -> SnapKV:
     return SnapKV(window, int(pool))
 
 
-def _pooled(
+def _max_pool(
     scores: Float[Array, "B K S"], positions: Int[Array, "B K S"], reach: int
 ) -> Float[Array, "B K S"]:
     """The largest score among the tokens at most `reach` positions away, in whatever slots."""
@@ -149,7 +155,14 @@ def _pooled(
     return jnp.take_along_axis(best, jnp.argsort(order, axis=-1), axis=-1)
 
 
-__all__ = ["Score", "Seen", "SnapKV", "h2o", "key_norm", "recency", "snapkv", "tova"]
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> NoReturn:
+        hint = "; it is ScoreInputs now" if name == "Seen" else ""
+        raise AttributeError(f"module 'jkv.cache.scores' has no attribute {name!r}{hint}")
+
+
+__all__ = ["Score", "ScoreInputs", "SnapKV", "h2o", "key_norm", "recency", "snapkv", "tova"]
 
 
 def __dir__() -> list[str]:

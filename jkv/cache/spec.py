@@ -19,13 +19,13 @@ from typing import Any
 
 from jkv._text import brief
 from jkv.cache import scores
-from jkv.cache.compressed import fp8, near_far, quantized, sparse
 from jkv.cache.dense import dense
 from jkv.cache.evicting import evicting
 from jkv.cache.none import none
 from jkv.cache.paged import paged
 from jkv.cache.per_layer import per_layer
 from jkv.cache.pyramid import pyramid
+from jkv.cache.quantized import fp8, near_far, quantized, sparse
 from jkv.cache.window import window
 
 

@@ -12,7 +12,7 @@ from jkv._checks import check_flag, check_function, check_integer
 from jkv._fork import check_fork
 from jkv._text import plural
 from jkv._transfer import transfers
-from jkv.cache import heads
+from jkv.cache import sharding
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.cache.protocol import CacheKind
@@ -266,7 +266,7 @@ def _first_cache(
     slots: int,
 ) -> Cache:
     """The cache to begin with: a resumed one, one of stored rows, or an empty one."""
-    config, mesh = model.config, heads.mesh_of(model)
+    config, mesh = model.config, sharding.mesh_of(model)
     if resume is not None:
         old = resume.cache
         fits = old.capacity is None or old.capacity >= slots

@@ -15,7 +15,7 @@ from jkv._axes import Array
 from jkv._checks import check_integer
 from jkv._pytree import pytree, replace
 from jkv._transfer import transfers
-from jkv.cache import heads
+from jkv.cache import sharding
 from jkv.cache.base import Cache, on_device
 from jkv.cache.init import init_cache
 from jkv.decoding import apply, sampling
@@ -337,13 +337,13 @@ def init_cache_jit(
 ) -> Cache:
     """Make an empty cache in one program, laid out as the model's devices want it."""
     cache = init_cache(config, kind, batch=batch, slots=slots, dtype=dtype)
-    return replace(cache, layers=heads.parted(cache.layers, mesh))
+    return replace(cache, layers=sharding.shard_layers(cache.layers, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def shard_cache_jit(cache: Cache, mesh: Any) -> Cache:
     """Lay out a cache from elsewhere as the model's devices want it."""
-    return replace(cache, layers=heads.parted(cache.layers, mesh))
+    return replace(cache, layers=sharding.shard_layers(cache.layers, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=1)

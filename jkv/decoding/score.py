@@ -14,7 +14,7 @@ from jax import lax
 from jkv._axes import Array
 from jkv._checks import check_integer
 from jkv._transfer import transfers
-from jkv.cache import heads
+from jkv.cache import sharding
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import capacity, loop
@@ -109,7 +109,7 @@ def score(
     # The last token of a row has nothing after it.
     counts = np.asarray([len(row) - 1 for row in rows], np.int32)
     slots = bucket(max(longest - 1, 1))
-    held = loop.init_cache_jit(config, kind, len(rows), slots, config.dtype, heads.mesh_of(decoder))
+    held = loop.init_cache_jit(config, kind, len(rows), slots, config.dtype, sharding.mesh_of(decoder))
     logprobs = np.zeros((len(rows), longest), np.float32)
     top_tokens = np.full((len(rows), longest, top), PAD, np.int32)
     top_values = np.zeros((len(rows), longest, top), np.float32)

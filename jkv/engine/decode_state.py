@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 
 from jkv._axes import Array
 from jkv._pytree import pytree, replace
-from jkv.cache import heads
+from jkv.cache import sharding
 from jkv.cache.base import Cache
 from jkv.cache.block_table import BlockTables
 from jkv.decoding import loop, sampling
@@ -296,8 +296,8 @@ def prefill_jit(
 
 def _place(model: DecoderLike, layers: Layers, state: DecodeState) -> tuple[Layers, DecodeState]:
     """Shard a step's results as its arguments are: the next step is then the same program."""
-    mesh = heads.mesh_of(model)
-    return heads.parted(layers, mesh), replicate(state, mesh)
+    mesh = sharding.mesh_of(model)
+    return sharding.shard_layers(layers, mesh), replicate(state, mesh)
 
 
 def replicate(state: DecodeState, mesh: Mesh | None) -> DecodeState:
@@ -339,12 +339,12 @@ def _has_nonfinite_page(layers: Layers, rows: DecodeState) -> Array:
     """Whether a row has a page that was given NaN or infinity, ``[R]``."""
     found = jnp.zeros(rows.lengths.shape, bool)
     for layer in layers:
-        if layer.broken is not None:
+        if layer.nonfinite is not None:
             table = rows.tables[layer.group]
             page = layer.k_pages.shape[2]
             first = jnp.arange(table.shape[1], dtype=jnp.int32)[None] * page
             here = (table >= 0) & (first < rows.lengths[:, None])
-            found |= jnp.any(here & layer.broken[jnp.maximum(table, 0)], axis=1)
+            found |= jnp.any(here & layer.nonfinite[jnp.maximum(table, 0)], axis=1)
     return found
 
 

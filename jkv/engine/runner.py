@@ -14,7 +14,7 @@ import numpy as np
 from jkv._axes import Array
 from jkv._pytree import nbytes
 from jkv._text import brief
-from jkv.cache import heads
+from jkv.cache import sharding
 from jkv.cache.base import Cache
 from jkv.cache.block_table import pools, tables_of
 from jkv.cache.paged import PagedKind, paged
@@ -113,11 +113,11 @@ class Runner:
         self._sampler_groups: dict[Hashable, int] = {}
         self._uploaded[:] = 0
         self.state = device.empty_state_jit(
-            self.limits.lanes, self.columns, self.stop_ids, heads.mesh_of(self.model)
+            self.limits.lanes, self.columns, self.stop_ids, sharding.mesh_of(self.model)
         )
 
     def _empty_cache(self) -> Cache:
-        config, mesh = self.config, heads.mesh_of(self.model)
+        config, mesh = self.config, sharding.mesh_of(self.model)
         return loop.init_cache_jit(config, self.kind, 1, config.context, config.dtype, mesh)
 
     def intact(self) -> bool:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from jkv._axes import Array
 from jkv._text import plural
-from jkv.cache import heads
+from jkv.cache import sharding
 from jkv.cache.base import on_device
 from jkv.cache.none import NoCache
 from jkv.cache.protocol import LayerCache, Step
@@ -127,7 +127,7 @@ class Attention(nnx.Module):
         if rope is not None and config.rope is not None:
             q = rotate(q, *rope, interleaved=config.rope.interleaved)
             k = rotate(k, *rope, interleaved=config.rope.interleaved)
-        out, cache = heads.attend(
+        out, cache = sharding.attend(
             cache,
             self.mesh,
             q,

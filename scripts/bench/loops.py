@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jkv
 from jkv import ops
 from jkv._pytree import replace
-from jkv.cache import heads, init_cache
+from jkv.cache import init_cache, sharding
 from jkv.decoding import loop
 from jkv.decoding.faults import Faults
 from jkv.models import Config, Decoder, Rope
@@ -162,7 +162,7 @@ def over(arguments: Any, there: Any) -> Any:
 
     model, state, *rest = arguments
     layers = state.cache.layers
-    layers = jax.tree.map(placed, layers, heads.specs(layers, mesh))
+    layers = jax.tree.map(placed, layers, sharding.partition_specs(layers, mesh))
     state = jax.tree.map(everywhere, state)
     state = replace(state, cache=replace(state.cache, layers=layers))
     return jkv.shard(model, mesh), state, *jax.tree.map(everywhere, rest)

@@ -24,7 +24,7 @@ class Case:
     fills: bool = True  # runs full
     rolls_back: bool = True  # whatever its length
     modelled: bool = True  # compared with a model without a cache; the others layer by layer
-    recalls: bool = True  # well enough to tell tokens apart; test_compressed.py looks at the bits
+    recalls: bool = True  # well enough to tell tokens apart; test_quantized.py looks at the bits
     off: float = 0.35  # what a random life may find beside a value of up to 1, where not exact
 
     def sees(self, query: int, position: int) -> bool:

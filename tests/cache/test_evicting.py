@@ -452,7 +452,7 @@ def test_kinds_are_values():
         (lambda: jkv.pyramid(4, ratio=0.5), ValueError, r"ratio=0\.5"),
         (lambda: jkv.evicting((4, 4, 4)).init(1, 9, K, H, jnp.float32), ValueError, "3 budgets"),
         (lambda: stored(jkv.evicting(4, lambda seen: seen.weights), [1] * 3), ValueError, "expect"),
-        (lambda: stored(jkv.evicting(4, lambda seen: 1.0), [1] * 3), ValueError, "seen.previous"),
+        (lambda: stored(jkv.evicting(4, lambda seen: 1.0), [1] * 3), ValueError, "inputs.previous"),
     ],
 )
 def test_what_is_refused(make, error, message):

@@ -26,7 +26,7 @@ from tests.cache import kinds
 
 # Each kind costs a dozen compilations of a whole model, so those that differ from these in their
 # codec alone, or have no such model to be compared with, are looked at layer by layer: by the same
-# questions in test_testing.py and test_machine.py, and bit by bit in test_compressed.py.
+# questions in test_testing.py and test_machine.py, and bit by bit in test_quantized.py.
 KINDS = [case for case in kinds.KINDS if case.modelled]
 
 B, SLOTS, TOTAL = 4, 32, 23
@@ -490,14 +490,26 @@ def test_dtypes_and_head_dimensions(case, dim, dtype, size):
 
 def test_a_pass_says_what_is_wrong():
     cache = Cache.empty([jkv.dense().init(2, 8, 1, 4, jnp.float32)], 2, 8)
-    with pytest.raises(AttributeError, match=r"'advance'\. It is now cache\.begin"):
-        cache.advance  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'advance'; it is run = cache\.begin"):
+        getattr(cache, "advance")  # noqa: B009
     with pytest.raises(AttributeError, match=r"no attribute 'layer'$"):
-        cache.layer  # noqa: B018
-    with pytest.raises(AttributeError, match=r"'tables'\. It is now cache\.shared"):
-        cache.tables  # noqa: B018
+        getattr(cache, "layer")  # noqa: B009
+    with pytest.raises(AttributeError, match=r"'tables'; it is cache\.shared"):
+        getattr(cache, "tables")  # noqa: B009
     run = cache.begin(jnp.zeros((2, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"a pass got 0 layers; expected 1"):
         run.end(jnp.zeros((2, 3, 4)), [])
     with pytest.raises(ValueError, match="2 rows and the tokens 1"):
         cache.begin(jnp.zeros((1, 3), jnp.int32))
+
+
+def test_old_names_say_what_they_are_now():
+    for module, old, new in (
+        (jkv.cache, "NearFar", r"jkv\.cache\.QuantizedCache"),
+        (jkv.scores, "Seen", "ScoreInputs"),
+    ):
+        with pytest.raises(AttributeError, match=f"{old!r}; it is {new} now"):
+            getattr(module, old)
+    inputs = jkv.scores.ScoreInputs(*[jnp.zeros(1)] * 7)
+    with pytest.raises(AttributeError, match="'fresh'; it is is_new now"):
+        getattr(inputs, "fresh")  # noqa: B009

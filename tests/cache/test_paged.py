@@ -13,7 +13,7 @@ from flax import nnx
 
 import jkv
 from jkv._pytree import replace
-from jkv.cache import BlockTables, Cache, copy_pages
+from jkv.cache import BlockTables, Cache, Paged, copy_pages
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 from jkv.models import Decoder
 from jkv.ops import AttentionSpec, dispatch
@@ -274,7 +274,9 @@ def test_concat_and_convert():
     cache, rows = written(new(), [[], [], []], numbered([9, 4, 11]))
     joined = jkv.concat([cache.take([2]), cache.take([0, 0])])
     holds(joined, [rows[2], rows[0], rows[0]])
-    assert joined.layers[0].k_pages.shape[0] == 3 * 5
+    layer = joined.layers[0]
+    assert isinstance(layer, Paged)
+    assert layer.k_pages.shape[0] == 3 * 5
     dense = cache.convert(jkv.dense())
     assert dense.shared == ()
     back = dense.convert(jkv.paged(3), slots=SLOTS)

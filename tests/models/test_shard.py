@@ -26,7 +26,7 @@ warnings.simplefilter("error")
 import jax, jax.numpy as jnp, numpy as np
 import jkv
 from flax import nnx
-from jkv.cache import heads
+from jkv.cache import sharding
 from jkv.cache.protocol import Step
 from jkv.ops import AttentionSpec
 from jax.sharding import NamedSharding
@@ -53,7 +53,7 @@ def life(arrays, cache, mesh):
     for first, new in ((0, 20), (20, 1)):
         run = cache.begin(jnp.zeros((2, new), jnp.int32))
         q, k, v = (x[:, first : first + new] for x in arrays)
-        out, layer = heads.attend(run.layers[0], mesh, q, k, v, run.step, AttentionSpec(0.4))
+        out, layer = sharding.attend(run.layers[0], mesh, q, k, v, run.step, AttentionSpec(0.4))
         out, cache = run.end(out, [layer])
         outs.append(out)
     return jnp.concatenate(outs, axis=1), cache
@@ -84,9 +84,9 @@ step = Step.after(jnp.zeros((2,), jnp.int32), jnp.full((2,), 4, jnp.int32), 4)
 q, k, v = (x[:, :4] for x in arrays)
 for head in (0, 3):
     bad = k.at[1, 2, head].set(jnp.nan)
-    run = jax.jit(lambda *a: heads.attend(layer, mesh, *a, step, AttentionSpec(0.4))[1])
+    run = jax.jit(lambda *a: sharding.attend(layer, mesh, *a, step, AttentionSpec(0.4))[1])
     after = run(q, bad, v)
-    shards = [np.asarray(s.data) for s in after.broken.addressable_shards]
+    shards = [np.asarray(s.data) for s in after.nonfinite.addressable_shards]
     assert len(shards) == 2 and all((s == [False, True]).all() for s in shards), head
 
 # A kind of a user's own, with an array of rows and slots: of all heads, or refused.

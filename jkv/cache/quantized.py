@@ -27,7 +27,7 @@ SLACK = 16
 
 
 @pytree
-class NearFar(LayerCache):
+class QuantizedCache(LayerCache):
     """A layer's keys and values in two parts: the newest tokens exact, all before them encoded.
 
     Tokens leave the near part in whole blocks (as many as are encoded together) once `recent` newer
@@ -38,7 +38,7 @@ class NearFar(LayerCache):
     keys: Encoded  # far, [B, K, S', H]
     values: Encoded  # far, [B, K, S', H]
     near: Ring | None  # recent + block_size + SLACK tokens; None: every token is encoded at once
-    broken: Array  # [B] bool, rows that were given NaN or infinity
+    nonfinite: Array  # [B] bool, rows that were given NaN or infinity
     recent: int = static()
     slots: int = static()
     dtype: str = static()
@@ -64,7 +64,7 @@ class NearFar(LayerCache):
         v: Float[Array, "B T K H"],
         step: Step,
         spec: AttentionSpec,
-    ) -> tuple[Float[Array, "B T N H"], NearFar]:
+    ) -> tuple[Float[Array, "B T N H"], QuantizedCache]:
         """Attention over both parts and the new tokens as they are, and the cache with all.
 
         Raises:
@@ -87,7 +87,9 @@ class NearFar(LayerCache):
         out = ops.attention_with_chunk(q, k, v, at, spec, past).out
         return out.astype(q.dtype), self._put(k, v, step, out)
 
-    def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> NearFar:
+    def append(
+        self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step
+    ) -> QuantizedCache:
         """The new tokens into the near part, and what they push out of it into the far one.
 
         Raises:
@@ -95,7 +97,7 @@ class NearFar(LayerCache):
         """
         return self._put(k, v, step, None)
 
-    def _put(self, k: Array, v: Array, step: Step, result: Array | None) -> NearFar:
+    def _put(self, k: Array, v: Array, step: Step, result: Array | None) -> QuantizedCache:
         check_heads(self.keys, k)
         first, block = self.far(step.start), self.block_size
         count = 1 if k.shape[1] == 1 else (k.shape[1] + block - 1) // block
@@ -116,25 +118,25 @@ class NearFar(LayerCache):
             keys=_stored(self.keys, old_k, numbers, block),
             values=_stored(self.values, old_v, numbers, block),
             near=near,
-            broken=self.broken | ~(all_finite(k, real) & all_finite(v, real)),
+            nonfinite=self.nonfinite | ~(all_finite(k, real) & all_finite(v, real)),
         )
 
     def _far(self, count: Int[Array, " B"]) -> ops.ContiguousKV:
         """Return the first `count` tokens, all in the far part, for attention."""
         return ops.ContiguousKV(self.keys, self.values, lengths=count)
 
-    def take(self, rows: Int[Array, " R"]) -> NearFar:
+    def take(self, rows: Int[Array, " R"]) -> QuantizedCache:
         """The cache with other rows."""
         return jax.tree.map(lambda leaf: leaf[rows], self)
 
-    def resize(self, slots: int) -> NearFar:
+    def resize(self, slots: int) -> QuantizedCache:
         """The same tokens with room for more, or for fewer that still hold them."""
         far = far_slots(slots, self.recent, self.block_size)
         return replace(
             self, keys=self.keys.resize(far), values=self.values.resize(far), slots=slots
         )
 
-    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> NearFar:
+    def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> QuantizedCache:
         """The near part moves back: over tokens that it still holds, then over rounded ones.
 
         Rolled back by more than `SLACK` tokens, fewer than a block of the tokens that are left will
@@ -153,19 +155,19 @@ class NearFar(LayerCache):
     def invalid_rows(self, shared: tuple[SharedState, ...]) -> Bool[Array, " B"]:
         """Return the rows that were given NaN or infinity."""
         del shared
-        return self.broken
+        return self.nonfinite
 
-    def partition_spec(self, axis: str) -> NearFar:
+    def partition_spec(self, axis: str) -> QuantizedCache:
         """See `LayerCache.partition_spec`."""
-        return shard_heads(self, axis, whole=("broken",))
+        return shard_heads(self, axis, whole=("nonfinite",))
 
-    def requantise(self, to: Any, lengths: Int[Array, " B"]) -> NearFar:
+    def requantise(self, to: Any, lengths: Int[Array, " B"]) -> QuantizedCache:
         """The same tokens in another rounding kind: exact ones as they are, others rounded anew.
 
         Raises:
             TypeError: no kind that rounds.
         """
-        if not isinstance(to, NearFarKind):
+        if not isinstance(to, QuantizedKind):
             raise TypeError(
                 f"requantise got {brief(to)}; expected a kind that rounds, such as "
                 "jkv.quantized(bits=4)"
@@ -174,9 +176,9 @@ class NearFar(LayerCache):
         batch, _, heads, dim = keys.shape
         made = to.init(batch, self.slots, heads, dim, self.dtype)
         step = Step.after(jnp.zeros_like(lengths), lengths, keys.shape[1])
-        return replace(made.append(keys, values, step), broken=self.broken)
+        return replace(made.append(keys, values, step), nonfinite=self.nonfinite)
 
-    def concat(self, others: Sequence[NearFar]) -> NearFar:
+    def concat(self, others: Sequence[QuantizedCache]) -> QuantizedCache:
         """The rows of all."""
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, *others)
 
@@ -192,7 +194,7 @@ class NearFar(LayerCache):
             decoded = jnp.pad(decoded, room)
             if self.near is None or exact is None:
                 return decoded
-            held = self.near.held(lengths)
+            held = self.near.slot_positions(lengths)
             held = jnp.where(held >= far[:, None], held, -1)
             return write(decoded, jnp.swapaxes(exact, 1, 2), held)
 
@@ -235,7 +237,7 @@ def _stored(far: Encoded, tokens: Array, numbers: Array, block: int) -> Encoded:
 def _rolled_back(near: Ring, keys: Encoded, values: Encoded, held: Array, lengths: Array) -> Ring:
     """The near part of the first `lengths` tokens, with what it has let go of decoded."""
     size, block = near.size, max(keys.block_size, values.block_size)
-    wanted = near.held(lengths)
+    wanted = near.slot_positions(lengths)
     there = (wanted >= (held - size)[:, None])[:, None, :, None]
     first = jnp.maximum(lengths - size, 0) // block * block
     span = (-(-size // block) + 1) * block  # that many slots hold what is wanted
@@ -271,7 +273,7 @@ def _along(tokens: Array, at: Array, dtype: Any) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class NearFarKind(CacheKind):
+class QuantizedKind(CacheKind):
     """See `near_far`, `quantized`, `fp8` and `sparse`: how old keys and values are stored."""
 
     keys: Any  # Codec
@@ -287,18 +289,20 @@ class NearFarKind(CacheKind):
                 f"{self.values.block_size}; expected one to divide the other"
             )
 
-    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> NearFar:
+    def init(
+        self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any
+    ) -> QuantizedCache:
         """An empty layer."""
         block = max(self.keys.block_size, self.values.block_size)
         room = far_slots(slots, self.recent, block)
         near = None
         if self.recent or block > 1:
             near = Ring.empty(batch, self.recent + block + SLACK, kv_heads, head_dim, dtype)
-        return NearFar(
+        return QuantizedCache(
             keys=self.keys.empty(batch, kv_heads, room, head_dim, dtype),
             values=self.values.empty(batch, kv_heads, room, head_dim, dtype),
             near=near,
-            broken=jnp.zeros((batch,), bool),
+            nonfinite=jnp.zeros((batch,), bool),
             recent=self.recent,
             slots=slots,
             dtype=jnp.dtype(dtype).name,
@@ -313,7 +317,7 @@ def quantized(
     key_axis: Any = None,
     key_bits: Any = None,
     value_bits: Any = None,
-) -> NearFarKind:
+) -> QuantizedKind:
     """Keys and values in 8, 4 or 2 bits, packed, with a step and a zero point for each group.
 
     At 4 and 2 bits keys are grouped per channel over `group` tokens, since some channels of keys
@@ -342,7 +346,7 @@ def quantized(
     if residual is None:
         residual = 128 if min(keys.bits, values.bits) < 8 else 0
     residual = check_integer("residual", residual, 0, of="quantized")
-    return NearFarKind(keys=keys, values=values, recent=residual)
+    return QuantizedKind(keys=keys, values=values, recent=residual)
 
 
 def _affine(bits: Any, axis: Any, group: Any) -> Affine:
@@ -352,7 +356,7 @@ def _affine(bits: Any, axis: Any, group: Any) -> Affine:
     return Affine(bits=bits, axis=axis, group=whole if group is None else group)
 
 
-def fp8(*, residual: Any = 0) -> NearFarKind:
+def fp8(*, residual: Any = 0) -> QuantizedKind:
     """Keys and values as 8-bit floats with a scale per token (e4m3, arXiv:2209.05433).
 
     Args:
@@ -362,10 +366,10 @@ def fp8(*, residual: Any = 0) -> NearFarKind:
         ValueError: a negative residual.
     """
     residual = check_integer("residual", residual, 0, of="fp8")
-    return NearFarKind(keys=Float8(), values=Float8(), recent=residual)
+    return QuantizedKind(keys=Float8(), values=Float8(), recent=residual)
 
 
-def near_far(*, recent: Any = 128, far: Any) -> NearFarKind:
+def near_far(*, recent: Any = 128, far: Any) -> QuantizedKind:
     """The newest tokens exact, older ones in any codec: two partials, merged.
 
     Args:
@@ -379,17 +383,17 @@ def near_far(*, recent: Any = 128, far: Any) -> NearFarKind:
     """
     recent = check_integer("recent", recent, 0, of="near_far")
     far = as_kind(far)
-    if isinstance(far, NearFarKind):
+    if isinstance(far, QuantizedKind):
         return dataclasses.replace(far, recent=recent)
     if isinstance(far, type) or not isinstance(far, Codec):
         raise TypeError(
             f"near_far got far={brief(far)}; expected a kind that rounds, such as "
             "jkv.quantized(bits=4), or a codec"
         )
-    return NearFarKind(keys=far, values=far, recent=recent)
+    return QuantizedKind(keys=far, values=far, recent=recent)
 
 
-def sparse(keep: Any = 0.25, *, bits: Any = None, residual: Any = 0) -> NearFarKind:
+def sparse(keep: Any = 0.25, *, bits: Any = None, residual: Any = 0) -> QuantizedKind:
     """The largest `keep` share of each token's channels, with their indices; the rest is zero.
 
     Args:
@@ -402,4 +406,4 @@ def sparse(keep: Any = 0.25, *, bits: Any = None, residual: Any = 0) -> NearFarK
     """
     residual = check_integer("residual", residual, 0, of="sparse")
     codec = Sparse(keep=keep, inner=None if bits is None else _affine(bits, "token", None))
-    return NearFarKind(keys=codec, values=codec, recent=residual)
+    return QuantizedKind(keys=codec, values=codec, recent=residual)

@@ -24,7 +24,7 @@ def mesh_of(model: Any) -> Mesh | None:
     return getattr(model, "mesh", None)
 
 
-def specs(layers: Any, mesh: Mesh) -> Any:
+def partition_specs(layers: Any, mesh: Mesh) -> Any:
     """Return how the leaves of layers lie over a mesh, as each layer's `partition_spec` says.
 
     Args:
@@ -39,7 +39,7 @@ def specs(layers: Any, mesh: Mesh) -> Any:
     )
 
 
-def parted(layers: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
+def shard_layers(layers: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
     """Layers in a program, each device with its own heads; as they are without a mesh."""
     if mesh is None:
         return layers
@@ -47,7 +47,7 @@ def parted(layers: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
     def one(layer: Any) -> Any:
         # Scales of pages as one TPU lays them are lines of all heads.
         layer = layer.portable() if layer.rounds else layer
-        there = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(layer, mesh))
+        there = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(layer, mesh))
         return jax.tree.map(lax.with_sharding_constraint, layer, there)
 
     return tuple(map(one, layers))
@@ -79,7 +79,7 @@ def attend(
     if mesh is None:
         return layer.attend(q, k, v, step, spec)
     (axis,) = mesh.axis_names
-    heads, held = PartitionSpec(None, None, axis), specs(layer, mesh)
+    heads, held = PartitionSpec(None, None, axis), partition_specs(layer, mesh)
 
     def own(layer: Any, q: Array, k: Array, v: Array, step: Step) -> tuple[Array, Any]:
         out, after = layer.attend(q, k, v, step, spec)

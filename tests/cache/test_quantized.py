@@ -13,8 +13,8 @@ import pytest
 import jkv
 from jkv import ops
 from jkv._pytree import nbytes
-from jkv.cache.compressed import SLACK, far_slots
 from jkv.cache.protocol import Step
+from jkv.cache.quantized import SLACK, far_slots
 from jkv.errors import NonFiniteError
 from jkv.ops import AttentionSpec
 from jkv.ops.codecs import Affine, Cast
@@ -206,18 +206,18 @@ def test_not_a_number_is_told(name, bad):
     kind = KINDS[name]
     q, k, v = material()
     _, clean = fed(new(kind), (10,))
-    assert not clean.broken.any()
+    assert not clean.nonfinite.any()
     for what in ("k", "v"):
         dirty = (
             (q, k.at[1, 4, 0, 3].set(bad), v) if what == "k" else (q, k, v.at[1, 4, 1, 2].set(bad))
         )
         _, layer = attend(new(kind), dirty, jnp.zeros(B, jnp.int32), MOST, jnp.array([10, 10]))
-        assert layer.broken.tolist() == [False, True]
+        assert layer.nonfinite.tolist() == [False, True]
         # Padding may be anything.
         _, layer = attend(new(kind), dirty, jnp.zeros(B, jnp.int32), MOST, jnp.array([10, 4]))
-        assert layer.broken.tolist() == [False, False]
+        assert layer.nonfinite.tolist() == [False, False]
     cache = jkv.Cache(
-        layers=(clean, layer.__class__(**{**vars(layer), "broken": jnp.array([False, True])})),
+        layers=(clean, layer.__class__(**{**vars(layer), "nonfinite": jnp.array([False, True])})),
         lengths=jnp.array([10, 10]),
         overflowed=jnp.zeros(B, bool),
     )
