@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from jkv._pytree import pytree, replace, static
 from jkv.cache import scores, spec
-from jkv.cache.base import Cache, Run
+from jkv.cache.base import Cache
 from jkv.cache.block_table import BlockTables
 from jkv.cache.concat import concat
 from jkv.cache.dense import Dense, dense, from_legacy
@@ -16,6 +16,7 @@ from jkv.cache.per_layer import per_layer
 from jkv.cache.protocol import CacheKind, LayerCache, SharedState, Step, shard_heads
 from jkv.cache.pyramid import pyramid
 from jkv.cache.quantized import QuantizedCache, fp8, near_far, quantized, sparse
+from jkv.cache.run import Run
 from jkv.cache.window import Window, window
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from jkv import _pytree
 from jkv._axes import Array
@@ -19,9 +18,14 @@ from jkv._checks import check_integer
 from jkv._pytree import pytree
 from jkv._text import brief, plural
 from jkv._transfer import intended, transfers
-from jkv.cache.protocol import LayerCache, Layers, SharedState, Step, as_kind, furthest
+from jkv.cache.protocol import LayerCache, Layers, SharedState, as_kind, furthest
 from jkv.cache.rows import check_lengths, check_rows
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
+
+if TYPE_CHECKING:
+    from jkv.cache.run import Run
+else:
+    Run = Any  # its module imports this one
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -133,40 +137,9 @@ class Cache:
             ...     layers.append(layer)
             >>> hidden, cache = run.end(x, layers)
         """
-        self.check_batch(tokens)
-        new = tokens.shape[1]
-        if counts is None:
-            counts = jnp.full((self.batch,), new, jnp.int32)
-        counts = jnp.clip(counts.astype(jnp.int32), 0, new)
-        if self.capacity is None and not self.shared:
-            step = Step.after(self.lengths, counts, new)
-            return Run(self, tokens, step, step, self.overflowed, ())
-        fits = ~self.overflowed
-        if self.capacity is not None:
-            fits &= self.lengths + counts <= self.capacity
-        reserved = []
-        for state in self.shared:
-            room, fits = state.reserve(self.layers, self.lengths, counts, new, fits)
-            reserved.append(room)
-        step = whole = Step.after(self.lengths, jnp.where(fits, counts, 0), new)
-        shared = []
-        for state, room in zip(self.shared, reserved, strict=True):
-            state, tokens, whole = state.begin(room, tokens, whole)
-            shared.append(state)
-        return Run(self, tokens, whole, step, ~fits, tuple(shared))
+        from jkv.cache.run import begin  # it makes the next cache
 
-    def check_batch(self, tokens: Array) -> None:
-        """Refuse tokens that are not for the rows of this cache.
-
-        Raises:
-            ValueError: another number of rows.
-        """
-        if tokens.shape[0] != self.batch:
-            raise ValueError(
-                f"the cache has {plural(self.batch, 'row')} and the tokens {tokens.shape[0]}; "
-                "expected as "
-                "many: make another with jkv.init_cache(..., batch=), or choose with cache.take"
-            )
+        return begin(self, tokens, counts)
 
     if not TYPE_CHECKING:  # there, a misspelt name is an error
 
@@ -376,72 +349,6 @@ class Cache:
             return pairs
         longest = int(np.max(np.asarray(self.lengths), initial=0))
         return tuple((k[:, :, :longest], v[:, :, :longest]) for k, v in pairs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One forward pass over new tokens, from `Cache.begin`.
-
-    A plain value within a program: return the cache that `end` makes from a jitted function, and
-    not this.
-
-    Attributes:
-        cache: before the pass.
-        tokens: ``[B, T]``, what the layers run over: the new tokens; of `none()`, the whole
-            history.
-        step: where these are.
-        new: where the new tokens are; the same as `step` but for `none()`.
-        overflowed: ``[B]``, rows that refuse their new tokens.
-        shared: what the layers share after the pass.
-    """
-
-    cache: Cache
-    tokens: Array
-    step: Step
-    new: Step
-    overflowed: Array
-    shared: tuple[SharedState, ...]
-
-    @property
-    def layers(self) -> Layers:
-        """For each of the model's layers, its cache."""
-        return self.cache.layers
-
-    def end(self, hidden: Float[Array, "B T *D"], layers: Sequence[Any]) -> tuple[Array, Cache]:
-        """Return the new tokens' hidden states, and the cache after the pass.
-
-        Args:
-            hidden: of all `tokens`, after the last layer.
-            layers: what each layer's `attend` returned.
-
-        Raises:
-            ValueError: another number of layers than `layers` of the pass.
-        """
-        for state in self.shared:
-            hidden = state.end(hidden, self.new)
-        return hidden, self.next_cache(layers)
-
-    def next_cache(self, layers: Sequence[LayerCache]) -> Cache:
-        """Return the cache after the pass, where no hidden states are wanted.
-
-        Args:
-            layers: what each layer's `attend` or `append` returned.
-
-        Raises:
-            ValueError: another number of layers than `layers` of the pass.
-        """
-        if len(layers) != len(self.layers):
-            raise ValueError(
-                f"a pass got {plural(len(layers), 'layer')}; expected {len(self.layers)}, what "
-                "attend of each of run.layers returned"
-            )
-        return _pytree.replace(
-            self.cache,
-            layers=tuple(layers),
-            lengths=self.new.stop,
-            overflowed=self.overflowed,
-            shared=self.shared,
-        )
 
 
 def on_device(cache: Cache) -> Cache:
