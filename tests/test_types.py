@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import jkv.cache.convert
+import jkv.cache.evict  # noqa: F401 imported on first use
 from tests import typecheck
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +54,13 @@ reveal_type(logits)  # is Array
 reveal_type(cache)  # is Cache
 reveal_type(jkv.rollout(lm.model, logits, cache, steps=4))  # is Rollout
 reveal_type(jkv.engine.PagePool)  # is type[PagePool]
+cache = jkv.init_cache(lm.config, "int4", batch=1, slots=8)
+reveal_type(cache)  # is Cache
+reveal_type(cache.crop(4).take([0]).fork(2).convert(jkv.dense()))  # is Cache
+reveal_type(cache.layers[0])  # is LayerCache
+reveal_type(jkv.per_layer(["int4", jkv.window(4)]))  # is ListedKind | EndsKind
+reveal_type(jkv.plan("llama-2-7b", cache="int4"))  # is Plan
+reveal_type(jkv.plan(lm, cache=["int4", jkv.dense()]))  # is list[Plan]
 store = jkv.store.Store([jkv.store.Memory(1 << 20)], jkv.store.LRU())
 reveal_type(store)  # is Store
 
@@ -104,6 +113,16 @@ engine.submit("ROMEO:", max_new_tokens="abc")  # error reportArgumentType
 engine.generate(["ROMEO:"], max_new_tokens="abc")  # error reportArgumentType
 jkv.prefill(lm.model, rows, out.cache)  # error reportArgumentType
 jkv.rollout(lm.model, logits, cache, steps="a")  # error reportArgumentType
+jkv.init_cache(lm.config, 4, batch=1, slots=8)  # error reportArgumentType
+jkv.window("4")  # error reportArgumentType
+jkv.window(4, positions="here")  # error reportArgumentType
+jkv.quantized(bits=4, residual="a")  # error reportArgumentType
+jkv.evicting(8, score="h2o")  # error reportArgumentType
+jkv.paged(16, codec=4)  # error reportArgumentType
+cache.crop("a")  # error reportArgumentType
+cache.convert(4)  # error reportArgumentType
+cache.tables  # error reportAttributeAccessIssue
+jkv.plan("llama-2-7b", batch="a")  # error reportArgumentType
 """
 
 

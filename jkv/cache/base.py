@@ -18,8 +18,18 @@ from jkv._checks import check_integer
 from jkv._pytree import pytree
 from jkv._text import brief, plural
 from jkv._transfer import intended, transfers
-from jkv.cache.protocol import LayerCache, Layers, SharedState, as_kind, furthest
-from jkv.cache.rows import check_lengths, check_rows
+from jkv.cache.protocol import (
+    CacheKind,
+    LayerCache,
+    Layers,
+    Shape,
+    SharedState,
+    as_kind,
+    furthest,
+    own_kind_hint,
+)
+from jkv.cache.rows import Lengths, Rows, check_lengths, check_rows
+from jkv.cache.scores import Score
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -182,7 +192,7 @@ class Cache:
         return self
 
     @_eager
-    def crop(self, lengths: Any) -> Cache:
+    def crop(self, lengths: Lengths) -> Cache:
         """Roll rows back to their first `lengths` tokens; a row that is shorter stays as it is.
 
         A row that gives up tokens lacks none of those it keeps: if it had overflowed, it may go
@@ -205,7 +215,7 @@ class Cache:
         )
 
     @_eager
-    def take(self, rows: Any) -> Cache:
+    def take(self, rows: Rows) -> Cache:
         """Reorder, repeat or drop rows: row r of the result is row ``rows[r]`` of this cache.
 
         Args:
@@ -223,7 +233,7 @@ class Cache:
             shared=tuple(state.take(at) for state in self.shared),
         )
 
-    def fork(self, count: Any) -> Cache:
+    def fork(self, count: int) -> Cache:
         """Every row `count` times, copies next to each other: prefill once, go on many ways.
 
         Rows share their pages, if it is a cache of pages: `resize` makes more of these.
@@ -235,7 +245,9 @@ class Cache:
         return self.take(np.repeat(np.arange(self.batch), count))
 
     @_eager
-    def convert(self, to: Any, *, config: Any = None, slots: Any = None) -> Cache:
+    def convert(
+        self, to: CacheKind | str, *, config: Shape | None = None, slots: int | None = None
+    ) -> Cache:
         """The same tokens in a cache of another kind; what is kept of them is up to that kind.
 
         Args:
@@ -252,7 +264,7 @@ class Cache:
         return convert(self, to, config=config, slots=slots)
 
     @_eager
-    def evict(self, budget: Any, score: Any = None) -> Cache:
+    def evict(self, budget: int | Sequence[int], score: Score | None = None) -> Cache:
         """The best `budget` tokens of each row and head, in an evicting cache.
 
         No attention weights exist yet. `jkv.scores.key_norm` needs none; attention-based scores
@@ -271,7 +283,7 @@ class Cache:
         return evict(self, budget, score)
 
     @_eager
-    def requantise(self, to: Any) -> Cache:
+    def requantise(self, to: CacheKind | str) -> Cache:
         """What has been rounded, rounded in another form; layers and tokens that are exact stay so.
 
         Args:
@@ -281,21 +293,26 @@ class Cache:
             TypeError: `to` is no such kind.
             UnsupportedError: no layer rounds what it keeps: `convert` is for those.
         """
-        to = as_kind(to)
+        kind = as_kind(to)
         rounding = [layer.rounds for layer in self.layers]
         if not any(rounding):
             raise UnsupportedError(
                 "requantise got a cache of which no layer rounds what it keeps; expected one of "
                 "jkv.quantized or the like. Use cache.convert(to) to round an exact cache"
             )
+        if not isinstance(kind, CacheKind):
+            raise TypeError(
+                f"requantise got {brief(kind)}; expected a kind that rounds, such as "
+                f"jkv.quantized(bits=4){own_kind_hint(kind)}"
+            )
         layers = tuple(
-            layer.requantise(to, self.lengths) if rounds else layer
+            layer.requantise(kind, self.lengths) if rounds else layer
             for layer, rounds in zip(self.layers, rounding, strict=True)
         )
         return _pytree.replace(self, layers=layers)
 
     @_eager
-    def resize(self, slots: Any) -> Cache:
+    def resize(self, slots: int) -> Cache:
         """The same tokens in buffers of `slots` slots, and pages for as many in each row.
 
         Raises:

@@ -14,7 +14,7 @@ from jkv.cache.base import Cache
 
 
 @transfers
-def concat(caches: Any) -> Cache:
+def concat(caches: Sequence[Cache]) -> Cache:
     """One batch of the rows of several caches, with the slots of the longest.
 
     Args:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from jkv._checks import check_integer
 from jkv._pytree import replace
 from jkv._text import brief, plural
 from jkv.cache.base import Cache
-from jkv.cache.protocol import as_kind, is_kind, own_kind_hint
+from jkv.cache.protocol import CacheKind, Shape, as_kind, is_kind, own_kind_hint
 from jkv.errors import CacheFullError, UnsupportedError
 
 
-def convert(cache: Cache, to: Any, *, config: Any = None, slots: Any = None) -> Cache:
+def convert(
+    cache: Cache, to: CacheKind | str, *, config: Shape | None = None, slots: int | None = None
+) -> Cache:
     """See `Cache.convert`."""
-    to = as_kind(to)
-    if not is_kind(to) or to.recomputes:
+    kind = as_kind(to)
+    if not is_kind(kind) or kind.recomputes:
         raise UnsupportedError(
-            f"convert got {brief(to)}; expected a kind that keeps keys and values, such as "
-            f"jkv.dense(){own_kind_hint(to)}"
+            f"convert got {brief(kind)}; expected a kind that keeps keys and values, such as "
+            f"jkv.dense(){own_kind_hint(kind)}"
         )
     pairs = cache.to_legacy()
     held = pairs[0][0].shape[2]
@@ -31,13 +31,13 @@ def convert(cache: Cache, to: Any, *, config: Any = None, slots: Any = None) -> 
     layers = []
     for i, (keys, _) in enumerate(pairs):
         batch, heads, _, dim = keys.shape
-        kind = to if config is None else to.bind(config, i)
-        if kind.managed:
+        own = kind if config is None else kind.bind(config, i)
+        if own.managed:
             raise UnsupportedError(
                 "convert got a kind of managed pages, of which none are named yet; expected "
                 "jkv.paged() without managed=True"
             )
-        layers.append(kind.init(batch, slots, heads, dim, keys.dtype))
+        layers.append(own.init(batch, slots, heads, dim, keys.dtype))
     converted = Cache.empty(layers, cache.batch, slots)
     if not held:
         return replace(converted, overflowed=cache.overflowed, lengths=cache.lengths)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Int
 
 from jkv import ops
@@ -69,7 +69,7 @@ class Dense(LayerCache):
         Raises:
             ValueError: keys of other heads than the cache was made for.
         """
-        check_heads(self.keys, k)
+        check_heads(self.keys.shape, k)
         keys, values = write(self.keys, k, step.positions), write(self.values, v, step.positions)
         return replace(self, keys=keys, values=values)
 
@@ -116,14 +116,14 @@ class DenseKind(CacheKind):
 
     grows: bool = False
 
-    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Dense:
+    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Dense:
         """An empty layer: zeros."""
         shape = (batch, kv_heads, slots, head_dim)
         keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         return Dense(keys=keys, values=values, grows=self.grows)
 
 
-def dense(grow: Any = False) -> DenseKind:
+def dense(grow: bool = False) -> DenseKind:
     """Every token, in the model's dtype. Exact: the tokens are those of a model without a cache.
 
     Args:
@@ -138,7 +138,10 @@ def dense(grow: Any = False) -> DenseKind:
 
 
 @transfers
-def from_legacy(layers: Any, lengths: Any = None) -> Cache:
+def from_legacy(
+    layers: Sequence[Sequence[ArrayLike]],
+    lengths: Sequence[int] | np.ndarray | Array | None = None,
+) -> Cache:
     """A dense cache of (keys, values) per layer, each ``[B, K, S, H]``.
 
     Args:

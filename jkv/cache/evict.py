@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +14,10 @@ from jkv.cache import scores
 from jkv.cache.base import Cache
 from jkv.cache.evicting import Evicting, evicting
 from jkv.cache.protocol import Step
+from jkv.cache.scores import Score
 
 
-def evict(cache: Cache, budget: Any, score: Any = None) -> Cache:
+def evict(cache: Cache, budget: int | Sequence[int], score: Score | None = None) -> Cache:
     """See `Cache.evict`."""
     layers = []
     for i, layer in enumerate(cache.layers):

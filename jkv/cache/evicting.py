@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
@@ -19,6 +19,7 @@ from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache import scores as _scores
 from jkv.cache.protocol import CacheKind, LayerCache, Step, check_heads, shard_heads
+from jkv.cache.scores import Score
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.weights import attention_weights
 from jkv.ops.masks import AttentionSpec
@@ -41,7 +42,7 @@ class Evicting(LayerCache):
     values: Array  # [B, K, S, H]
     positions: Array  # [B, K, S] int32, EMPTY or CLOSED where there is no token
     scores: Array  # [B, K, S] float32
-    score: Any = static()  # of jkv.scores, or one like them
+    score: Score = static()  # of jkv.scores, or one like them
     recent: int = static()  # the newest tokens, kept whatever their scores
     sinks: int = static()  # and the first
 
@@ -79,7 +80,7 @@ class Evicting(LayerCache):
                 shape than the tokens.
         """
         at, window = step.positions, spec.window
-        check_heads(self.keys, k)
+        check_heads(self.keys.shape, k)
         if q.shape[1] == 1:
             cache = self._put_one(k, v, step, window)
             held = (cache.keys, cache.values, cache.positions)
@@ -99,7 +100,7 @@ class Evicting(LayerCache):
         Raises:
             ValueError: keys of other heads than the cache was made for.
         """
-        check_heads(self.keys, k)
+        check_heads(self.keys.shape, k)
         queries = jnp.max(step.positions, axis=1)[:, None]
         if k.shape[1] == 1:
             cache = self._put_one(k, v, step, None)
@@ -325,7 +326,7 @@ def _no_weights(scores: Array) -> Array:
     return jnp.zeros((*scores.shape[:2], 1, 1, scores.shape[2]), jnp.float32)
 
 
-def _is_window(score: Any, sinks: int) -> bool:
+def _is_window(score: Score, sinks: int) -> bool:
     return score is _scores.recency and sinks == 0
 
 
@@ -334,7 +335,7 @@ class EvictingKind(CacheKind):
     """See `evicting`."""
 
     budget: int | tuple[int, ...]
-    score: Any
+    score: Score
     recent: int
     sinks: int
 
@@ -349,7 +350,9 @@ class EvictingKind(CacheKind):
             return None
         return int(np.max(self.budget)) + new - 1
 
-    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Evicting:
+    def init(
+        self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> Evicting:
         """An empty layer: zeros.
 
         Raises:
@@ -372,7 +375,10 @@ class EvictingKind(CacheKind):
 
 
 def evicting(
-    budget: Any, score: Any = _scores.h2o, recent: Any = None, sinks: Any = 0
+    budget: int | Sequence[int],
+    score: Score = _scores.h2o,
+    recent: int | None = None,
+    sinks: int = 0,
 ) -> EvictingKind:
     """Never more than `budget` tokens per row and head, each head its own; never full.
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jkv import ops
@@ -28,6 +29,8 @@ from jkv.cache.block_table import (
 from jkv.cache.page_allocation import PageWrites, PoolSpec
 from jkv.cache.protocol import (
     CacheKind,
+    LayerCache,
+    Shape,
     SharedState,
     Step,
     as_kind,
@@ -41,7 +44,16 @@ from jkv.ops.attention.reference import gather_slots
 from jkv.ops.codecs import Affine, Codec, Encoded
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.order import depend_on
-from jkv.ops.pages import TpuPages, arrange, copy, empty, from_layout, to_layout, write_tokens
+from jkv.ops.pages import (
+    Pages,
+    TpuPages,
+    arrange,
+    copy,
+    empty,
+    from_layout,
+    to_layout,
+    write_tokens,
+)
 
 
 @pytree
@@ -161,7 +173,7 @@ class Paged(PooledLayer):
         return step.pages[self.group]
 
     def _put(self, k: Array, v: Array, writes: PageWrites, into: Array) -> Paged:
-        check_heads(self.k_pages, k)
+        check_heads(self.k_pages.shape, k)
         put = functools.partial(
             write_tokens, at=writes.at, source=writes.source, into=into, copies=not self.managed
         )
@@ -227,7 +239,7 @@ class Paged(PooledLayer):
         )
         return keys, values
 
-    def requantise(self, to: Any, lengths: Int[Array, " B"]) -> Paged:
+    def requantise(self, to: CacheKind, lengths: Int[Array, " B"]) -> Paged:
         """The same pages in another codec's form, all of them; exact ones stay as they are.
 
         Raises:
@@ -237,7 +249,7 @@ class Paged(PooledLayer):
         del lengths
         if not self.rounds:
             return self
-        if not isinstance(to, PagedKind) or to.keys is None:
+        if not isinstance(to, PagedKind) or to.keys is None or to.values is None:
             raise TypeError(
                 f"requantise got {brief(to)} for pages; expected a kind of pages that rounds, such "
                 "as jkv.paged(bits=4)"
@@ -251,7 +263,7 @@ class Paged(PooledLayer):
 
         made = empty((to.keys, to.values), count, heads, page, dim, self.dtype)
 
-        def again(old: Encoded | TpuPages, codec: Any, new: Any) -> Any:
+        def again(old: Pages, codec: Codec, new: Pages) -> Pages:
             plain = codec.empty(count, heads, page, dim, self.dtype)
             held = from_layout(old)
             decoded = held.decode() if isinstance(held, Encoded) else held
@@ -279,16 +291,16 @@ class PagedKind(CacheKind):
 
     page: int = 16
     pages: int | None = None
-    keys: Any = None  # Codec, or None for the model's dtype
-    values: Any = None
+    keys: Codec | None = None  # None for the model's dtype
+    values: Codec | None = None
     managed: bool = False
     window: int | None = None  # of the layer, once bound to it
 
-    def bind(self, config: Any, layer: int) -> PagedKind:
+    def bind(self, config: Shape, layer: int) -> PagedKind:
         """The kind for one layer: with the model's own window, outside of which pages are freed."""
         return dataclasses.replace(self, window=window_of(config, layer))
 
-    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Paged:
+    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Paged:
         """An empty layer: pages of zeros that are nobody's."""
         width = columns(self.page, slots)
         needed = batch * pages_of_row(PoolSpec(self.page, 0, self.window), width)
@@ -310,12 +322,12 @@ class PagedKind(CacheKind):
 
 
 def paged(
-    page: Any = 16,
-    bits: Any = None,
+    page: int = 16,
+    bits: int | None = None,
     *,
-    pages: Any = None,
-    codec: Any = None,
-    managed: Any = False,
+    pages: int | None = None,
+    codec: CacheKind | Codec | str | None = None,
+    managed: bool = False,
 ) -> PagedKind:
     """Every token, in pages of `page` tokens that rows share and copy on write (Kwon et al. 2023,
     arXiv:2309.06180).
@@ -359,12 +371,14 @@ def paged(
     return PagedKind(page, pages, keys, values, managed)
 
 
-def _codecs(codec: Any) -> tuple[Any, Any]:
-    """Of keys and of values."""
-    if codec is None:
+def _codecs(given: CacheKind | Codec | str | None) -> tuple[Codec | None, Codec | None]:
+    """Return the codecs of keys and of values."""
+    if given is None:
         return None, None
-    kind = codec = as_kind(codec)
-    if not isinstance(codec, QuantizedKind):
+    codec = as_kind(given)
+    if isinstance(codec, QuantizedKind):
+        kind = codec
+    else:
         if isinstance(codec, type) or not isinstance(codec, Codec):
             raise TypeError(
                 f"paged got codec={brief(codec)}; expected a kind that rounds, such as jkv.fp8(), "
@@ -396,7 +410,7 @@ def copy_pages(
         group: of layers.
     """
 
-    def copied(layer: Any) -> Any:
+    def copied(layer: LayerCache) -> LayerCache:
         if not isinstance(layer, Paged) or layer.group != group:
             return layer
         return copy(layer, source, into)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import NoReturn
+
+from jax.typing import DTypeLike
 
 from jkv._checks import check_integer
 from jkv._text import brief, plural
 from jkv.cache.dense import dense
-from jkv.cache.protocol import CacheKind, as_kind, is_kind, own_kind_hint
+from jkv.cache.protocol import CacheKind, Shape, as_kind, is_kind, own_kind_hint
 from jkv.errors import UnsupportedError
 
 
@@ -25,7 +28,9 @@ class _PerLayer(CacheKind):
         """Whether any layer's does."""
         return any(kind.grows for kind in self._used())
 
-    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Any:
+    def init(
+        self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> NoReturn:
         """There is no layer without a model.
 
         Raises:
@@ -42,12 +47,12 @@ class _PerLayer(CacheKind):
 class ListedKind(_PerLayer):
     """See `per_layer`: one kind for each layer."""
 
-    kinds: tuple[Any, ...]
+    kinds: tuple[CacheKind, ...]
 
-    def _used(self) -> tuple[Any, ...]:
+    def _used(self) -> tuple[CacheKind, ...]:
         return self.kinds
 
-    def bind(self, config: Any, layer: int) -> Any:
+    def bind(self, config: Shape, layer: int) -> CacheKind:
         """The layer's kind.
 
         Raises:
@@ -65,15 +70,15 @@ class ListedKind(_PerLayer):
 class EndsKind(_PerLayer):
     """See `per_layer`: one kind for the layers at the ends, another between."""
 
-    default: Any
+    default: CacheKind
     first: int
     last: int
-    exact: Any
+    exact: CacheKind
 
-    def _used(self) -> tuple[Any, ...]:
+    def _used(self) -> tuple[CacheKind, ...]:
         return (self.default, self.exact) if self.first + self.last else (self.default,)
 
-    def bind(self, config: Any, layer: int) -> Any:
+    def bind(self, config: Shape, layer: int) -> CacheKind:
         """The layer's kind.
 
         Raises:
@@ -88,7 +93,12 @@ class EndsKind(_PerLayer):
         return (self.default if between else self.exact).bind(config, layer)
 
 
-def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> Any:
+def per_layer(
+    kinds: CacheKind | str | Sequence[CacheKind | str],
+    first: int = 0,
+    last: int = 0,
+    exact: CacheKind | str | None = None,
+) -> ListedKind | EndsKind:
     """Another kind for each layer, or one kind with the layers at the ends kept in another.
 
     Args:
@@ -108,7 +118,7 @@ def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> A
     """
     first = check_integer("first", first, 0, of="per_layer")
     last = check_integer("last", last, 0, of="per_layer")
-    if isinstance(kinds, list | tuple):
+    if isinstance(kinds, Sequence) and not isinstance(kinds, str):
         if not kinds:
             raise ValueError("per_layer got no kinds; expected one for each layer")
         if first or last or exact is not None:
@@ -116,13 +126,13 @@ def per_layer(kinds: Any, first: Any = 0, last: Any = 0, exact: Any = None) -> A
                 "per_layer got a list, which names every layer's kind, and first, last or exact; "
                 "expected one or the other"
             )
-        return ListedKind(tuple(_checked(kind) for kind in kinds))
+        return ListedKind(tuple(_layer_kind(kind) for kind in kinds))
     exact = dense() if exact is None else exact
-    return EndsKind(_checked(kinds), first, last, _checked(exact))
+    return EndsKind(_layer_kind(kinds), first, last, _layer_kind(exact))
 
 
-def _checked(kind: Any) -> Any:
-    kind = as_kind(kind)
+def _layer_kind(given: CacheKind | str) -> CacheKind:
+    kind = as_kind(given)
     if not is_kind(kind) or kind.recomputes:
         raise TypeError(
             f"per_layer got {brief(kind)}; expected kinds that keep keys and values, such as "

@@ -382,7 +382,7 @@ def is_kind(kind: object) -> TypeGuard[CacheKind]:
     return isinstance(kind, CacheKind) and type(kind).__hash__ is not None
 
 
-def as_kind(kind: Any) -> Any:
+def as_kind(kind: object) -> object:
     """Return the kind that a text names, such as "int4" or "window:252,sinks=4"; others as given.
 
     Raises:
@@ -430,7 +430,7 @@ class Shape(Protocol):
     def head_dim(self) -> int: ...  # noqa: D102
 
 
-def window_of(config: Any, layer: int) -> int | None:
+def window_of(config: Shape, layer: int) -> int | None:
     """Return a layer's own window of the model; a bare shape has none."""
     return config.window(layer) if isinstance(config, Windowed) else None
 
@@ -442,13 +442,13 @@ class Windowed(Protocol):
     def window(self, layer: int) -> int | None: ...  # noqa: D102
 
 
-def check_heads(held: Any, new: Array) -> None:
-    """Refuse keys ``[B, T, K, H]`` for a buffer ``[B, K, S, H]`` of other heads.
+def check_heads(shape: tuple[int, ...], new: Float[Array, "B T K H"]) -> None:
+    """Refuse keys ``[B, T, K, H]`` for a buffer of `shape` ``[B, K, S, H]`` of other heads.
 
     Raises:
         ValueError: another number of heads, or of dimensions.
     """
-    heads, dim = held.shape[1], held.shape[3]
+    _, heads, _, dim = shape
     if (heads, dim) != new.shape[2:]:
         raise ValueError(
             f"the cache holds {heads} heads of {dim} dimensions, and the model makes "

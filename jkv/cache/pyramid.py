@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+
+from jax.typing import DTypeLike
 
 from jkv._checks import check_integer, check_number
 from jkv.cache import scores as _scores
 from jkv.cache.evicting import Evicting, EvictingKind, evicting
-from jkv.cache.protocol import CacheKind
+from jkv.cache.protocol import CacheKind, Shape
+from jkv.cache.scores import Score
 from jkv.errors import UnsupportedError
 
 
@@ -18,7 +20,7 @@ class PyramidKind(CacheKind):
 
     budget: int
     ratio: float
-    score: Any
+    score: Score
     recent: int | None
     sinks: int
 
@@ -30,7 +32,7 @@ class PyramidKind(CacheKind):
         steps = [(layers - 1 - 2 * i) / ends for i in range(layers)]
         return [self.budget + round(most * step) for step in steps]
 
-    def bind(self, config: Any, layer: int) -> EvictingKind:
+    def bind(self, config: Shape, layer: int) -> EvictingKind:
         """The kind for one layer.
 
         Raises:
@@ -38,7 +40,9 @@ class PyramidKind(CacheKind):
         """
         return evicting(self.budgets(config.layers)[layer], self.score, self.recent, self.sinks)
 
-    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Evicting:
+    def init(
+        self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> Evicting:
         """There is no layer without a model.
 
         Raises:
@@ -52,7 +56,11 @@ class PyramidKind(CacheKind):
 
 
 def pyramid(
-    budget: Any, ratio: Any = 4.0, score: Any = _scores.h2o, recent: Any = None, sinks: Any = 0
+    budget: int,
+    ratio: float = 4.0,
+    score: Score = _scores.h2o,
+    recent: int | None = None,
+    sinks: int = 0,
 ) -> PyramidKind:
     """`evicting` with more tokens in the first layers than in the last, falling in equal steps.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jkv import ops
@@ -24,6 +25,7 @@ from jkv.ops.order import depend_on
 
 # Tokens that can be rolled back without rounding any a second time: drafts are shorter.
 SLACK = 16
+KeyAxis = Literal["channel", "token"]
 
 
 @pytree
@@ -98,7 +100,7 @@ class QuantizedCache(LayerCache):
         return self._put(k, v, step, None)
 
     def _put(self, k: Array, v: Array, step: Step, result: Array | None) -> QuantizedCache:
-        check_heads(self.keys, k)
+        check_heads(self.keys.shape, k)
         first, block = self.far(step.start), self.block_size
         count = 1 if k.shape[1] == 1 else (k.shape[1] + block - 1) // block
         numbers = first[:, None] // block + jnp.arange(count, dtype=jnp.int32)[None, :]
@@ -161,7 +163,7 @@ class QuantizedCache(LayerCache):
         """See `LayerCache.partition_spec`."""
         return shard_heads(self, axis, whole=("nonfinite",))
 
-    def requantise(self, to: Any, lengths: Int[Array, " B"]) -> QuantizedCache:
+    def requantise(self, to: CacheKind, lengths: Int[Array, " B"]) -> QuantizedCache:
         """The same tokens in another rounding kind: exact ones as they are, others rounded anew.
 
         Raises:
@@ -266,7 +268,7 @@ def _slots(encoded: Encoded, first: Int[Array, " B"], size: int) -> Encoded:
     return encoded.map_slots(cut)
 
 
-def _along(tokens: Array, at: Array, dtype: Any) -> Array:
+def _along(tokens: Array, at: Array, dtype: DTypeLike) -> Array:
     """Tokens [B, K, R, H] in the order of `at` [B, W]; anything where it points outside."""
     at = jnp.clip(at, 0, tokens.shape[2] - 1)[:, None, :, None]
     return jnp.take_along_axis(tokens, at, axis=2).astype(dtype)
@@ -276,8 +278,8 @@ def _along(tokens: Array, at: Array, dtype: Any) -> Array:
 class QuantizedKind(CacheKind):
     """See `near_far`, `quantized`, `fp8` and `sparse`: how old keys and values are stored."""
 
-    keys: Any  # Codec
-    values: Any  # Codec
+    keys: Codec
+    values: Codec
     recent: int = 0
 
     def __post_init__(self) -> None:
@@ -290,7 +292,7 @@ class QuantizedKind(CacheKind):
             )
 
     def init(
-        self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any
+        self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> QuantizedCache:
         """An empty layer."""
         block = max(self.keys.block_size, self.values.block_size)
@@ -310,13 +312,13 @@ class QuantizedKind(CacheKind):
 
 
 def quantized(
-    bits: Any = 8,
+    bits: int = 8,
     *,
-    residual: Any = None,
-    group: Any = None,
-    key_axis: Any = None,
-    key_bits: Any = None,
-    value_bits: Any = None,
+    residual: int | None = None,
+    group: int | None = None,
+    key_axis: KeyAxis | None = None,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
 ) -> QuantizedKind:
     """Keys and values in 8, 4 or 2 bits, packed, with a step and a zero point for each group.
 
@@ -349,14 +351,14 @@ def quantized(
     return QuantizedKind(keys=keys, values=values, recent=residual)
 
 
-def _affine(bits: Any, axis: Any, group: Any) -> Affine:
+def _affine(bits: int, axis: KeyAxis | None, group: int | None) -> Affine:
     axis = ("token" if bits == 8 else "channel") if axis is None else axis
     # A group of one token may be all of it; one of tokens must fit into a block of attention.
     whole = None if axis == "token" and bits == 8 else 64
     return Affine(bits=bits, axis=axis, group=whole if group is None else group)
 
 
-def fp8(*, residual: Any = 0) -> QuantizedKind:
+def fp8(*, residual: int = 0) -> QuantizedKind:
     """Keys and values as 8-bit floats with a scale per token (e4m3, arXiv:2209.05433).
 
     Args:
@@ -369,7 +371,7 @@ def fp8(*, residual: Any = 0) -> QuantizedKind:
     return QuantizedKind(keys=Float8(), values=Float8(), recent=residual)
 
 
-def near_far(*, recent: Any = 128, far: Any) -> QuantizedKind:
+def near_far(*, recent: int = 128, far: CacheKind | Codec | str) -> QuantizedKind:
     """The newest tokens exact, older ones in any codec: two partials, merged.
 
     Args:
@@ -382,18 +384,18 @@ def near_far(*, recent: Any = 128, far: Any) -> QuantizedKind:
         ValueError: a negative `recent`.
     """
     recent = check_integer("recent", recent, 0, of="near_far")
-    far = as_kind(far)
-    if isinstance(far, QuantizedKind):
-        return dataclasses.replace(far, recent=recent)
-    if isinstance(far, type) or not isinstance(far, Codec):
+    codec = as_kind(far)
+    if isinstance(codec, QuantizedKind):
+        return dataclasses.replace(codec, recent=recent)
+    if isinstance(codec, type) or not isinstance(codec, Codec):
         raise TypeError(
-            f"near_far got far={brief(far)}; expected a kind that rounds, such as "
+            f"near_far got far={brief(codec)}; expected a kind that rounds, such as "
             "jkv.quantized(bits=4), or a codec"
         )
-    return QuantizedKind(keys=far, values=far, recent=recent)
+    return QuantizedKind(keys=codec, values=codec, recent=recent)
 
 
-def sparse(keep: Any = 0.25, *, bits: Any = None, residual: Any = 0) -> QuantizedKind:
+def sparse(keep: float = 0.25, *, bits: int | None = None, residual: int = 0) -> QuantizedKind:
     """The largest `keep` share of each token's channels, with their indices; the rest is zero.
 
     Args:

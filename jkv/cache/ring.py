@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jkv import ops
@@ -27,7 +27,7 @@ class Ring:
     values: Array  # [B, K, W, H]
 
     @classmethod
-    def empty(cls, batch: int, size: int, kv_heads: int, head_dim: int, dtype: Any) -> Ring:
+    def empty(cls, batch: int, size: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Ring:
         """A ring of `size` slots: zeros."""
         shape = (batch, kv_heads, size, head_dim)
         return cls(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
@@ -64,7 +64,7 @@ class Ring:
         Raises:
             ValueError: keys of other heads than the ring was made for.
         """
-        check_heads(self.keys, k)
+        check_heads(self.keys.shape, k)
         kept = step.positions >= jnp.maximum(step.stop[:, None] - self.size, 0)
         slots = jnp.where(kept, step.positions % self.size, -1)
         if result is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -115,7 +115,7 @@ class SnapKV:
         return jnp.where(inputs.positions > since[:, None, None], kept, pooled)
 
 
-def snapkv(window: Any = 32, pool: Any = 7) -> SnapKV:
+def snapkv(window: int = 32, pool: int = 7) -> SnapKV:
     """What the end of a prompt looks at is kept of it, and then all that is generated.
 
     After each chunk of a prefill: the attention of its last `window` queries, of which each token

@@ -15,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from jkv._axes import Array
-from jkv.cache.protocol import LayerCache, Step
+from jkv.cache.protocol import L, LayerCache, Step
 from jkv.ops.masks import AttentionSpec
 
 
-def mesh_of(model: Any) -> Mesh | None:
+def mesh_of(model: object) -> Mesh | None:
     """Over which a model's heads are parted, if they are; whatever runs like a decoder is one."""
     return getattr(model, "mesh", None)
 
@@ -39,29 +39,29 @@ def partition_specs(layers: Any, mesh: Mesh) -> Any:
     )
 
 
-def shard_layers(layers: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
+def shard_layers(layers: tuple[L, ...], mesh: Mesh | None) -> tuple[L, ...]:
     """Layers in a program, each device with its own heads; as they are without a mesh."""
     if mesh is None:
         return layers
 
-    def one(layer: Any) -> Any:
+    def shard(layer: L) -> L:
         # Scales of pages as one TPU lays them are lines of all heads.
         layer = layer.portable() if layer.rounds else layer
         there = jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(layer, mesh))
         return jax.tree.map(lax.with_sharding_constraint, layer, there)
 
-    return tuple(map(one, layers))
+    return tuple(map(shard, layers))
 
 
 def attend(
-    layer: Any,
+    layer: LayerCache,
     mesh: Mesh | None,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     step: Step,
     spec: AttentionSpec,
-) -> tuple[Float[Array, "B T N H"], Any]:
+) -> tuple[Float[Array, "B T N H"], LayerCache]:
     """`LayerCache.attend`, on each device for its own heads.
 
     Args:
@@ -81,7 +81,9 @@ def attend(
     (axis,) = mesh.axis_names
     heads, held = PartitionSpec(None, None, axis), partition_specs(layer, mesh)
 
-    def own(layer: Any, q: Array, k: Array, v: Array, step: Step) -> tuple[Array, Any]:
+    def own(
+        layer: LayerCache, q: Array, k: Array, v: Array, step: Step
+    ) -> tuple[Array, LayerCache]:
         out, after = layer.attend(q, k, v, step, spec)
         return out, jax.tree.map(whole, after, held)
 

@@ -24,6 +24,7 @@ from jkv.cache.evicting import evicting
 from jkv.cache.none import none
 from jkv.cache.paged import paged
 from jkv.cache.per_layer import per_layer
+from jkv.cache.protocol import CacheKind
 from jkv.cache.pyramid import pyramid
 from jkv.cache.quantized import fp8, near_far, quantized, sparse
 from jkv.cache.window import window
@@ -34,7 +35,7 @@ class Reader:
     """How a value is written, and what it stands for."""
 
     shown: str
-    read: Callable[[str], Any]  # raises ValueError where it is not written so
+    read: Callable[[str], object]  # raises ValueError where it is not written so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Form:
         needed: how many of those must be there.
     """
 
-    make: Callable[..., Any]
+    make: Callable[..., CacheKind]
     says: str
     examples: tuple[str, ...] = ("",)
     arguments: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
@@ -58,10 +59,10 @@ class Form:
     needed: int = 0
 
 
-def _words(**meanings: Any) -> Reader:
+def _words(**meanings: object) -> Reader:
     """One of a few words."""
 
-    def read(text: str) -> Any:
+    def read(text: str) -> object:
         if text not in meanings:
             raise ValueError
         return meanings[text]
@@ -69,8 +70,8 @@ def _words(**meanings: Any) -> Reader:
     return Reader("|".join(meanings), read)
 
 
-def _number(shown: str, pattern: str, make: Callable[[str], Any]) -> Reader:
-    def read(text: str) -> Any:
+def _number(shown: str, pattern: str, make: Callable[[str], object]) -> Reader:
+    def read(text: str) -> object:
         if re.fullmatch(pattern, text, re.ASCII) is None:
             raise ValueError
         return make(text)
@@ -78,7 +79,7 @@ def _number(shown: str, pattern: str, make: Callable[[str], Any]) -> Reader:
     return Reader(shown, read)
 
 
-def _inner(text: str) -> Any:
+def _inner(text: str) -> CacheKind:
     return parse(text[1:-1] if text.startswith("(") and text.endswith(")") else text)
 
 
@@ -105,7 +106,7 @@ _KEPT = {
 }
 
 
-def _keys_and_values(bits: tuple[int, int], **more: Any) -> Any:
+def _keys_and_values(bits: tuple[int, int], **more: Any) -> CacheKind:
     return quantized(key_bits=bits[0], value_bits=bits[1], **more)
 
 
@@ -113,7 +114,7 @@ def _rounded(bits: int, says: str) -> Form:
     return Form(functools.partial(quantized, bits), says, arguments=_ROUNDED)
 
 
-def _in_pages(codec: str | None = None, **more: Any) -> Any:
+def _in_pages(codec: str | None = None, **more: Any) -> CacheKind:
     bits = {"int8": 8, "int4": 4, "int2": 2}.get(codec or "")
     return paged(bits=bits, codec=fp8() if codec == "fp8" else None, **more)
 
@@ -200,7 +201,7 @@ FORMS: dict[str, Form] = {
 }
 
 
-def parse(text: Any) -> Any:
+def parse(text: str) -> CacheKind:
     """Make the kind of cache that a text names; wherever a kind is taken, its text is too.
 
     Args:
@@ -238,7 +239,7 @@ def parse(text: Any) -> Any:
     return form.make(**arguments)
 
 
-def text(kind: Any) -> str:
+def text(kind: CacheKind) -> str:
     """How a kind is written, as far as it is one of those listed; else what Python shows."""
     return next((t for t in examples() if parse(t) == kind), repr(kind))
 

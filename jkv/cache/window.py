@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jkv import ops
@@ -17,13 +18,22 @@ from jkv._checks import check_integer
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache.dense import Dense, dense
-from jkv.cache.protocol import CacheKind, LayerCache, Step, shard_heads, window_of
+from jkv.cache.protocol import CacheKind, LayerCache, Shape, Step, shard_heads, window_of
 from jkv.cache.ring import Ring
 from jkv.errors import UnsupportedError
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.rope import angles, rotate
 
 Positions = Literal["cache", "text", "clamped"]
+
+
+@runtime_checkable
+class Rotary(Protocol):
+    """What is asked of a model's rotary positions."""
+
+    @property
+    def interleaved(self) -> bool: ...  # noqa: D102
+    def frequencies(self) -> np.ndarray: ...  # noqa: D102
 
 
 @pytree
@@ -38,7 +48,7 @@ class Window(LayerCache):
     ring: Ring
     sinks: Dense | None  # the tokens at positions below s
     positions: Positions = static(default="text")
-    rope: Any = static(default=None)  # the model's rotary positions, where the rule needs them
+    rope: Rotary | None = static(default=None)  # of the model, where the rule needs it
 
     @property
     def capacity(self) -> None:
@@ -191,6 +201,8 @@ def _read_sinks(cache: Window, q: Array, step: Step, spec: AttentionSpec) -> lis
 
     if cache.positions == "text":
         return [read(q, sinks.keys, at, everything)]
+    if rope is None:
+        raise UnsupportedError(f"a window with {cache.positions=} and no rotary positions to turn")
     if cache.positions == "cache":
         # In the cache the query is at the end, as soon as it is full.
         back = jnp.maximum(at - (cache.first + window - 1), 0)
@@ -205,7 +217,7 @@ def _read_sinks(cache: Window, q: Array, step: Step, spec: AttentionSpec) -> lis
     return [near, read(beyond, keys, at - (window + 1), everything)]
 
 
-def _turned_back(x: Array, by: Array, rope: Any) -> Array:
+def _turned_back(x: Array, by: Array, rope: Rotary) -> Array:
     """Queries or keys ``[B, T, heads, H]`` as if each came `by` ``[B, T]`` positions earlier.
 
     In float32, so as not to round to the model's dtype twice. YaRN's magnitude is in them already.
@@ -221,7 +233,7 @@ class WindowKind(CacheKind):
     size: int | None
     sinks: int
     positions: Positions
-    rope: Any = None  # of the model, once bound to it
+    rope: Rotary | None = None  # of the model, once bound to it
 
     def reach(self, new: int) -> int | None:
         """How far back a token sees, itself included; None: as far as the row is long."""
@@ -232,7 +244,7 @@ class WindowKind(CacheKind):
     def _turns(self) -> bool:
         return self.sinks > 0 and self.positions != "text"
 
-    def bind(self, config: Any, layer: int) -> Any:
+    def bind(self, config: Shape, layer: int) -> CacheKind:
         """The kind for one layer: no longer than its own window, and with the model's rotation.
 
         Raises:
@@ -258,7 +270,9 @@ class WindowKind(CacheKind):
             return dense()
         return dataclasses.replace(self, size=size, rope=rope if self._turns else None)
 
-    def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Window:
+    def init(
+        self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
+    ) -> Window:
         """An empty layer: zeros.
 
         Raises:
@@ -277,7 +291,7 @@ class WindowKind(CacheKind):
         return Window(ring=ring, sinks=sinks, positions=self.positions, rope=self.rope)
 
 
-def window(size: Any = None, sinks: Any = 0, positions: Any = "cache") -> WindowKind:
+def window(size: int | None = None, sinks: int = 0, positions: Positions = "cache") -> WindowKind:
     """The last `size` tokens, and the first `sinks` of them for good; never full.
 
     Without sinks, exact for models trained with a window of at most `size`; other models forget

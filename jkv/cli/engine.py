@@ -72,7 +72,7 @@ def engine(
 
     lines = Requests(requests, max_new_tokens)
     lines.report()
-    kind = parse(cache)
+    parse(cache)  # a text that names no kind is better known now
     if prometheus is not None:
         replace_file(prometheus, "")  # where it cannot be written, that is better known now
     if not lines.asked:
@@ -83,7 +83,7 @@ def engine(
         if lines.bad and not skip_bad:
             return 2  # the lines come first; only with the model can the rest of them be checked
         raise
-    made = Engine(lm, pages=pages, max_batch=max_batch, cache=kind)
+    made = Engine(lm, pages=pages, max_batch=max_batch, cache=cache)
     waiting: dict[int, Request] = {}
     for line, asked in list(lines.asked.items()):
         request = lines.attempt(line, functools.partial(made.submit, **asked.keywords))

@@ -109,7 +109,8 @@ def score(
     # The last token of a row has nothing after it.
     counts = np.asarray([len(row) - 1 for row in rows], np.int32)
     slots = bucket(max(longest - 1, 1))
-    held = loop.init_cache_jit(config, kind, len(rows), slots, config.dtype, sharding.mesh_of(decoder))
+    mesh = sharding.mesh_of(decoder)
+    held = loop.init_cache_jit(config, kind, len(rows), slots, config.dtype, mesh)
     logprobs = np.zeros((len(rows), longest), np.float32)
     top_tokens = np.full((len(rows), longest, top), PAD, np.int32)
     top_values = np.zeros((len(rows), longest, top), np.float32)

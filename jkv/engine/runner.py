@@ -387,11 +387,11 @@ def managed_kind(kind: PagedKind | str | None, page: int | None, pages: int) -> 
     """
     if kind is None:
         kind = paged() if page is None else paged(page)
-    kind = as_kind(kind)
-    if not isinstance(kind, PagedKind):
-        raise TypeError(f"cache got {brief(kind)}; expected a kind of pages, such as jkv.paged()")
-    if page not in (None, kind.page):
+    made = as_kind(kind)
+    if not isinstance(made, PagedKind):
+        raise TypeError(f"cache got {brief(made)}; expected a kind of pages, such as jkv.paged()")
+    if page not in (None, made.page):
         raise ValueError(
-            f"page={page} and a cache with pages of {kind.page}; expected one of them, or the same"
+            f"page={page} and a cache with pages of {made.page}; expected one of them, or the same"
         )
-    return dataclasses.replace(kind, pages=pages, managed=True)
+    return dataclasses.replace(made, pages=pages, managed=True)

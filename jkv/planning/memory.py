@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import nnx
@@ -68,14 +67,14 @@ class Layers:
 
 def distinct(config: Config, kind: CacheKind) -> list[Layers]:
     """The kinds of a model's layers, each once."""
-    found: dict[Any, list[int]] = collections.defaultdict(list)
+    found: dict[CacheKind, list[int]] = collections.defaultdict(list)
     for i in range(config.layers):
         found[kind.bind(config, i)].append(i)
     return [Layers(k, len(numbers), tuple(numbers)) for k, numbers in found.items()]
 
 
-def cache_shape(config: Config, kind: CacheKind, batch: int, slots: int) -> Any:
-    """What `jkv.init_cache` would return, of shapes."""
+def cache_shape(config: Config, kind: CacheKind, batch: int, slots: int) -> Cache:
+    """Return what `jkv.init_cache` would, of shapes."""
     return jax.eval_shape(lambda: init_cache(config, kind, batch=batch, slots=slots))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -97,7 +96,10 @@ class Float8Codes(Encoded):
 class Float8:
     """8-bit floats, e4m3, with a scale per token (Micikevicius et al. 2022, arXiv:2209.05433)."""
 
-    block_size: ClassVar[int] = 1
+    @property
+    def block_size(self) -> int:
+        """Every token is encoded by itself."""
+        return 1
 
     def empty(self, batch: int, heads: int, slots: int, dim: int, dtype: DTypeLike) -> Float8Codes:
         """Return zeros for `slots` tokens per row.
@@ -177,7 +179,11 @@ class Cast:
     """
 
     dtype: DTypeLike
-    block_size: ClassVar[int] = 1
+
+    @property
+    def block_size(self) -> int:
+        """Every token is encoded by itself."""
+        return 1
 
     def __post_init__(self) -> None:
         """Refuse a dtype that holds no fractions, and store the dtype's name."""

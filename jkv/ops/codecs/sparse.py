@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +99,11 @@ class Sparse:
 
     keep: float = 0.25
     inner: Affine | None = None
-    block_size: ClassVar[int] = 1
+
+    @property
+    def block_size(self) -> int:
+        """Every token is encoded by itself."""
+        return 1
 
     def __post_init__(self) -> None:
         """Refuse settings that no form has."""
