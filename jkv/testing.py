@@ -1,4 +1,4 @@
-"""Whether a kind of cache keeps its promises: for whoever writes one.
+"""Check that a kind of cache, such as one of your own, keeps its promises.
 
 A key says at which position it is and a value which token, so that a query can ask for one position
 and see which token is found there. One that is lost, doubled, moved, or kept too long is told by
@@ -28,7 +28,7 @@ Sees = Callable[[int, int], bool]
 
 
 def everything(query: int, position: int) -> bool:
-    """What a cache that forgets nothing lets a token see: all before it, and itself."""
+    """Return whether a token sees another in a cache that forgets nothing: all up to itself."""
     return position <= query
 
 
@@ -111,7 +111,7 @@ class _Rows:
 
 
 def _key(position: Any) -> np.ndarray:
-    """[..., DIM]: as long as any other, and far from each within a few hundred positions."""
+    """Return a key ``[..., DIM]`` of a position, far from those of a few hundred others."""
     waves = np.random.default_rng(1).uniform(0.2, 3.0, DIM // 2)
     turns = np.asarray(position)[..., None] * waves
     return np.concatenate([np.cos(turns), np.sin(turns)], axis=-1).astype(np.float32)
@@ -139,7 +139,7 @@ class _Probe:
         return init_cache(_Config(), self.kind, batch=rows, slots=self.slots)
 
     def _attend(self, cache: Any, tokens: Any, asked: Any, counts: Any) -> Any:
-        """Each new token [B, T] asks for a position; padding is NaN."""
+        """Run a pass in which each new token ``[B, T]`` asks for a position; padding is NaN."""
         self.compiled += 1
 
         run = cache.begin(tokens, counts)
@@ -156,7 +156,7 @@ class _Probe:
         return out.reshape(*tokens.shape, HEADS, DIM), cache
 
     def push(self, rows: _Rows, counts: Sequence[int], what: str) -> _Rows:
-        """New tokens in each row, and what each of them sees."""
+        """Append new tokens to each row, and compare what each of them sees."""
         # Two shapes and no more: a kind costs as many compilations.
         size = 1 if max(counts) == 1 else self.longest
         tokens = self.random.integers(0, 512, (len(counts), size)).astype(np.int32)
@@ -200,7 +200,7 @@ class _Probe:
             return cache.crop(lengths)
 
     def holds(self, rows: _Rows, what: str) -> None:
-        """Every position of every row, asked for by one more token that is not kept."""
+        """Ask for every position of every row by one more token that is not kept."""
         for _ in range(4):
             self.push(rows, [1] * len(rows.tokens), what)
 
@@ -221,7 +221,7 @@ class _Probe:
             raise AssertionError("one buffer is in two leaves: such a cache cannot be donated")
 
     def fed(self, chunks: Sequence[int]) -> _Rows:
-        """Rows of different lengths, in chunks; one row has nothing new in some of them."""
+        """Fill rows of different lengths in chunks; one row has nothing new in some of them."""
         rows = _Rows(self.new(3), [[], [], []])
         for i, size in enumerate(chunks):
             counts = [size, max(size - i % 3, 0), size if i % 2 else 0]

@@ -116,7 +116,7 @@ class Cache:
         return any(state.recomputes for state in self.shared)
 
     def reach(self, new: int) -> int | None:
-        """How far back a token sees in a pass of `new`, itself included; None: without limit."""
+        """Return how far back a token sees in a pass of `new`, see `LayerCache.reach`."""
         return furthest(self.layers, new)
 
     @property
@@ -159,7 +159,7 @@ class Cache:
 
     @transfers
     def check(self) -> Cache:
-        """This cache, if no row has refused tokens and nothing was stored that cannot be.
+        """Return this cache, or raise if a row refused tokens or was given NaN.
 
         Raises:
             CacheFullError: a row overflowed, and has not been made shorter since.
@@ -234,7 +234,7 @@ class Cache:
         )
 
     def fork(self, count: int) -> Cache:
-        """Every row `count` times, copies next to each other: prefill once, go on many ways.
+        """Repeat every row `count` times, copies next to each other: prefill once, sample many.
 
         Rows share their pages, if it is a cache of pages: `resize` makes more of these.
 
@@ -248,7 +248,7 @@ class Cache:
     def convert(
         self, to: CacheKind | str, *, config: Shape | None = None, slots: int | None = None
     ) -> Cache:
-        """The same tokens in a cache of another kind; what is kept of them is up to that kind.
+        """Convert to a cache of another kind, which decides what it keeps of the tokens.
 
         Args:
             to: the kind, such as `jkv.quantized(bits=4)`, or its text, "int4".
@@ -265,7 +265,7 @@ class Cache:
 
     @_eager
     def evict(self, budget: int | Sequence[int], score: Score | None = None) -> Cache:
-        """The best `budget` tokens of each row and head, in an evicting cache.
+        """Keep the best `budget` tokens of each row and head, in an evicting cache.
 
         No attention weights exist yet. `jkv.scores.key_norm` needs none; attention-based scores
         keep the newest tokens. A cache that evicts already is cut down by the scores it has.
@@ -284,7 +284,7 @@ class Cache:
 
     @_eager
     def requantise(self, to: CacheKind | str) -> Cache:
-        """What has been rounded, rounded in another form; layers and tokens that are exact stay so.
+        """Round what is rounded to another form; exact layers and tokens stay exact.
 
         Args:
             to: a kind that rounds, such as `jkv.quantized(bits=4)`, or its text, "int4".
@@ -313,7 +313,7 @@ class Cache:
 
     @_eager
     def resize(self, slots: int) -> Cache:
-        """The same tokens in buffers of `slots` slots, and pages for as many in each row.
+        """Resize to `slots` slots per row, and to pages for as many.
 
         Raises:
             ValueError: `slots` is no integer of at least 1.
@@ -360,7 +360,7 @@ class Cache:
 
     @_eager
     def to_legacy(self) -> tuple[tuple[Array, Array], ...]:
-        """Per layer (keys, values), each ``[B, K, S, H]``, cut to the longest row if known."""
+        """Return each layer's keys and values ``[B, K, S, H]``, cut to the longest row if known."""
         pairs = tuple(x.to_legacy_shared(self.lengths, self.shared) for x in self.layers)
         if isinstance(self.lengths, Tracer):
             return pairs

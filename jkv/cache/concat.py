@@ -15,7 +15,7 @@ from jkv.cache.base import Cache
 
 @transfers
 def concat(caches: Sequence[Cache]) -> Cache:
-    """One batch of the rows of several caches, with the slots of the longest.
+    """Concatenate caches along the batch axis, with the slots of the longest.
 
     Args:
         caches: a list of them.
@@ -47,6 +47,6 @@ def concat(caches: Sequence[Cache]) -> Cache:
 
 
 def _signature(cache: Cache) -> tuple[Any, ...]:
-    """Everything but the batch: kinds, shapes from the second axis on, dtypes."""
+    """Return everything but the batch: kinds, shapes from the second axis on, dtypes."""
     leaves, tree = jax.tree.flatten(cache)
     return tree, *((leaf.dtype, leaf.shape[1:]) for leaf in leaves)

@@ -64,7 +64,7 @@ class Dense(LayerCache):
         return part.out.astype(q.dtype), cache
 
     def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Dense:
-        """Each new token in the slot of its position.
+        """Write each new token to the slot of its position.
 
         Raises:
             ValueError: keys of other heads than the cache was made for.
@@ -74,11 +74,11 @@ class Dense(LayerCache):
         return replace(self, keys=keys, values=values)
 
     def take(self, rows: Int[Array, " R"]) -> Dense:
-        """The cache with other rows."""
+        """Return the cache of other rows."""
         return replace(self, keys=self.keys[rows], values=self.values[rows])
 
     def resize(self, slots: int) -> Dense:
-        """The same tokens in a longer buffer, or in a shorter one that still holds them."""
+        """Return the same tokens in a longer buffer, or in a shorter one that still holds them."""
         change = slots - self.capacity
         if change <= 0:
             return replace(self, keys=self.keys[:, :, :slots], values=self.values[:, :, :slots])
@@ -86,12 +86,12 @@ class Dense(LayerCache):
         return replace(self, keys=jnp.pad(self.keys, pad), values=jnp.pad(self.values, pad))
 
     def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Dense:
-        """Nothing to do: what lies past a row's length is never seen, and overwritten later."""
+        """Return itself: what lies past a row's length is never seen, and overwritten later."""
         del held, lengths
         return self
 
     def concat(self, others: Sequence[Dense]) -> Dense:
-        """The rows of all."""
+        """Concatenate along the batch axis."""
         return replace(
             self,
             keys=jnp.concatenate([self.keys, *(o.keys for o in others)]),
@@ -117,14 +117,16 @@ class DenseKind(CacheKind):
     grows: bool = False
 
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Dense:
-        """An empty layer: zeros."""
+        """Make an empty layer of zeros."""
         shape = (batch, kv_heads, slots, head_dim)
         keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         return Dense(keys=keys, values=values, grows=self.grows)
 
 
 def dense(grow: bool = False) -> DenseKind:
-    """Every token, in the model's dtype. Exact: the tokens are those of a model without a cache.
+    """Keep every token, in the model's dtype.
+
+    Exact: the tokens are those of a model without a cache.
 
     Args:
         grow: begin with little and double the buffer whenever it is full, between two blocks of
@@ -142,7 +144,7 @@ def from_legacy(
     layers: Sequence[Sequence[ArrayLike]],
     lengths: Sequence[int] | np.ndarray | Array | None = None,
 ) -> Cache:
-    """A dense cache of (keys, values) per layer, each ``[B, K, S, H]``.
+    """Make a dense cache of (keys, values) per layer, each ``[B, K, S, H]``.
 
     Args:
         layers: one pair per layer, all with the same B and S.

@@ -62,7 +62,7 @@ class Evicting(LayerCache):
         return True
 
     def reach(self, new: int) -> int | None:
-        """How far back a token sees, itself included: of several new ones, each sees all before."""
+        """Return how far back a token sees; each of several new ones sees all before it."""
         return self.retained + new - 1 if _is_window(self.score, self.sinks) else None
 
     def attend(
@@ -73,7 +73,7 @@ class Evicting(LayerCache):
         step: Step,
         spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], Evicting]:
-        """One new token takes a slot and looks at what is left; several look at all, then some go.
+        """Attend, and evict: before one new token attends, or after several have.
 
         Raises:
             ValueError: keys of other heads than the cache was made for, or a score of another
@@ -82,14 +82,14 @@ class Evicting(LayerCache):
         at, window = step.positions, spec.window
         check_heads(self.keys.shape, k)
         if q.shape[1] == 1:
-            cache = self._put_one(k, v, step, window)
+            cache = self._append_one(k, v, step, window)
             held = (cache.keys, cache.values, cache.positions)
             out, weights = attention_weights(q, [held], at, spec)
-            return out.astype(q.dtype), cache._judged(weights, at, step)
+            return out.astype(q.dtype), cache._update_scores(weights, at, step)
         new = (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), self._places(step))
         held = (self.keys, self.values, self.positions)
         out, weights = attention_weights(q, [held, new], at, spec)
-        cache = self._put_many(k, v, step, weights, at, window, out)
+        cache = self._append_chunk(k, v, step, weights, at, window, out)
         return out.astype(q.dtype), cache
 
     def append(
@@ -103,28 +103,28 @@ class Evicting(LayerCache):
         check_heads(self.keys.shape, k)
         queries = jnp.max(step.positions, axis=1)[:, None]
         if k.shape[1] == 1:
-            cache = self._put_one(k, v, step, None)
-            return cache._judged(_no_weights(cache.scores), queries, step)
+            cache = self._append_one(k, v, step, None)
+            return cache._update_scores(_no_weights(cache.scores), queries, step)
         places = self._places(step).astype(self.scores.dtype)
         weights = _no_weights(jnp.concatenate([self.scores, places], axis=-1))
-        return self._put_many(k, v, step, weights, queries, None, None)
+        return self._append_chunk(k, v, step, weights, queries, None, None)
 
     def _places(self, step: Step) -> Array:
-        """Positions of the new tokens, for each head: [B, K, T]."""
+        """Return the positions of the new tokens for each head, ``[B, K, T]``."""
         batch, new = step.positions.shape
         return jnp.broadcast_to(step.positions[:, None], (batch, self.keys.shape[1], new))
 
-    def _put_one(self, k: Array, v: Array, step: Step, window: int | None) -> Evicting:
-        """A row's one new token in an empty slot of each head, or in that of the worst token."""
+    def _append_one(self, k: Array, v: Array, step: Step, window: int | None) -> Evicting:
+        """Write a row's one new token to an empty slot of each head, or over the worst token."""
         rank = self._rank(self.scores, self.positions, step, window)
         rank = jnp.where(self.positions == CLOSED, jnp.inf, rank)
         worst = rank == jnp.min(rank, axis=-1, keepdims=True)
         oldest = jnp.where(worst, self.positions, jnp.iinfo(jnp.int32).max)
         slot = jnp.argmin(oldest, axis=-1)[..., None].astype(jnp.int32)
         places = self._places(step)
-        return self._written(k, v, places, jnp.where(places >= 0, slot, -1))
+        return self._write(k, v, places, jnp.where(places >= 0, slot, -1))
 
-    def _put_many(
+    def _append_chunk(
         self,
         k: Array,
         v: Array,
@@ -134,7 +134,7 @@ class Evicting(LayerCache):
         window: int | None,
         result: Array | None,
     ) -> Evicting:
-        """The best of old and new tokens: the new ones among them take the others' slots."""
+        """Keep the best of old and new tokens; new ones take the slots of those evicted."""
         slots, places = self.keys.shape[2], self._places(step)
 
         def joined(old: Array, new: Array) -> Array:
@@ -146,7 +146,7 @@ class Evicting(LayerCache):
             values=joined(self.values, jnp.swapaxes(v, 1, 2)),
             positions=joined(self.positions, places),
             scores=joined(self.scores, jnp.zeros_like(places)),
-        )._judged(weights, queries, step)
+        )._update_scores(weights, queries, step)
         best = _best_first(both._rank(both.scores, both.positions, step, window), both.positions)
         open_slots = jnp.sum(self.positions != CLOSED, axis=-1, keepdims=True)
         kept = (jnp.argsort(best, axis=-1) < open_slots) & (both.positions >= 0)
@@ -158,12 +158,12 @@ class Evicting(LayerCache):
         if result is not None:
             target = depend_on(target, result)
         cache = replace(self, scores=both.scores[..., :slots])
-        return cache._written(k, v, places, target, both.scores[..., slots:])
+        return cache._write(k, v, places, target, both.scores[..., slots:])
 
-    def _written(
+    def _write(
         self, k: Array, v: Array, places: Array, slots: Array, scores: Array | None = None
     ) -> Evicting:
-        """New tokens in each head's own `slots` [B, K, T], nowhere where they are -1."""
+        """Write new tokens to each head's own `slots` ``[B, K, T]``, nowhere where they are -1."""
         new = slots.shape[2]
 
         def put(buffer: Array, tokens: Array) -> Array:
@@ -180,8 +180,8 @@ class Evicting(LayerCache):
             scores=put(self.scores, jnp.zeros(slots.shape) if scores is None else scores),
         )
 
-    def _judged(self, weights: Array, queries: Array, step: Step) -> Evicting:
-        """With the scores after this pass; a row without new tokens keeps what it has."""
+    def _update_scores(self, weights: Array, queries: Array, step: Step) -> Evicting:
+        """Update the scores after a pass; a row without new tokens keeps its own."""
         shape = self.scores.shape
         is_new = self.positions >= step.start[:, None, None]
         inputs = _scores.ScoreInputs(
@@ -203,7 +203,7 @@ class Evicting(LayerCache):
         return replace(self, scores=jnp.where(counts, found.astype(jnp.float32), self.scores))
 
     def _rank(self, scores: Array, positions: Array, step: Step, window: int | None) -> Array:
-        """What a token is worth once protection and the layer's window have been considered."""
+        """Rank tokens by score, protected ones first and those out of the layer's window last."""
         last = (step.stop - 1)[:, None, None]
         rank = jnp.clip(jnp.where(jnp.isnan(scores), -_MOST, scores), -_MOST, _MOST)
         if window is not None:
@@ -212,20 +212,20 @@ class Evicting(LayerCache):
         return jnp.where(positions < 0, -jnp.inf, jnp.where(always, jnp.inf, rank))
 
     def take(self, rows: Int[Array, " R"]) -> Evicting:
-        """The cache with other rows."""
+        """Return the cache of other rows."""
         return jax.tree.map(lambda leaf: leaf[rows], self)
 
     def resize(self, slots: int) -> Evicting:
-        """The same: the budget is what it is, whatever there is room for elsewhere."""
+        """Return itself: the budget does not depend on the slots."""
         del slots
         return self
 
     def concat(self, others: Sequence[Evicting]) -> Evicting:
-        """The rows of all."""
+        """Concatenate along the batch axis."""
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, *others)
 
     def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Evicting:
-        """Later tokens leave their slots; scores stay what they had become with them.
+        """Remove later tokens; scores keep the attention of these.
 
         Raises:
             UnsupportedError: an earlier token has been evicted, or, under `jit`, may have been.
@@ -254,7 +254,7 @@ class Evicting(LayerCache):
     def to_legacy(
         self, lengths: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """Keys and values of rows of which no token has been evicted, in order.
+        """Return keys and values of rows of which no token has been evicted, in order.
 
         Raises:
             UnsupportedError: one has been, or, under `jit`, may have been.
@@ -282,7 +282,7 @@ class Evicting(LayerCache):
             )
 
     def evict(self, held: Int[Array, " B"], budget: int | tuple[int, ...]) -> Evicting:
-        """The best of these tokens by their own scores, in smaller buffers.
+        """Keep the best tokens by their scores, in smaller buffers.
 
         Raises:
             ValueError: a larger budget, or one that the first tokens alone fill.
@@ -316,7 +316,7 @@ class Evicting(LayerCache):
 
 
 def _best_first(rank: Array, positions: Array) -> Array:
-    """Slots by falling rank, of equals the newest first."""
+    """Sort slots by falling rank, of equals the newest first."""
     slots = lax.broadcasted_iota(jnp.int32, rank.shape, rank.ndim - 1)
     return lax.sort((-rank, -positions, slots), dimension=-1, num_keys=2)[2]
 
@@ -353,7 +353,7 @@ class EvictingKind(CacheKind):
     def init(
         self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> Evicting:
-        """An empty layer: zeros.
+        """Make an empty layer of zeros.
 
         Raises:
             ValueError: budgets for another number of heads.
@@ -380,7 +380,7 @@ def evicting(
     recent: int | None = None,
     sinks: int = 0,
 ) -> EvictingKind:
-    """Never more than `budget` tokens per row and head, each head its own; never full.
+    """Keep at most `budget` tokens per row and head, each head its own; never full.
 
     As long as nothing has been evicted, exact. A new token of the decode loop takes the place of
     the token with the lowest score by what was known before it, and of equals of the oldest; the
@@ -398,8 +398,8 @@ def evicting(
 
     Raises:
         TypeError: a score that cannot be called, or not be hashed.
-        ValueError: numbers out of range, more kept for good than there is room for, or budgets per
-            head with a score that keeps the same tokens in all.
+        ValueError: numbers out of range, more tokens always kept than there is room for, or budgets
+            per head with a score that keeps the same tokens in all.
     """
     budgets = budget if isinstance(budget, list | tuple) else (budget,)
     if not budgets:

@@ -1,4 +1,4 @@
-"""From a description to an empty cache."""
+"""Make an empty cache for a model."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -20,7 +20,7 @@ def init_cache(
     slots: int,
     dtype: DTypeLike | None = None,
 ) -> Cache:
-    """An empty cache for a model.
+    """Make an empty cache for a model.
 
     Args:
         config: the model's configuration (`layers`, `kv_heads`, `head_dim`, `dtype`).

@@ -43,7 +43,7 @@ class NoCache(LayerCache):
         step: Step,
         spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], NoCache]:
-        """Causal attention within the chunk."""
+        """Attend causally within the chunk."""
         part = ops.attention_with_chunk(q, k, v, step.positions, spec)
         return part.out.astype(q.dtype), self
 

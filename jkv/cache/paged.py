@@ -58,11 +58,11 @@ from jkv.ops.pages import (
 
 @pytree
 class Paged(PooledLayer):
-    """A layer's keys and values in pages, which rows have by their cache's block table.
+    """A layer's keys and values in pages; the cache's block table says which row has which.
 
-    Pages have no axis of rows: all that is done to rows is done to the table. A page in a codec's
-    form holds tokens that are encoded one by one, so that each is rounded once, whoever the page is
-    copied for. New tokens see each other before they are rounded.
+    Pages have no axis of rows: every operation on rows changes the block table alone. A page in a
+    codec's form holds tokens that are encoded one by one, so that each is rounded once, however
+    often the page is copied. New tokens see each other before they are rounded.
     """
 
     k_pages: Any  # [P, K, page, H], or Encoded, or on a TPU TpuPages
@@ -132,7 +132,7 @@ class Paged(PooledLayer):
         step: Step,
         spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], Paged]:
-        """Attention over the pages and the new tokens as they are, and the cache with all.
+        """Attend to the pages, and to the new tokens before they are rounded.
 
         Raises:
             ValueError: keys of other heads than the cache was made for.
@@ -152,17 +152,17 @@ class Paged(PooledLayer):
         past = self._kv(writes.before, step.start)
         out = ops.attention_with_chunk(q, k, v, at, spec, past).out
         # The pages that leave the window with these tokens may be written by others.
-        return out.astype(q.dtype), self._put(k, v, writes, depend_on(writes.into, out))
+        return out.astype(q.dtype), self._append(k, v, writes, depend_on(writes.into, out))
 
     def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Paged:
-        """Each new token in the page that the step has for it.
+        """Write each new token to the page that the step names for it.
 
         Raises:
             ValueError: keys of other heads than the cache was made for.
             UnsupportedError: a step without pages.
         """
         writes = self._writes(step)
-        return self._put(k, v, writes, writes.into)
+        return self._append(k, v, writes, writes.into)
 
     def _writes(self, step: Step) -> PageWrites:
         if not step.pages:
@@ -172,7 +172,7 @@ class Paged(PooledLayer):
             )
         return step.pages[self.group]
 
-    def _put(self, k: Array, v: Array, writes: PageWrites, into: Array) -> Paged:
+    def _append(self, k: Array, v: Array, writes: PageWrites, into: Array) -> Paged:
         check_heads(self.k_pages.shape, k)
         put = functools.partial(
             write_tokens, at=writes.at, source=writes.source, into=into, copies=not self.managed
@@ -240,7 +240,7 @@ class Paged(PooledLayer):
         return keys, values
 
     def requantise(self, to: CacheKind, lengths: Int[Array, " B"]) -> Paged:
-        """The same pages in another codec's form, all of them; exact ones stay as they are.
+        """Convert all pages to another codec's form; exact ones stay as they are.
 
         Raises:
             TypeError: no kind of pages that rounds.
@@ -297,11 +297,11 @@ class PagedKind(CacheKind):
     window: int | None = None  # of the layer, once bound to it
 
     def bind(self, config: Shape, layer: int) -> PagedKind:
-        """The kind for one layer: with the model's own window, outside of which pages are freed."""
+        """Return the kind for one layer: pages outside of its own window are freed."""
         return dataclasses.replace(self, window=window_of(config, layer))
 
     def init(self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Paged:
-        """An empty layer: pages of zeros that are nobody's."""
+        """Make an empty layer: free pages of zeros."""
         width = columns(self.page, slots)
         needed = batch * pages_of_row(PoolSpec(self.page, 0, self.window), width)
         count = needed if self.pages is None else self.pages
@@ -329,16 +329,16 @@ def paged(
     codec: CacheKind | Codec | str | None = None,
     managed: bool = False,
 ) -> PagedKind:
-    """Every token, in pages of `page` tokens that rows share and copy on write (Kwon et al. 2023,
-    arXiv:2309.06180).
+    """Keep every token, in pages that rows share and copy on write.
 
-    A row takes a page when its next token needs one. Forks share what they have in common, and a
-    row gets a copy of a shared page when it writes to it. Rows that are cropped, or dropped by
-    `take`, give pages back; layers with a window of the model's own free those that have left it.
+    Source: Kwon et al. 2023, arXiv:2309.06180. A row allocates a page when its next token needs
+    one. Forks share pages, and a row gets a copy of a shared page when it writes to it. Cropping
+    or dropping rows frees pages; layers with a window of the model's own free those that have left
+    it.
 
-    A row for which there is no page takes none of its tokens and raises its flag, as one that is
-    full does. With ``pages=None`` there are always enough for the rows that the cache was made for;
-    after `fork`, which makes more rows and no pages, `resize` makes enough for all again.
+    A row for which no page is free takes none of its tokens and raises its flag, like a full one.
+    With ``pages=None`` there are always enough for the rows that the cache was made for; after
+    `fork`, which makes more rows and no pages, `resize` makes enough for all again.
 
     Args:
         page: tokens of a page.

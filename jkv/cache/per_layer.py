@@ -1,4 +1,4 @@
-"""Another kind of cache for each layer."""
+"""Kinds that differ from layer to layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jkv.errors import UnsupportedError
 
 
 class _PerLayer(CacheKind):
-    """What both forms share: they are nothing without a layer."""
+    """What both forms share: a layer is only known once bound to a model."""
 
     @abc.abstractmethod
     def _used(self) -> tuple[CacheKind, ...]:
@@ -31,7 +31,7 @@ class _PerLayer(CacheKind):
     def init(
         self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> NoReturn:
-        """There is no layer without a model.
+        """Refuse: there is no layer without a model.
 
         Raises:
             UnsupportedError: always.
@@ -53,7 +53,7 @@ class ListedKind(_PerLayer):
         return self.kinds
 
     def bind(self, config: Shape, layer: int) -> CacheKind:
-        """The layer's kind.
+        """Return the layer's kind.
 
         Raises:
             UnsupportedError: the model has another number of layers.
@@ -79,7 +79,7 @@ class EndsKind(_PerLayer):
         return (self.default, self.exact) if self.first + self.last else (self.default,)
 
     def bind(self, config: Shape, layer: int) -> CacheKind:
-        """The layer's kind.
+        """Return the layer's kind.
 
         Raises:
             UnsupportedError: the model has fewer layers than are to be kept exact.
@@ -99,7 +99,7 @@ def per_layer(
     last: int = 0,
     exact: CacheKind | str | None = None,
 ) -> ListedKind | EndsKind:
-    """Another kind for each layer, or one kind with the layers at the ends kept in another.
+    """Give each layer a kind of its own, or the layers at the ends another kind.
 
     Args:
         kinds: a list with one kind per layer, each a kind or its text ("int4"); or the kind of all

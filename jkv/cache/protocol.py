@@ -48,7 +48,7 @@ class Step:
 
 
 class LayerCache(abc.ABC):
-    """One layer's keys and values: a frozen pytree that knows how to attend to itself.
+    """One layer's keys and values: a frozen pytree, with the attention over them.
 
     Decorate a subclass with `jkv.cache.pytree`. What has a default here is optional: what it says
     is true of a cache that keeps every token in slots of its own.
@@ -323,7 +323,7 @@ class SharedState(abc.ABC):
 
 
 class CacheKind(abc.ABC):
-    """How a layer's tokens are kept, described before there is a shape: a small frozen value."""
+    """How a layer's tokens are kept, before any shape is known: a small frozen value."""
 
     @abc.abstractmethod
     def init(

@@ -1,4 +1,4 @@
-"""Another budget for each layer: more in the first, less in the last."""
+"""Evict with larger budgets in the first layers than in the last."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PyramidKind(CacheKind):
     sinks: int
 
     def budgets(self, layers: int) -> list[int]:
-        """What each layer gets, from the first to the last: falling, and `budget` on average."""
+        """Return each layer's budget: falling from the first to the last, `budget` on average."""
         # Rounding is the same up and down, so what one layer gains another loses.
         most = self.budget * (self.ratio - 1) / (self.ratio + 1)
         ends = max(layers - 1, 1)
@@ -33,7 +33,7 @@ class PyramidKind(CacheKind):
         return [self.budget + round(most * step) for step in steps]
 
     def bind(self, config: Shape, layer: int) -> EvictingKind:
-        """The kind for one layer.
+        """Return the kind for one layer.
 
         Raises:
             ValueError: a layer's budget does not suffice for what is always kept.
@@ -43,7 +43,7 @@ class PyramidKind(CacheKind):
     def init(
         self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> Evicting:
-        """There is no layer without a model.
+        """Refuse: there is no layer without a model.
 
         Raises:
             UnsupportedError: always.
@@ -62,7 +62,7 @@ def pyramid(
     recent: int | None = None,
     sinks: int = 0,
 ) -> PyramidKind:
-    """`evicting` with more tokens in the first layers than in the last, falling in equal steps.
+    """Evict with larger budgets in the first layers than in the last, falling in equal steps.
 
     Attention is spread in the first layers and narrows towards the last. Source: PyramidKV, Cai et
     al. 2024, arXiv:2406.02069, whose default beta = 20 is a ratio of 39.

@@ -56,7 +56,7 @@ class QuantizedCache(LayerCache):
         return max(self.keys.block_size, self.values.block_size)
 
     def far(self, count: Int[Array, " B"]) -> Int[Array, " B"]:
-        """How many of a row's `count` tokens are in the far part."""
+        """Return how many of a row's `count` tokens are in the far part."""
         return jnp.maximum(count - self.recent, 0) // self.block_size * self.block_size
 
     def attend(
@@ -67,7 +67,7 @@ class QuantizedCache(LayerCache):
         step: Step,
         spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], QuantizedCache]:
-        """Attention over both parts and the new tokens as they are, and the cache with all.
+        """Attend to both parts, and to the new tokens before they are rounded.
 
         Raises:
             ValueError: keys of other heads than the cache was made for.
@@ -87,19 +87,19 @@ class QuantizedCache(LayerCache):
         if self.near is not None:
             past.append(self.near.operand(step.start, since))
         out = ops.attention_with_chunk(q, k, v, at, spec, past).out
-        return out.astype(q.dtype), self._put(k, v, step, out)
+        return out.astype(q.dtype), self._append(k, v, step, out)
 
     def append(
         self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step
     ) -> QuantizedCache:
-        """The new tokens into the near part, and what they push out of it into the far one.
+        """Append new tokens to the near part, and what they push out of it to the far one.
 
         Raises:
             ValueError: keys of other heads than the cache was made for.
         """
-        return self._put(k, v, step, None)
+        return self._append(k, v, step, None)
 
-    def _put(self, k: Array, v: Array, step: Step, result: Array | None) -> QuantizedCache:
+    def _append(self, k: Array, v: Array, step: Step, result: Array | None) -> QuantizedCache:
         check_heads(self.keys.shape, k)
         first, block = self.far(step.start), self.block_size
         count = 1 if k.shape[1] == 1 else (k.shape[1] + block - 1) // block
@@ -111,14 +111,14 @@ class QuantizedCache(LayerCache):
         # One new token at a time leaves the ring long after it came; of a chunk, part may leave
         # without ever having been in it.
         source = near if k.shape[1] == 1 else self.near
-        old_k, old_v = _leaving(
+        old_k, old_v = _tokens_at(
             source, k, v, step, first[:, None] + jnp.arange(count * block, dtype=jnp.int32)[None]
         )
         real = (step.positions >= 0)[:, :, None, None]
         return replace(
             self,
-            keys=_stored(self.keys, old_k, numbers, block),
-            values=_stored(self.values, old_v, numbers, block),
+            keys=_write_blocks(self.keys, old_k, numbers, block),
+            values=_write_blocks(self.values, old_v, numbers, block),
             near=near,
             nonfinite=self.nonfinite | ~(all_finite(k, real) & all_finite(v, real)),
         )
@@ -128,25 +128,25 @@ class QuantizedCache(LayerCache):
         return ops.ContiguousKV(self.keys, self.values, lengths=count)
 
     def take(self, rows: Int[Array, " R"]) -> QuantizedCache:
-        """The cache with other rows."""
+        """Return the cache of other rows."""
         return jax.tree.map(lambda leaf: leaf[rows], self)
 
     def resize(self, slots: int) -> QuantizedCache:
-        """The same tokens with room for more, or for fewer that still hold them."""
+        """Return the same tokens with room for more, or for fewer that still hold them."""
         far = far_slots(slots, self.recent, self.block_size)
         return replace(
             self, keys=self.keys.resize(far), values=self.values.resize(far), slots=slots
         )
 
     def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> QuantizedCache:
-        """The near part moves back: over tokens that it still holds, then over rounded ones.
+        """Move the near part back, over tokens that it still holds, then over rounded ones.
 
         Rolled back by more than `SLACK` tokens, fewer than a block of the tokens that are left will
         be rounded a second time.
         """
         if self.near is None:
             return self
-        near = _rolled_back(self.near, self.keys, self.values, held, lengths)
+        near = _roll_back(self.near, self.keys, self.values, held, lengths)
         return replace(self, near=near)
 
     @property
@@ -164,7 +164,7 @@ class QuantizedCache(LayerCache):
         return shard_heads(self, axis, whole=("nonfinite",))
 
     def requantise(self, to: CacheKind, lengths: Int[Array, " B"]) -> QuantizedCache:
-        """The same tokens in another rounding kind: exact ones as they are, others rounded anew.
+        """Convert to another kind that rounds: exact tokens as they are, others rounded anew.
 
         Raises:
             TypeError: no kind that rounds.
@@ -181,13 +181,13 @@ class QuantizedCache(LayerCache):
         return replace(made.append(keys, values, step), nonfinite=self.nonfinite)
 
     def concat(self, others: Sequence[QuantizedCache]) -> QuantizedCache:
-        """The rows of all."""
+        """Concatenate along the batch axis."""
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self, *others)
 
     def to_legacy(
         self, lengths: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """Keys and values as they are remembered: the far part decoded, the near part exact."""
+        """Return keys and values: the far part decoded, the near part exact."""
         far = self.far(lengths)
 
         def whole(rounded: Encoded, exact: Array | None) -> Array:
@@ -208,14 +208,14 @@ class QuantizedCache(LayerCache):
 
 
 def far_slots(slots: int, recent: int, block: int) -> int:
-    """Slots of the far part of a cache for `slots` tokens: whole blocks, at least one."""
+    """Return the slots of the far part for `slots` tokens: whole blocks, at least one."""
     return max((slots - recent) // block * block, block)
 
 
-def _leaving(
+def _tokens_at(
     near: Ring | None, k: Array, v: Array, step: Step, positions: Int[Array, "B R"]
 ) -> tuple[Array, Array]:
-    """Keys and values [B, R, K, H] at positions that lie in the ring, or among the new tokens.
+    """Return keys and values ``[B, R, K, H]`` at positions in the ring or among the new tokens.
 
     What lies at positions that no token has yet is anything.
     """
@@ -230,14 +230,14 @@ def _leaving(
     return jnp.where(new, new_k, old_k), jnp.where(new, new_v, old_v)
 
 
-def _stored(far: Encoded, tokens: Array, numbers: Array, block: int) -> Encoded:
-    """The far part with blocks of tokens, of which its own blocks may be fractions."""
+def _write_blocks(far: Encoded, tokens: Array, numbers: Array, block: int) -> Encoded:
+    """Write blocks of tokens to the far part, whose own blocks may be fractions of these."""
     return far.write_blocks(tokens, numbers, block // far.block_size)
 
 
 @jax.jit  # people roll back between turns, outside of any program: one, not one per operation
-def _rolled_back(near: Ring, keys: Encoded, values: Encoded, held: Array, lengths: Array) -> Ring:
-    """The near part of the first `lengths` tokens, with what it has let go of decoded."""
+def _roll_back(near: Ring, keys: Encoded, values: Encoded, held: Array, lengths: Array) -> Ring:
+    """Return the near part of the first `lengths` tokens; tokens that had left it are decoded."""
     size, block = near.size, max(keys.block_size, values.block_size)
     wanted = near.slot_positions(lengths)
     there = (wanted >= (held - size)[:, None])[:, None, :, None]
@@ -246,13 +246,13 @@ def _rolled_back(near: Ring, keys: Encoded, values: Encoded, held: Array, length
 
     def refilled(exact: Array, rounded: Encoded) -> Array:
         part = _slots(rounded, first, min(span, rounded.shape[2])).decode()
-        return jnp.where(there, exact, _along(part, wanted - first[:, None], exact.dtype))
+        return jnp.where(there, exact, _reorder(part, wanted - first[:, None], exact.dtype))
 
     return Ring(keys=refilled(near.keys, keys), values=refilled(near.values, values))
 
 
 def _slots(encoded: Encoded, first: Int[Array, " B"], size: int) -> Encoded:
-    """Slots first[b] to first[b] + size of each row, both whole blocks."""
+    """Return slots first[b] to first[b] + size of each row, both whole blocks."""
     slots = encoded.shape[2]
 
     def cut(leaf: Array, axis: int) -> Array:
@@ -268,8 +268,8 @@ def _slots(encoded: Encoded, first: Int[Array, " B"], size: int) -> Encoded:
     return encoded.map_slots(cut)
 
 
-def _along(tokens: Array, at: Array, dtype: DTypeLike) -> Array:
-    """Tokens [B, K, R, H] in the order of `at` [B, W]; anything where it points outside."""
+def _reorder(tokens: Array, at: Array, dtype: DTypeLike) -> Array:
+    """Reorder tokens ``[B, K, R, H]`` by `at` ``[B, W]``; anything where it is outside."""
     at = jnp.clip(at, 0, tokens.shape[2] - 1)[:, None, :, None]
     return jnp.take_along_axis(tokens, at, axis=2).astype(dtype)
 
@@ -294,7 +294,7 @@ class QuantizedKind(CacheKind):
     def init(
         self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> QuantizedCache:
-        """An empty layer."""
+        """Make an empty layer."""
         block = max(self.keys.block_size, self.values.block_size)
         room = far_slots(slots, self.recent, block)
         near = None
@@ -320,7 +320,7 @@ def quantized(
     key_bits: int | None = None,
     value_bits: int | None = None,
 ) -> QuantizedKind:
-    """Keys and values in 8, 4 or 2 bits, packed, with a step and a zero point for each group.
+    """Quantize keys and values to 8, 4 or 2 bits, with a scale and zero point per group.
 
     At 4 and 2 bits keys are grouped per channel over `group` tokens, since some channels of keys
     are many times as large as others, and values per token (KIVI, Liu et al. 2024,
@@ -359,7 +359,7 @@ def _affine(bits: int, axis: KeyAxis | None, group: int | None) -> Affine:
 
 
 def fp8(*, residual: int = 0) -> QuantizedKind:
-    """Keys and values as 8-bit floats with a scale per token (e4m3, arXiv:2209.05433).
+    """Round keys and values to 8-bit floats with a scale per token (e4m3, arXiv:2209.05433).
 
     Args:
         residual: newest tokens that stay exact, none by default.
@@ -372,7 +372,7 @@ def fp8(*, residual: int = 0) -> QuantizedKind:
 
 
 def near_far(*, recent: int = 128, far: CacheKind | Codec | str) -> QuantizedKind:
-    """The newest tokens exact, older ones in any codec: two partials, merged.
+    """Keep the newest tokens exact and older ones in any codec: two partials, merged.
 
     Args:
         recent: newest tokens that stay exact.
@@ -396,7 +396,7 @@ def near_far(*, recent: int = 128, far: CacheKind | Codec | str) -> QuantizedKin
 
 
 def sparse(keep: float = 0.25, *, bits: int | None = None, residual: int = 0) -> QuantizedKind:
-    """The largest `keep` share of each token's channels, with their indices; the rest is zero.
+    """Keep the largest `keep` share of each token's channels, with their indices.
 
     Args:
         keep: share of the channels, above 0 and at most 1.

@@ -28,7 +28,7 @@ class Ring:
 
     @classmethod
     def empty(cls, batch: int, size: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> Ring:
-        """A ring of `size` slots: zeros."""
+        """Make a ring of `size` slots of zeros."""
         shape = (batch, kv_heads, size, head_dim)
         return cls(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
 
@@ -38,7 +38,7 @@ class Ring:
         return self.keys.shape[2]
 
     def slot_positions(self, count: Int[Array, " B"]) -> Int[Array, "B W"]:
-        """Positions in the slots after `count` tokens, -1 where a slot is empty."""
+        """Return the position in each slot after `count` tokens, -1 where it is empty."""
         last = count[:, None] - 1
         positions = last - (last - jnp.arange(self.size, dtype=jnp.int32)[None, :]) % self.size
         return jnp.maximum(positions, -1)
@@ -59,7 +59,7 @@ class Ring:
         step: Step,
         result: Float[Array, "..."] | None = None,
     ) -> Ring:
-        """The ring with the newest of the new tokens, written once `result` is known.
+        """Write the newest of the new tokens, once `result` is known.
 
         Raises:
             ValueError: keys of other heads than the ring was made for.
@@ -74,17 +74,17 @@ class Ring:
     def at(
         self, positions: Int[Array, "B R"]
     ) -> tuple[Float[Array, "B R K H"], Float[Array, "B R K H"]]:
-        """Keys and values of tokens that it holds; whatever lies there for others."""
+        """Return keys and values of tokens that it holds; anything for others."""
         rows = jnp.arange(self.keys.shape[0], dtype=jnp.int32)[:, None]
         slots = positions % self.size
         return self.keys[rows, :, slots], self.values[rows, :, slots]
 
     def take(self, rows: Int[Array, " R"]) -> Ring:
-        """The ring with other rows."""
+        """Return the ring of other rows."""
         return Ring(keys=self.keys[rows], values=self.values[rows])
 
     def concat(self, others: Sequence[Ring]) -> Ring:
-        """The rows of all."""
+        """Concatenate along the batch axis."""
         return Ring(
             keys=jnp.concatenate([self.keys, *(o.keys for o in others)]),
             values=jnp.concatenate([self.values, *(o.values for o in others)]),
@@ -94,7 +94,7 @@ class Ring:
         """Refuse to roll back to tokens that have been overwritten, or may have been.
 
         Raises:
-            UnsupportedError: a row was longer than the ring, or nobody knows.
+            UnsupportedError: a row was longer than the ring, or, under `jit`, may have been.
         """
         if isinstance(held, Tracer) or isinstance(lengths, Tracer):
             raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""Checks of what the cache's methods are told of rows."""
+"""Check lengths and row numbers that users pass to the methods of a cache."""
 
 from __future__ import annotations
 

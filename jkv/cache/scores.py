@@ -51,7 +51,7 @@ Score = Callable[[ScoreInputs], Array]
 
 
 def key_norm(inputs: ScoreInputs) -> Float[Array, "B K S"]:
-    """Keys of small L2 norm are kept: they tend to be the ones looked at.
+    """Score by small L2 norm of keys: these tend to get the most attention.
 
     Needs no attention: the choice for `Cache.evict`. Source: Devoto et al. 2024, arXiv:2406.11430.
     """
@@ -60,7 +60,7 @@ def key_norm(inputs: ScoreInputs) -> Float[Array, "B K S"]:
 
 
 def h2o(inputs: ScoreInputs) -> Float[Array, "B K S"]:
-    """All attention that a token ever got, summed over queries and the heads of a group.
+    """Score by all attention that a token ever got, over queries and the heads of a group.
 
     Heavy hitters. After a `put` new tokens stand at 0, and of equals the newest are kept.
     Source: Zhang et al. 2023, arXiv:2306.14048.
@@ -69,7 +69,7 @@ def h2o(inputs: ScoreInputs) -> Float[Array, "B K S"]:
 
 
 def tova(inputs: ScoreInputs) -> Float[Array, "B K S"]:
-    """The attention of the last query alone, averaged over all heads: they keep the same tokens.
+    """Score by the last query's attention, averaged over all heads: they keep the same tokens.
 
     Not for a model that `jkv.shard` has parted. A `put` has no query: the newest are kept. Source:
     Oren et al. 2024, arXiv:2401.06104.
@@ -92,7 +92,7 @@ def compares_heads(score: Score) -> bool:
 
 
 def recency(inputs: ScoreInputs) -> Float[Array, "B K S"]:
-    """The newest tokens: a window, which every other score should beat."""
+    """Score by position: a window, which every other score should beat."""
     return inputs.positions.astype(jnp.float32)
 
 
@@ -104,7 +104,7 @@ class SnapKV:
     pool: int
 
     def __call__(self, inputs: ScoreInputs) -> Float[Array, "B K S"]:
-        """Attention of the last queries in a prefill; in decode the prompt stands as it is."""
+        """Score a prefill by its last queries' attention; in decode the prompt's scores stay."""
         kept = jnp.float32(jnp.inf)
         if inputs.weights.shape[3] == 1:
             return jnp.where(inputs.is_new, kept, inputs.previous)
@@ -116,7 +116,7 @@ class SnapKV:
 
 
 def snapkv(window: int = 32, pool: int = 7) -> SnapKV:
-    """What the end of a prompt looks at is kept of it, and then all that is generated.
+    """Keep of a prompt what its end attends to, and then what is generated.
 
     After each chunk of a prefill: the attention of its last `window` queries, of which each token
     is given the largest among its neighbours, and above all the tokens of those queries. The
@@ -142,7 +142,7 @@ def snapkv(window: int = 32, pool: int = 7) -> SnapKV:
 def _max_pool(
     scores: Float[Array, "B K S"], positions: Int[Array, "B K S"], reach: int
 ) -> Float[Array, "B K S"]:
-    """The largest score among the tokens at most `reach` positions away, in whatever slots."""
+    """Return the largest score among the tokens at most `reach` positions away."""
     order = jnp.argsort(positions, axis=-1)
     places = jnp.take_along_axis(positions, order, axis=-1)
     line = jnp.take_along_axis(scores, order, axis=-1)

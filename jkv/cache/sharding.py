@@ -1,4 +1,4 @@
-"""Key/value heads over the devices of a mesh: each has its own of every layer, and asks nobody.
+"""Shard key/value heads over the devices of a mesh; each attends to its own without communication.
 
 Tensor parallelism as of Shoeybi et al. 2019 (arXiv:1909.08053): attention is the same for any
 number of heads, so that every kind of cache, and every kernel, runs on each device as on one alone.
@@ -20,7 +20,7 @@ from jkv.ops.masks import AttentionSpec
 
 
 def mesh_of(model: object) -> Mesh | None:
-    """Over which a model's heads are parted, if they are; whatever runs like a decoder is one."""
+    """Return the mesh that a model's heads are sharded over, None for one device."""
     return getattr(model, "mesh", None)
 
 
@@ -40,7 +40,7 @@ def partition_specs(layers: Any, mesh: Mesh) -> Any:
 
 
 def shard_layers(layers: tuple[L, ...], mesh: Mesh | None) -> tuple[L, ...]:
-    """Layers in a program, each device with its own heads; as they are without a mesh."""
+    """Constrain layers, in a program, to lie with each device's own heads."""
     if mesh is None:
         return layers
 
@@ -62,7 +62,7 @@ def attend(
     step: Step,
     spec: AttentionSpec,
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
-    """`LayerCache.attend`, on each device for its own heads.
+    """Attend on each device for its own heads, see `LayerCache.attend`.
 
     Args:
         layer: a `LayerCache` of all heads.

@@ -59,8 +59,8 @@ class Form:
     needed: int = 0
 
 
-def _words(**meanings: object) -> Reader:
-    """One of a few words."""
+def _one_of(**meanings: object) -> Reader:
+    """Read one of a few words."""
 
     def read(text: str) -> object:
         if text not in meanings:
@@ -86,15 +86,15 @@ def _inner(text: str) -> CacheKind:
 _COUNT = _number("N", r"\d+", int)
 _REAL = _number("X", r"\d*\.?\d+", float)
 _KIND = Reader("SPEC", _inner)
-_POSITIONS = _words(cache="cache", text="text", clamped="clamped")
+_POSITIONS = _one_of(cache="cache", text="text", clamped="clamped")
 _BITS = _number("kNvN", r"k\dv\d", lambda text: (int(text[1]), int(text[3])))
 _ROUNDED = {
     "residual": _COUNT,
     "group": _COUNT,
-    "key_axis": _words(channel="channel", token="token"),
+    "key_axis": _one_of(channel="channel", token="token"),
 }
 _KEPT = {
-    "score": _words(
+    "score": _one_of(
         h2o=scores.h2o,
         tova=scores.tova,
         snapkv=scores.snapkv(),
@@ -124,7 +124,7 @@ FORMS: dict[str, Form] = {
     "dense": Form(
         dense,
         "every token as the model makes it; with grow, in a buffer that doubles when it is full",
-        arguments={"grow": _words(grow=True)},
+        arguments={"grow": _one_of(grow=True)},
         bare=1,
     ),
     "none": Form(none, "nothing: the whole prefix is computed again at each step"),
@@ -160,7 +160,7 @@ FORMS: dict[str, Form] = {
         sparse,
         "the largest channels of each token, as a share of all; rounded too, if wanted",
         examples=(":0.25", ":0.25,int8"),
-        arguments={"keep": _REAL, "bits": _words(int8=8, int4=4), "residual": _COUNT},
+        arguments={"keep": _REAL, "bits": _one_of(int8=8, int4=4), "residual": _COUNT},
         bare=2,
     ),
     "paged": Form(
@@ -169,7 +169,7 @@ FORMS: dict[str, Form] = {
         examples=("", ":16,int8"),
         arguments={
             "page": _COUNT,
-            "codec": _words(int8="int8", int4="int4", int2="int2", fp8="fp8"),
+            "codec": _one_of(int8="int8", int4="int4", int2="int2", fp8="fp8"),
             "pages": _COUNT,
         },
         bare=2,
@@ -224,9 +224,9 @@ def parse(text: str) -> CacheKind:
         hint = f", did you mean {near[0]!r}" if near else ""
         raise ValueError(f"cache got {brief(text)}{hint}; expected {grammar()}")
     arguments: dict[str, Any] = {}
-    written = _split(text, rest) if colon else []
+    written = _split_arguments(text, rest) if colon else []
     for i, argument in enumerate(written):
-        key, value = _named(form, argument, i)
+        key, value = _split_name(form, argument, i)
         if key not in form.arguments or key in arguments:
             raise _refused(text, name, argument)
         try:
@@ -240,17 +240,17 @@ def parse(text: str) -> CacheKind:
 
 
 def text(kind: CacheKind) -> str:
-    """How a kind is written, as far as it is one of those listed; else what Python shows."""
+    """Return how a kind is written, if it is one of those listed; else what Python shows."""
     return next((t for t in examples() if parse(t) == kind), repr(kind))
 
 
 def examples() -> list[str]:
-    """Every kind as it may be wanted, in the order of the table."""
+    """Return examples of every kind, in the order of the table."""
     return [name + rest for name, form in FORMS.items() for rest in form.examples]
 
 
 def usage(name: str) -> str:
-    """How a kind is written, optional parts in brackets."""
+    """Return how a kind is written, optional parts in brackets."""
     form = FORMS[name]
     shown = name
     for i, (key, reader) in enumerate(form.arguments.items()):
@@ -261,20 +261,20 @@ def usage(name: str) -> str:
 
 
 def grammar() -> str:
-    """How all kinds are written."""
+    """Return how all kinds are written."""
     return f"{'; '.join(map(usage, FORMS))}. `jkv caches` says what each is"
 
 
-def _named(form: Form, argument: str, index: int) -> tuple[str, str]:
-    """An argument's name and value; no name where it has none and needs one."""
+def _split_name(form: Form, argument: str, index: int) -> tuple[str, str]:
+    """Split an argument into name and value; no name where it has none and needs one."""
     match = re.match(r"(\w+)\s*=", argument)
     if match is not None:
         return match[1], argument[match.end() :].strip()
     return (list(form.arguments)[index] if index < form.bare else ""), argument
 
 
-def _split(text: str, rest: str) -> list[str]:
-    """Arguments between commas that are in no brackets."""
+def _split_arguments(text: str, rest: str) -> list[str]:
+    """Split arguments at commas that are in no brackets."""
     parts, depth = [""], 0
     for letter in rest:
         depth += {"(": 1, ")": -1}.get(letter, 0)

@@ -61,7 +61,7 @@ class Window(LayerCache):
         return self.first + self.ring.size
 
     def reach(self, new: int) -> int | None:
-        """How far back a token sees, itself included; None: as far as the row is long."""
+        """Return how far back a token sees, itself included; None: without limit."""
         del new
         return _reach(self.ring.size, self.first, self.positions)
 
@@ -78,7 +78,7 @@ class Window(LayerCache):
         step: Step,
         spec: AttentionSpec,
     ) -> tuple[Float[Array, "B T N H"], Window]:
-        """Each new token over the sinks and the W tokens up to itself, however many are new.
+        """Attend to the sinks and to the W tokens up to each new one, however many are new.
 
         A window of the model's own that is shorter takes the place of W.
 
@@ -87,7 +87,7 @@ class Window(LayerCache):
         """
         spec = spec.within(self.ring.size)
         since = jnp.full_like(step.start, self.first)
-        sinks = self._put_sinks(k, v, step)
+        sinks = self._append_sinks(k, v, step)
         parts = _read_sinks(replace(self, sinks=sinks), q, step, spec)
         if q.shape[1] == 1:
             # The token that one new token overwrites is the one that leaves its window.
@@ -103,31 +103,35 @@ class Window(LayerCache):
         return part.out.astype(q.dtype), replace(self, ring=ring, sinks=sinks)
 
     def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], step: Step) -> Window:
-        """The new tokens in the ring, and among the sinks where they are the first.
+        """Write the new tokens to the ring, and the first ones to the sinks.
 
         Raises:
             ValueError: keys of other heads than the cache was made for.
         """
-        return replace(self, ring=self.ring.append(k, v, step), sinks=self._put_sinks(k, v, step))
+        return replace(
+            self, ring=self.ring.append(k, v, step), sinks=self._append_sinks(k, v, step)
+        )
 
-    def _put_sinks(self, k: Array, v: Array, step: Step) -> Dense | None:
+    def _append_sinks(self, k: Array, v: Array, step: Step) -> Dense | None:
         if self.sinks is None:
             return None
-        early = replace(step, positions=_where(step.positions < self.first, step.positions))
+        early = replace(
+            step, positions=_mask_positions(step.positions < self.first, step.positions)
+        )
         return self.sinks.append(k, v, early)
 
     def take(self, rows: Int[Array, " R"]) -> Window:
-        """The cache with other rows."""
+        """Return the cache of other rows."""
         sinks = None if self.sinks is None else self.sinks.take(rows)
         return replace(self, ring=self.ring.take(rows), sinks=sinks)
 
     def resize(self, slots: int) -> Window:
-        """The same: a window has its size, whatever there is room for elsewhere."""
+        """Return itself: a window's size does not depend on the slots."""
         del slots
         return self
 
     def crop(self, held: Int[Array, " B"], lengths: Int[Array, " B"]) -> Window:
-        """Nothing to do, where no token that would be seen again has been overwritten.
+        """Return itself, where no token that would be seen again has been overwritten.
 
         Raises:
             UnsupportedError: one has been, or, under `jit`, may have been.
@@ -138,7 +142,7 @@ class Window(LayerCache):
         return self
 
     def concat(self, others: Sequence[Window]) -> Window:
-        """The rows of all."""
+        """Concatenate along the batch axis."""
         sinks = self.sinks
         if sinks is not None:
             sinks = sinks.concat([o.sinks for o in others if o.sinks is not None])
@@ -151,7 +155,7 @@ class Window(LayerCache):
     def to_legacy(
         self, lengths: Int[Array, " B"]
     ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-        """Keys and values of rows of at most s + W tokens, as the model made them.
+        """Return keys and values of rows of at most s + W tokens, as the model made them.
 
         Raises:
             UnsupportedError: a row is longer, or, under `jit`, may be.
@@ -177,14 +181,14 @@ class Window(LayerCache):
 
 
 def _reach(size: int, sinks: int, positions: Positions) -> int | None:
-    """How far back a token sees, itself included, as the model's positions tell it."""
+    """Return how far back a token sees, itself included, in the model's positions."""
     if not sinks:
         return size
     return {"cache": sinks + size, "clamped": size + 1, "text": None}[positions]
 
 
-def _where(chosen: Array, positions: Array) -> Array:
-    """The positions of the tokens chosen, all others as padding."""
+def _mask_positions(chosen: Array, positions: Array) -> Array:
+    """Return the positions of the tokens chosen, all others as padding."""
     return jnp.where(chosen, positions, -1)
 
 
@@ -206,19 +210,19 @@ def _read_sinks(cache: Window, q: Array, step: Step, spec: AttentionSpec) -> lis
     if cache.positions == "cache":
         # In the cache the query is at the end, as soon as it is full.
         back = jnp.maximum(at - (cache.first + window - 1), 0)
-        return [read(_turned_back(q, back, rope), sinks.keys, at, everything)]
+        return [read(_rotate_back(q, back, rope), sinks.keys, at, everything)]
     # A query up to `window` past a sink is as far as it is; all beyond are as far as that.
     near = read(q, sinks.keys, at, dataclasses.replace(spec, window=window + 1))
     places = jnp.broadcast_to(
         jnp.arange(cache.first, dtype=jnp.int32)[None], (q.shape[0], cache.first)
     )
-    keys = jnp.swapaxes(_turned_back(jnp.swapaxes(sinks.keys, 1, 2), places, rope), 1, 2)
-    beyond = _turned_back(q, jnp.maximum(at - window, 0), rope)
+    keys = jnp.swapaxes(_rotate_back(jnp.swapaxes(sinks.keys, 1, 2), places, rope), 1, 2)
+    beyond = _rotate_back(q, jnp.maximum(at - window, 0), rope)
     return [near, read(beyond, keys, at - (window + 1), everything)]
 
 
-def _turned_back(x: Array, by: Array, rope: Rotary) -> Array:
-    """Queries or keys ``[B, T, heads, H]`` as if each came `by` ``[B, T]`` positions earlier.
+def _rotate_back(x: Array, by: Array, rope: Rotary) -> Array:
+    """Rotate queries or keys ``[B, T, heads, H]`` back by `by` ``[B, T]`` positions.
 
     In float32, so as not to round to the model's dtype twice. YaRN's magnitude is in them already.
     """
@@ -236,7 +240,7 @@ class WindowKind(CacheKind):
     rope: Rotary | None = None  # of the model, once bound to it
 
     def reach(self, new: int) -> int | None:
-        """How far back a token sees, itself included; None: as far as the row is long."""
+        """Return how far back a token sees, itself included; None: without limit."""
         del new
         return None if self.size is None else _reach(self.size, self.sinks, self.positions)
 
@@ -245,7 +249,7 @@ class WindowKind(CacheKind):
         return self.sinks > 0 and self.positions != "text"
 
     def bind(self, config: Shape, layer: int) -> CacheKind:
-        """The kind for one layer: no longer than its own window, and with the model's rotation.
+        """Return the kind for one layer, no longer than the layer's own window.
 
         Raises:
             UnsupportedError: no size for a model without windows, or positions that cannot turn.
@@ -260,11 +264,10 @@ class WindowKind(CacheKind):
         rope = getattr(config, "rope", None)
         if self._turns and rope is None:
             raise UnsupportedError(
-                f"window(sinks={self.sinks}, positions={brief(self.positions)}) turns the "
-                "queries that "
-                "look at the sinks, and this model has no rotary positions to turn: learned ones "
-                "are in the keys for good, and end with the context. Use positions='text' within "
-                "it, or no sinks"
+                f"window(sinks={self.sinks}, positions={brief(self.positions)}) turns the queries "
+                "that look at the sinks, and this model has no rotary positions to turn: learned "
+                "ones are in the keys for good, and end with the context. Use positions='text' "
+                "within it, or no sinks"
             )
         if size is None:
             return dense()
@@ -273,7 +276,7 @@ class WindowKind(CacheKind):
     def init(
         self, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> Window:
-        """An empty layer: zeros.
+        """Make an empty layer of zeros.
 
         Raises:
             UnsupportedError: it depends on the model, and has not been bound to one.
@@ -292,7 +295,7 @@ class WindowKind(CacheKind):
 
 
 def window(size: int | None = None, sinks: int = 0, positions: Positions = "cache") -> WindowKind:
-    """The last `size` tokens, and the first `sinks` of them for good; never full.
+    """Keep the last `size` tokens, and always the first `sinks`.
 
     Without sinks, exact for models trained with a window of at most `size`; other models forget
     what is further back. With sinks a model with rotary positions runs on past the length that it

@@ -25,7 +25,7 @@ STEP = 1024  # tokens over which `bytes_per_token` looks; whole units of every c
 
 @functools.lru_cache(maxsize=64)
 def weights(config: Config) -> tuple[int, int]:
-    """Parameters of a model, and their bytes."""
+    """Return the number of a model's parameters, and their bytes."""
 
     def size(layers: int) -> tuple[int, int]:
         few = dataclasses.replace(config, layers=layers, windows=())
@@ -39,7 +39,7 @@ def weights(config: Config) -> tuple[int, int]:
 
 
 def weights_read(config: Config, tokens: int) -> int:
-    """Bytes of the weights that a pass over that many tokens reads: of tables only their rows."""
+    """Return the bytes of weights that a pass over so many tokens reads: of tables only rows."""
     _, nbytes = weights(config)
     tables = (0 if config.tied else config.vocab) + (0 if config.rope else config.context)
     rows = (0 if config.tied else min(tokens, config.vocab)) + (
@@ -66,7 +66,7 @@ class Layers:
 
 
 def distinct(config: Config, kind: CacheKind) -> list[Layers]:
-    """The kinds of a model's layers, each once."""
+    """Return the kinds of a model's layers, each once."""
     found: dict[CacheKind, list[int]] = collections.defaultdict(list)
     for i in range(config.layers):
         found[kind.bind(config, i)].append(i)
@@ -79,7 +79,7 @@ def cache_shape(config: Config, kind: CacheKind, batch: int, slots: int) -> Cach
 
 
 def cache_sizer(config: Config, kind: CacheKind) -> Callable[[int, int], int]:
-    """Bytes of a cache as a function of (batch, slots), sooner than from `cache_shape`."""
+    """Return the bytes of a cache as a function of (batch, slots), faster than `cache_shape`."""
     alike = distinct(config, kind)
 
     def size(batch: int, slots: int) -> int:
@@ -94,7 +94,7 @@ def cache_sizer(config: Config, kind: CacheKind) -> Callable[[int, int], int]:
 
 
 def bytes_per_token(config: Config, kind: CacheKind, slots: int) -> int | float:
-    """What one more token takes in one row of `slots`: the average over the next 1024.
+    """Return the bytes of one more token in a row of `slots`, the average over the next 1024.
 
     0 for kinds that stop growing; a fraction where tokens share what a cache keeps.
     """
@@ -104,7 +104,7 @@ def bytes_per_token(config: Config, kind: CacheKind, slots: int) -> int | float:
 
 
 def activations(config: Config, batch: int, new: int, together: int) -> int:
-    """Bytes that a pass over T new tokens per row needs beside weights and cache, about.
+    """Estimate the bytes that a pass over T new tokens needs beside weights and cache.
 
     The stream and one branch of it; in the attention queries, keys, values, the output, and scores
     and weights in float32 of as many slots as are looked at `together`; or in the feed-forward
@@ -121,7 +121,7 @@ def activations(config: Config, batch: int, new: int, together: int) -> int:
 
 
 def looked_at_together(config: Config, kind: CacheKind, length: int, new: int) -> int:
-    """Slots whose scores and weights exist at one time: those of a block of attention.
+    """Return the slots whose scores exist at one time: those of a block of attention.
 
     A cache that keeps tokens by what looks at them needs the weights of all.
     """
@@ -135,7 +135,7 @@ def looked_at_together(config: Config, kind: CacheKind, length: int, new: int) -
 
 
 def most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` that fits, 0 where none does; what is less fits as well."""
+    """Return the largest number up to `limit` that fits, 0 where none does."""
     if not fits(1):
         return 0
     low, high = 1, 2

@@ -86,7 +86,7 @@ class Plan:
     prompt: Work
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {k: v.to_dict() if isinstance(v, Work) else v for k, v in values.items()}
 
@@ -104,7 +104,7 @@ class Refusal:
     why: str
 
     def to_dict(self) -> dict[str, str]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {"cache": self.cache, "refused": self.why}
 
 
@@ -336,7 +336,7 @@ class _Passes:
     count: int
 
     def sum_up_to(self, most: int) -> int:
-        """The sum of the rows' lengths after each, of which none counts for more than `most`."""
+        """Sum the rows' lengths after each pass, none counted for more than `most`."""
         below = min(max((most - self.first) // self.new + 1, 0), self.count)
         return (
             below * self.first + self.new * below * (below - 1) // 2 + (self.count - below) * most

@@ -180,7 +180,7 @@ PRESETS: dict[str, Config] = {
 
 
 def preset(name: str) -> Config | None:
-    """The shape of that name, None where there is none; case and punctuation do not count."""
+    """Return the shape of that name, None for none; case and punctuation do not count."""
     return _PLAIN.get(_plain(name))
 
 

@@ -48,14 +48,14 @@ class Work:
         return sum(getattr(self, part) for part in self.PARTS)
 
     def to_dict(self) -> dict[str, int]:
-        """Plain numbers, the sum included."""
+        """Return plain numbers, the sum included."""
         return dataclasses.asdict(self) | {"flops": self.flops}
 
 
 def work(
     config: Config, batch: int, new: int, looks: int, *, widest: int, read: int, written: int
 ) -> Work:
-    """T new tokens in each of B rows, and the logits of the last.
+    """Return the work of T new tokens in each of B rows, and of the last logits.
 
     Args:
         config: of the model.
@@ -85,5 +85,5 @@ def work(
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one number."""
+    """Return the bytes of one number."""
     return jnp.dtype(dtype).itemsize
