@@ -9,7 +9,7 @@ import pytest
 from jkv.ops.codecs import Affine
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash
-from tests.ops.test_mosaic_tpu import (
+from tests.ops.tpu_kernels import (
     BLOCK,
     NAN,
     SLOTS,

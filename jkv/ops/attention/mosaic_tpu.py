@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from jkv._axes import Array, Shaped
 from jkv.ops.codecs import Encoded
-from jkv.ops.kv import KV, ContiguousKV, PagedKV
+from jkv.ops.kv import KV, ContiguousKV, PagedKV, Pages
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash
 from jkv.ops.mosaic_tpu.operands import LANES, Leaf, leaf_shapes, reader_of, values_reader_of
-from jkv.ops.pages import Pages, TpuPages
+from jkv.ops.pages import TpuPages
 from jkv.ops.partial import Partial
 
 TILES = 16  # pages of a step, each an operand of the kernel

@@ -27,7 +27,8 @@ from jkv.errors import UnsupportedError
 from jkv.ops.codecs import Encoded
 from jkv.ops.codecs.affine import PerChannelCodes, PerTokenCodes
 from jkv.ops.codecs.floats import Float8Codes
-from jkv.ops.pages import Pages, TpuPages
+from jkv.ops.kv import Pages
+from jkv.ops.pages import TpuPages
 from jkv.ops.tile import LANES
 
 MIN_BLOCK = 32  # tokens; of smaller blocks too many are in a tile
