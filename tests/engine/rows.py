@@ -8,9 +8,9 @@ import struct
 from typing import Any
 
 from jkv.engine.page_pool import PagePool, PageSequence
-from jkv.store.policy import ARC, FIFO, LFU, LRU, SLRU, CostAware
+from jkv.store import policy
 
-POLICIES = (LRU(), FIFO(), LFU(), SLRU(), ARC(), CostAware())
+POLICIES = tuple(policy.POLICIES.values())
 
 
 def snapshot(pool: PagePool) -> Any:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jkv.store.policy import ARC, FIFO, LFU, LRU, SLRU, CostAware, Evictor, Policy
+from jkv.store.policy import POLICIES as LIBRARY
 from tests.store import models
 
 PAIRS: dict[str, tuple[Policy, Any]] = {
@@ -26,8 +27,8 @@ PAIRS: dict[str, tuple[Policy, Any]] = {
     "arc": (ARC(), models.ARC),
     "cost-aware": (CostAware(), models.CostAware),
 }
-POLICIES = [policy for policy, _ in PAIRS.values()]
-every_policy = pytest.mark.parametrize("policy", POLICIES, ids=list(PAIRS))
+EVERY = LIBRARY | {name: policy for name, (policy, _) in PAIRS.items() if name not in LIBRARY}
+every_policy = pytest.mark.parametrize("policy", EVERY.values(), ids=list(EVERY))
 CAPACITY = 6
 ROOT = Path(__file__).parents[2]
 
@@ -75,6 +76,10 @@ STEPS = st.lists(
     ),
     max_size=60,
 )
+
+
+def test_every_policy_of_the_library_has_a_model():
+    assert {type(policy) for policy in LIBRARY.values()} == {type(p) for p, _ in PAIRS.values()}
 
 
 @pytest.mark.parametrize("name", PAIRS)
