@@ -13,7 +13,7 @@ from typing import Any
 
 # Classes and functions by their present names; fields of a class likewise.
 _WRITTEN: dict[str, str] = {
-    "jkv.cache.quantized:QuantizedCache": "jkv.cache.compressed:NearFar",
+    "jkv.cache.quantized_layer:QuantizedCache": "jkv.cache.compressed:NearFar",
     "jkv.cache.quantized:QuantizedKind": "jkv.cache.compressed:NearFarKind",
     "jkv.ops.codecs.affine:PerChannelCodes": "jkv.ops.encoded.affine:ByChannel",
     "jkv.ops.codecs.affine:PerTokenCodes": "jkv.ops.encoded.affine:ByToken",
@@ -23,7 +23,7 @@ _WRITTEN: dict[str, str] = {
 }
 _WRITTEN_FIELDS: dict[str, dict[str, str]] = {
     "jkv.cache.paged:Paged": {"nonfinite": "broken"},
-    "jkv.cache.quantized:QuantizedCache": {"nonfinite": "broken"},
+    "jkv.cache.quantized_layer:QuantizedCache": {"nonfinite": "broken"},
     "jkv.ops.codecs.affine:PerChannelCodes": {"scales": "steps", "zero_points": "zeros"},
     "jkv.ops.codecs.affine:PerTokenCodes": {"scales": "steps", "zero_points": "zeros"},
 }

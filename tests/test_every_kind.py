@@ -15,6 +15,7 @@ import pytest
 import jkv
 from jkv.cache import spec
 from jkv.cli import main, process
+from tests.cache.kinds import ALIKE, GO_ON
 from tests.decoding import texts
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
@@ -22,39 +23,6 @@ pytestmark = pytest.mark.slow  # many programs: once is enough, on one version o
 NEW = 8
 TURNS = ("hello, and hello again", "why")  # of few sizes: each is a program for each kind
 
-# A reply is that of a model which reads the whole conversation at once. Kinds that round say so
-# only as long as nothing has been rounded: a prompt sees itself exactly, and later turns do not.
-ALIKE = [
-    "dense",
-    "dense:grow",
-    "none",
-    "window:12",
-    "window:10,sinks=2",
-    "window:10,sinks=2,positions=text",
-    "window:10,sinks=2,positions=clamped",
-    "per_layer:window:12,first=1",
-    "paged:4",
-    "int8:residual=64",
-    "evict:64",
-]
-# These go on, in words of their own.
-GO_ON = [
-    "int8",
-    "int4:residual=4,group=8",
-    "int2:residual=0,group=8",
-    "kv:k8v4,residual=4",
-    "fp8:residual=3",
-    "paged:4,int8",
-    "near_far:recent=6,far=int8",
-    "sparse:0.5",
-    "sparse:0.5,int8",
-    "evict:16,score=h2o,sinks=2,recent=4",
-    "evict:16,score=tova",
-    "evict:16,score=snapkv",
-    "evict:16,score=key_norm",
-    "evict:16,score=recency",
-    "pyramid:16",
-]
 # Kinds that let go of tokens cannot be rolled back to what two turns share.
 LETS_GO = ("window", "evict:16", "pyramid", "per_layer")
 

@@ -15,7 +15,8 @@ from jkv.cache.paged import Paged, copy_pages, paged
 from jkv.cache.per_layer import per_layer
 from jkv.cache.protocol import CacheKind, LayerCache, SharedState, Step, shard_heads
 from jkv.cache.pyramid import pyramid
-from jkv.cache.quantized import QuantizedCache, fp8, near_far, quantized, sparse
+from jkv.cache.quantized import fp8, near_far, quantized, sparse
+from jkv.cache.quantized_layer import QuantizedCache
 from jkv.cache.run import Run
 from jkv.cache.window import Window, window
 

@@ -19,6 +19,7 @@ from jkv._pytree import pytree, replace, static
 from jkv._text import brief
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
+from jkv.cache.form import Form, one_of
 from jkv.cache.protocol import CacheKind, LayerCache, Step, check_heads, shard_heads
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.write import write
@@ -200,6 +201,16 @@ def from_legacy(
         lengths=jnp.clip(jnp.asarray(filled, jnp.int32), 0, slots),
         overflowed=jnp.zeros((batch,), bool),
     )
+
+
+FORMS = {
+    "dense": Form(
+        dense,
+        "every token as the model makes it; with grow, in a buffer that doubles when it is full",
+        arguments={"grow": one_of(grow=True)},
+        bare=1,
+    ),
+}
 
 
 __all__ = ["Dense", "DenseKind", "check_heads", "dense", "from_legacy", "write"]

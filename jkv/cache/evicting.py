@@ -18,6 +18,7 @@ from jkv._checks import check_integer
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache import scores as _scores
+from jkv.cache.form import COUNT, Form, one_of
 from jkv.cache.protocol import CacheKind, LayerCache, Step, check_heads, shard_heads
 from jkv.cache.scores import Score
 from jkv.errors import UnsupportedError
@@ -438,3 +439,27 @@ def _per_head(budget: int | tuple[int, ...], kv_heads: int) -> tuple[int, ...]:
             "expected one for each, or one for all"
         )
     return budgets
+
+
+KEPT = {
+    "score": one_of(
+        h2o=_scores.h2o,
+        tova=_scores.tova,
+        snapkv=_scores.snapkv(),
+        key_norm=_scores.key_norm,
+        recency=_scores.recency,
+    ),
+    "recent": COUNT,
+    "sinks": COUNT,
+}
+
+FORMS = {
+    "evict": Form(
+        evicting,
+        "the best N tokens of each head by a score",
+        examples=(":1024,score=h2o",),
+        arguments={"budget": COUNT, **KEPT},
+        bare=1,
+        needed=1,
+    ),
+}

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree
+from jkv.cache.form import Form
 from jkv.cache.protocol import CacheKind, LayerCache, Layers, SharedState, Step
 from jkv.errors import UnsupportedError
 from jkv.ops.masks import AttentionSpec
@@ -182,3 +183,8 @@ class NoneKind(CacheKind):
 def none() -> NoneKind:
     """Keep nothing and recompute the whole prefix at each step: what a cache is compared with."""
     return NoneKind()
+
+
+FORMS = {
+    "none": Form(none, "nothing: the whole prefix is computed again at each step"),
+}

@@ -26,6 +26,7 @@ from jkv.cache.block_table import (
     pages_of_row,
     tables_of,
 )
+from jkv.cache.form import COUNT, Form, one_of
 from jkv.cache.page_allocation import PageWrites, PoolSpec
 from jkv.cache.protocol import (
     CacheKind,
@@ -38,7 +39,7 @@ from jkv.cache.protocol import (
     shard_heads,
     window_of,
 )
-from jkv.cache.quantized import QuantizedKind
+from jkv.cache.quantized import QuantizedKind, fp8
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.reference import gather_slots
 from jkv.ops.codecs import Affine, Codec, Encoded
@@ -416,3 +417,23 @@ def copy_pages(
         return copy(layer, source, into)
 
     return replace(cache, layers=tuple(map(copied, cache.layers)))
+
+
+def _in_pages(codec: str | None = None, **more: Any) -> CacheKind:
+    bits = {"int8": 8, "int4": 4, "int2": 2}.get(codec or "")
+    return paged(bits=bits, codec=fp8() if codec == "fp8" else None, **more)
+
+
+FORMS = {
+    "paged": Form(
+        _in_pages,
+        "every token, in pages of N that rows share and copy on write; rounded, if wanted",
+        examples=("", ":16,int8"),
+        arguments={
+            "page": COUNT,
+            "codec": one_of(int8="int8", int4="int4", int2="int2", fp8="fp8"),
+            "pages": COUNT,
+        },
+        bare=2,
+    ),
+}

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jkv._checks import check_integer
 from jkv._text import brief, plural
 from jkv.cache.dense import dense
+from jkv.cache.form import COUNT, KIND, Form
 from jkv.cache.protocol import CacheKind, Shape, as_kind, is_kind, own_kind_hint
 from jkv.errors import UnsupportedError
 
@@ -139,3 +140,15 @@ def _layer_kind(given: CacheKind | str) -> CacheKind:
             f"jkv.dense(){own_kind_hint(kind)}"
         )
     return kind
+
+
+FORMS = {
+    "per_layer": Form(
+        per_layer,
+        "a kind for all layers but the first and the last ones, which are kept dense or as said",
+        examples=(":int4,first=1,last=1",),
+        arguments={"kinds": KIND, "first": COUNT, "last": COUNT, "exact": KIND},
+        bare=1,
+        needed=1,
+    ),
+}

@@ -8,7 +8,8 @@ from jax.typing import DTypeLike
 
 from jkv._checks import check_integer, check_number
 from jkv.cache import scores as _scores
-from jkv.cache.evicting import Evicting, EvictingKind, evicting
+from jkv.cache.evicting import KEPT, Evicting, EvictingKind, evicting
+from jkv.cache.form import COUNT, REAL, Form
 from jkv.cache.protocol import CacheKind, Shape
 from jkv.cache.scores import Score
 from jkv.errors import UnsupportedError
@@ -82,3 +83,15 @@ def pyramid(
     ratio = check_number("ratio", ratio, "a number of at least 1", lambda x: x >= 1, of="pyramid")
     evicting(budget, score, recent, sinks)
     return PyramidKind(budget, ratio, score, recent, sinks)
+
+
+FORMS = {
+    "pyramid": Form(
+        pyramid,
+        "N tokens of each head on average, more in the first layers than in the last",
+        examples=(":1024",),
+        arguments={"budget": COUNT, "ratio": REAL, **KEPT},
+        bare=1,
+        needed=1,
+    ),
+}

@@ -10,194 +10,31 @@ it has several arguments of its own: ``near_far:recent=64,far=(int4:group=32,key
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
+import importlib
 import re
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from jkv._text import brief
-from jkv.cache import scores
-from jkv.cache.dense import dense
-from jkv.cache.evicting import evicting
-from jkv.cache.none import none
-from jkv.cache.paged import paged
-from jkv.cache.per_layer import per_layer
+from jkv.cache.form import Form, Reader
 from jkv.cache.protocol import CacheKind
-from jkv.cache.pyramid import pyramid
-from jkv.cache.quantized import fp8, near_far, quantized, sparse
-from jkv.cache.window import window
 
-
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """How a value is written, and what it stands for."""
-
-    shown: str
-    read: Callable[[str], object]  # raises ValueError where it is not written so
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """A name, what it makes, and what may be said about it.
-
-    Attributes:
-        make: gets the arguments by name.
-        says: one line for people.
-        examples: after the name, as lists of kinds show them.
-        arguments: by name, those that need none first.
-        bare: how many need no name.
-        needed: how many of those must be there.
-    """
-
-    make: Callable[..., CacheKind]
-    says: str
-    examples: tuple[str, ...] = ("",)
-    arguments: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
-    bare: int = 0
-    needed: int = 0
-
-
-def _one_of(**meanings: object) -> Reader:
-    """Read one of a few words."""
-
-    def read(text: str) -> object:
-        if text not in meanings:
-            raise ValueError
-        return meanings[text]
-
-    return Reader("|".join(meanings), read)
-
-
-def _number(shown: str, pattern: str, make: Callable[[str], object]) -> Reader:
-    def read(text: str) -> object:
-        if re.fullmatch(pattern, text, re.ASCII) is None:
-            raise ValueError
-        return make(text)
-
-    return Reader(shown, read)
-
-
-def _inner(text: str) -> CacheKind:
-    return parse(text[1:-1] if text.startswith("(") and text.endswith(")") else text)
-
-
-_COUNT = _number("N", r"\d+", int)
-_REAL = _number("X", r"\d*\.?\d+", float)
-_KIND = Reader("SPEC", _inner)
-_POSITIONS = _one_of(cache="cache", text="text", clamped="clamped")
-_BITS = _number("kNvN", r"k\dv\d", lambda text: (int(text[1]), int(text[3])))
-_ROUNDED = {
-    "residual": _COUNT,
-    "group": _COUNT,
-    "key_axis": _one_of(channel="channel", token="token"),
-}
-_KEPT = {
-    "score": _one_of(
-        h2o=scores.h2o,
-        tova=scores.tova,
-        snapkv=scores.snapkv(),
-        key_norm=scores.key_norm,
-        recency=scores.recency,
-    ),
-    "recent": _COUNT,
-    "sinks": _COUNT,
-}
-
-
-def _keys_and_values(bits: tuple[int, int], **more: Any) -> CacheKind:
-    return quantized(key_bits=bits[0], value_bits=bits[1], **more)
-
-
-def _rounded(bits: int, says: str) -> Form:
-    return Form(functools.partial(quantized, bits), says, arguments=_ROUNDED)
-
-
-def _in_pages(codec: str | None = None, **more: Any) -> CacheKind:
-    bits = {"int8": 8, "int4": 4, "int2": 2}.get(codec or "")
-    return paged(bits=bits, codec=fp8() if codec == "fp8" else None, **more)
-
-
-# A new kind is one entry here.
+# The files of kinds, in the order in which people are shown them. A new kind is a file with
+# `FORMS`, and a line here.
+FILES = (
+    "dense",
+    "none",
+    "window",
+    "quantized",
+    "paged",
+    "evicting",
+    "pyramid",
+    "per_layer",
+)
 FORMS: dict[str, Form] = {
-    "dense": Form(
-        dense,
-        "every token as the model makes it; with grow, in a buffer that doubles when it is full",
-        arguments={"grow": _one_of(grow=True)},
-        bare=1,
-    ),
-    "none": Form(none, "nothing: the whole prefix is computed again at each step"),
-    "window": Form(
-        window,
-        "the last N tokens, and the first ones if sinks say so; without N the model's own windows",
-        examples=(":1024", ":1020,sinks=4"),
-        arguments={"size": _COUNT, "sinks": _COUNT, "positions": _POSITIONS},
-        bare=1,
-    ),
-    "int8": _rounded(8, "all tokens in 8 bits, a step and a zero point for each"),
-    "int4": _rounded(4, "4 bits, keys by channel and values by token; the newest 128 stay exact"),
-    "int2": _rounded(2, "2 bits, keys by channel and values by token; the newest 128 stay exact"),
-    "kv": Form(
-        _keys_and_values,
-        "keys and values in different numbers of bits",
-        examples=(":k8v4",),
-        arguments={"bits": _BITS, **_ROUNDED},
-        bare=1,
-        needed=1,
-    ),
-    "fp8": Form(
-        fp8, "all tokens as 8-bit floats, a scale for each", arguments={"residual": _COUNT}
-    ),
-    "near_far": Form(
-        near_far,
-        "the newest tokens exact, those before them rounded as in another kind",
-        examples=(":recent=1024,far=int4",),
-        arguments={"far": _KIND, "recent": _COUNT},
-        needed=1,
-    ),
-    "sparse": Form(
-        sparse,
-        "the largest channels of each token, as a share of all; rounded too, if wanted",
-        examples=(":0.25", ":0.25,int8"),
-        arguments={"keep": _REAL, "bits": _one_of(int8=8, int4=4), "residual": _COUNT},
-        bare=2,
-    ),
-    "paged": Form(
-        _in_pages,
-        "every token, in pages of N that rows share and copy on write; rounded, if wanted",
-        examples=("", ":16,int8"),
-        arguments={
-            "page": _COUNT,
-            "codec": _one_of(int8="int8", int4="int4", int2="int2", fp8="fp8"),
-            "pages": _COUNT,
-        },
-        bare=2,
-    ),
-    "evict": Form(
-        evicting,
-        "the best N tokens of each head by a score",
-        examples=(":1024,score=h2o",),
-        arguments={"budget": _COUNT, **_KEPT},
-        bare=1,
-        needed=1,
-    ),
-    "pyramid": Form(
-        pyramid,
-        "N tokens of each head on average, more in the first layers than in the last",
-        examples=(":1024",),
-        arguments={"budget": _COUNT, "ratio": _REAL, **_KEPT},
-        bare=1,
-        needed=1,
-    ),
-    "per_layer": Form(
-        per_layer,
-        "a kind for all layers but the first and the last ones, which are kept dense or as said",
-        examples=(":int4,first=1,last=1",),
-        arguments={"kinds": _KIND, "first": _COUNT, "last": _COUNT, "exact": _KIND},
-        bare=1,
-        needed=1,
-    ),
+    name: form
+    for file in FILES
+    for name, form in importlib.import_module(f"jkv.cache.{file}").FORMS.items()
 }
 
 

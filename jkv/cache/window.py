@@ -18,6 +18,7 @@ from jkv._checks import check_integer
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief, plural
 from jkv.cache.dense import Dense, dense
+from jkv.cache.form import COUNT, Form, one_of
 from jkv.cache.protocol import CacheKind, LayerCache, Shape, Step, shard_heads, window_of
 from jkv.cache.ring import Ring
 from jkv.errors import UnsupportedError
@@ -321,3 +322,16 @@ def window(size: int | None = None, sinks: int = 0, positions: Positions = "cach
             f"{', '.join(map(repr, get_args(Positions)))}"
         )
     return WindowKind(size, sinks, positions)
+
+
+_POSITIONS = one_of(cache="cache", text="text", clamped="clamped")
+
+FORMS = {
+    "window": Form(
+        window,
+        "the last N tokens, and the first ones if sinks say so; without N the model's own windows",
+        examples=(":1024", ":1020,sinks=4"),
+        arguments={"size": COUNT, "sinks": COUNT, "positions": _POSITIONS},
+        bare=1,
+    ),
+}

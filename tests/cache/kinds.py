@@ -26,6 +26,11 @@ class Case:
     modelled: bool = True  # compared with a model without a cache; the others layer by layer
     recalls: bool = True  # well enough to tell tokens apart; test_quantized.py looks at the bits
     off: float = 0.35  # what a random life may find beside a value of up to 1, where not exact
+    # As people write it, in sizes that a short conversation fills. A reply is that of a model which
+    # reads the whole conversation at once, or goes on in words of its own. (Kinds that round do so
+    # alike only as long as nothing has been rounded: a prompt sees itself exactly.)
+    alike: tuple[str, ...] = ()
+    goes_on: tuple[str, ...] = ()
 
     def sees(self, query: int, position: int) -> bool:
         """Whether a token at a position still sees another."""
@@ -71,9 +76,15 @@ def paged_bytes(page, key, value, flags=0):
 
 
 KINDS = [
-    Case("dense", jkv.dense(), dense_bytes),
-    Case("dense:grow", jkv.dense(grow=True), dense_bytes),
-    Case("none", jkv.none(), lambda layers, b, k, s, h: b * s * 4, layered=False),
+    Case("dense", jkv.dense(), dense_bytes, alike=("dense",)),
+    Case("dense:grow", jkv.dense(grow=True), dense_bytes, alike=("dense:grow",)),
+    Case(
+        "none",
+        jkv.none(),
+        lambda layers, b, k, s, h: b * s * 4,
+        layered=False,
+        alike=("none",),
+    ),
     Case(
         "window",
         jkv.window(7),
@@ -81,6 +92,7 @@ KINDS = [
         window=7,
         fills=False,
         rolls_back=False,
+        alike=("window:12",),
     ),
     Case(
         "sinks",
@@ -91,12 +103,19 @@ KINDS = [
         fills=False,
         rolls_back=False,
         modelled=False,
+        alike=(
+            "window:10,sinks=2",
+            "window:10,sinks=2,positions=text",
+            "window:10,sinks=2,positions=clamped",
+        ),
     ),
     Case(
         "int8",
         jkv.quantized(bits=8),
         near_far_bytes(lambda h: h + 4, lambda h: h + 4),
         exact=False,
+        alike=("int8:residual=64",),
+        goes_on=("int8",),
     ),
     # Four bits of four tokens in two bytes per channel; a step and a zero point for each channel
     # of keys and each token of values.
@@ -106,6 +125,7 @@ KINDS = [
         near_far_bytes(lambda h: 2 * h + 4 * h, lambda h: 2 * h + 4 * 4 * -(-h // 4), 3, 4),
         exact=False,
         off=0.7,
+        goes_on=("int4:residual=4,group=8",),
     ),
     Case(
         "int2",
@@ -115,6 +135,7 @@ KINDS = [
         spread=1.0,
         recalls=False,
         modelled=False,
+        goes_on=("int2:residual=0,group=8",),
     ),
     Case(
         "k8v4",
@@ -122,6 +143,7 @@ KINDS = [
         near_far_bytes(lambda h: h + 4, lambda h: -(-h // 2) + 4, 2),
         exact=False,
         modelled=False,
+        goes_on=("kv:k8v4,residual=4",),
     ),
     Case(
         "fp8",
@@ -129,6 +151,7 @@ KINDS = [
         near_far_bytes(lambda h: h + 2, lambda h: h + 2),
         exact=False,
         modelled=False,
+        goes_on=("fp8:residual=3",),
     ),
     Case(
         "near_far",
@@ -136,6 +159,7 @@ KINDS = [
         near_far_bytes(lambda h: h + 4, lambda h: h + 4, 5),
         exact=False,
         modelled=False,
+        goes_on=("near_far:recent=6,far=int8",),
     ),
     # Numbers of 4 bytes, and of 1, with a byte that says which channel.
     Case(
@@ -143,6 +167,7 @@ KINDS = [
         jkv.sparse(1.0),  # all channels, each with its number: what is told apart is exact
         near_far_bytes(*(2 * (lambda h: h * 5,))),
         modelled=False,
+        goes_on=("sparse:0.5",),
     ),
     Case(
         "mixed",
@@ -150,14 +175,21 @@ KINDS = [
         near_far_bytes(*(2 * (lambda h: 2 * h + 4,))),
         exact=False,
         modelled=False,
+        goes_on=("sparse:0.5,int8",),
     ),
-    Case("paged", jkv.paged(4), paged_bytes(4, *(2 * (lambda h: 4 * h,)))),
+    Case(
+        "paged",
+        jkv.paged(4),
+        paged_bytes(4, *(2 * (lambda h: 4 * h,))),
+        alike=("paged:4",),
+    ),
     Case(
         "paged:int8",
         jkv.paged(4, bits=8),
         paged_bytes(4, *(2 * (lambda h: h + 4,)), flags=1),
         exact=False,
         modelled=False,
+        goes_on=("paged:4,int8",),
     ),
     Case(
         "paged:int4",
@@ -175,5 +207,21 @@ KINDS = [
         modelled=False,
     ),
     # A budget that no row of the suite uses up; what eviction does is in test_evicting.py.
-    Case("evicting", jkv.evicting(40), evicting_bytes(40), fills=False),
+    Case(
+        "evicting",
+        jkv.evicting(40),
+        evicting_bytes(40),
+        fills=False,
+        alike=("evict:64",),
+        goes_on=(
+            "evict:16,score=h2o,sinks=2,recent=4",
+            "evict:16,score=tova",
+            "evict:16,score=snapkv",
+            "evict:16,score=key_norm",
+            "evict:16,score=recency",
+        ),
+    ),
 ]
+# Kinds that are nothing without a model.
+ALIKE = [*(text for case in KINDS for text in case.alike), "per_layer:window:12,first=1"]
+GO_ON = [*(text for case in KINDS for text in case.goes_on), "pyramid:16"]

@@ -14,7 +14,7 @@ import jkv
 from jkv import ops
 from jkv._pytree import nbytes
 from jkv.cache.protocol import Step
-from jkv.cache.quantized import SLACK, far_slots
+from jkv.cache.quantized_layer import SLACK, far_slots
 from jkv.errors import NonFiniteError
 from jkv.ops import AttentionSpec
 from jkv.ops.codecs import Affine, Cast

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import jkv
 from jkv.cache import spec
+from tests.conftest import ROOT
 
 WRITTEN = [
     ("dense", jkv.dense()),
@@ -163,3 +166,9 @@ def test_usage_names_all_that_a_kind_takes(name):
     assert shown.startswith(name)
     for i, key in enumerate(form.arguments):
         assert i < form.bare or f"{key}=" in shown
+
+
+def test_every_file_of_kinds_is_listed():
+    files = (ROOT / "jkv" / "cache").glob("*.py")
+    found = {path.stem for path in files if re.search(r"^FORMS = ", path.read_text(), re.MULTILINE)}
+    assert found == set(spec.FILES)
