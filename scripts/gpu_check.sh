@@ -27,7 +27,7 @@ else
   die "no GPU found; JKV_GPU_CHECK_CPU=1 tries the script on the CPU"
 fi
 
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD:$PWD/scripts${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 # Products of float32 in float32: by default they are rounded to TF32, and equal tokens are luck.
 export JAX_DEFAULT_MATMUL_PRECISION=highest
@@ -57,12 +57,12 @@ tests=(tests/ops tests/cache tests/decoding) many=(-n 8)
 unmarked="not slow and not compare and not tpu_compile"
 # The kernels alone first: each of their tests compiles, which the processors can do side by side.
 run 110 kernels "$python" -m pytest -q ${many[@]+"${many[@]}"} tests/ops/test_on_gpu.py
-run 130 attention "$python" scripts/bench_attention.py ${tiny[@]+"${tiny[@]}"} --seconds 110 \
+run 130 attention "$python" -m bench attention ${tiny[@]+"${tiny[@]}"} --seconds 110 \
   --json "$results/attention.json" --plot "$results/attention.png"
-run 150 llama "$python" scripts/bench_decode.py --gpu --only llama ${shape[@]+"${shape[@]}"} \
+run 150 llama "$python" -m bench decode --gpu --only llama ${shape[@]+"${shape[@]}"} \
   --seconds 120 --json "$results/llama.json"
 run 110 tests "$python" -m pytest -q -m "$unmarked" "${tests[@]}" --ignore tests/ops/test_on_gpu.py
-run 80 bench "$python" scripts/bench_decode.py --quick ${tiny[@]+"${tiny[@]}"} --only one-row \
+run 80 bench "$python" -m bench decode --quick ${tiny[@]+"${tiny[@]}"} --only one-row \
   eight-rows buffers bandwidth first-token --json "$results/bench.json" --plot "$results/bench.png"
 echo "Results: $results"
 exit $status

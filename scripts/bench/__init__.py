@@ -1,1 +1,1 @@
-"""The parts of `bench_decode.py`."""
+"""Benchmarks: `python -m bench decode|engine|store|attention|kinds` from `scripts/`."""

@@ -1,405 +1,150 @@
-"""One decode step's attention over caches of many forms, and what else there is for it."""
+"""How fast attention over a cache is, as a share of the bandwidth at which memory can be copied.
+
+    python -m bench attention --json results.json --plot results.png
+    python -m bench attention --quick --only llama-3-8b
+
+One decode step's attention of one layer: a token per row over caches that are full. First a copy
+of a large array is timed, its bytes counted as read and written; what attention is compared with
+is reading the cache at that speed. Every form of cache, in rows and in pages; beside it, for
+bfloat16, what else there is: XLA, cuDNN, JAX's own decode kernel while it can be imported, and
+torch's own choice and FlashAttention, if torch is there. This library's result is compared with
+the reference first: where it is wrong that is told, not timed. Before all that some prefills, whose
+time is that of the products: what a dense cache chooses, beside XLA alone.
+
+Times are of many steps in one program, each over another part of a pool of caches that is larger
+than the chip's cache memory; the least of several rounds. --tiny tries the script on a CPU.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib
-import math
+import argparse
 import time
-import warnings
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from rich.console import Console
+from rich.table import Table
 
-from jkv import ops
-from jkv._pytree import nbytes
-from jkv.errors import UnsupportedError
-from jkv.ops import dispatch
-from jkv.ops.codecs import Affine, Float8
+from bench import prefill, report
+from bench.contenders import FORMS, MODELS, TINY, Grid, contenders, copy_bandwidth, measure, summary
 
-# Query heads, key/value heads and channels of one layer.
-MODELS = {
-    "llama-3-8b": (32, 8, 128),
-    "llama-2-7b": (32, 32, 128),
-    "qwen2.5-7b": (28, 4, 128),
-}
-FORMS: dict[str, Any] = {
-    "bfloat16": None,
-    "int8": (Affine(8), Affine(8)),
-    "fp8": (Float8(), Float8()),
-    "int4": (Affine(4, axis="channel", group=64), Affine(4)),
-    "int4 by token": (Affine(4), Affine(4)),
-}
-MOST = 40 << 30  # bytes of a cache that are tried
-POOL = 256 << 20  # bytes of all caches in turn: more than any chip's cache memory
+WHAT = ("model", "rows", "slots", "form", "page", "contender")
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """What is timed: a token per row, every row as long as its buffer."""
-
-    model: str
-    rows: int
-    slots: int
-    form: str
-    page: int | None
-    dtype: str = "bfloat16"
-    shape: tuple[int, int, int] = (0, 0, 0)
-
-    def described(self) -> dict[str, Any]:
-        """For a file."""
-        names = ("model", "rows", "slots", "form", "page")
-        return {name: getattr(self, name) for name in names}
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = report.parser("attention", __doc__)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw shares of the bandwidth")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
+    parser.add_argument("--only", nargs="+", choices=MODELS, metavar="MODEL", help="just these")
+    parser.add_argument("--tiny", action="store_true", help="sizes of no use, to try the script")
+    parser.add_argument("--seconds", type=float, default=240, help="begin nothing after these")
+    return parser.parse_args(arguments)
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """All points, those first that tell most."""
-
-    models: tuple[str, ...] = tuple(MODELS)
-    rows: tuple[int, ...] = (8, 1, 64)
-    slots: tuple[int, ...] = (32768, 8192, 131072, 1024)
-    forms: tuple[str, ...] = tuple(FORMS)
-    pages: tuple[int | None, ...] = (None, 16, 64)
-    rounds: int = 5
-    steps: int = 32  # of one program
-    copied: int = 4 << 30  # bytes
-    pool: int = POOL
-    dtype: str = "bfloat16"
-    shape: tuple[int, int, int] | None = None
-
-    def points(self) -> Iterator[Point]:
-        """Without pages that a form's units of tokens do not fit into, and what is too big."""
-        for model in self.models:
-            for slots in self.slots:
-                for rows in self.rows:
-                    for page in self.pages:
-                        for form in self.forms:
-                            shape = self.shape or MODELS[model]
-                            size = 4 * rows * slots * shape[1] * shape[2]
-                            unit = max((codec.block_size for codec in FORMS[form] or ()), default=1)
-                            if size <= MOST and (page is None or page % unit == 0):
-                                yield Point(model, rows, slots, form, page, self.dtype, shape)
+def grid(options: argparse.Namespace) -> Grid:
+    """What is measured."""
+    if options.tiny:
+        return TINY
+    models = tuple(options.only or MODELS)
+    if options.quick:
+        return Grid(models=models[:1], rows=(1, 8), slots=(8192, 32768), rounds=3)
+    return Grid(models=models)
 
 
-TINY = Grid(
-    models=("llama-3-8b",),
-    rows=(2,),
-    slots=(128,),
-    forms=("bfloat16", "int8"),
-    pages=(None, 64),
-    rounds=1,
-    steps=1,
-    copied=1 << 20,
-    pool=1,
-    shape=(4, 2, 128),
-)
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """All points, the most telling first, until the time is up."""
+    wanted = grid(options)
+    until = time.monotonic() + options.seconds
+    rate = copy_bandwidth(wanted)
+    console.print(f"copy: {rate / 1e9:.0f} GB/s")
+    made = report.Report("attention", options)
+    made.add("copy bandwidth", rate)
+    points = prefill.TINY if options.tiny else prefill.POINTS
+    made.add("prefill", prefill.measure(points, until, console.print))
+    measured: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
+    made.add("points", measured)
+    made.add("left out", left_out)
+    for point in wanted.points():
+        for name, contender in contenders(point).items():
+            entry = {**point.described(), "contender": name}
+            if time.monotonic() > until:
+                left_out.append(entry)
+                continue
+            entry |= measure(point, contender, rate, wanted)
+            measured.append(entry)
+            console.print(line(entry))
+            made.add("points", measured)
+    made.add("left out", left_out)
+    return made.results
 
 
-def copy_bandwidth(grid: Grid) -> float:
-    """Bytes per second, read and written, at which an array is copied; the best of some rounds."""
-    x = jnp.ones((grid.copied // 4,), jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    best = math.inf
-    for _ in range(grid.rounds + 2):
-        start = time.perf_counter()
-        jax.block_until_ready(copy(x))
-        best = min(best, time.perf_counter() - start)
-    return 2 * grid.copied / best
+def line(entry: dict[str, Any]) -> str:
+    """One result in a line."""
+    what = " ".join(str(entry[k]) for k in WHAT)
+    if "why not" in entry:
+        return f"{what}: {entry['why not']}"
+    return f"{what}: {entry['microseconds']:.1f} us, {entry['share']:.0%}"
 
 
-def drawn(point: Point, seed: int) -> tuple[Any, Any]:
-    """Keys and values [B, K, S, H] or [P, K, page, H]: any numbers that are finite."""
-    _, heads, dim = point.shape
-    page = point.page or point.slots
-    many = point.rows * point.slots // page
-    codecs = FORMS[point.form]
-    key = jax.random.key(seed)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def fill(which: int, key: Any) -> Any:
-        if codecs is None:
-            return jax.random.normal(key, (many, heads, page, dim), jnp.dtype(point.dtype))
-        empty = codecs[which].empty(many, heads, page, dim, jnp.dtype(point.dtype))
-        return jax.tree.map(lambda x: full(x, key), empty)
-
-    return fill(0, key), fill(1, jax.random.fold_in(key, 1))
-
-
-def full(x: Any, key: Any) -> Any:
-    """An array of a cache with anything in it: normal numbers, or codes, steps and zero points."""
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return jax.random.normal(key, x.shape, x.dtype)
-    if x.dtype == jnp.uint8:
-        return jax.random.bits(key, x.shape, jnp.uint8) & jnp.uint8(0xBB)  # no NaN
-    if x.dtype == jnp.uint16:
-        step = jax.lax.bitcast_convert_type(jnp.bfloat16(0.02), jnp.uint16)
-        return jnp.full(x.shape, step, x.dtype)
-    return jnp.full(x.shape, -8, x.dtype) if x.dtype == jnp.int16 else x
-
-
-class Mine:
-    """This library, an implementation by name or the one it chooses."""
-
-    def __init__(self, point: Point, implementation: str | None = None) -> None:
-        self.point, self.implementation = point, implementation
-
-    def refusal(self) -> str | None:
-        """Why it cannot."""
-        return None
-
-    def prepared(self, q: Any, k: Any, v: Any) -> Any:
-        """Cache as it is wanted."""
-        del q
-        return k, v
-
-    def __call__(self, q: Any, cache: Any, lengths: Any) -> Any:
-        """Output [B, 1, N, H]."""
-        point = self.point
-        (k, v), at = cache, lengths[:, None] - 1
-        if point.page is None:
-            kv = ops.ContiguousKV(k, v, lengths=lengths)
-            return ops.attention(q, kv, at, implementation=self.implementation).out
-        many = point.rows * point.slots // point.page
-        table = np.random.default_rng(0).permutation(many).reshape(point.rows, -1)
-        table = jnp.asarray(table, jnp.int32)
-        paged = ops.PagedKV(k, v, table, lengths)
-        return ops.attention(q, paged, at, implementation=self.implementation).out
+def show(results: dict[str, Any], console: Console) -> None:
+    """A table, and what was left out."""
+    report.show_machine(results, console)
+    sections = results["sections"]
+    console.print(f"copy {sections['copy bandwidth'] / 1e9:.0f} GB/s")
+    table = Table(title="Attention of one layer, one token per row")
+    for column in WHAT:
+        table.add_column(column)
+    for column in ("us", "GB/s", "of the copy", "attention"):
+        table.add_column(column, justify="right")
+    for entry in sections["points"]:
+        names = [str(entry[k] or "") for k in WHAT]
+        if "why not" in entry:
+            table.add_row(*names, "", "", "", entry["why not"][:60])
+            continue
+        table.add_row(
+            *names,
+            f"{entry['microseconds']:.1f}",
+            f"{entry['bytes per second'] / 1e9:.0f}",
+            f"{entry['share']:.0%}",
+            entry.get("attention", ""),
+        )
+    console.print(table)
+    for text in summary(sections["points"]) + prefill.summary(sections["prefill"]):
+        console.print(text)
+    if sections["left out"]:
+        console.print(f"{len(sections['left out'])} more were left out for want of time.")
 
 
-class Library(Mine):
-    """`jax.nn.dot_product_attention`, whose caches are [B, S, K, H]."""
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Shares over tokens, one line for each form; needs matplotlib."""
+    from matplotlib.figure import Figure
 
-    def refusal(self) -> str | None:
-        """Why it cannot."""
-        if self.implementation == "cudnn" and jax.default_backend() != "gpu":
-            return "no GPU"
-        return None
-
-    def prepared(self, q: Any, k: Any, v: Any) -> Any:
-        """Cache as it is wanted."""
-        del q
-        return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-
-    def __call__(self, q: Any, cache: Any, lengths: Any) -> Any:
-        """Output [B, 1, N, H]."""
-        named: Any = self.implementation
-        attention: Any = jax.nn.dot_product_attention
-        return attention(q, *cache, key_value_seq_lengths=lengths, implementation=named)
-
-
-class Triton(Library):
-    """The decode kernel in `jax.experimental.pallas.ops.gpu`, deprecated."""
-
-    def refusal(self) -> str | None:
-        """Why it cannot."""
-        if jax.default_backend() != "gpu":
-            return "no GPU"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                importlib.import_module("jax.experimental.pallas.ops.gpu.decode_attention")
-        except ImportError as error:
-            return f"cannot be imported: {error}"
-        return None
-
-    def __call__(self, q: Any, cache: Any, lengths: Any) -> Any:
-        """Output [B, 1, N, H]."""
-        del lengths
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = importlib.import_module("jax.experimental.pallas.ops.gpu.decode_attention")
-            return module.gqa(q[:, 0], *cache)[:, None]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    mine = [e for e in results["sections"]["points"] if e["contender"] == "jkv" and "share" in e]
+    for form in FORMS:
+        for page in sorted({e["page"] or 0 for e in mine}):
+            here = [e for e in mine if e["form"] == form and (e["page"] or 0) == page]
+            here = sorted((e["rows"] * e["slots"], e["share"]) for e in here)
+            if here:
+                label = form if not page else f"{form}, pages of {page}"
+                axes.plot(*zip(*here, strict=True), "o", alpha=0.7, label=label)
+    axes.set(xlabel="tokens of all rows", ylabel="share of the copy bandwidth", xscale="log")
+    axes.axhline(0.85, color="grey", linestyle="--")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
 
 
-class Torch(Mine):
-    """torch's attention, timed by its own clock; caches are [B, K, S, H]."""
-
-    def refusal(self) -> str | None:
-        """Why it cannot."""
-        try:
-            torch = importlib.import_module("torch")
-        except ImportError:
-            return "torch is not installed"
-        return None if torch.cuda.is_available() else "torch sees no GPU"
-
-    def step(self, q: Any, k: Any, v: Any) -> Any:
-        """One token of each row, q being [B, N, 1, H]."""
-        torch = importlib.import_module("torch")
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
-class TorchFlash(Torch):
-    """FlashAttention as torch has it: nothing else is allowed to take its place."""
-
-    def step(self, q: Any, k: Any, v: Any) -> Any:
-        """One token of each row, q being [B, N, 1, H]."""
-        found = importlib.import_module("torch.nn.attention")
-        with found.sdpa_kernel(found.SDPBackend.FLASH_ATTENTION):
-            return super().step(q, k, v)
-
-
-class FlashAttention(Torch):
-    """The package flash_attn, whose caches are [B, S, K, H]: its form for decoding, split KV."""
-
-    def refusal(self) -> str | None:
-        """Why it cannot."""
-        try:
-            importlib.import_module("flash_attn")
-        except ImportError:
-            return "flash_attn is not installed"
-        return super().refusal()
-
-    def step(self, q: Any, k: Any, v: Any) -> Any:
-        """One token of each row; the same bytes, taken as this package orders them."""
-        attend = importlib.import_module("flash_attn").flash_attn_with_kvcache
-        batch, heads, slots, dim = k.shape
-        k, v = (x.view(batch, slots, heads, dim) for x in (k, v))
-        return attend(q.transpose(1, 2), k, v, cache_seqlens=slots)
-
-
-def contenders(point: Point) -> dict[str, Mine]:
-    """Who takes part, this library first."""
-    found: dict[str, Mine] = {"jkv": Mine(point)}
-    if jax.default_backend() != "cpu":  # where it is not what is chosen
-        found["jkv, xla"] = Mine(point, "xla")
-    if point.form == "bfloat16" and point.page is None:
-        found["jax.nn, xla"] = Library(point, "xla")
-        found["jax.nn, cudnn"] = Library(point, "cudnn")
-        found["pallas triton"] = Triton(point)
-        found["torch sdpa"] = Torch(point)
-        found["torch flash"] = TorchFlash(point)
-        found["flash_attn"] = FlashAttention(point)
-    return found
-
-
-def measure(point: Point, contender: Mine, rate: float, grid: Grid) -> dict[str, Any]:
-    """Microseconds of a step, and the share of the copy's bandwidth; or why there are none."""
-    why = contender.refusal()
-    if why is not None:
-        return {"why not": why}
-    heads, _, dim = point.shape
-    q = jax.random.normal(jax.random.key(9), (point.rows, 1, heads, dim), jnp.dtype(point.dtype))
-    size = nbytes(jax.eval_shape(functools.partial(drawn, point, 0)))
-    try:
-        if isinstance(contender, Torch):
-            seconds, extra = _torch_seconds(point, contender, grid, size), {}
-        else:
-            seconds, extra = _seconds(point, contender, q, grid, size)
-    except (UnsupportedError, NotImplementedError, ValueError, RuntimeError) as error:
-        return {"why not": f"{type(error).__name__}: {str(error)[:200]}"}
-    if seconds is None:
-        return extra
-    return extra | {
-        "microseconds": 1e6 * seconds,
-        "bytes": size,
-        "bytes per second": size / seconds,
-        "share": size / seconds / rate,
-    }
-
-
-def _seconds(
-    point: Point, contender: Mine, q: Any, grid: Grid, size: int
-) -> tuple[float | None, dict[str, Any]]:
-    caches = [
-        contender.prepared(q, *drawn(point, i)) for i in range(min(-(-grid.pool // size), 32))
-    ]
-    lengths = jnp.full((point.rows,), point.slots, jnp.int32)
-    with dispatch.record() as names:
-        one = jax.jit(contender)
-        first = one(q, caches[0], lengths)
-    extra: dict[str, Any] = {"attention": "+".join(names)} if names else {}
-    if contender.implementation is None and size <= 2 << 30:
-        want = jax.jit(Mine(point, "reference"))(q, caches[0], lengths)
-        off = float(jnp.max(jnp.abs(first - want)) / jnp.max(jnp.abs(want)))
-        extra["off by"] = off
-        if not off <= 2e-2:
-            return None, extra | {"wrong": True, "why not": f"WRONG: off by {off:.3g}"}
-    steps = max(grid.steps, len(caches))
-
-    @jax.jit
-    def many(q: Any, caches: Any, lengths: Any) -> Any:
-        # One after another: each step's queries depend on what the last one found.
-        for i in range(steps):
-            out = one(q, caches[i % len(caches)], lengths)
-            q = q + (out * 0).astype(q.dtype)
-        return q
-
-    jax.block_until_ready(many(q, caches, lengths))
-    best = math.inf
-    for _ in range(grid.rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(many(q, caches, lengths))
-        best = min(best, time.perf_counter() - start)
-    return best / steps, extra
-
-
-def _torch_seconds(point: Point, contender: Torch, grid: Grid, size: int) -> float:
-    torch = importlib.import_module("torch")
-    heads, kv_heads, dim = point.shape
-    options = {"dtype": torch.bfloat16, "device": "cuda"}
-    q = torch.randn(point.rows, heads, 1, dim, **options)
-    many = min(-(-grid.pool // size), 32)
-    caches = [
-        [torch.randn(point.rows, kv_heads, point.slots, dim, **options) for _ in range(2)]
-        for _ in range(many)
-    ]
-    steps = max(grid.steps, many)
-
-    def run() -> None:
-        for i in range(steps):
-            contender.step(q, *caches[i % many])
-
-    try:
-        run()
-        torch.cuda.synchronize()
-        # As one program, like ours: else a short step is the time that Python takes to ask for it.
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        best = math.inf
-        for _ in range(grid.rounds + 1):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            graph.replay()
-            torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        del graph
-    finally:
-        caches.clear()
-        torch.cuda.empty_cache()
-    return best / steps
-
-
-def summary(points: list[dict[str, Any]]) -> list[str]:
-    """The figures that are to be reached, each beside what was measured."""
-    mine = [p for p in points if p["contender"] == "jkv" and "share" in p]
-
-    def of(**wanted: Any) -> dict[tuple[Any, ...], dict[str, Any]]:
-        chosen = [p for p in mine if all(p[k] == v for k, v in wanted.items())]
-        return {(p["model"], p["rows"], p["slots"]): p for p in chosen}
-
-    plain, lines = of(form="bfloat16", page=None), []
-    large = [p["share"] for p in plain.values() if p["rows"] * p["slots"] >= 1 << 18]
-    if large:
-        lines.append(f"bfloat16, 256k tokens and more: {min(large):.0%} of the copy (85 %)")
-    for form, least in (("int8", 1.8), ("fp8", 1.8), ("int4", 3.0)):
-        pairs = [(plain[k], p) for k, p in of(form=form, page=None).items() if k in plain]
-        ratios = [a["microseconds"] / b["microseconds"] for a, b in pairs if a["slots"] >= 32768]
-        if ratios:
-            lines.append(f"{form} at 32k and more: {min(ratios):.2f} times as fast ({least})")
-    for page in (16, 64):
-        pairs = [(plain[k], p) for k, p in of(form="bfloat16", page=page).items() if k in plain]
-        slower = [b["microseconds"] / a["microseconds"] - 1 for a, b in pairs]
-        if slower:
-            lines.append(f"pages of {page}: at most {max(slower):.0%} slower (5 %)")
-    others = [p for p in points if not p["contender"].startswith("jkv") and "microseconds" in p]
-    keyed = [(plain.get((p["model"], p["rows"], p["slots"])), p) for p in others]
-    ratios = [b["microseconds"] / a["microseconds"] for a, b in keyed if a is not None]
-    if ratios:
-        lines.append(f"beside the others: {np.min(ratios):.2f} times as fast or more (1.0)")
-    return lines
+def main(arguments: list[str]) -> int:
+    """Measure, write, show."""
+    options = parse(arguments)
+    results = run(options, Console(stderr=True, highlight=False))
+    if options.plot:
+        plot(results, options.plot)
+    show(results, Console(highlight=False, width=140))
+    sections = results["sections"]
+    wrong = [e for e in sections["points"] + sections["prefill"] if e.get("wrong")]
+    return 1 if wrong else 0

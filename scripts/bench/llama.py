@@ -23,8 +23,8 @@ import numpy as np
 from flax import nnx
 
 import jkv
-from bench.attention import TINY as SMALL
-from bench.attention import Grid, copy_bandwidth, full
+from bench.contenders import TINY as SMALL
+from bench.contenders import Grid, copy_bandwidth, full
 from bench.runners import Transformers
 from jkv._pytree import nbytes, replace
 from jkv.decoding import loop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,15 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import bench_decode
 import jkv
-from bench import llama, report
+from bench import decode, decode_tables, llama
+from bench.__main__ import BENCHES
 from bench.runners import TINY, Jkv, Shape, Trace, write_checkpoint
 from bench.sections import SECTIONS, _agreement, _curve, _ratios
 from jkv._pytree import nbytes
 from tests.conftest import ROOT
-
-SCRIPT = ROOT / "scripts" / "bench_decode.py"
 
 
 def trace(step: float, tokens: int = 65) -> Trace:
@@ -72,10 +71,10 @@ def test_checkpoint_loads_and_cached_equals_uncached(tmp_path):
 
 def bench(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, "-m", "bench", "decode", *arguments],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=ROOT / "scripts",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
@@ -108,8 +107,8 @@ def test_llama_steps(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     target = tmp_path / "out.json"
     options = ["--gpu", "--only", "llama", "--shape", "tiny", "--json", str(target)]
-    results = bench_decode.measure(bench_decode.parse(options), Console(stderr=True))
-    report.show(results, Console(width=110))
+    results = decode.measure(decode.parse(options), Console(stderr=True))
+    decode_tables.show(results, Console(width=110))
     assert json.loads(target.read_text()) == results
     found = results["sections"]["llama"]
     points = {(p["cache"], p["rows"]): p for p in found["points"]}
@@ -149,3 +148,19 @@ def test_llamas_weights_are_what_a_step_needs():
     assert nbytes(made) == nbytes(wanted)
     spread = [float(leaf.std()) for leaf in jax.tree.leaves(made) if leaf.ndim == 2]
     np.testing.assert_allclose(spread, 0.02, rtol=0.1)
+
+
+def test_an_unknown_benchmark_is_named():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "decoding"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "scripts",
+    )
+    assert done.returncode == 2
+    assert "bench got decoding" in done.stderr
+
+
+def test_every_benchmark_has_a_main():
+    for name in BENCHES:
+        assert callable(importlib.import_module(f"bench.{name}").main)

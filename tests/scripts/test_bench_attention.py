@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import bench_attention
-from bench.attention import (
+from bench import attention
+from bench.contenders import (
     FORMS,
     MOST,
     POOL,
@@ -33,13 +33,15 @@ from jkv._pytree import nbytes
 @pytest.mark.slow
 def test_runs_through(tmp_path, capsys):
     target, drawing = tmp_path / "out.json", tmp_path / "out.png"
-    options = bench_attention.parse(["--tiny", "--json", str(target), "--plot", str(drawing)])
-    results = bench_attention.run(options, Console(stderr=True))
-    bench_attention.plot(results, options.plot)
-    bench_attention.show(results, Console(width=140))
+    options = attention.parse(["--tiny", "--json", str(target), "--plot", str(drawing)])
+    results = attention.run(options, Console(stderr=True))
+    attention.plot(results, options.plot)
+    attention.show(results, Console(width=140))
     assert json.loads(target.read_text()) == results
+    assert results["bench"] == "attention"
+    found = results["sections"]
     assert drawing.stat().st_size > 1000
-    points = {(p["form"], p["page"], p["contender"]): p for p in results["points"]}
+    points = {(p["form"], p["page"], p["contender"]): p for p in found["points"]}
     for form in TINY.forms:
         for page in TINY.pages:
             point = points[form, page, "jkv"]
@@ -47,10 +49,10 @@ def test_runs_through(tmp_path, capsys):
             assert point["off by"] < 1e-2
             rate = point["bytes"] / (point["microseconds"] * 1e-6)
             assert point["bytes per second"] == pytest.approx(rate)
-            assert point["share"] == pytest.approx(rate / results["copy bandwidth"])
+            assert point["share"] == pytest.approx(rate / found["copy bandwidth"])
     assert points["bfloat16", None, "jax.nn, cudnn"]["why not"] == "no GPU"
     assert "microseconds" in points["bfloat16", None, "jax.nn, xla"]
-    prefills = results["prefill"]
+    prefills = found["prefill"]
     assert [(e["past"], e["contender"]) for e in prefills] == [
         (past, name) for past in (0, 32) for name in ("jkv, xla", "jkv")
     ]
@@ -65,10 +67,11 @@ def test_runs_through(tmp_path, capsys):
 
 
 def test_nothing_begins_when_the_time_is_up(capsys):
-    options = bench_attention.parse(["--tiny", "--seconds", "0"])
-    results = bench_attention.run(options, Console())
-    assert results["points"] == results["prefill"] == []
-    assert len(results["left out"]) > 4
+    options = attention.parse(["--tiny", "--seconds", "0"])
+    results = attention.run(options, Console())
+    found = results["sections"]
+    assert found["points"] == found["prefill"] == []
+    assert len(found["left out"]) > 4
 
 
 def test_the_grid():

@@ -1,7 +1,7 @@
 """What the engine makes of many requests at once, beside batches that wait for their last row.
 
-    python scripts/bench_engine.py --json engine.json
-    python scripts/bench_engine.py --only trace --model ../shared/models/stories260k
+    python -m bench engine --json engine.json
+    python -m bench engine --only trace --model ../../shared/models/stories260k
 
 Prompts and answers are as long as in ShareGPT (means of 161 and 338 tokens: Kwon et al. 2023,
 figure 11), log-normal, cut so that both fit into 2048; for a shorter context all is scaled down. A
@@ -18,14 +18,11 @@ that is in the cache, and that is not; host, the engine's own work per step at 2
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jkv
-from bench import machine
-from bench.kept import LLAMA_42M
+from bench import machine, report
+from bench.store import LLAMA_42M
 from jkv.engine import decode_state
 
 MEANS, SPREAD = (161, 338), (1.0, 0.8)  # tokens; standard deviations of the logarithms
@@ -384,10 +381,9 @@ def measure_host(block: int, options: Any) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: list[str]) -> int:
+    """Measure, write, show."""
+    parser = report.parser("engine", __doc__)
     add = parser.add_argument
     add("--model", action="append", help="42m, or a checkpoint's directory; repeatable")
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
@@ -400,37 +396,39 @@ def main() -> None:
     add("--rounds", type=int, default=2)
     add("--seed", type=int, default=0)
     add("--without", nargs="+", default=[], metavar="NAME", help="contestants to leave out")
-    add("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.devices > 1:
         jax.config.update("jax_num_cpu_devices", options.devices)
     console = Console()
-    results: dict[str, Any] = {"machine": machine.describe(), "options": str(vars(options))}
+    made = report.Report("engine", options)
     if "trace" in options.only:
-        results["trace"] = []
+        traces: list[dict[str, Any]] = []
         for name in options.model or ["42m"]:
             with contextlib.ExitStack() as stack:
                 found = measure_trace(name, options, console, stack)
-            results["trace"].append(found)
+            traces.append(found)
+            made.add("trace", traces)
             console.print(table_of(found))
     if "prefix" in options.only:
-        found = results["prefix"] = measure_prefix(options)
+        found = measure_prefix(options)
+        made.add("prefix", found)
         console.print(
             f"first token after 1000 tokens: {found['cold_seconds']:.3f} s cold, "
             f"{found['warm_seconds']:.3f} s found: {found['ratio']:.3f}x",
             highlight=False,
         )
     if "host" in options.only:
-        results["host"] = [measure_host(block, options) for block in sorted({1, options.block})]
-        for found in results["host"]:
+        hosts = [measure_host(block, options) for block in sorted({1, options.block})]
+        made.add("host", hosts)
+        for found in hosts:
             console.print(
                 f"the host's work at 256 lanes, {found['tokens_per_pass']} tokens of each per "
                 f"pass: {1000 * found['seconds_per_pass']:.2f} ms per pass, and "
                 f"{1000 * found['dispatch_seconds']:.2f} ms of JAX's to dispatch it",
                 highlight=False,
             )
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    report.show_machine(made.results, console)
+    return 0
 
 
 def table_of(found: dict[str, Any]) -> Table:
@@ -451,7 +449,3 @@ def table_of(found: dict[str, Any]) -> Table:
     for name, reason in found["not_run"].items():
         table.add_row(name, f"not run: {reason}")
     return table
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """What a decode step costs with each kind of cache, and with a window at ever later positions.
 
-    python scripts/bench_kinds.py --json kinds.json
-    python scripts/bench_kinds.py --cache dense --cache int8 --cache int4 --position 4096
+    python -m bench kinds --json kinds.json
+    python -m bench kinds --cache dense --cache int8 --cache int4 --position 4096
 
 A random decoder with a Llama's parts runs steps from a position on, its cache taken to be full up
 to there (what a step costs does not depend on what the numbers are). Kinds take turns; shown are
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,19 +25,18 @@ from rich.console import Console
 from rich.table import Table
 
 import jkv
-from bench import machine
+from bench import report
 from jkv._pytree import replace
-from jkv.cache.spec import parse
+from jkv.cache.spec import parse as parse_kind
 
 KINDS = ("dense", "int8", "int4", "int2", "fp8", "kv:k8v4", "sparse:0.25", "sparse:0.25,int8")
 WINDOW = 256
 STEPS = 8
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = report.parser("kinds", __doc__)
     add = parser.add_argument
     add("--cache", action="append", metavar="SPEC", help="a kind (see `jkv caches`); repeatable")
     add("--position", type=int, default=4096, help="tokens in the cache")
@@ -49,8 +46,7 @@ def arguments() -> argparse.Namespace:
     add("--kv-heads", type=int, default=12)
     add("--head-dim", type=int, default=64)
     add("--rounds", type=int, default=9)
-    add("--json", type=Path, metavar="FILE", help="write everything measured")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 @functools.partial(jax.jit, donate_argnums=2)
@@ -68,9 +64,9 @@ def steps(model: Any, token: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
 class Runner:
     """Steps with one kind at one position, over and over."""
 
-    def __init__(self, model: Any, spec: str, position: int, slots: int, batch: int):
+    def __init__(self, model: Any, text: str, position: int, slots: int, batch: int):
         self.model, self.position = model, position
-        self.cache = jkv.init_cache(model.config, parse(spec), batch=batch, slots=slots)
+        self.cache = jkv.init_cache(model.config, parse_kind(text), batch=batch, slots=slots)
         self.token = jnp.zeros((batch,), jnp.int32)
         self.times: list[float] = []
         self.run()
@@ -94,8 +90,9 @@ def take_turns(runners: dict[Any, Runner], rounds: int) -> dict[Any, float]:
     return {name: statistics.median(runner.times) for name, runner in runners.items()}
 
 
-def main() -> None:
-    options = arguments()
+def main(arguments: list[str]) -> int:
+    """Measure, write, show."""
+    options = parse(arguments)
     config = jkv.Config(
         vocab=512,
         layers=options.layers,
@@ -121,11 +118,11 @@ def main() -> None:
     windows = {n: Runner(model, f"window:{WINDOW},sinks=4", n, n + STEPS, batch) for n in positions}
     flat = take_turns(windows, options.rounds)
 
-    results = {
-        "machine": machine.describe(),
-        "setting": {k: v for k, v in vars(options).items() if k != "json"},
-        "step at position 0": start,
-        "steps": {
+    made = report.Report("kinds", options)
+    made.add("step at position 0", start)
+    made.add(
+        "steps",
+        {
             spec: {
                 "seconds": found[spec],
                 "of the cache": found[spec] - start,
@@ -133,8 +130,8 @@ def main() -> None:
             }
             for spec in specs
         },
-        "window": {str(n): seconds for n, seconds in flat.items()},
-    }
+    )
+    made.add("window", {str(n): seconds for n, seconds in flat.items()})
     table = Table(
         title=f"A step after {options.position} tokens: {options.layers} layers, "
         f"{options.heads} heads over {options.kv_heads}, {batch} rows",
@@ -152,12 +149,8 @@ def main() -> None:
             f"{(dense - start) / own:.2f}",
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
+    report.show_machine(made.results, console)
     console.print(table)
     told = ", ".join(f"{1e3 * seconds:.2f} ms at {n}" for n, seconds in flat.items())
     console.print(f"A window of {WINDOW} and 4 sinks: {told}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

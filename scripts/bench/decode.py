@@ -1,7 +1,7 @@
 """How fast decoding is: without a cache, with one, and in transformers, on GPT-2 124M's shapes.
 
-    python scripts/bench_decode.py --json results.json --plot results.png
-    python scripts/bench_decode.py --quick --only one-row buffers
+    python -m bench decode --json results.json --plot results.png
+    python -m bench decode --quick --only one-row buffers
 
 The weights are random, float32, and the same for all. Contestants take turns within one run, and
 what is shown are medians. transformers takes part where it is installed with torch (the `compare`
@@ -17,8 +17,6 @@ row and eight, against what the bandwidth allows. --gpu --shape tiny tries that 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from bench import llama, machine, report
+from bench import decode_tables, llama, machine, report
 from bench.runners import TINY, Shape, write_checkpoint
 from bench.sections import SECTIONS, Bench
 
@@ -35,12 +33,9 @@ LLAMA = "llama"
 NAMES = (*SECTIONS, LLAMA)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    parser = report.parser("decode", __doc__)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time per token (one-row)")
     parser.add_argument("--quick", action="store_true", help="fewer tokens and rounds")
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="SECTION", help="just these")
@@ -65,52 +60,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """All sections that were asked for."""
     shape = TINY if options.tiny else Shape()
-    title = "a tiny model" if options.tiny else "GPT-2 124M, float32, one row"
-    results: dict[str, Any] = {
-        "machine": machine.describe(),
-        "title": title,
-        "quick": options.quick,
-        "sections": {},
-    }
-    sections = results["sections"]
-
-    def keep() -> None:  # as it comes, so that an interrupted run leaves what it has
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=2) + "\n")
-
+    made = report.Report("decode", options)
     if LLAMA in options.only:
         until = time.monotonic() + options.seconds
 
         def tell(section: dict[str, Any], news: str) -> None:
-            sections[LLAMA] = section
+            made.add(LLAMA, section)
             console.print(news)
-            keep()
 
         llama.measure(tuple(options.shape), until, tell)
     others = [name for name in options.only if name != LLAMA]
     if not others:
-        return results
+        return made.results
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "gpt2"
         write_checkpoint(directory, shape)
         bench = Bench(directory, shape, quick=options.quick, say=console.print)
         for section in others:
             console.print(f"{section}: load {machine.load()}")
-            sections[section] = SECTIONS[section](bench)
-            keep()
-    return results
+            made.add(section, SECTIONS[section](bench))
+    return made.results
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Measure, write, show."""
-    options = parse()
+    options = parse(arguments)
     # The tables are the output; how it goes is said beside them.
     results = measure(options, Console(stderr=True, highlight=False))
     if options.plot:
-        report.plot(results, options.plot)
-    report.show(results, Console(highlight=False, width=110))
+        decode_tables.plot(results, options.plot)
+    decode_tables.show(results, Console(highlight=False, width=110))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
