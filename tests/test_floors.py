@@ -241,6 +241,15 @@ def test_parameters_have_types(package):
     assert share <= UNTYPED[package], f"{share:.1f} % of parameters have no type: {untyped}"
 
 
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_no_class_does_everything(path):
+    """At most 30 methods: a larger class has parts that could be objects of their own."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            methods = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+            assert len(methods) <= 30, f"{node.name} has {len(methods)} methods"
+
+
 @pytest.mark.parametrize("name", jkv.__all__)
 def test_public_names_resolve(name):
     assert getattr(jkv, name) is not None

@@ -173,18 +173,13 @@ class Runner:
 
     def install(self, sequence: RunningSequence) -> None:
         """Write a sequence's state into its lane."""
-        request = sequence.request
-        group = self.add_sampler(request.sampler)
-        history, start = request.history, None
+        request, history, start = sequence.request, sequence.request.history, None
         if request.sampler is not None:
             # The sampler's state is that of a row which was never preempted: of the prompt, and one
             # update for each token but the last, which the next step gives it.
             generated = history[len(request.prompt) : -1]
-            start = device.SamplerStart(
-                sampler=as_arrays(request.sampler),
-                prompt=pad(request.prompt, self._context, PAD),
-                generated=pad(generated, self._context, PAD),
-                updates=np.int32(len(request.tokens)),
+            start = self._sampler_start(
+                as_arrays(request.sampler), request.prompt, generated, len(request.tokens)
             )
         tables = zip(sequence.page_tables, self.columns, strict=True)
         lane = device.LaneStart(
@@ -199,7 +194,17 @@ class Runner:
             sampler=start,
         )
         self._uploaded[sequence.lane] = len(sequence.page_tables[0].table) * self.kind.page
-        self._install(sequence.lane, group, lane)
+        self._install(sequence.lane, self.add_sampler(request.sampler), lane)
+
+    def _sampler_start(
+        self, sampler: Transform, prompt: np.ndarray, generated: np.ndarray, updates: int
+    ) -> device.SamplerStart:
+        return device.SamplerStart(
+            sampler=sampler,
+            prompt=pad(prompt, self._context, PAD),
+            generated=pad(generated, self._context, PAD),
+            updates=np.int32(updates),
+        )
 
     def _install(self, lane: int, group: int, start: device.LaneStart) -> None:
         vocab = self.config.vocab
@@ -344,17 +349,13 @@ class Runner:
 
     def warm(self) -> None:
         """Compile every step; no request takes part."""
+        no_tokens = np.zeros(0, np.int32)
         for group in range(-1, len(self.state.samplers)):
             start = None
             if group >= 0:
                 sampler = self.state.samplers[group]
-                empty = pad((), self._context, PAD)
-                start = device.SamplerStart(
-                    sampler=jax.tree.map(lambda leaf: np.asarray(leaf[0]), sampler),
-                    prompt=empty,
-                    generated=empty,
-                    updates=np.int32(0),
-                )
+                sampler = jax.tree.map(lambda leaf: np.asarray(leaf[0]), sampler)
+                start = self._sampler_start(sampler, no_tokens, no_tokens, 0)
             lane = device.LaneStart(
                 tables=tuple(pad((), width) for width in self.columns),
                 lengths=np.int32(0),
