@@ -14,7 +14,7 @@ POLICIES = tuple(policy.POLICIES.values())
 
 
 def snapshot(pool: PagePool) -> Any:
-    """All there is to know of a pool, and of what may go."""
+    """Return the whole state of a pool, and the order in which its pages would be evicted."""
     state = {k: v for k, v in vars(pool).items() if k not in ("_open", "_evictor")}
     evictor, order = copy.deepcopy(pool._evictor), []
     for _ in range(pool._cached):
@@ -25,7 +25,7 @@ def snapshot(pool: PagePool) -> Any:
 
 
 def name(pool: PagePool, tenant: str, tokens: list[int]) -> bytes:
-    """The name of a page that ends with these tokens, by hashlib alone."""
+    """Return the name of a page that ends with these tokens, by hashlib alone."""
 
     def part(kind, data):
         return kind + struct.pack("<q", len(data)) + data
@@ -36,6 +36,11 @@ def name(pool: PagePool, tenant: str, tokens: list[int]) -> bytes:
         block = tokens[i : i + pool.page]
         found = hashlib.sha256(found + b"".join(struct.pack("<q", t) for t in block)).digest()
     return found
+
+
+def dropped_pages(seq: PageSequence) -> int:
+    """Return how many pages a sequence has dropped."""
+    return seq.table.count(-1)
 
 
 class Row:
@@ -94,12 +99,12 @@ class Device:
         self.rows.remove(row)
 
     def check(self):
-        """Every token of every row is where its table says, and what is found is what it says."""
+        """Check that every token of every row is where its table says, and all counts."""
         self.pool.check()
         page = self.pool.page
         for row in self.rows:
             assert row.seq.length == len(row.tokens)
-            for at in range(row.seq._dropped * page, len(row.tokens)):
+            for at in range(dropped_pages(row.seq) * page, len(row.tokens)):
                 assert self.contents[row.seq.table[at // page]][at % page] == row.tokens[at]
         stats = self.pool.stats()
         assert stats["pages"] == stats["used"] + stats["cached"] + stats["free"]

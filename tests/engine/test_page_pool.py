@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -186,7 +185,7 @@ def test_the_policy_sees_each_use():
         assert device.pool.stats()["cached"] == 2
         filler = device.pool.sequence()
         filler.reserve(6)
-        (left,) = device.pool._index.values()
+        ((_, left),) = device.pool.cached()
         kept[type(policy)] = device.contents[left]
     assert kept == {LRU: [3, 4], LFU: [1, 2]}
 
@@ -229,10 +228,13 @@ def test_a_name_depends_on_the_tokens_before_the_page():
     assert found == 2
 
 
-def names_of(fingerprint: bytes, tenant: str, page: int = 2) -> set[Any]:
+def names_of(fingerprint: bytes, tenant: str, page: int = 2) -> set[bytes]:
     device = Device(pages=4, page=page, fingerprint=fingerprint)
-    device.prompt([1, 2, 3, 4, 0], tenant)
-    return set(device.pool._index)
+    row, _ = device.prompt([1, 2, 3, 4, 0], tenant)
+    names = row.seq.names(row.tokens)
+    device.close(row)
+    assert {name for name, _ in device.pool.cached()} == set(names)
+    return set(names)
 
 
 def test_names_depend_on_model_tenant_and_page():
@@ -248,7 +250,7 @@ def test_names_are_the_same_in_every_process():
     code = (
         "from jkv.engine.page_pool import PagePool\n"
         "p = PagePool(pages=2, page=2, fingerprint=b'm'); s = p.sequence(tenant='t')\n"
-        "s.reserve(4); s.publish([1, 2, 3, 4]); print([n.hex() for n in p._index])\n"
+        "s.reserve(4); s.publish([1, 2, 3, 4]); print([n.hex() for n in s.names([1, 2, 3, 4])])\n"
     )
     printed = {
         subprocess.run(
