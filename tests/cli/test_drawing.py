@@ -9,7 +9,7 @@ import pytest
 
 from jkv import sampling
 from jkv.cli import options, requests
-from tests.test_cli import lm, reference, run, tiny  # noqa: F401
+from tests.cli.commands import reference
 
 FIELDS = {
     "logit_bias": {"3": 2.5, "7": -100},
@@ -72,7 +72,7 @@ def test_nothing_asked_is_no_sampler():
 
 
 @pytest.mark.slow
-def test_options_of_generate(run, tiny, lm):  # noqa: F811
+def test_options_of_generate(run, tiny, lm):
     out = run(
         *("generate", "he wo", "--model", tiny, "--max-new-tokens", "20", "--json"),
         *("--presence-penalty", "-0.5", "--frequency-penalty", "2", "--no-repeat-ngram", "2"),

@@ -10,7 +10,7 @@ import typer
 
 import jkv
 from jkv.cli import app, options, process, tables
-from tests.test_cli import NINE, lm, run, tiny  # noqa: F401
+from tests.cli.commands import NINE
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -23,7 +23,7 @@ COMMANDS = commands(typer.main.get_command(app))
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_help_fits_into_80_columns(run, monkeypatch, path):  # noqa: F811
+def test_help_fits_into_80_columns(run, monkeypatch, path):
     monkeypatch.setenv("COLUMNS", "80")
     status, out, err = run(*path, "--help")
     assert (status, err) == (0, "")
@@ -41,7 +41,7 @@ def test_all_commands_are_there():
     assert len(COMMANDS) > 10
 
 
-def test_prompts_need_no_option(run, tiny):  # noqa: F811
+def test_prompts_need_no_option(run, tiny):
     plain = run("generate", "--model", tiny, "--prompt", "he wo", *NINE)[1]
     for arguments in (["he wo", "--model", tiny, *NINE], ["--model", tiny, *NINE, "he wo"]):
         assert run("generate", *arguments)[1] == plain
@@ -53,7 +53,7 @@ def test_prompts_need_no_option(run, tiny):  # noqa: F811
     assert "--stream shows one text" in err
 
 
-def test_nothing_is_written_before_the_first_token(run, tiny, monkeypatch, capsys):  # noqa: F811
+def test_nothing_is_written_before_the_first_token(run, tiny, monkeypatch, capsys):
     """A bar on the same terminal would be drawn over a prompt."""
     written = []
     start = jkv.decoding.generation.Generation.__init__
@@ -68,7 +68,7 @@ def test_nothing_is_written_before_the_first_token(run, tiny, monkeypatch, capsy
     assert out.startswith("he wo")
 
 
-def test_one_token_is_no_plural(run, tiny):  # noqa: F811
+def test_one_token_is_no_plural(run, tiny):
     err = run("generate", "--model", tiny, "x", "--max-new-tokens", "1")[2]
     assert err.startswith("1 prompt token in ")
     assert ", 1 generated in " in err
@@ -77,7 +77,7 @@ def test_one_token_is_no_plural(run, tiny):  # noqa: F811
     assert "1 tokens" not in out
 
 
-def test_windows_say_how_much_they_have_room_for(run, tiny):  # noqa: F811
+def test_windows_say_how_much_they_have_room_for(run, tiny):
     plan = ("plan", "--model", tiny, "--seq-len", "100")
     out = run(*plan, "--cache", "window:60")[1]
     (line,) = [line for line in out.splitlines() if line.startswith("cache  ")]
@@ -136,7 +136,7 @@ def test_penalties_come_before_what_scales_logits():
     )
 
 
-def test_a_chat_leaves_half_the_context_to_the_prompt(run, tiny, monkeypatch):  # noqa: F811
+def test_a_chat_leaves_half_the_context_to_the_prompt(run, tiny, monkeypatch):
     asked = {}
 
     def chat(_: Any, **keywords: Any) -> Any:

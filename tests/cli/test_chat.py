@@ -11,13 +11,12 @@ import pytest
 import jkv
 from jkv.cli import process
 from jkv.decoding.generation import Generation
-from tests.test_cli import lm, mute, run, say, tiny  # noqa: F401
 
 EIGHT = ("--max-new-tokens", "8")
 
 
 @pytest.fixture
-def terminal(run, tiny, monkeypatch) -> Callable[..., tuple[Any, str, str]]:  # noqa: F811
+def terminal(run, tiny, monkeypatch) -> Callable[..., tuple[Any, str, str]]:
     """Runs the command on a terminal at which these lines are typed; exceptions are raised."""
 
     def typed(*lines: str | type[BaseException]) -> tuple[Any, str, str]:
@@ -53,7 +52,7 @@ def interrupt(monkeypatch) -> Callable[[int], None]:
 
 
 @pytest.fixture
-def replies(lm) -> Callable[..., list[str]]:  # noqa: F811
+def replies(lm) -> Callable[..., list[str]]:
     """What the model answers in one conversation."""
 
     def replies(*texts: str) -> list[str]:
@@ -95,7 +94,7 @@ def test_ctrl_c_drops_a_line_that_has_begun(terminal, monkeypatch, replies):
     assert (status, out) == (0, f"{replies('he who')[0]}\n")
 
 
-def test_the_banner_and_help_are_no_part_of_the_replies(terminal, tiny):  # noqa: F811
+def test_the_banner_and_help_are_no_part_of_the_replies(terminal, tiny):
     status, out, err = terminal("/help")
     assert (status, out) == (0, "")
     banner, help, *end = err.split("\n")
@@ -107,7 +106,7 @@ def test_the_banner_and_help_are_no_part_of_the_replies(terminal, tiny):  # noqa
     assert end == ["", ""], "the prompt's line is ended"
 
 
-def test_unknown_commands_are_refused(terminal, run, tiny, say, replies):  # noqa: F811
+def test_unknown_commands_are_refused(terminal, run, tiny, say, replies):
     status, out, err = terminal("/rest", "/quit now", "/", "he who")
     assert (status, out) == (0, f"{replies('he who')[0]}\n")
     for line in ("/rest", "/quit now", "/"):
@@ -123,7 +122,7 @@ def test_a_message_may_begin_with_a_slash(terminal, replies):
     assert terminal("//he", "/etc/he is what")[1] == want
 
 
-def test_a_pipe_gets_replies_alone(run, tiny, say, replies):  # noqa: F811
+def test_a_pipe_gets_replies_alone(run, tiny, say, replies):
     say("/help\nhe who\n")
     status, out, err = run("chat", "--model", tiny, *EIGHT)
     assert (status, out) == (0, f"{replies('he who')[0]}\n")
@@ -146,7 +145,65 @@ def test_nothing_turns_where_nobody_looks(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_a_template_the_command_for_plain_prompts_is_named(run, mute):  # noqa: F811
+def test_without_a_template_the_command_for_plain_prompts_is_named(run, mute):
     status, out, err = run("chat", "--model", mute)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert f"`jkv generate --model {mute} TEXT` continues a plain prompt" in err
+
+
+def test_chat_from_a_pipe(run, tiny, lm, say):
+    arguments = ["chat", "--model", tiny, "--system", "Hear.", "--max-new-tokens", "8"]
+    say("he who\n\nwhy\n/reset\nhe who\n/quit\nnot any more\n")
+    status, out, err = run(*arguments)
+    chat = jkv.Chat(lm, system="Hear.", max_new_tokens=8)
+    first, second = chat.send("he who"), chat.send("why")
+    assert (status, err) == (0, "")
+    assert out == f"{first}\n{second}\n{first}\n"
+
+
+def test_chat_samples_with_the_seed(run, tiny, lm, say):
+    heard = []
+    for seed in ("3", "3", "4"):
+        say("he who\nwhy\n")
+        arguments = ["--max-new-tokens", "8", "--temperature", "2", "--seed", seed]
+        heard.append(run("chat", "--model", tiny, *arguments)[1])
+    assert heard[0] == heard[1] != heard[2]
+
+
+def test_chat_with_a_full_context(run, tiny, say):
+    many = "".join(f"{i}\n" for i in range(12))
+    arguments = ["chat", "--model", tiny, "--max-new-tokens", "30"]
+    say(many)
+    assert run(*arguments)[0] == 0
+    say(many)
+    status, _, err = run(*arguments, "--on-full", "raise")
+    assert status == 2
+    assert "more than the context of 128" in err
+    assert err.count("\n") == 1
+
+
+def test_chat_on_a_terminal_survives_what_cannot_be_said(run, tiny, monkeypatch):
+    lines = iter(["x" * 200, "he who"])
+
+    def typed(prompt: str) -> str:
+        assert prompt == "> "
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    status, out, err = run("chat", "--model", tiny, "--max-new-tokens", "8")
+    assert status == 0
+    assert "shorten the text" in err
+    assert out.count("\n") == 1
+
+
+def test_chat_without_a_template(run, mute, say):
+    say("hello\n")
+    status, out, err = run("chat", "--model", mute)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "no chat template" in err
+    assert run("generate", "--model", mute, "--prompt", "x", "--max-new-tokens", "2")[0] == 0

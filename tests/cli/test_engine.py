@@ -17,7 +17,6 @@ from rich.console import Console
 import jkv
 from jkv.cli import requests
 from jkv.engine import Engine
-from tests.test_cli import lm, run, tiny  # noqa: F401
 
 pytestmark = pytest.mark.slow  # a process for some, programs for others
 
@@ -41,7 +40,7 @@ def written(path: Any, asked: list[Any]) -> str:
 
 
 @pytest.fixture
-def serve(run, tiny, tmp_path):  # noqa: F811
+def serve(run, tiny, tmp_path):
     """Runs the command on requests: status, answers, standard error."""
 
     def serve(asked: list[Any], *more: str, model: str = tiny) -> tuple[int, list[Any], str]:
@@ -71,7 +70,7 @@ def samples(text: str) -> dict[str, float]:
     return found
 
 
-def test_answers_are_those_of_generate_and_come_as_they_end(serve, lm):  # noqa: F811
+def test_answers_are_those_of_generate_and_come_as_they_end(serve, lm):
     status, answers, err = serve(ASKED)
     assert status == 0, err
     lines = [answer["line"] for answer in answers]
@@ -96,7 +95,7 @@ def test_answers_are_those_of_generate_and_come_as_they_end(serve, lm):  # noqa:
     assert f"4 requests, {sum(len(a['tokens']) for a in answers)} tokens" in err
 
 
-def test_a_stop_goes_beside_the_checkpoints_own(serve, lm):  # noqa: F811
+def test_a_stop_goes_beside_the_checkpoints_own(serve, lm):
     _, (_, plain), _ = serve([HOT, {"prompt": "he wo", "max_new_tokens": 12}])
     tokens = plain["tokens"]
     cut = next(i for i, t in enumerate(tokens) if i and t not in tokens[:i])
@@ -228,7 +227,7 @@ def test_every_so_often(monkeypatch):
         ("\udcff", "is no text in UTF-8"),
     ],
 )
-def test_lines_that_are_wrong_in_themselves(run, tmp_path, text, match):  # noqa: F811
+def test_lines_that_are_wrong_in_themselves(run, tmp_path, text, match):
     file = tmp_path / "asked.jsonl"
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     status, out, err = run("engine", "--requests", str(file), "--model", "nowhere")
@@ -297,7 +296,7 @@ def test_many_bad_lines_are_counted(serve):
     assert err.splitlines()[-1].endswith("has 50 bad lines more")
 
 
-def test_requests_from_standard_input(run, tiny, monkeypatch):  # noqa: F811
+def test_requests_from_standard_input(run, tiny, monkeypatch):
     greedy = {"prompt": "he wo", "max_new_tokens": 12}
     text = f"\ufeff{json.dumps(HOT)}\n{json.dumps(greedy)}\n{{"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), "ascii"))
@@ -307,7 +306,7 @@ def test_requests_from_standard_input(run, tiny, monkeypatch):  # noqa: F811
     assert "standard input, line 3 is no JSON" in err
 
 
-def test_other_mistakes(run, serve, tmp_path):  # noqa: F811
+def test_other_mistakes(run, serve, tmp_path):
     missing = str(tmp_path / "none.jsonl")
     status, _, err = run("engine", "--requests", missing, "--model", "nowhere")
     assert status == 2

@@ -11,7 +11,6 @@ import pytest
 
 import jkv
 from jkv.cli import main
-from tests.test_cli import lm, run, say, tiny  # noqa: F401
 
 NEW = ("--max-new-tokens", "4")
 
@@ -33,20 +32,20 @@ def narrow(monkeypatch: Any) -> Any:
 
 
 @pytest.mark.parametrize("how", [(), ("--stream",), ("--show-steps",)], ids=str)
-def test_what_an_output_cannot_write_is_replaced(tiny, narrow, how):  # noqa: F811
+def test_what_an_output_cannot_write_is_replaced(tiny, narrow, how):
     status, written = narrow("generate", "--model", tiny, "--prompt", "h€llo", *NEW, *how)
     assert status == 0
     assert b"h?llo" in written
 
 
-def test_chat_replaces_what_cannot_be_written(tiny, narrow, say, monkeypatch):  # noqa: F811
+def test_chat_replaces_what_cannot_be_written(tiny, narrow, say, monkeypatch):
     monkeypatch.setattr(jkv.Chat, "stream", lambda self, text: iter(["h€", "llo"]))
     say("hello\n")
     assert narrow("chat", "--model", tiny, *NEW) == (0, b"h?llo\n")
 
 
 @pytest.mark.parametrize("line", ["h\u20acllo", "h\xe9llo"])
-def test_chat_reads_what_its_input_has_no_encoding_for(tiny, narrow, monkeypatch, line):  # noqa: F811
+def test_chat_reads_what_its_input_has_no_encoding_for(tiny, narrow, monkeypatch, line):
     heard = []
     monkeypatch.setattr(jkv.Chat, "stream", lambda self, text: (heard.append(text), iter("ok"))[1])
     typed = io.TextIOWrapper(io.BytesIO(f"{line}\n".encode()), encoding="ascii")
@@ -55,17 +54,17 @@ def test_chat_reads_what_its_input_has_no_encoding_for(tiny, narrow, monkeypatch
     assert heard == [line]
 
 
-def test_chat_refuses_what_is_no_text(tiny, narrow, monkeypatch, capsys):  # noqa: F811
+def test_chat_refuses_what_is_no_text(tiny, narrow, monkeypatch, capsys):
     typed = io.TextIOWrapper(io.BytesIO(b"h\xe9llo\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", typed)
     assert narrow("chat", "--model", tiny, *NEW)[0] == 2
     assert "no text in UTF-8" in capsys.readouterr().err
 
 
-def test_texts_go_on_from_their_prompts(run, shared, tmp_path):  # noqa: F811
+def test_texts_go_on_from_their_prompts(run, shared, tmp_path):
     """With SentencePiece, whose decoder strips the first space of what it is given."""
     source = str(shared / "models" / "stories260k")
-    lm = jkv.load(source)  # noqa: F811
+    lm = jkv.load(source)
     out = run("generate", "--model", source, "--prompt", "<s>Once upon a", *NEW, "--json")[1]
     (output,) = json.loads(out)["outputs"]
     whole = [*output["prompt_tokens"], *output["tokens"]]
@@ -79,7 +78,7 @@ def test_texts_go_on_from_their_prompts(run, shared, tmp_path):  # noqa: F811
     assert json.loads(out)["tokens"] == output["tokens"]
 
 
-def test_an_empty_list_of_stops_switches_all_off(run, tmp_path, tiny, lm):  # noqa: F811
+def test_an_empty_list_of_stops_switches_all_off(run, tmp_path, tiny, lm):
     free = jkv.generate(lm, ["he wo"], max_new_tokens=4, stop=()).tokens[0].tolist()
     own = [free[1]]
     asked = {"prompt": "he wo", "max_new_tokens": 4}
