@@ -8,16 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
 from jkv._axes import Array
 from jkv._text import brief
-from jkv.decoding.transform import Function
+from jkv.decoding.transform import Function, Transform
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float)
 
 
-def init_state(transform: Any, tokens: Int[Array, "B T"], vocab: int) -> Any:
+def init_state(transform: Transform, tokens: Int[Array, "B T"], vocab: int) -> PyTree:
     """Make a transform's state from the tokens so far.
 
     Raises:
@@ -29,9 +29,9 @@ def init_state(transform: Any, tokens: Int[Array, "B T"], vocab: int) -> Any:
 
 
 def apply(
-    transform: Any, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
-) -> tuple[Float[Array, "B V"], Any]:
-    """Change the logits, and bring the state up to date.
+    transform: Transform, logits: Float[Array, "B V"], state: PyTree, token: Int[Array, " B"]
+) -> tuple[Float[Array, "B V"], PyTree]:
+    """Change the logits and update the state.
 
     Logits in another float dtype are converted: a token is drawn from float32.
 
@@ -63,7 +63,7 @@ def apply(
     return changed.astype(logits.dtype), after
 
 
-def check_updates(transform: Any, batch: int, vocab: int, tokens: int = 1) -> None:
+def check_updates(transform: Transform | None, batch: int, vocab: int, tokens: int = 1) -> None:
     """Trace one step of a transform, before any work is done with it.
 
     Args:
@@ -82,14 +82,14 @@ def check_updates(transform: Any, batch: int, vocab: int, tokens: int = 1) -> No
 
 # Compiled never; `jit` remembers what it has traced.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _step(batch: int, vocab: int, tokens: int, transform: Any) -> Any:
+def _step(batch: int, vocab: int, tokens: int, transform: Transform) -> tuple[Array, PyTree]:
     state = init_state(transform, jnp.full((batch, tokens), -1, jnp.int32), vocab)
     logits, token = jnp.zeros((batch, vocab), jnp.float32), jnp.full((batch,), -1, jnp.int32)
     return apply(transform, logits, state, token)
 
 
-def _shapes(transform: Any, method: str, state: Any) -> tuple[Any, ...]:
-    """The structure, shapes and dtypes of a state."""
+def _shapes(transform: Transform, method: str, state: PyTree) -> tuple[Any, ...]:
+    """Describe the structure, shapes and dtypes of a state."""
     leaves, tree = jax.tree.flatten(state)
     if not all(isinstance(leaf, _NUMBERS) for leaf in leaves):
         raise ValueError(
@@ -99,17 +99,17 @@ def _shapes(transform: Any, method: str, state: Any) -> tuple[Any, ...]:
     return tree, *((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
-def _name(transform: Any) -> str:
+def _name(transform: Transform) -> str:
     """The transform's class, or the user's function."""
     return transform.name if isinstance(transform, Function) else type(transform).__name__
 
 
-def _listed(state: Any) -> str:
+def _listed(state: PyTree) -> str:
     """A state by the shapes of its arrays."""
     return str(jax.tree.map(lambda leaf: f"{_described(leaf)}", state)).replace("'", "")
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     """An array as ``float32[2, 11]``, anything else as it is."""
     if isinstance(value, _NUMBERS):
         return f"{jnp.result_type(value)}{list(jnp.shape(value))}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jkv._axes import Array
 from jkv._checks import check_flag, check_integer, check_number
@@ -19,7 +19,7 @@ from jkv._text import brief
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.decoding import loop
-from jkv.decoding.arguments import Model, Prompts
+from jkv.decoding.arguments import DecoderLike, Model, Prompts, TokenizerLike
 from jkv.decoding.capacity import bucket
 from jkv.decoding.faults import Faults
 from jkv.decoding.generation import read_prompts
@@ -47,7 +47,7 @@ class Beams:
     lengths: np.ndarray
     finish_reasons: tuple[tuple[str, ...], ...]
     history: tuple[np.ndarray, ...]
-    tokenizer: Any = None  # for `texts`; None where the search had none
+    tokenizer: TokenizerLike | None = None  # for `texts`; None where the search had none
 
     @property
     def texts(self) -> tuple[tuple[str, ...], ...]:
@@ -89,6 +89,10 @@ class BeamState:
     faults: Faults  # prompts that ended because a beam's logits could not be ranked
 
 
+# Of the compiled loop: the step, the state, and each beam's parent [B, W].
+Carry = tuple[Array, BeamState, Array]
+
+
 @transfers
 @keywords(SearchOptions, Options)
 def beam_search(
@@ -100,7 +104,7 @@ def beam_search(
     early_stopping: bool = False,
     **options: Unpack[SearchOptions],
 ) -> Beams:
-    """The W best continuations of each prompt among those that W beams come across.
+    """Search the W best continuations of each prompt, among those that W beams come across.
 
     Each step extends all running beams by all tokens. Of the W likeliest extensions those that end
     are kept as hypotheses, with the score ``sum of log-probabilities / length ** length_penalty``;
@@ -179,7 +183,7 @@ def _read(found: Hypotheses, job: Job) -> Beams:
 def search_jit(
     width: int,
     size: int,
-    model: Any,
+    model: DecoderLike,
     last: Array,
     cache: Cache,
     ends: Array,
@@ -187,7 +191,7 @@ def search_jit(
     penalty: Array,
     early: Array,
 ) -> BeamState:
-    """The search after a prefill: `steps` of at most `size` tokens, fewer where all are done.
+    """Search after a prefill: `steps` of at most `size` tokens, fewer where all are done.
 
     Args:
         width: W.
@@ -221,11 +225,11 @@ def search_jit(
         logits = logits.reshape(batch, width, -1)
         return select(search, logits, ends, i, steps, penalty, early)
 
-    def going(carry: Any) -> Array:
+    def going(carry: Carry) -> Array:
         i, search, _ = carry
         return (i < steps) & ~jnp.all(search.done)
 
-    def body(carry: Any) -> Any:
+    def body(carry: Carry) -> Carry:
         i, search, parents = carry
         if width > 1:
             # Here and not where the parents are chosen: a layer at a time needs room for its copy,
@@ -249,7 +253,7 @@ def select(
     i: Int[Array, ""],
     steps: Int[Array, ""],
     penalty: Float[Array, ""],
-    early: Any,
+    early: Bool[Array, ""],
 ) -> tuple[BeamState, Int[Array, "B W"]]:
     """Extend the beams by token number `i`: the next search, and which beam each comes from."""
     batch, width, vocab = logits.shape
@@ -296,7 +300,7 @@ def select(
 
 
 def _better(old: Hypotheses, new: Hypotheses) -> Hypotheses:
-    """The W best of both, the earlier of equals."""
+    """Merge hypotheses into the W best of both, the earlier of equals."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
     scores, at = lax.top_k(both.scores, old.scores.shape[1])
     return Hypotheses(

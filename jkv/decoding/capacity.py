@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TypeVar
 
 import jax
 
 from jkv._pytree import replace
 from jkv._text import plural
 from jkv.cache.base import Cache
-from jkv.cache.protocol import furthest
+from jkv.cache.protocol import CacheKind, LayerCache, furthest
+from jkv.models.config import Config
+
+Held = TypeVar("Held", LayerCache, Cache)
 
 SINKS = 4  # of the window that is recommended (Xiao et al. 2023, arXiv:2309.17453)
 
 
-def limit(config: Any, kept: Any, new: int) -> int | None:
-    """Tokens that a row may have in all, None where the model may run past its context.
+def limit(config: Config, kept: CacheKind | Cache, new: int) -> int | None:
+    """Return how many tokens a row may have, None where the model may run past its context.
 
     It may where no token looks further back than the context: not all that is past it has to be
     kept, but what is looked at must be at distances that the model was trained for.
@@ -33,14 +36,16 @@ def limit(config: Any, kept: Any, new: int) -> int | None:
     return None if reach is not None and reach <= config.context else config.context
 
 
-def _reach(config: Any, kept: Any, new: int) -> int | None:
-    """How far a token may look back, see `Cache.reach`."""
+def _reach(config: Config, kept: CacheKind | Cache, new: int) -> int | None:
+    """Return how far a token may look back, see `Cache.reach`."""
     if isinstance(kept, Cache):
         return kept.reach(new)
     return furthest([kept.bind(config, i) for i in range(config.layers)], new)
 
 
-def check_limit(config: Any, kept: Any, longest: int, new: int, chunk: int) -> None:
+def check_limit(
+    config: Config, kept: CacheKind | Cache, longest: int, new: int, chunk: int
+) -> None:
     """Refuse more tokens than the model can take.
 
     Args:
@@ -63,8 +68,8 @@ def check_limit(config: Any, kept: Any, longest: int, new: int, chunk: int) -> N
     )
 
 
-def _hint(config: Any, reach: int | None) -> str:
-    """What would let a model go on past its context, in its own numbers."""
+def _hint(config: Config, reach: int | None) -> str:
+    """Name a cache with which the model could go on past its context."""
     context = config.context
     if config.rope is None:
         return "the model's positions are learned, and there are no more of them"
@@ -88,7 +93,7 @@ def _hint(config: Any, reach: int | None) -> str:
 
 
 def bucket(size: int, least: int = 64) -> int:
-    """The next size for which there is a program: powers of two, and quarters between from 1024.
+    """Return the next size that has a program: powers of two, and quarters between from 1024 on.
 
     Few programs, at most a quarter of a large buffer unused.
     """
@@ -101,8 +106,8 @@ def bucket(size: int, least: int = 64) -> int:
     return half + quarter * -(-(size - half) // quarter)
 
 
-def slots_for(tokens: int, kept: Any) -> int:
-    """How long to make a cache, or one of a kind, for so many tokens.
+def slots_for(tokens: int, kept: CacheKind | Cache) -> int:
+    """Return how many slots a cache needs for so many tokens.
 
     One that grows doubles, so that a conversation of n tokens has log2(n) sizes at most; where
     the work grows with the buffer too the steps are smaller.
@@ -116,15 +121,15 @@ def slots_for(tokens: int, kept: Any) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _resize_layer_jit(layer: Any, slots: int) -> Any:
+def _resize_layer_jit(layer: Held, slots: int) -> Held:
     return layer.resize(slots)
 
 
 def grow(cache: Cache, slots: int) -> Cache:
     """Move a cache that nothing else refers to into buffers of `slots` slots; its own are freed.
 
-    One layer after another, each layer's old buffers freed before the next one's new ones are
-    made: there is never more than the new cache and one old layer.
+    Layers are moved one after another, each layer's old buffers freed before the next one's new
+    ones are made: there is never more than the new cache and one old layer.
     """
     if cache.shared:  # a history of tokens: layers that keep nothing
         return _resize_layer_jit(cache, slots)

@@ -18,7 +18,7 @@ from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import capacity, loop, prefix_store, sampling
 from jkv.decoding.apply import check_updates
-from jkv.decoding.arguments import CacheLike, ChatTokenizerLike, Sampler, Stop
+from jkv.decoding.arguments import CacheLike, ChatTokenizerLike, DecoderLike, Sampler, Stop
 from jkv.decoding.detokenize import Pieces
 from jkv.decoding.options import Options, resolve_kind
 from jkv.decoding.prompts import PAD, split_model
@@ -285,24 +285,24 @@ class Chat:
         # A message is a text of its own, as templates and other tokenizers' users take it: it does
         # not begin with the space that there would be after the prompt.
         pieces = Pieces(self._tokenizer)
-        tokens, said, given = [], "", 0
+        tokens, text, given = [], "", 0
         before = self._tokenizer.decode(prompt[-self._reach :]) if self._reach else ""
         for block in blocks:
             new = [token for token in block.tokens[0].tolist() if token != PAD]
             tokens += new
             last = bool(block.done[0])
-            said += pieces.push(new, last=last)
+            text += pieces.push(new, last=last)
             if last:
                 match = first_stop(self._tokenizer, self._strings, prompt, tokens, len(new))
-                settled = len(said) - len(match.visible if match else "")
+                settled = len(text) - len(match.visible if match else "")
             else:
-                settled = len(said) - _held(before + said, self._begun)
+                settled = len(text) - _held(before + text, self._begun)
             if settled > given:
-                yield said[given:settled]
+                yield text[given:settled]
                 given = settled
         if self._past is not past:
             raise JkvError("another turn was taken while this reply was being read; send it again")
-        reply, result = _message("assistant", said[:given]), blocks.result
+        reply, result = _message("assistant", text[:given]), blocks.result
         seconds = past.seconds + result.prefill_seconds + result.decode_seconds
         now = dataclasses.replace(
             after, messages=(*after.messages, reply), result=result, seconds=seconds
@@ -325,8 +325,8 @@ class Chat:
             ids = self._ids(messages)
             if self._context is None or len(ids) + self._max_new <= self._context:
                 return messages, ids
-            # Templates want whole turns: a question goes with its answer, and with all that tools
-            # said on the way there.
+            # Templates want whole turns: a question goes with its answer, and with the results of
+            # tools on the way there.
             later = [i for i in range(first + 1, len(messages)) if _begins_turn(messages, i)]
             if not self._drop or not later:
                 raise CacheFullError(
@@ -342,27 +342,27 @@ class Chat:
             messages = messages[:first] + messages[later[0] :]
 
 
-def _message(role: str, content: Any) -> Message:
+def _message(role: str, content: object) -> Message:
     if not isinstance(content, str):
         raise TypeError(f"the {role}'s message is {brief(content)}; expected a text")
     return {"role": role, "content": content}
 
 
-def _new_messages(said: Any) -> tuple[Message, ...]:
+def _new_messages(turn: object) -> tuple[Message, ...]:
     """Return what a turn adds to the conversation.
 
     Raises:
         TypeError: neither a text nor messages.
         ValueError: a message that holds what JSON cannot.
     """
-    if isinstance(said, str):
-        return (_message("user", said),)
-    given = said if isinstance(said, list | tuple) else [said]
+    if isinstance(turn, str):
+        return (_message("user", turn),)
+    given = turn if isinstance(turn, list | tuple) else [turn]
     plain = [plain_message(message) for message in given]
     messages = tuple(message for message in plain if message is not None)
     if not messages or len(messages) < len(plain):
         raise TypeError(
-            f"the user's message is {brief(said)}; expected a text, a message such as "
+            f"the user's message is {brief(turn)}; expected a text, a message such as "
             "{'role': 'tool', 'content': ...}, or a list of messages"
         )
     return messages
@@ -373,7 +373,7 @@ def _begins_turn(messages: tuple[Message, ...], i: int) -> bool:
     return messages[i]["role"] == "user" and messages[i - 1]["role"] == "assistant"
 
 
-def _check_values(source: str, tools: Any, values: dict[str, Any]) -> None:
+def _check_values(source: str, tools: object, values: Mapping[str, object]) -> None:
     """Refuse what the template would not look at, which is mostly an argument misspelt.
 
     Raises:
@@ -399,8 +399,8 @@ def _reads(source: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
 
-def _past_result(cache: Cache, tokens: np.ndarray, model: Any) -> Result:
-    """A turn that ended with these tokens, all of them in the cache."""
+def _past_result(cache: Cache, tokens: np.ndarray, model: DecoderLike) -> Result:
+    """Make the result of a turn that ended with these tokens, all of them in the cache."""
     return Result(
         tokens=np.zeros((1, 0), np.int32),
         lengths=np.zeros(1, np.int64),
@@ -438,7 +438,7 @@ def _common(past: Result | None, ids: list[int]) -> tuple[Result | None, list[in
     return dataclasses.replace(past, cache=cache, history=history), ids[keep + 1 :]
 
 
-def _beginnings(strings: tuple[str, ...], tokenizer: Any) -> tuple[str, ...]:
+def _beginnings(strings: tuple[str, ...], tokenizer: ChatTokenizerLike) -> tuple[str, ...]:
     """What a text ends with where a stop string has begun and is not complete, longest first."""
     found = set()
     for string in strings:

@@ -28,7 +28,7 @@ class LogitBias(Stateless):
     tokens: Any  # [M] int32, NONE is none; None: all tokens in their order
     values: Any  # [M] float32
 
-    def bind(self, vocab: int, ends: Any) -> LogitBias:
+    def bind(self, vocab: int, ends: Array | np.ndarray | None) -> LogitBias:
         """Itself, once its tokens are known to be in the vocabulary.
 
         Raises:
@@ -60,7 +60,7 @@ class MinNewTokens:
     count: Any  # int, [] or [B]
     ends: Any = None  # [1 or B, M] int32, negative ones are none; None: those of the call
 
-    def bind(self, vocab: int, ends: Any) -> MinNewTokens:
+    def bind(self, vocab: int, ends: Array | np.ndarray | None) -> MinNewTokens:
         """With the call's ends, where it has none of its own.
 
         Raises:
@@ -175,8 +175,8 @@ def logit_bias(bias: Mapping[int, Parameter] | Parameter) -> LogitBias:
     )
 
 
-def _scalar(value: Any) -> Any:
-    """A bias as a float, or as the tracer that it is.
+def _scalar(value: object) -> float | Tracer:
+    """Return a bias as a float, or as the tracer that it is.
 
     Raises:
         TypeError: it is no number.
@@ -198,7 +198,9 @@ def _check_bias(values: Sequence[float]) -> None:
             )
 
 
-def min_new_tokens(count: Parameter, ends: Any = None) -> MinNewTokens:
+def min_new_tokens(
+    count: Parameter, ends: int | Sequence[int] | np.ndarray | jax.Array | None = None
+) -> MinNewTokens:
     """Let no row end at a stop id before `count` new tokens.
 
     As transformers' `min_new_tokens` and vLLM's `min_tokens`: until then the ids have probability
@@ -238,7 +240,7 @@ def no_repeat_ngram(n: int) -> NoRepeatNgram:
     return NoRepeatNgram(check_integer("no_repeat_ngram", n, 1))
 
 
-def _check_vocab(name: str, tokens: Any, vocab: int) -> None:
+def _check_vocab(name: str, tokens: Array | np.ndarray, vocab: int) -> None:
     """Refuse ids outside the vocabulary.
 
     Raises:

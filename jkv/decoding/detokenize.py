@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+
+from jkv.decoding.arguments import TokenizerLike
 
 _UNREADABLE = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
 
 
 def new_text(
-    tokenizer: Any, before: Sequence[int] | np.ndarray, new: Sequence[int] | np.ndarray
+    tokenizer: TokenizerLike, before: Sequence[int] | np.ndarray, new: Sequence[int] | np.ndarray
 ) -> str:
     """What new tokens add to the text of those before them.
 
@@ -43,7 +44,7 @@ class Pieces:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: TokenizerLike,
         before: Sequence[int] | np.ndarray = (),
         probe: int | None = None,
     ):
@@ -82,7 +83,7 @@ class Pieces:
         return text.rstrip(_UNREADABLE)
 
 
-def incomplete(tokenizer: Any) -> int:
+def incomplete(tokenizer: TokenizerLike) -> int:
     """A token that is part of a character, -1 where there is none among the first thousand."""
     found = (i for i in range(1024) if _UNREADABLE in tokenizer.decode([i]))
     return next(found, -1)

@@ -1,8 +1,8 @@
 """Speculative decoding: several tokens per pass, the same tokens as without it.
 
-A draft proposes what a row may say next. One pass of the model then tells what the row does say
-after each proposed token, and the proposals up to the first that differs are kept, together with
-the token that the model puts in its place (Leviathan et al. 2023, arXiv:2211.17192). A token is
+A draft proposes a row's next tokens. One pass of the model then draws the token after each of them,
+and the proposals up to the first that differs are kept, together with the token that the model puts
+in its place (Leviathan et al. 2023, arXiv:2211.17192). A token is
 drawn with a key that depends on its position alone, so that this holds for tokens drawn at random
 as for greedy ones: a draft changes when tokens come, never which.
 """
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, PyTree
 
 from jkv._axes import Array
 from jkv._checks import check_integer
@@ -25,16 +25,18 @@ from jkv._text import brief, plural
 from jkv.cache.base import Cache
 from jkv.decoding import sampling
 from jkv.decoding.apply import apply
+from jkv.decoding.arguments import DecoderLike
 from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.logprobs import Logprobs
 from jkv.decoding.loop import State
 from jkv.decoding.prompts import PAD
+from jkv.decoding.transform import Transform
 from jkv.errors import UnsupportedError
 
 
 @runtime_checkable
 class Draft(Protocol):
-    """Proposes what rows may say next; traced into the decode loop.
+    """Proposes the rows' next tokens; traced into the decode loop.
 
     A plain function, or any pytree that can be called: what it holds as arrays are arguments of
     the compiled loop, so that a draft model's weights can be among them.
@@ -109,19 +111,23 @@ class _Function:
 
 @pytree
 class DraftState:
-    """`loop.State` with all that the rows have said, which is what a draft looks at."""
+    """`loop.State` with all tokens of the rows, which a draft looks at."""
 
     cache: Cache
-    token: Array  # [B] int32, said, but not yet in the cache
+    token: Array  # [B] int32, not in the cache yet
     done: Array  # [B] bool
-    sampling: Any  # of a sampler without memory: no leaves
+    sampling: PyTree  # of a sampler without memory: no leaves
     faults: Faults  # rows that ended because there was nothing to draw from
     history: Array  # [B, S] int32, -1 past a row's end
     passes: Array  # [B] int32, in which each row took part
 
 
-def check_draft(draft: Any, batch: int, slots: int) -> Any:
-    """The draft as a pytree that can be called.
+# Of the compiled loop: passes, the state, tokens of each row [B], and the buffers [B, size].
+DraftCarry = tuple[Array, DraftState, Array, Array, Logprobs]
+
+
+def check_draft(draft: object, batch: int, slots: int) -> Draft:
+    """Return the draft as a pytree that can be called.
 
     Raises:
         TypeError: it cannot be called, or not hashed, or proposes no tokens.
@@ -147,15 +153,15 @@ def check_draft(draft: Any, batch: int, slots: int) -> Any:
         raise TypeError(
             f"draft proposed {got} for {plural(batch, 'row')}; expected integers [{batch}, k]"
         )
-    return draft
+    return draft  # pyright: ignore[reportReturnType]
 
 
-def check_rollback(cache: Any, sampler: Any, vocab: int) -> None:
-    """Refuse caches and samplers for which a pass over proposals cannot be taken back.
+def check_rollback(cache: Cache, sampler: Transform | None, vocab: int) -> None:
+    """Refuse caches and samplers from which rejected proposals cannot be taken back.
 
     Raises:
         UnsupportedError: a cache that does not roll back inside of a compiled loop.
-        ValueError: a sampler that remembers what was said.
+        ValueError: a sampler that remembers earlier tokens.
     """
     try:
         jax.eval_shape(lambda c: c.crop(c.lengths), cache)
@@ -167,8 +173,8 @@ def check_rollback(cache: Any, sampler: Any, vocab: int) -> None:
         ) from None
     if sampler is None:
         return
-    said = jax.ShapeDtypeStruct((cache.batch, 1), jnp.int32)
-    if jax.tree.leaves(jax.eval_shape(lambda s, t: s.init(t, vocab), sampler, said)):
+    tokens = jax.ShapeDtypeStruct((cache.batch, 1), jnp.int32)
+    if jax.tree.leaves(jax.eval_shape(lambda s, t: s.init(t, vocab), sampler, tokens)):
         raise ValueError(
             "draft looks several tokens ahead, which a sampler that remembers the tokens before "
             "cannot (penalties, min_new_tokens and no_repeat_ngram do); expected one without "
@@ -176,8 +182,8 @@ def check_rollback(cache: Any, sampler: Any, vocab: int) -> None:
         )
 
 
-def begin_draft(state: State, history: Any) -> DraftState:
-    """The state after a prefill, and the tokens ``[B, S]`` so far, all but the one in the state."""
+def begin_draft(state: State, history: Array | np.ndarray) -> DraftState:
+    """Add the tokens ``[B, S]`` so far, all but the one in the state, to the state of a prefill."""
     return DraftState(
         cache=state.cache,
         token=state.token,
@@ -192,20 +198,20 @@ def begin_draft(state: State, history: Any) -> DraftState:
 @functools.partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=2)
 def draft_jit(
     size: int,
-    model: Any,
+    model: DecoderLike,
     state: DraftState,
-    draft: Any,
-    sampler: Any,
-    keys: Any,
+    draft: Draft,
+    sampler: Transform | None,
+    keys: Array | None,
     ends: Array,
     limits: Array,
     *,
     top: int = 0,
 ) -> tuple[DraftState, Array, Logprobs, Array, Faults]:
-    """Passes until a row has said all of `size` tokens that another pass might say, or all ended.
+    """Make passes until another one might not fit into `size` tokens of a row, or all have ended.
 
-    Rows say different numbers of tokens. Returns the state, tokens and log-probabilities [B, size],
-    -1 and 0 after what a row has said, which rows are done, and which of them had nothing to draw
+    Rows get different numbers of tokens. Returns the state, tokens and log-probabilities [B, size],
+    -1 and 0 after a row's own, which rows are done, and which of them had nothing to draw
     from.
 
     Args:
@@ -221,29 +227,29 @@ def draft_jit(
     """
     batch = state.token.shape[0]
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    # What the prefill said is not in the history yet.
+    # The token that the prefill drew is not in the history yet.
     waiting = state.history.at[rows, state.cache.lengths[:, None]].set(state.token[:, None])
     state = replace(state, history=waiting, done=state.done | (state.cache.lengths + 1 >= limits))
     width = jax.eval_shape(draft, state.history, state.token).shape[1] + 1
 
-    def going(carry: Any) -> Array:
+    def going(carry: DraftCarry) -> Array:
         i, state, counts, _, _ = carry
         most = jnp.max(jnp.where(state.done, 0, counts))
         return ((i == 0) | (most + width <= size)) & ~jnp.all(state.done)
 
-    def body(carry: Any) -> Any:
+    def body(carry: DraftCarry) -> DraftCarry:
         i, state, counts, tokens, logprobs = carry
         start = state.cache.lengths + 1
         room = jnp.minimum(size - counts, limits - start)
-        state, token, logprob, said = verify(model, state, draft, sampler, keys, ends, room, top)
+        state, token, logprob, kept = verify(model, state, draft, sampler, keys, ends, room, top)
         state = replace(state, done=state.done | (state.cache.lengths + 1 >= limits))
         offsets = jnp.arange(width, dtype=jnp.int32)[None, :]
-        at = jnp.where(said, counts[:, None] + offsets, size)
+        at = jnp.where(kept, counts[:, None] + offsets, size)
         tokens = tokens.at[rows, at].set(token, mode="drop")
         logprobs = jax.tree.map(
             lambda whole, new: whole.at[rows, at].set(new, mode="drop"), logprobs, logprob
         )
-        return i + 1, state, counts + _count(said), tokens, logprobs
+        return i + 1, state, counts + _count(kept), tokens, logprobs
 
     tokens = jnp.full((batch, size), PAD, jnp.int32)
     logprobs = Logprobs.none((batch, size), top)
@@ -254,18 +260,21 @@ def draft_jit(
 
 
 def verify(
-    model: Any,
+    model: DecoderLike,
     state: DraftState,
-    draft: Any,
-    sampler: Any,
-    keys: Any,
+    draft: Draft,
+    sampler: Transform | None,
+    keys: Array | None,
     ends: Int[Array, "B M"],
     room: Int[Array, " B"],
     top: int = 0,
 ) -> tuple[DraftState, Int[Array, "B T"], Logprobs, Bool[Array, "B T"]]:
-    """One pass: the next state, tokens, their log-probabilities, and which of them are said.
+    """Make one pass over the proposals and keep those that the model draws itself.
 
-    The rows that are not done say at least one token each, and at most `room`.
+    Each row that is not done keeps at least one token, and at most `room`.
+
+    Returns:
+        The next state, tokens, their log-probabilities, and which of them are kept.
     """
     held, active = state.cache.lengths, ~state.done
     proposed = draft(state.history, held + 1).astype(jnp.int32)
@@ -288,35 +297,35 @@ def verify(
     total = jax.nn.logsumexp(logits, axis=-1)
     logprobs, broken = Logprobs.of(logits, total, chosen, top), ~jnp.isfinite(total)
     bad = broken | masked
-    # A token is said if all proposals before it are what was chosen in their places, and no end.
+    # A token is kept if all proposals before it were drawn in their places, and none is an end.
     ended = jnp.any(chosen[..., None] == ends[:, None], axis=-1)
     goes_on = known & (chosen[:, :-1] == proposed) & ~ended[:, :-1] & ~bad[:, :-1]
-    said = jnp.cumprod(goes_on, axis=1) > 0
-    said = jnp.concatenate([active[:, None], said & active[:, None]], axis=1)
-    said = said & ~cache.overflowed[:, None]
-    # Of what would be said, at most the last is bad: none goes on after one.
-    at_fault = said & bad
+    kept = jnp.cumprod(goes_on, axis=1) > 0
+    kept = jnp.concatenate([active[:, None], kept & active[:, None]], axis=1)
+    kept = kept & ~cache.overflowed[:, None]
+    # Of what would be kept, at most the last is bad: none goes on after one.
+    at_fault = kept & bad
     faults = state.faults.note(
         jnp.any(at_fault, axis=1),
         jnp.any(at_fault & broken, axis=1),
         jnp.any(at_fault & masked, axis=1),
-        held + _count(said),
+        held + _count(kept),
     )
-    said = said & ~bad
-    count = _count(said)
+    kept = kept & ~bad
+    count = _count(kept)
     latest = jnp.take_along_axis(chosen, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-    at = jnp.where(said, positions, state.history.shape[1])
+    at = jnp.where(kept, positions, state.history.shape[1])
     rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
     state = DraftState(
         cache=cache.crop(held + count),
         token=jnp.where(count > 0, latest, state.token),
-        done=state.done | cache.overflowed | (faults.position >= 0) | jnp.any(said & ended, axis=1),
+        done=state.done | cache.overflowed | (faults.position >= 0) | jnp.any(kept & ended, axis=1),
         sampling=state.sampling,
         faults=faults,
         history=state.history.at[rows, at].set(chosen, mode="drop"),
         passes=state.passes + active.astype(jnp.int32),
     )
-    return state, chosen, logprobs, said
+    return state, chosen, logprobs, kept
 
 
 def _count(marks: Bool[Array, "B T"]) -> Int[Array, " B"]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from jkv._axes import Array
@@ -64,8 +63,10 @@ class Logprobs:
         return jax.tree.map(choose, self, none)
 
 
-def stack_rows(rows: list[Any], width: int, k: int, dtype: Any, rest: Any) -> np.ndarray:
-    """Rows of arrays ``[k]`` as one ``[B, width, k]``, `rest` after the end of each."""
+def stack_rows(
+    rows: list[list[np.ndarray]], width: int, k: int, dtype: DTypeLike, rest: float
+) -> np.ndarray:
+    """Stack rows of arrays ``[k]`` to ``[B, width, k]``, `rest` after the end of each."""
     out = np.full((len(rows), width, k), rest, dtype)
     for i, row in enumerate(rows):
         if len(row):

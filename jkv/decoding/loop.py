@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Float
+from jax.sharding import Mesh
+from jaxtyping import Float, PyTree
 
 from jkv._axes import Array
 from jkv._checks import check_integer
@@ -18,23 +18,29 @@ from jkv._transfer import transfers
 from jkv.cache import sharding
 from jkv.cache.base import Cache, on_device
 from jkv.cache.init import init_cache
+from jkv.cache.protocol import CacheKind
 from jkv.decoding import apply, sampling
-from jkv.decoding.arguments import Sampler
+from jkv.decoding.arguments import DecoderLike, Sampler
 from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.logprobs import Logprobs
 from jkv.decoding.prompts import PAD
-from jkv.models.decoder import Decoder
+from jkv.decoding.transform import Transform
+from jkv.models.config import Config
 
 
 @pytree
 class State:
-    """A decode loop between two steps: each row's last token is said, but not yet in the cache."""
+    """A decode loop between two steps: each row's last token is not in the cache yet."""
 
     cache: Cache
     token: Array  # [B] int32
     done: Array  # [B] bool
-    sampling: Any  # the sampler's state
+    sampling: PyTree  # the sampler's state
     faults: Faults  # rows that ended because there was nothing to draw from
+
+
+# Of the compiled loop: the step, the state, and the buffers of tokens and log-probabilities.
+Carry = tuple[Array, State, Array, Logprobs]
 
 
 @pytree
@@ -61,7 +67,7 @@ class Rollout:
 
 @transfers
 def prefill(
-    model: Decoder,
+    model: DecoderLike,
     tokens: Array | np.ndarray,
     cache: Cache,
     counts: Array | np.ndarray | None = None,
@@ -98,7 +104,7 @@ def prefill(
 
 @transfers
 def decode_step(
-    model: Decoder,
+    model: DecoderLike,
     token: Array | np.ndarray,
     cache: Cache,
     active: Array | np.ndarray | None = None,
@@ -136,7 +142,7 @@ def decode_step(
 
 @transfers
 def rollout(
-    model: Decoder,
+    model: DecoderLike,
     logits: Array | np.ndarray,
     cache: Cache,
     *,
@@ -183,14 +189,14 @@ def rollout(
     if said is not None:
         said = _integers("rollout", "said", said, (cache.batch, None))
     keys = check_sampler(sampler, key, logits.shape[0])
-    sampler = sampling.bind(sampler, logits.shape[-1], ends)
-    if sampler is not None:  # room for all tokens that one that looks back will see
+    transform = sampling.bind(sampler, logits.shape[-1], ends)
+    if transform is not None:  # room for all tokens that one that looks back will see
         said = jnp.zeros((cache.batch, 0), jnp.int32) if said is None else said
         said = jnp.pad(said, ((0, 0), (0, steps)), constant_values=PAD)
-    state, token, logprob = begin(logits, cache, said, sampler, keys, ends)
+    state, token, logprob = begin(logits, cache, said, transform, keys, ends)
 
     def body(state: State, _: None):
-        state, token, logprob = advance(model, state, sampler, keys, ends)
+        state, token, logprob = advance(model, state, transform, keys, ends)
         return state, (token, logprob.chosen)
 
     state, (tokens, logprobs) = lax.scan(body, state, None, length=steps - 1)
@@ -204,8 +210,8 @@ def rollout(
 _KINDS = {jnp.integer: "integers", jnp.floating: "floats", jnp.bool_: "bools"}
 
 
-def _check_pass(name: str, model: Any, cache: Any) -> Cache:
-    """The cache, brought back from the host if it lies there."""
+def _check_pass(name: str, model: object, cache: object) -> Cache:
+    """Check a pass' model and cache; return the cache, copied back if it is on the host."""
     if not hasattr(model, "hidden") or not hasattr(model, "logits"):
         hint = ", as lm.model is" if hasattr(model, "model") else ""
         raise TypeError(f"{name} got {type(model).__name__} as a model; expected a decoder{hint}")
@@ -217,12 +223,12 @@ def _check_pass(name: str, model: Any, cache: Any) -> Cache:
     return on_device(cache)
 
 
-def _integers(name: str, what: str, value: Any, shape: tuple[int | None, ...]) -> Array:
+def _integers(name: str, what: str, value: object, shape: tuple[int | None, ...]) -> Array:
     return _array(name, what, value, shape, jnp.integer)
 
 
-def _array(name: str, what: str, value: Any, shape: tuple[int | None, ...], kind: Any) -> Array:
-    """`value` as an array of that kind and shape, None being any size."""
+def _array(name: str, what: str, value: object, shape: tuple[int | None, ...], kind: type) -> Array:
+    """Return an array of a kind of numbers and a shape; a size of None may be any."""
     sizes = ", ".join("any" if s is None else str(s) for s in shape)
     expected = f"{_KINDS[kind]} [{sizes}]"
     if not isinstance(value, jax.Array | np.ndarray):
@@ -246,8 +252,8 @@ NEEDS_KEY = (
 )
 
 
-def check_sampler(sampler: Any, key: Any, batch: int) -> Any:
-    """The rows' keys, None where nothing is drawn at random.
+def check_sampler(sampler: object, key: object, batch: int) -> Array | None:
+    """Return the rows' keys, None where nothing is drawn at random.
 
     Raises:
         TypeError: no sampler, or no key.
@@ -264,15 +270,23 @@ def check_sampler(sampler: Any, key: Any, batch: int) -> Any:
 
 
 def begin(
-    logits: Array, cache: Cache, said: Any, sampler: Any, keys: Any, ends: Any, top: int = 0
+    logits: Array,
+    cache: Cache,
+    history: Array | None,
+    sampler: Transform | None,
+    keys: Array | None,
+    ends: Array | None,
+    top: int = 0,
 ) -> tuple[State, Array, Logprobs]:
-    """Draw each row's first token: the state, the token [B] and its log-probabilities [B].
+    """Draw each row's first token.
 
-    With those of the `top` likeliest tokens.
+    Returns:
+        The state, the token ``[B]``, and its log-probabilities ``[B]`` with those of the `top`
+        likeliest tokens.
     """
     nothing = jnp.full((logits.shape[0],), PAD, jnp.int32)
-    said = nothing[:, None] if said is None else said
-    inner = () if sampler is None else apply.init_state(sampler, said, logits.shape[-1])
+    history = nothing[:, None] if history is None else history
+    inner = () if sampler is None else apply.init_state(sampler, history, logits.shape[-1])
     state = State(
         cache=cache,
         token=nothing,
@@ -284,16 +298,26 @@ def begin(
 
 
 def advance(
-    model: Any, state: State, sampler: Any, keys: Any, ends: Any, top: int = 0
+    model: DecoderLike,
+    state: State,
+    sampler: Transform | None,
+    keys: Array | None,
+    ends: Array | None,
+    top: int = 0,
 ) -> tuple[State, Array, Logprobs]:
-    """Put each row's token into the cache and draw the next: what `begin` returns."""
+    """Put each row's token into the cache and draw the next; returns what `begin` does."""
     logits, cache = decode_step(model, state.token, state.cache, ~state.done)
     state = replace(state, cache=cache, done=state.done | cache.overflowed)
     return _choose(logits, state, sampler, keys, ends, top)
 
 
 def _choose(
-    logits: Array, state: State, sampler: Any, keys: Any, ends: Any, top: int = 0
+    logits: Array,
+    state: State,
+    sampler: Transform | None,
+    keys: Array | None,
+    ends: Array | None,
+    top: int = 0,
 ) -> tuple[State, Array, Logprobs]:
     inner, changed = state.sampling, logits
     if sampler is not None:
@@ -319,7 +343,7 @@ def _choose(
 
 
 def _last(hidden: Array, counts: Array | None, before: Array | None = None) -> Array:
-    """Each row's hidden state at its last real token, [B, D]; `before` where it has none."""
+    """Take each row's hidden state at its last real token, [B, D]; `before` where it has none."""
     if counts is None:
         return hidden[:, -1]
     at = jnp.maximum(counts - 1, 0)[:, None, None]
@@ -333,7 +357,7 @@ def _last(hidden: Array, counts: Array | None, before: Array | None = None) -> A
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def init_cache_jit(
-    config: Any, kind: Any, batch: int, slots: int, dtype: str, mesh: Any = None
+    config: Config, kind: CacheKind, batch: int, slots: int, dtype: str, mesh: Mesh | None = None
 ) -> Cache:
     """Make an empty cache in one program, laid out as the model's devices want it."""
     cache = init_cache(config, kind, batch=batch, slots=slots, dtype=dtype)
@@ -341,7 +365,7 @@ def init_cache_jit(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def shard_cache_jit(cache: Cache, mesh: Any) -> Cache:
+def shard_cache_jit(cache: Cache, mesh: Mesh) -> Cache:
     """Lay out a cache from elsewhere as the model's devices want it."""
     return replace(cache, layers=sharding.shard_layers(cache.layers, mesh))
 
@@ -376,7 +400,7 @@ def fork_jit(
 
 @functools.partial(jax.jit, donate_argnums=(2, 4))
 def absorb_jit(
-    model: Any, tokens: Array, cache: Cache, counts: Array, last: Array
+    model: DecoderLike, tokens: Array, cache: Cache, counts: Array, last: Array
 ) -> tuple[Array, Cache]:
     """Prefill one chunk: the hidden state at each row's last real token, and the cache."""
     hidden, cache = model.hidden(tokens, cache, counts)
@@ -385,33 +409,33 @@ def absorb_jit(
 
 @functools.partial(jax.jit, static_argnames="top", donate_argnums=2)
 def begin_jit(
-    model: Any,
+    model: DecoderLike,
     last: Array,
     cache: Cache,
-    said: Any,
-    sampler: Any,
-    keys: Any,
-    ends: Any,
+    history: Array | None,
+    sampler: Transform | None,
+    keys: Array | None,
+    ends: Array | None,
     *,
     top: int = 0,
 ) -> tuple[State, Array, Logprobs]:
     """Draw the first token after a prefill: see `begin`."""
-    return begin(model.logits(last), cache, said, sampler, keys, ends, top)
+    return begin(model.logits(last), cache, history, sampler, keys, ends, top)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=2)
 def advance_jit(
     size: int,
-    model: Any,
+    model: DecoderLike,
     state: State,
-    sampler: Any,
-    keys: Any,
-    ends: Any,
+    sampler: Transform | None,
+    keys: Array | None,
+    ends: Array | None,
     steps: Array,
     *,
     top: int = 0,
 ) -> tuple[State, Array, Logprobs, Array, Faults]:
-    """Up to `steps` of at most `size` tokens per row, ending early when all rows are done.
+    """Draw up to `steps` of at most `size` tokens per row; end early when all rows are done.
 
     A `while_loop` rather than a `scan`: the number of steps is an argument and not a program, and
     a batch whose rows have ended costs nothing more. Returns the state, tokens and
@@ -422,11 +446,11 @@ def advance_jit(
     tokens = jnp.full((size, batch), PAD, jnp.int32)
     logprobs = Logprobs.none((size, batch), top)
 
-    def going(carry: Any) -> Array:
+    def going(carry: Carry) -> Array:
         i, state, _, _ = carry
         return (i < steps) & ~jnp.all(state.done)
 
-    def body(carry: Any) -> Any:
+    def body(carry: Carry) -> Carry:
         i, state, tokens, logprobs = carry
         state, token, logprob = advance(model, state, sampler, keys, ends, top)
         tokens = lax.dynamic_update_index_in_dim(tokens, token, i, 0)

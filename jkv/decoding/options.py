@@ -12,14 +12,14 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, Required, TypedDict, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Required, TypedDict, TypeVar
 
 import jax
 
 from jkv._checks import check_integer
 from jkv._text import brief
 from jkv.cache.base import Cache
-from jkv.cache.protocol import as_kind, is_kind, own_kind_hint
+from jkv.cache.protocol import CacheKind, as_kind, is_kind, own_kind_hint
 from jkv.decoding.arguments import CacheLike, Progress, Sampler, Stop
 from jkv.decoding.draft import Draft
 from jkv.decoding.result import Result
@@ -136,8 +136,8 @@ def _unknown(function: str, name: str, known: Sequence[str]) -> str:
     return f"{function}() got an unexpected keyword argument {name!r}; {hint}"
 
 
-def check_top_logprobs(value: Any, vocab: int) -> int:
-    """How many alternatives of each token are wanted.
+def check_top_logprobs(value: object, vocab: int) -> int:
+    """Return how many alternatives of each token are wanted.
 
     Raises:
         ValueError: no integer from 0 to the vocabulary.
@@ -148,7 +148,7 @@ def check_top_logprobs(value: Any, vocab: int) -> int:
     return top
 
 
-def resolve_kind(kind: Any) -> Any:
+def resolve_kind(kind: object) -> CacheKind:
     """Return the kind, or the one that a text names.
 
     Raises:

@@ -1,31 +1,38 @@
-"""Generation in front of a store: what is known of each row is taken, and what is new is kept."""
+"""Prefixes of rows in a store: looked up before a generation, and put there after it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from jkv._axes import Array
 from jkv._checks import check_text
 from jkv._text import brief, plural
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.cache.concat import concat
+from jkv.cache.protocol import CacheKind
 from jkv.decoding import loop
+from jkv.decoding.arguments import DecoderLike
 from jkv.errors import CorruptError, UnsupportedError
+from jkv.models.config import Config
 from jkv.models.fingerprint import fingerprint
 from jkv.store.entry import Entry, check_store, reject
 from jkv.store.schema import seconds_of
+
+if TYPE_CHECKING:
+    from jkv.store import Store
 
 TOKENS = "tokens"  # the array of an entry that says what it is the cache of
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefixHit:
-    """What a store has of a row.
+    """The prefix of a row that a store has.
 
     Attributes:
         cache: of one row, None for nothing.
@@ -54,7 +61,7 @@ class PrefixStore:
         TypeError: no store.
     """
 
-    def __init__(self, store: Any, model: Any, kind: Any, tenant: Any = ""):
+    def __init__(self, store: Store, model: DecoderLike, kind: CacheKind, tenant: str = ""):
         check_store(store, ("open", "open_many", "longest_prefix_many", "put_many", "remove"))
         from jkv.store.packing import check_kind
 
@@ -64,12 +71,12 @@ class PrefixStore:
         self.renew()
 
     def renew(self) -> None:
-        """Look for entries of the weights that the model has now."""
+        """Use the weights that the model has now."""
         self.fingerprint = fingerprint(self._model, self._kind)
 
     @transfers
     def find(self, keys: Sequence[str | None], rows: Sequence[np.ndarray]) -> list[PrefixHit]:
-        """The longest known beginning of each row, all looked for and read at once.
+        """Look up the longest stored prefix of each row, all at once.
 
         Less than all of it: the last token is left to be computed, whose logits are wanted.
 
@@ -77,10 +84,10 @@ class PrefixStore:
             keys: of sequences, which are looked for first; None for any that begins so.
             rows: of tokens, each ``[T]``.
         """
-        who: dict[str, Any] = {"tenant": self.tenant, "fingerprint": self.fingerprint}
+        owner: dict[str, Any] = {"tenant": self.tenant, "fingerprint": self.fingerprint}
         found = [NOTHING] * len(rows)
         keyed = [(i, key) for i, key in enumerate(keys) if key is not None]
-        handles = self.store.open_many([key for _, key in keyed], **who) if keyed else []
+        handles = self.store.open_many([key for _, key in keyed], **owner) if keyed else []
         for (i, key), handle in zip(keyed, handles, strict=True):
             if handle is not None:
                 with handle:
@@ -88,7 +95,7 @@ class PrefixStore:
         rest = [i for i, row in enumerate(rows) if found[i].length < len(row) - 1]
         limits = [len(rows[i]) - 1 for i in rest]
         asked = [rows[i] for i in rest]
-        matches = self.store.longest_prefix_many(asked, limits=limits, **who) if rest else []
+        matches = self.store.longest_prefix_many(asked, limits=limits, **owner) if rest else []
         for i, match in zip(rest, matches, strict=True):
             if match is not None:
                 with match:
@@ -97,7 +104,7 @@ class PrefixStore:
         return found
 
     def _crop(self, key: str, entry: Entry, tokens: np.ndarray) -> PrefixHit:
-        """What an entry and a prompt have in common, as far as its kind can give it."""
+        """Crop an entry to the prefix that it shares with a prompt, if its kind can be cropped."""
         held = self._tokens(key, entry)
         size = min(len(held), len(tokens) - 1)
         differ = np.flatnonzero(held[:size] != tokens[:size])
@@ -112,7 +119,7 @@ class PrefixStore:
             return NOTHING
 
     def _tokens(self, key: str, entry: Entry) -> np.ndarray:
-        """What an entry is the cache of; none of one that does not say it, which goes."""
+        """Return the tokens of an entry; one without them is removed, and has none."""
         if TOKENS in entry.arrays:
             held = np.asarray(entry.arrays[TOKENS])
             if held.ndim == 1 and held.dtype == np.int32:
@@ -121,7 +128,7 @@ class PrefixStore:
         return np.zeros(0, np.int32)
 
     def _unpack(self, key: str, entry: Entry) -> Cache | None:
-        """The cache of an entry; one that this model and kind would not have made goes."""
+        """Return the cache of an entry; one that does not fit model and kind is removed."""
         from jkv.store.packing import check_like, restored, unpack
 
         try:
@@ -139,12 +146,12 @@ class PrefixStore:
             return None
 
     def reject(self, key: str) -> None:
-        """Give back an entry that is not what it says."""
+        """Have the store remove an entry that is not what it says."""
         reject(self.store, key, self.tenant)
 
     @transfers
     def known(self, key: str) -> tuple[Cache, np.ndarray, dict[str, Any]] | None:
-        """All of a sequence: its cache, its tokens and what was kept with them."""
+        """Look up a whole sequence: its cache, its tokens and what was kept with them."""
         try:
             with self.store.open(key, tenant=self.tenant, fingerprint=self.fingerprint) as handle:
                 entry = handle.entry
@@ -162,7 +169,7 @@ class PrefixStore:
         rows: Sequence[np.ndarray],
         caches: Iterable[Cache],
         seconds: Sequence[float],
-        **meta: Any,
+        **meta: object,
     ) -> None:
         """Store rows, all at once; of an iterator's caches each is let go of before the next.
 
@@ -217,7 +224,7 @@ class StoredRows:
 
 
 def conversation(meta: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], int, float]:
-    """Messages, turns and seconds of a conversation, as an entry's meta says them.
+    """Read messages, turns and seconds of a conversation from an entry's meta.
 
     Raises:
         CorruptError: it says something else.
@@ -234,8 +241,8 @@ def conversation(meta: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], i
     return tuple(messages), turns, float(seconds_of(meta) or 0)
 
 
-def check_keys(ids: Any, batch: int) -> list[str | None]:
-    """A key per row.
+def check_keys(ids: object, batch: int) -> list[str | None]:
+    """Return a key per row.
 
     Raises:
         TypeError: something that is no text.
@@ -255,8 +262,8 @@ def check_keys(ids: Any, batch: int) -> list[str | None]:
     return list(ids)
 
 
-def join_rows(rows: list[Cache | None], config: Any, kind: Any, slots: int) -> Cache:
-    """One cache of rows that were found and others that are empty, with so many slots."""
+def join_rows(rows: list[Cache | None], config: Config, kind: CacheKind, slots: int) -> Cache:
+    """Join rows that were found, and empty ones for None, to one cache of so many slots."""
 
     def sized(cache: Cache | None) -> Cache:
         if cache is None:
@@ -277,12 +284,12 @@ def _concat_jit(caches: tuple[Cache, ...]) -> Cache:
 
 
 @jax.jit
-def _take_row_jit(cache: Cache, row: Any) -> Cache:
+def _take_row_jit(cache: Cache, row: Array) -> Cache:
     return cache.take(row[None])
 
 
 def take_row(cache: Cache, row: int) -> Cache:
-    """One row by itself."""
+    """Take one row of a cache."""
     if cache.batch == 1:
         return cache
     return cache.take([row]) if cache.shared else _take_row_jit(cache, np.int32(row))

@@ -1,16 +1,17 @@
-"""What a generation returns: the tokens, and all that the next one goes on from."""
+"""What a generation returns: the tokens, and the cache that the next one goes on from."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from jkv.cache.base import Cache
+from jkv.decoding.arguments import TokenizerLike
 from jkv.decoding.detokenize import new_text
 from jkv.errors import UnsupportedError
+from jkv.models.config import Config
 from jkv.models.weights import Weights
 
 
@@ -44,17 +45,17 @@ class Result:
     history: tuple[np.ndarray, ...]
     prefill_seconds: float
     decode_seconds: float
-    config: Any = None  # of the model, so that another one does not resume with its keys
+    config: Config | None = None  # of the model, so that another one does not resume with its keys
     passes: np.ndarray | None = None
     reused: np.ndarray | None = None
-    tokenizer: Any = None  # for `texts`; None where generation had none
+    tokenizer: TokenizerLike | None = None  # for `texts`; None where generation had none
     top_tokens: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
     weights: Weights | None = None  # with which its cache was computed; None: unknown
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The new text of each row: what its new tokens add to the text of those before.
+        """New text of each row: what its new tokens add to the text of those before.
 
         The text of the prompt (of all earlier turns, for a resumed row) and this make the decoded
         text of `history`, special tokens left out; the blocks of a stream join to it. With
@@ -96,9 +97,9 @@ class Result:
 
 
 def texts_of(
-    tokenizer: Any, rows: Sequence[np.ndarray], lengths: Sequence[int] | np.ndarray
+    tokenizer: TokenizerLike | None, rows: Sequence[np.ndarray], lengths: Sequence[int] | np.ndarray
 ) -> tuple[str, ...]:
-    """The new text of rows whose last tokens are new, so many of each; see `Result.texts`.
+    """Return the new text of rows whose last `lengths` tokens are new; see `Result.texts`.
 
     Raises:
         UnsupportedError: there is no tokenizer.
@@ -117,7 +118,7 @@ def texts_of(
 _IDENTITY = ("family", "vocab", "layers", "width", "heads", "kv_heads", "head_dim", "rope", "dtype")
 
 
-def differences(old: Any, new: Any) -> str:
-    """In what two configurations differ as far as a cache is concerned."""
+def differences(old: Config | None, new: Config) -> str:
+    """Say in what two configurations differ as far as a cache is concerned."""
     pairs = ((name, getattr(old, name, None), getattr(new, name, None)) for name in _IDENTITY)
     return ", ".join(f"{name} {a!r} rather than {b!r}" for name, a, b in pairs if a != b)

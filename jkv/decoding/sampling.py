@@ -11,20 +11,21 @@ compiles nothing; they may be traced, or arrays ``[B]`` of one per row.
 
 A function is known by itself: one that is made anew for each call is compiled for each.
 
-After the last transform a token is drawn with the row's own key, folded with its position: what a
-row says does not depend on the batch it is in, nor on where a call was cut in two. A chain with
+After the last transform a token is drawn with the row's own key, folded with its position: a row's
+tokens do not depend on the batch that it is in, nor on where a call was cut in two. A chain with
 `greedy()` draws nothing, and needs no key.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Int, Key, PyTree
 
 from jkv._axes import Array
 from jkv._pytree import pytree, static
@@ -145,7 +146,7 @@ class Chain:
         return tuple(init_state(t, tokens, vocab) for t in self.transforms)
 
     def update(
-        self, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
+        self, logits: Float[Array, "B V"], state: PyTree, token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Any]:
         """Each on the result of the one before."""
         after = []
@@ -215,7 +216,7 @@ def min_p(p: Parameter) -> MinP:
     return MinP(number("min_p", p, "a number above 0 and at most 1", lambda x: 0 < x <= 1))
 
 
-def chain(*transforms: Any) -> Chain:
+def chain(*transforms: Transform | Callable[[Array], Array]) -> Chain:
     """Make several transforms into one, applied from left to right.
 
     Args:
@@ -230,7 +231,7 @@ def chain(*transforms: Any) -> Chain:
     return Chain(tuple(check(transform) for transform in transforms))
 
 
-def check(sampler: Any) -> Any:
+def check(sampler: object) -> Transform:
     """Make a transform of what a user gave: a plain function is one of the logits.
 
     Raises:
@@ -246,7 +247,7 @@ def check(sampler: Any) -> Any:
             "init and update"
         )
     if not isinstance(sampler, Transform):
-        return _function(sampler)
+        return _function(cast(Callable[..., object], sampler))
     for leaf in jax.tree.leaves(sampler):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
             raise TypeError(
@@ -256,8 +257,8 @@ def check(sampler: Any) -> Any:
     return sampler
 
 
-def _function(function: Any) -> Function:
-    """A user's function as a transform; what it holds as a pytree of arrays stays arguments."""
+def _function(function: Callable[..., object]) -> Function:
+    """Make a transform of a user's function; arrays that it holds as a pytree stay arguments."""
     try:
         inspect.signature(function).bind(None)
     except TypeError:
@@ -278,7 +279,7 @@ def _function(function: Any) -> Function:
     return Function(function)
 
 
-def bind(sampler: Any, vocab: int, ends: Any = None) -> Any:
+def bind(sampler: object, vocab: int, ends: Array | np.ndarray | None = None) -> Transform | None:
     """Make a transform of what a user gave, for rows of one model that end at `ends`.
 
     Args:
@@ -301,15 +302,15 @@ def bind(sampler: Any, vocab: int, ends: Any = None) -> Any:
     return sampler
 
 
-def needs_key(sampler: Any) -> bool:
+def needs_key(sampler: object) -> bool:
     """Whether a token is drawn at random: always, unless a greedy transform is in the chain."""
     if isinstance(sampler, Chain):
         return all(needs_key(t) for t in sampler.transforms)
     return sampler is not None and not isinstance(sampler, Greedy)
 
 
-def row_keys(key: Any, batch: int) -> Key[Array, " B"]:
-    """One key per row: folded from a single key with the row's number, or given as ``[B]``.
+def row_keys(key: object, batch: int) -> Key[Array, " B"]:
+    """Return one key per row: folded from a single key with the row's number, or given as ``[B]``.
 
     They are threefry keys whatever implementation the given ones are of: `jax.vmap` over keys of
     "rbg" and "unsafe_rbg" draws for the whole batch from its first key, and a row's tokens would
@@ -336,7 +337,7 @@ def row_keys(key: Any, batch: int) -> Key[Array, " B"]:
 
 
 def _threefry(keys: Key[Array, "..."]) -> Key[Array, "..."]:
-    """Threefry keys of all the bits that keys of another implementation have."""
+    """Convert keys of another implementation, with all their bits, to threefry keys."""
     if str(jax.random.key_impl(keys)) == THREEFRY:
         return keys
     words = jax.random.key_data(keys).reshape(*keys.shape, -1).astype(jnp.uint32)
@@ -350,8 +351,10 @@ def _threefry(keys: Key[Array, "..."]) -> Key[Array, "..."]:
     return fold(made, words) if keys.ndim == 0 else jax.vmap(fold)(made, words)
 
 
-def draw(logits: Float[Array, "B V"], keys: Any, positions: Int[Array, " B"]) -> Int[Array, " B"]:
-    """A token per row: by the Gumbel-max trick with the row's key and position, or the likeliest.
+def draw(
+    logits: Float[Array, "B V"], keys: Array | None, positions: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """Draw a token per row: the likeliest, or by the Gumbel-max trick with key and position.
 
     Args:
         logits: after all transforms.
@@ -368,7 +371,7 @@ def draw(logits: Float[Array, "B V"], keys: Any, positions: Int[Array, " B"]) ->
 
 
 def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """The first of the largest, or of NaN where there is any: what argmax says.
+    """Return the first of the largest, or of NaN where there is any, as argmax does.
 
     In two plain reductions. XLA's CPU compiler does not vectorise the one of argmax, which carries
     an index beside the value: four times as long, 3 % of a decode step of eight rows of GPT-2 124M.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jkv.cache import sharding
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.decoding import capacity, loop
-from jkv.decoding.arguments import CacheLike, Model, Prompts
+from jkv.decoding.arguments import CacheLike, DecoderLike, Model, Prompts
 from jkv.decoding.capacity import bucket
 from jkv.decoding.faults import MODEL
 from jkv.decoding.logprobs import Logprobs
@@ -144,7 +143,7 @@ def score(
 
 
 def _first_of(bad: list[tuple[int, int]]) -> list[str]:
-    """The first bad token of each row."""
+    """Name the first bad token of each row."""
     first: dict[int, int] = {}
     for row, token in bad:
         first[row] = min(token, first.get(row, token))
@@ -153,9 +152,9 @@ def _first_of(bad: list[tuple[int, int]]) -> list[str]:
 
 @functools.partial(jax.jit, static_argnames="top", donate_argnums=2)
 def _score_jit(
-    model: Any, tokens: Array, cache: Cache, counts: Array, following: Array, *, top: int
+    model: DecoderLike, tokens: Array, cache: Cache, counts: Array, following: Array, *, top: int
 ) -> tuple[Logprobs, Array, Cache]:
-    """One chunk: log-probabilities of the tokens that follow, where finite, and the cache.
+    """Score one chunk: log-probabilities of the tokens that follow, which are finite, the cache.
 
     Args:
         model: a decoder.

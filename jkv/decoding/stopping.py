@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from jkv._text import plural, short
+from jkv.decoding.arguments import TokenizerLike
 from jkv.decoding.capacity import bucket
 
 
@@ -21,14 +21,14 @@ class Stops:
     strings: tuple[tuple[str, ...], ...]  # per row
 
     def repeated(self, count: int) -> Stops:
-        """Those of each row `count` times, next to each other."""
+        """Repeat each row's `count` times, next to each other."""
         return Stops(
             ids=tuple(ids for ids in self.ids for _ in range(count)),
             strings=tuple(strings for strings in self.strings for _ in range(count)),
         )
 
     def matrix(self) -> np.ndarray:
-        """The ids as int32 ``[B, M]``, padded with a value that no token has.
+        """Return the ids as int32 ``[B, M]``, padded with a value that no token has.
 
         Also without any, and M a power of two: requests that differ in their stops alone are
         served by one program.
@@ -38,8 +38,14 @@ class Stops:
         return np.asarray(rows, np.int32)
 
 
-def parse_stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], tokenizer: Any) -> Stops:
-    """What ends each row: what is asked for, and the checkpoint's end-of-text ids beside it.
+def parse_stops(
+    stop: object,
+    batch: int,
+    vocab: int,
+    end_ids: Sequence[int],
+    tokenizer: TokenizerLike | None,
+) -> Stops:
+    """Return where each row ends: at what is asked for, and at the checkpoint's end-of-text ids.
 
     Args:
         stop: None for the checkpoint's ids alone; an id, a string, or several of them for all rows,
@@ -64,16 +70,15 @@ def parse_stops(stop: Any, batch: int, vocab: int, end_ids: Sequence[int], token
         raise TypeError(
             f"stop got {short(stop)}; expected token ids, strings, or one list of them per row"
         )
-    stop = [_plain_stop(s) for s in stop]
-    nested = [isinstance(s, Sequence) and not isinstance(s, str | bytes) for s in stop]
-    if any(nested) and (not all(nested) or len(stop) != batch):
+    stops = [_plain_stop(s) for s in stop]
+    lists = [s for s in stops if isinstance(s, Sequence) and not isinstance(s, str | bytes)]
+    if lists and not len(lists) == len(stops) == batch:
         raise ValueError(
-            f"stop got {plural(len(stop), 'entry', 'entries')}, {sum(nested)} of them lists; "
+            f"stop got {plural(len(stops), 'entry', 'entries')}, {len(lists)} of them lists; "
             f"expected ids and strings for all rows, or {plural(batch, 'list')}, one per row"
         )
-    per_row = stop if any(nested) else (stop,) * batch
     ids, strings = [], []
-    for row in per_row:
+    for row in lists or [stops] * batch:
         own = [_stop_id(s, vocab) for s in row if not isinstance(s, str)]
         # Nothing switches all of them off; what is asked for never does so by the way.
         ids.append((*own, *(end for end in end_ids if end not in own)) if len(row) else ())
@@ -101,12 +106,12 @@ def _check_stop_string(string: str) -> None:
         raise ValueError(f"stop got a string that is not valid Unicode: {error}") from error
 
 
-def _plain_stop(stop: Any) -> Any:
-    """Arrays and their scalars as plain numbers and lists."""
+def _plain_stop(stop: object) -> object:
+    """Convert arrays and their scalars to plain numbers and lists."""
     return stop.tolist() if isinstance(stop, np.ndarray | np.generic | jax.Array) else stop
 
 
-def _stop_id(value: Any, vocab: int) -> int:
+def _stop_id(value: object, vocab: int) -> int:
     value = _plain_stop(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"stop got {short(value)}; expected a token id or a string")
@@ -130,7 +135,7 @@ class StopMatch:
 
 
 def first_stop(
-    tokenizer: Any,
+    tokenizer: TokenizerLike | None,
     strings: Sequence[str],
     prompt: Sequence[int] | np.ndarray,
     tokens: Sequence[int],
@@ -143,13 +148,13 @@ def first_stop(
     the new tokens and on the strings' lengths, and not on how long the row is.
 
     Args:
-        tokenizer: of the row's tokens.
+        tokenizer: of the row's tokens; without one there are no strings.
         strings: at which it ends.
         prompt: the tokens before the row's own.
         tokens: the row's own.
         fresh: how many of these are new; those before completed no string.
     """
-    if not strings or not fresh:
+    if tokenizer is None or not strings or not fresh:
         return None
     wanted = [string.encode() for string in strings]
     reach = max(map(len, wanted)) - 1
@@ -167,13 +172,13 @@ def first_stop(
 
 
 def _before(
-    tokenizer: Any,
+    tokenizer: TokenizerLike,
     prompt: Sequence[int] | np.ndarray,
     tokens: Sequence[int],
     start: int,
     reach: int,
 ) -> bytes:
-    """The last bytes before a row's token, at least `reach` of them where there are so many."""
+    """Return the last bytes before a row's token, at least `reach` of them if there are so many."""
     pieces, size = [], 0
     for token in _backwards(prompt, tokens, start):
         if size >= reach:
@@ -192,8 +197,8 @@ def _backwards(
         yield int(prompt[i])
 
 
-def _visible(tokenizer: Any, tokens: Sequence[int], last: int, size: int) -> str:
-    """What a row shows of its last `size` bytes, those of the prompt not counted."""
+def _visible(tokenizer: TokenizerLike, tokens: Sequence[int], last: int, size: int) -> str:
+    """Return what a row shows of its last `size` bytes, those of the prompt left out."""
     pieces: list[bytes] = []
     for n in range(last, -1, -1):
         if size <= 0:

@@ -1,4 +1,4 @@
-"""Generation in blocks: what `generate` says, as it is said."""
+"""Generation in blocks: the tokens of `generate`, as they come."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Block:
     """The next few tokens of every row.
 
     Attributes:
-        tokens: ``[B, t]`` int32, -1 after a row's end (with a draft, after what it has said yet).
+        tokens: ``[B, t]`` int32, -1 after a row's end (with a draft, after its own).
         texts: per row the text that is new, "" while a character is incomplete; joined over all
             blocks it is the row's text in `Result.texts`, so that the prompt's text and these make
             the decoded text of all tokens. None without a tokenizer.
@@ -87,7 +87,7 @@ class Stream(Iterator[Block]):
 
     @property
     def result(self) -> Result:
-        """Everything said, as `jkv.generate` returns it.
+        """All that was generated, as `jkv.generate` returns it.
 
         Raises:
             JkvError: before the last block has been taken.

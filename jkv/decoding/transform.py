@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import math
-import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -12,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int, PyTree
 
 from jkv._axes import Array
+from jkv._checks import check_number, is_integer
 from jkv._pytree import pytree
 from jkv._text import brief
 
@@ -39,7 +40,7 @@ class Transform(Protocol):
         ...
 
     def update(
-        self, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
+        self, logits: Float[Array, "B V"], state: PyTree, token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Any]:
         """The changed logits, and the state after `token` (-1: none since `init`)."""
         ...
@@ -54,7 +55,7 @@ class Stateless(abc.ABC):
         return ()
 
     def update(
-        self, logits: Float[Array, "B V"], state: Any, token: Int[Array, " B"]
+        self, logits: Float[Array, "B V"], state: PyTree, token: Int[Array, " B"]
     ) -> tuple[Any, Any]:  # a user's function may return anything: `apply` looks at it
         """See the class."""
         del token
@@ -85,8 +86,8 @@ class Function(Stateless):
 
 
 def number(
-    name: str, value: Any, expected: str, holds: Callable[[float], bool], *, whole: bool = False
-) -> Any:
+    name: str, value: object, expected: str, holds: Callable[[float], bool], *, whole: bool = False
+) -> Parameter:
     """Check a parameter: a number, or an array of one for all rows, or of one per row ``[B]``.
 
     Traced values are taken as they are. An array of one concrete number is that number.
@@ -119,15 +120,16 @@ def number(
                     raise ValueError(f"{name} got {one!r} for a row; expected {expected}")
             return array.astype(np.int32 if whole else np.float32)
         value = array.item()
-    kind: Any = numbers.Integral if whole else numbers.Real
-    plain = isinstance(value, kind)
-    if not plain or isinstance(value, bool) or not math.isfinite(value) or not holds(value):
+    if whole and not is_integer(value):
         raise ValueError(f"{name} got {brief(value)}; expected {expected}")
-    return int(value) if whole else float(value)
+    number = check_number(name, value, expected, holds)
+    return int(number) if whole else number
 
 
-def per_row(name: str, value: Any, logits: Float[Array, "B V"], dtype: Any = None) -> Array:
-    """A parameter in a form that goes with the logits: ``[]``, or ``[B, 1]`` from ``[B]``.
+def per_row(
+    name: str, value: Parameter, logits: Float[Array, "B V"], dtype: DTypeLike | None = None
+) -> Array:
+    """Bring a parameter into a form that goes with the logits: ``[]``, or ``[B, 1]`` from ``[B]``.
 
     Raises:
         ValueError: another number of rows.
