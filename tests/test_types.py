@@ -40,6 +40,8 @@ for block in stream:
     reveal_type(block.tokens)  # is ndarray[tuple[Any, ...], dtype[Any]]
 reveal_type(jkv.beam_search(lm, np.zeros((1, 2), int), max_new_tokens=4))  # is Beams
 reveal_type(jkv.score(lm, ["ROMEO:"]))  # is Scores
+reveal_type(jkv.plan("llama-2-7b", seq_len=4096))  # is Plan
+reveal_type(jkv.plan(lm, cache=["dense", "int4"]))  # is list[Plan]
 chat = jkv.Chat(lm, system="Be brief.", on_full="drop")
 reveal_type(chat.send("Hello"))  # is str
 engine = jkv.Engine(lm, pages=16, cache="paged:16,int8")
@@ -103,6 +105,7 @@ jkv.generate("shakespeare", rows, max_new_tokens=1)  # error reportArgumentType
 jkv.stream(lm, "ROMEO:", max_new_tokens=16, block="a")  # error reportArgumentType
 jkv.beam_search(lm, "ROMEO:", max_new_tokens=16, beams="a")  # error reportArgumentType
 jkv.score(lm, "ROMEO:", top_logprobs="a")  # error reportArgumentType
+jkv.plan(4)  # error reportArgumentType
 jkv.load("shakespeare", dtype=16)  # error reportArgumentType
 jkv.shard("shakespeare", key)  # error reportArgumentType
 jkv.Chat(lm, on_full="never")  # error reportArgumentType

@@ -85,7 +85,7 @@ def _replace_what_cannot_be_written() -> None:
 
 
 def _advice(error: Any) -> str:
-    """A usage error's message, and where to read on."""
+    """Return a usage error's message, and where to read on."""
     path = "jkv" if error.ctx is None else error.ctx.command_path
     message = error.format_message()
     end = "" if message.endswith((".", "?")) else "."

@@ -115,7 +115,7 @@ _HELP = (
 
 
 def note(text: str) -> None:
-    """Write to who sits at the terminal; standard output is for replies alone."""
+    """Write a note to the terminal; standard output is for replies alone."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -32,7 +32,7 @@ def stats(path: Directory, as_json: options.AsJson = False) -> None:
         tenant["bytes"] += entry["bytes"]
         tenant["tokens"] += entry.get("tokens") or 0
     written = [entry["updated"] for entry in found if entry.get("updated")]
-    said = {
+    report = {
         "entries": len(found),
         "bytes": sum(entry["bytes"] for entry in found),
         "tokens": sum(entry.get("tokens") or 0 for entry in found),
@@ -43,18 +43,18 @@ def stats(path: Directory, as_json: options.AsJson = False) -> None:
         "tenants": {name: dict(counts) for name, counts in by_tenant.items()},
     }
     if as_json:
-        print(json.dumps(said))
+        print(json.dumps(report))
         return
     rows = [["", "entries", "size", "tokens"]]
-    owners = {"all": said} | {f"tenant {n!r}": t for n, t in said["tenants"].items() if n}
+    owners = {"all": report} | {f"tenant {n!r}": t for n, t in report["tenants"].items() if n}
     for name, of in owners.items():
         size = process.size(of["bytes"])
         rows.append([name, f"{of['entries']:,}", size, f"{of['tokens']:,}"])
     print("\n".join(columns(rows)))
     if written:
-        print(f"written from {_time(said['oldest'])} to {_time(said['newest'])}")
-    if said["expired"] or said["damaged"]:
-        print(f"{said['expired']} expired, {said['damaged']} damaged")
+        print(f"written from {_time(report['oldest'])} to {_time(report['newest'])}")
+    if report["expired"] or report["damaged"]:
+        print(f"{report['expired']} expired, {report['damaged']} damaged")
 
 
 def ls(
@@ -116,18 +116,18 @@ def gc(
         store.sweep(None if older_than is None else older_than * 86400)
         store.resize(0, max_bytes=limit, max_entries=max_entries)
         after = store.stats()
-    said = {
+    report = {
         "removed": len(before) - after["entries"],
         "freed": sum(before.values()) - after["bytes"],
         "entries": after["entries"],
         "bytes": after["bytes"],
     }
     if as_json:
-        print(json.dumps(said))
+        print(json.dumps(report))
     else:
         print(
-            f"{said['removed']} removed, {process.size(said['freed'])} freed; "
-            f"{said['entries']} left, {process.size(said['bytes'])}"
+            f"{report['removed']} removed, {process.size(report['freed'])} freed; "
+            f"{report['entries']} left, {process.size(report['bytes'])}"
         )
 
 

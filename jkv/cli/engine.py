@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import jkv
 from jkv._text import plural
 from jkv.cli import options, process
 
@@ -158,7 +159,9 @@ def _every(seconds: float, do: Callable[[], None]) -> Callable[[], None]:
     return perhaps
 
 
-def _answer(line: int, own: str | int | None, request: Any, lm: Any) -> dict[str, Any]:
+def _answer(
+    line: int, own: str | int | None, request: jkv.engine.Request, lm: jkv.LM
+) -> dict[str, Any]:
     failed = request.error is not None
     answer = {
         "line": line,

@@ -1,4 +1,4 @@
-"""Errors of the user's, told apart from ours and said in one line."""
+"""Errors of the user's, told apart from ours, and shown in one line."""
 
 from __future__ import annotations
 

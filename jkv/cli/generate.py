@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+import jkv
 from jkv._text import plural
 from jkv.cli import options, process
 
@@ -95,8 +96,8 @@ def generate(
     screen.end({**model_of, "outputs": outputs, **speed, "attention": _attention(lm, result)})
 
 
-def _attention(lm: Any, result: Any) -> str:
-    """What a decode step over this cache runs, see `jkv.ops.explain`."""
+def _attention(lm: jkv.LM, result: jkv.Result) -> str:
+    """Name the implementation that a decode step over this cache runs, see `jkv.ops.explain`."""
     import jax
     import jax.numpy as jnp
 
@@ -110,13 +111,13 @@ def _attention(lm: Any, result: Any) -> str:
 
 
 def _measured(
-    lm: Any, ids: list[list[int]], asked: dict[str, Any], screen: Screen, *, warm: bool
-) -> tuple[Any, dict[str, Any]]:
-    """The result, and how long it took without compilation.
+    lm: jkv.LM, ids: list[list[int]], asked: dict[str, Any], screen: Screen, *, warm: bool
+) -> tuple[jkv.Result, dict[str, Any]]:
+    """Generate, and measure how long it took without compilation.
 
     The first use of a program costs more than what JAX reports as tracing and compiling, which is
     left out in any case. With `warm` the beginning is therefore done twice: the prompts and two
-    blocks. Without, somebody is waiting for the first word.
+    blocks. Without, the first word is shown as soon as it is there.
     """
     import jax
 
@@ -124,13 +125,14 @@ def _measured(
 
     clock = process.clock()
     with process.bar("compiling, prefill", "tokens") as progress:
-        # Given even when nobody looks: only chunks that are waited for can be told from compiling.
+        # Given even when nothing is shown: only chunks that are waited for can be
+        # told from compiling.
         asked = asked | {"progress": progress or (lambda done, total: None)}
         if warm:
             blocks = stream(lm, ids, **asked)
             for _ in itertools.islice(blocks, 2):
                 pass
-            jax.block_until_ready(jax.live_arrays())  # the block that nobody will read
+            jax.block_until_ready(jax.live_arrays())  # of the block that is not read
             del blocks
         marks = [time.perf_counter()]
         blocks = stream(lm, ids, **asked)
@@ -144,11 +146,11 @@ def _measured(
     marks.append(time.perf_counter())
     result = blocks.result
     prefill, decode = (clock.working(a, b) for a, b in itertools.pairwise(marks))
-    said = int(result.lengths.sum()) - len(result.lengths)  # each row's first is the prefill's
+    decoded = int(result.lengths.sum()) - len(result.lengths)  # each row's first is prefill
     return result, {
         "prefill_seconds": prefill,
         "decode_seconds": decode,
-        "tokens_per_second": said / decode if said and decode > 0 else None,
+        "tokens_per_second": decoded / decode if decoded and decode > 0 else None,
         "cache_bytes": result.cache.nbytes,
         "compile_seconds": clock.compile_seconds,
     }
@@ -159,7 +161,7 @@ class Screen:
 
     def __init__(
         self,
-        lm: Any,
+        lm: jkv.LM,
         prompts: list[str],
         ids: list[list[int]],
         *,
@@ -172,11 +174,12 @@ class Screen:
         self._steps, self._stream, self._as_json = steps, stream and not steps, as_json
         self._texts, self._count = list(prompts), 0
         self._begun = False
-        self._pieces = [Pieces(lm.tokenizer, before=row) for row in ids]
+        # Texts have been encoded by now.
+        self._pieces = [Pieces(lm.tokenizer, row) for row in ids if lm.tokenizer is not None]
         # With --json nothing but the object goes to standard output.
         self._out = sys.stderr if as_json else sys.stdout
 
-    def block(self, block: Any) -> None:
+    def block(self, block: jkv.decoding.Block) -> None:
         """Show what is new, where that is wanted while it comes."""
         if self._steps:
             self._show_steps(block)
@@ -188,7 +191,7 @@ class Screen:
             piece = self._pieces[0].push(tokens, last=bool(block.done[0]))
             print(piece, end="", file=self._out, flush=True)
 
-    def _show_steps(self, block: Any) -> None:
+    def _show_steps(self, block: jkv.decoding.Block) -> None:
         for step in range(block.tokens.shape[1]):
             self._count += 1
             for row, token in enumerate(block.tokens[:, step].tolist()):
@@ -215,11 +218,11 @@ class Screen:
             print("\n\n".join(self._texts))
         sys.stdout.flush()
         read = sum(len(output["prompt_tokens"]) for output in outputs)
-        said = sum(len(output["tokens"]) for output in outputs)
+        generated = sum(len(output["tokens"]) for output in outputs)
         speed = report["tokens_per_second"]
         print(
-            f"{plural(read, 'prompt token')} in {report['prefill_seconds']:.3f} s, {said} "
-            "generated in "
+            f"{plural(read, 'prompt token')} in {report['prefill_seconds']:.3f} s, "
+            f"{generated} generated in "
             f"{report['decode_seconds']:.3f} s{f' ({speed:.0f} tokens/s)' if speed else ''}; "
             f"cache {report['cache']}, {process.size(report['cache_bytes'])}; "
             f"{report['compile_seconds']:.1f} s of compilation not counted",

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+import jkv
 from jkv.cli import options, process
 
 
@@ -33,11 +34,11 @@ def info(
         "cache_bytes_per_token": f"{facts['cache_bytes_per_token']:,}",
     }
     for name, value in shown.items():
-        said = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
-        print(f"{name.replace('_', ' '):<22} {said}")
+        shown_as = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+        print(f"{name.replace('_', ' '):<22} {shown_as}")
 
 
-def _facts(lm: Any, cache: str, kind: Any) -> dict[str, Any]:
+def _facts(lm: jkv.LM, cache: str, kind: jkv.CacheKind) -> dict[str, Any]:
     import jax
 
     from jkv import _pytree

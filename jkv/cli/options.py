@@ -68,7 +68,7 @@ FIRST = (
 CUTS = ("top_k", "top_p", "min_p")
 
 
-def drawing(temperature: Any, seed: int, **wanted: Any) -> dict[str, Any]:
+def drawing(temperature: float, seed: int, **wanted: object) -> dict[str, Any]:
     """Make the keywords `sampler` and `key` from options, or from the fields of a request.
 
     Args:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+import jkv
 from jkv._text import plural
 from jkv.cli import options, process
 from jkv.cli.tables import columns, operations
@@ -68,7 +70,7 @@ def plan(
         print(table(made))
 
 
-def report(plan: Any) -> str:
+def report(plan: jkv.planning.Plan) -> str:
     """All that there is to say about one plan."""
     lines = [heading(plan), f"cache {plan.cache}, {_rows(plan)}", ""]
     memory = [
@@ -81,7 +83,7 @@ def report(plan: Any) -> str:
         [("bytes", "", "", ""), *((n, f"{b:,}", process.size(b), more) for n, b, more in memory)]
     )
     if plan.device_memory is not None:
-        lines += ["", _fit(plan)]
+        lines += ["", _fit(plan, plan.device_memory)]
     step, without = plan.step, plan.step_without
     rows = [("one more token per row", "with the cache", "without", "")]
     for part in (*step.PARTS, "flops"):
@@ -110,28 +112,28 @@ _NAMES = {
 }
 
 
-def heading(plan: Any) -> str:
-    """The model in a line."""
+def heading(plan: jkv.planning.Plan) -> str:
+    """Describe the model in a line."""
     return (
         f"{plan.model}: {plan.parameters:,} parameters in {plan.dtype}, "
         f"made for {plural(plan.context, 'token', commas=True)}"
     )
 
 
-def table(plans: list[Any]) -> str:
+def table(plans: Sequence[jkv.planning.Plan | jkv.planning.Refusal]) -> str:
     """Kinds beside each other; those that this model cannot have say why."""
-    first = next(entry for entry in plans if not hasattr(entry, "why"))
-    limits = first.device_memory is not None
+    first = next(entry for entry in plans if isinstance(entry, jkv.planning.Plan))
+    memory = first.device_memory
     head = [
         "cache",
         "bytes/token",
         "cache",
         "total",
-        *(["max tokens", "max rows"] if limits else []),
+        *(["max tokens", "max rows"] if memory is not None else []),
     ]
     rows: list[list[str]] = [[*head, "step FLOP"]]
     for entry in plans:
-        if hasattr(entry, "why"):
+        if isinstance(entry, jkv.planning.Refusal):
             rows.append([entry.cache, f"no: {entry.why}"])
             continue
         row = [
@@ -142,30 +144,30 @@ def table(plans: list[Any]) -> str:
             process.size(entry.cache_bytes),
             process.size(entry.total_bytes),
         ]
-        if limits:
+        if memory is not None:
             row += [_count(entry.max_seq_len), _count(entry.max_batch)]
         rows.append([*row, operations(entry.step.flops)])
-    more = f", of {first.device_memory / 1e9:.4g} GB" if limits else ""
+    more = "" if memory is None else f", of {memory / 1e9:.4g} GB"
     about = f"{_rows(first)}; weights {process.size(first.weight_bytes)}{more}"
     return "\n".join([heading(first), about, "", *columns(rows), *_roomier(plans)])
 
 
-def _roomier(plans: list[Any]) -> list[str]:
+def _roomier(plans: Sequence[jkv.planning.Plan | jkv.planning.Refusal]) -> list[str]:
     """Kinds that have room for more than the rows, which makes them larger than they need be."""
     more = [
         f"  {entry.cache}: for {entry.kept_tokens:,}"
         for entry in plans
-        if not hasattr(entry, "why") and (entry.kept_tokens or 0) > entry.seq_len
+        if isinstance(entry, jkv.planning.Plan) and (entry.kept_tokens or 0) > entry.seq_len
     ]
     return ["", "room for more tokens than the rows have:", *more] if more else []
 
 
-def _rows(plan: Any) -> str:
+def _rows(plan: jkv.planning.Plan) -> str:
     rows = plural(plan.batch, "row", commas=True)
     return f"{rows} of {plural(plan.seq_len, 'token', commas=True)}"
 
 
-def _growth(plan: Any) -> str:
+def _growth(plan: jkv.planning.Plan) -> str:
     """What a cache takes with each token, or the room that it has from the start."""
     if plan.kept_tokens is None or plan.bytes_per_token:
         return f"{plan.bytes_per_token:,} per token"
@@ -176,12 +178,12 @@ def _count(number: int | None) -> str:
     return "any" if number is None else f"{number:,}"
 
 
-def _fit(plan: Any) -> str:
+def _fit(plan: jkv.planning.Plan, memory: int) -> str:
     longest = "rows of any length"
     if plan.max_seq_len is not None:
         longest = plural(plan.max_seq_len, "token", commas=True)
     return (
-        f"{plan.device_memory / 1e9:.4g} GB of memory: {'fits' if plan.fits else 'does not fit'}; "
+        f"{memory / 1e9:.4g} GB of memory: {'fits' if plan.fits else 'does not fit'}; "
         f"at most {longest} in each of {plan.batch:,}, or "
-        f"{plural(plan.max_batch, 'row', commas=True)} of {plan.seq_len:,}"
+        f"{plural(plan.max_batch or 0, 'row', commas=True)} of {plan.seq_len:,}"
     )

@@ -162,8 +162,8 @@ def _keywords(fields: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
     return keywords
 
 
-def _bias(value: Any) -> Any:
-    """Token ids and numbers: names in JSON are texts.
+def _bias(value: object) -> object:
+    """Turn names into token ids: in JSON names are texts.
 
     Raises:
         TypeError: a name is no id.

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+import jkv
 from jkv.cli import options, process
 from jkv.cli.tables import columns
 
@@ -33,7 +34,6 @@ def score(
     perplexity per token. With --json those of each token too: the first has null, since nothing
     comes before it.
     """
-    import jkv
     from jkv.cache.spec import parse
 
     if top_logprobs and not as_json:
@@ -55,7 +55,7 @@ def score(
         print(f"{line}  {text}")
 
 
-def _output(scores: Any, row: int, text: str) -> dict[str, Any]:
+def _output(scores: jkv.decoding.Scores, row: int, text: str) -> dict[str, Any]:
     """A text's object."""
     count = int(scores.lengths[row])
     output: dict[str, Any] = {
@@ -65,7 +65,7 @@ def _output(scores: Any, row: int, text: str) -> dict[str, Any]:
         "perplexity": float(scores.perplexities[row]) if count > 1 else None,
         "logprobs": [None, *scores.logprobs[row, 1:count].tolist()],
     }
-    if scores.top_tokens is not None:
+    if scores.top_tokens is not None and scores.top_logprobs is not None:
         output["top_tokens"] = [None, *scores.top_tokens[row, 1:count].tolist()]
         output["top_logprobs"] = [None, *scores.top_logprobs[row, 1:count].tolist()]
     return output

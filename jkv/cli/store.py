@@ -125,8 +125,8 @@ def report(
         "bytes found": lambda outcome: outcome.byte_hit_rate,
         "cost spared": lambda outcome: outcome.cost_saved,
     }
-    for said, rate in rates.items():
-        rows = [[said, *map(process.size, sizes)]]
+    for label, rate in rates.items():
+        rows = [[label, *map(process.size, sizes)]]
         for at in range(0, len(outcomes), len(sizes)):
             some = outcomes[at : at + len(sizes)]
             rows.append([some[0].policy, *(f"{100 * rate(outcome):.1f} %" for outcome in some)])
