@@ -66,7 +66,7 @@ ENTRY_POINTS = {
         "score",
         "stream",
     ),
-    "jkv.cli": ("drawing",),
+    "jkv.cli": ("_answer", "drawing"),
     "jkv.engine": (
         "Engine.__init__",
         "Engine.generate",

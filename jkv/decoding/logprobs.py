@@ -64,7 +64,7 @@ class Logprobs:
 
 
 def stack_rows(
-    rows: list[list[np.ndarray]], width: int, k: int, dtype: DTypeLike, rest: float
+    rows: list[list[np.ndarray]], width: int, k: int, dtype: DTypeLike, rest: int | float
 ) -> np.ndarray:
     """Stack rows of arrays ``[k]`` to ``[B, width, k]``, `rest` after the end of each."""
     out = np.full((len(rows), width, k), rest, dtype)

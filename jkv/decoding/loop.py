@@ -212,7 +212,7 @@ _KINDS = {jnp.integer: "integers", jnp.floating: "floats", jnp.bool_: "bools"}
 
 def _check_pass(name: str, model: object, cache: object) -> Cache:
     """Check a pass' model and cache; return the cache, copied back if it is on the host."""
-    if not hasattr(model, "hidden") or not hasattr(model, "logits"):
+    if not isinstance(model, DecoderLike):
         hint = ", as lm.model is" if hasattr(model, "model") else ""
         raise TypeError(f"{name} got {type(model).__name__} as a model; expected a decoder{hint}")
     if not isinstance(cache, Cache):

@@ -120,5 +120,7 @@ _IDENTITY = ("family", "vocab", "layers", "width", "heads", "kv_heads", "head_di
 
 def differences(old: Config | None, new: Config) -> str:
     """Say in what two configurations differ as far as a cache is concerned."""
-    pairs = ((name, getattr(old, name, None), getattr(new, name, None)) for name in _IDENTITY)
+    if old is None:
+        return "it does not say of which"
+    pairs = ((name, getattr(old, name), getattr(new, name)) for name in _IDENTITY)
     return ", ".join(f"{name} {a!r} rather than {b!r}" for name, a, b in pairs if a != b)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -279,6 +279,16 @@ def _function(function: Callable[..., object]) -> Function:
     return Function(function)
 
 
+@overload
+def bind(
+    sampler: Transform | Callable[[Array], Array],
+    vocab: int,
+    ends: Array | np.ndarray | None = None,
+) -> Transform: ...
+@overload
+def bind(
+    sampler: object, vocab: int, ends: Array | np.ndarray | None = None
+) -> Transform | None: ...
 def bind(sampler: object, vocab: int, ends: Array | np.ndarray | None = None) -> Transform | None:
     """Make a transform of what a user gave, for rows of one model that end at `ends`.
 
