@@ -14,7 +14,7 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 def parse_bytes(value: object, what: str = "device_memory") -> int:
-    """Bytes as a number, or as a text: "80GB" is 80 * 1000**3, "24GiB" 24 * 1024**3.
+    """Parse bytes, a number or a text: "80GB" is 80 * 1000**3, "24GiB" 24 * 1024**3.
 
     Raises:
         ValueError: anything else, or less than 1.

@@ -24,12 +24,12 @@ def got(name: str, value: object, of: str = "") -> str:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer of Python's or of numpy's, and no bool."""
+    """Return whether a value is an integer of Python or numpy, and no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_real(value: object) -> TypeGuard[float]:
-    """Whether a value is a real number of Python's or of numpy's, and no bool."""
+    """Return whether a value is a real number of Python or numpy, and no bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 

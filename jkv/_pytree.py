@@ -46,12 +46,12 @@ def pytree(cls: type[T]) -> type[T]:
 
 
 def replace(node: T, **changes: Any) -> T:
-    """Copy of a pytree value with some fields changed."""
+    """Copy a pytree value with some fields changed."""
     return dataclasses.replace(node, **changes)  # pyright: ignore[reportArgumentType]
 
 
 def nbytes(tree: object) -> int:
-    """Bytes that the arrays of `tree` hold, padding of the device's layout not counted."""
+    """Count the bytes of the arrays of `tree`, without the padding of the device's layout."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

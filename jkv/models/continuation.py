@@ -38,7 +38,7 @@ class Continuation:
             }
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens and with nothing put before it."""
+        """Encode a text without special tokens and without a prefix."""
         if self._inner is None or self._added is None:
             return self._whole.encode(text, add_special_tokens=False).ids
         encoding = self._inner.encode(text, add_special_tokens=False)
@@ -51,7 +51,7 @@ class Continuation:
 
 
 def _strip_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or pre-tokenizer that leaves the beginning of a text alone."""
+    """Return a normalizer or pre-tokenizer that does not treat the start of a text specially."""
     if not isinstance(part, dict):
         return part
     match part.get("type"):

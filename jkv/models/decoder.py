@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
         *,
         branch: Branch = _unchanged,
     ) -> tuple[Float[Array, "B T V"], Any]:
-        """Logits (float32) of the token after each new one, and the next cache.
+        """Return logits (float32) of the token after each new one, and the next cache.
 
         Args:
             tokens: new ones; ids outside the vocabulary are undefined.
@@ -250,7 +250,7 @@ class Decoder(nnx.Module):
         *,
         branch: Branch = _unchanged,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The last layer's output, before the head: for when only some logits are wanted."""
+        """Return the last layer's output, before the head: for when only some logits are wanted."""
         if cache is None:
             zeros = jnp.zeros(tokens.shape[:1], jnp.int32)
             new = tokens.shape[1]

@@ -150,7 +150,7 @@ def _holds_model(path: Path) -> bool:
 
 
 def _hub_cache(path: Path) -> str:
-    """A repository in the hub's cache: its snapshots are checkpoints."""
+    """Describe a repository in the hub's cache: its snapshots are checkpoints."""
     what = "it is a repository in the hub's cache"
     main = path / "refs" / "main"
     snapshots = [str(path / "snapshots" / name) for name in _names(path / "snapshots")]
@@ -221,7 +221,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _names(path: Path) -> list[str]:
-    """What is in a directory, in order; nothing where it cannot be listed."""
+    """List a directory in order; nothing where it cannot be listed."""
     try:
         return sorted(os.listdir(path))
     except OSError:

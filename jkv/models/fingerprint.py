@@ -83,7 +83,7 @@ def checksum(leaves: tuple[Any, ...]) -> bytes:
 
 @jax.jit
 def _checksum(x: Array) -> Array:
-    """Sums ``[2]`` uint32 over all places of a hash of bits and place (MurmurHash3's finalizer)."""
+    """Sum hashes of bits and place to ``[2]`` uint32 (MurmurHash3's finalizer)."""
     width = 8 * x.dtype.itemsize
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{min(width, 32)}")).reshape(-1)
     place = lax.iota(jnp.uint32, bits.shape[0])

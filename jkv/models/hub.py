@@ -36,7 +36,7 @@ _UNWANTED = (
 def resolve(
     source: object, revision: str | None, *, show: bool = False, wanted: tuple[str, ...] = ALL
 ) -> Path:
-    """The directory of a checkpoint, downloaded where it has to be.
+    """Find the directory of a checkpoint, downloading it if necessary.
 
     Args:
         source: name of a built-in model, else an existing directory, else a repository's id.

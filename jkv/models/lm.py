@@ -31,7 +31,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class LM:
-    """What `jkv.load` returns.
+    """A model with its configuration and tokenizer, as `jkv.load` returns it.
 
     Attributes:
         model: ``logits, cache = model(tokens, cache)``.
@@ -72,7 +72,7 @@ class LM:
         return [tokenizer.encode(text) for text in texts]
 
     def decode(self, tokens: Ids | Sequence[Ids]) -> str | list[str]:
-        """The text of a row of ids, or those of several; -1 (padding) and special tokens skipped.
+        """Decode a row of ids, or several; -1 (padding) and special tokens are skipped.
 
         Args:
             tokens: ids ``[T]`` or ``[B, T]``: lists (of any lengths) or integer arrays.
@@ -181,7 +181,7 @@ def read_config(
     revision: str | None = None,
     ignore: Sequence[str] = (),
 ) -> Config:
-    """The configuration of a checkpoint, from its `config.json` alone.
+    """Read the configuration of a checkpoint, from its `config.json` alone.
 
     Args:
         source: as of `load`; of a repository of the hub nothing else is downloaded.
@@ -207,7 +207,7 @@ def outline(
     revision: str | None = None,
     ignore: Sequence[str] = (),
 ) -> LM:
-    """What `load` returns, with shapes in place of the weights, which are neither read nor needed.
+    """Return what `load` does with shapes in place of weights, which are not read.
 
     Args:
         source: as of `load`.

@@ -209,7 +209,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         return self.made(value)
 
     def listed(self, value: Value) -> Value:
-        """A list of what an iterator yields: iterators in iterators would nest without a limit."""
+        """Make an iterator a list: iterators in iterators would nest without a limit."""
         if isinstance(value, Iterator) and not isinstance(value, runtime.LoopContext):
             return self.made(list(self.counted(value)))
         return value
@@ -286,7 +286,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def is_safe_attribute(self, obj: Value, attr: str, value: Value) -> bool:
-        """Whether a template may have an attribute: of those listed only."""
+        """Return whether a template may read an attribute: only listed ones."""
         if isinstance(obj, _OBJECTS):
             return super().is_safe_attribute(obj, attr, value)
         return any(isinstance(obj, kind) and attr in names for kind, names in _METHODS)
@@ -365,7 +365,7 @@ class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         return self._answered(super().call(__context, function, *args, **kwargs))
 
     def _guard(self, method: Callable[..., Any], name: str, function: Value) -> Callable[..., Any]:
-        """A filter or a test that is called through a method; partial, as that is made quickly."""
+        """Make a filter or a test that charges; a partial, which is made quickly."""
         guarded = functools.partial(method, name, function)
         if hasattr(function, "jinja_pass_arg"):
             vars(guarded)["jinja_pass_arg"] = function.jinja_pass_arg

@@ -93,7 +93,7 @@ def save(
 
 
 def _config(lm: LM, config: Config) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """`config.json` and `generation_config.json`: the model's own, where they describe it still."""
+    """Return `config.json` and `generation_config.json`, the model's own if still right."""
     if lm.directory is not None:
         values = read_json(lm.directory / "config.json", [], optional=True)
         generation = read_json(lm.directory / "generation_config.json", [], optional=True)
@@ -205,7 +205,7 @@ def _cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _write_tokenizer(stage: Path, tokenizer: Tokenizer) -> None:
-    """Copy the files that the tokenizer was read from; write them anew where there are none."""
+    """Copy the files that the tokenizer was read from, or write them where there are none."""
     source = tokenizer.directory
     if source is not None:
         if not (source / "tokenizer.json").is_file():
@@ -239,7 +239,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _stage(target: Path) -> Iterator[Path]:
-    """A directory to write to, whose files are put in place if nothing goes wrong."""
+    """Give a directory to write to, whose files replace the target's if nothing fails."""
     token = f".{target.name}-{secrets.token_hex(4)}.tmp"
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = (target if target.is_dir() else target.parent) / token

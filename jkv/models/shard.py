@@ -18,7 +18,7 @@ M = TypeVar("M", LM, Decoder)
 
 
 def shard(lm: M, mesh: Mesh) -> M:
-    """The same model over the devices of a mesh, each with its own heads and their caches.
+    """Shard a model over the devices of a mesh, each with its own heads and their caches.
 
     Heads, the feed-forward's inner units and the vocabulary are parted, and two sums per layer
     bring the parts together (Shoeybi et al. 2019, arXiv:1909.08053). Whatever runs a model runs

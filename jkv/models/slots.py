@@ -1,4 +1,4 @@
-"""Where a checkpoint's tensors lie in a decoder, for reading and for writing."""
+"""The variables of a decoder that hold a checkpoint's tensors, for reading and writing."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def find_slots(model: Decoder, family: Family) -> list[Slot]:
 def tensor_shapes(config: Config, family: Family) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors that a model needs, by name.
 
-    All layers have the same, so that a model of one is enough to tell: 1000 layers that a
-    configuration claims over a file of two are found out in no time.
+    All layers have the same shapes, so a model of one layer is enough: a configuration that claims
+    1000 layers for a file of two is refused at once.
     """
     one = dataclasses.replace(config, layers=1, windows=(), dtype="float32")
     model = outline_model(one)
@@ -146,7 +146,7 @@ def _slot(model: Decoder, name: str, place: Place, paths: list[str]) -> Slot | N
 
 
 def _walk(module: Any, path: str) -> Any:
-    """The module at a path, None where a model of this configuration has none."""
+    """Find the module at a path, None where a model of this configuration has none."""
     for step in path.split(".") if path else []:
         module = module[int(step)] if step.isdigit() else getattr(module, step, None)
         if module is None:
@@ -155,5 +155,5 @@ def _walk(module: Any, path: str) -> Any:
 
 
 def _to_device(array: np.ndarray, dtype: str) -> jax.Array:
-    """A copy on the device. `device_put` would alias memory on the CPU."""
+    """Copy to the device; `device_put` would alias memory on the CPU."""
     return jnp.array(array, dtype=jnp.dtype(dtype), copy=True)

@@ -224,7 +224,7 @@ def _tool(tool: object) -> Any:
 
 
 def _fields(value: object) -> Mapping[Any, Any] | None:
-    """What a mapping, a dataclass or a pydantic model holds; None for anything else."""
+    """Return the fields of a mapping, dataclass or pydantic model, None for anything else."""
     if isinstance(value, Mapping):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -27,7 +27,7 @@ class Weight(NamedTuple):
 
 
 def weigh(value: Value, charge: Callable[[int], None]) -> Weight:
-    """Walk through a value. What two containers hold counts twice, as it does in their text.
+    """Measure a value. Parts of two containers count twice, as they do in their text.
 
     Args:
         value: of a template.
@@ -69,7 +69,7 @@ def _attributes(namespace: utils.Namespace) -> dict[str, Value]:
 
 
 def shallow_bytes(value: Value) -> int:
-    """Bytes of a value without what it holds."""
+    """Return the bytes of a value without its parts."""
     if isinstance(value, str | list | tuple | dict | set):
         return sys.getsizeof(value)
     return 40

@@ -104,7 +104,7 @@ class Tensor:
 
 
 def read_header(path: Path, problems: list[str]) -> dict[str, Tensor]:
-    """The tensors of a file by name; what is wrong with it is added to `problems`.
+    """Read the tensors of a file by name; problems are appended to `problems`.
 
     A tensor is only reported when its bytes are inside of the file and its alone.
     """
@@ -184,7 +184,7 @@ def write_tensors(
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without repeated keys: readers differ in which of two they believe."""
+    """Make an object, and refuse repeated keys: readers differ in which of two they use."""
     result = dict(pairs)
     if len(result) != len(pairs):
         counts = collections.Counter(name for name, _ in pairs)
@@ -194,7 +194,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(name: str, entry: object, path: Path, base: int, problems: list[str]) -> Tensor | None:
-    """One entry of a header, if it agrees with itself."""
+    """Read one entry of a header, None if it contradicts itself."""
 
     def are_sizes(values: object) -> TypeGuard[list[int]]:
         return isinstance(values, list) and all(

@@ -30,7 +30,7 @@ class TokenBytes:
         self._letters = byte_letters() if "ByteLevel" in kinds and not self._fallback else {}
 
     def __getitem__(self, token: int) -> bytes:
-        """The bytes of an id; none where the vocabulary has no such token."""
+        """Return the bytes of an id, empty where the vocabulary has no such token."""
         known = self._known.get(token)
         if known is None:
             known = self._known[token] = self._look_up(token)
@@ -63,7 +63,7 @@ class _Part(Protocol):
 
 
 def byte_letters() -> dict[str, int]:
-    """The printable character with which byte-level vocabularies write each byte (GPT-2)."""
+    """Return the printable character with which byte-level vocabularies write each byte."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     plain += range(ord("®"), ord("ÿ") + 1)
     others = [byte for byte in range(256) if byte not in plain]
@@ -73,12 +73,12 @@ def byte_letters() -> dict[str, int]:
 
 
 def state_of(part: _Part | None) -> dict[str, Any] | None:
-    """A part of a tokenizer as `tokenizer.json` has it; None where there is none."""
+    """Return a part of a tokenizer as in `tokenizer.json`, None where there is none."""
     return None if part is None else json.loads(part.__getstate__())
 
 
 def _kinds(state: object) -> set[str]:
-    """The types of a part and of all that it is made of."""
+    """Return the types of a part and of its own parts."""
     if isinstance(state, dict):
         found = {state["type"]} if isinstance(state.get("type"), str) else set()
         return found.union(*map(_kinds, state.values()))

@@ -62,7 +62,7 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token as it is written in the vocabulary."""
+        """Return the id of a token as it is written in the vocabulary."""
         return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -103,15 +103,15 @@ class Tokenizer:
         return self._continuation.encode(text)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token adds to a text that has begun, also where it is a special one."""
+        """Return the bytes that a token, special or not, adds to the middle of a text."""
         return self._bytes[token]
 
     def is_special(self, token: int) -> bool:
-        """Whether `decode` leaves a token out."""
+        """Return whether `decode` omits a token."""
         return token in self._special_texts
 
     def without_special(self, text: str) -> str:
-        """A text without the texts of special tokens: what `decode` would make of its ids."""
+        """Remove the texts of special tokens, as `decode` does."""
         texts = sorted(self._special_texts.values(), key=len, reverse=True)
         return re.sub("|".join(map(re.escape, texts)), "", text) if texts else text
 
@@ -129,7 +129,7 @@ class Tokenizer:
         return {i: token.content for i, token in added.items() if token.special}
 
     def decode(self, ids: Ids, *, skip_special: bool = True) -> str:
-        """The text of a row of ids; -1 (padding) is left out.
+        """Decode a row of ids; -1 (padding) is skipped.
 
         Args:
             ids: a list or array of integers ``[T]``.
@@ -258,7 +258,7 @@ def _ids(values: Ids) -> list[int]:
 
 
 def read_tokenizer(directory: Path, problems: list[str]) -> Tokenizer | None:
-    """The tokenizer of a checkpoint; None where it has no `tokenizer.json`.
+    """Read the tokenizer of a checkpoint, None where it has no `tokenizer.json`.
 
     Args:
         directory: of the checkpoint.

@@ -53,7 +53,7 @@ def build(
 
 
 def _charsmaps(value: object) -> Iterator[Any]:
-    """Maps of characters that SentencePiece has compiled, wherever they are."""
+    """Yield the compiled character maps of SentencePiece in any part."""
     if isinstance(value, dict):
         if value.get("type") == "Precompiled":
             yield value.get("precompiled_charsmap")
@@ -99,7 +99,7 @@ def _adapt(values: dict[str, Any], config: Mapping[str, Any], model_type: object
 
 
 def _parts(splitter: object) -> list[dict[str, Any]]:
-    """The parts of a pre-tokenizer."""
+    """Return the parts of a pre-tokenizer."""
     if not isinstance(splitter, dict):
         return []
     parts = splitter.get("pretokenizers")
@@ -109,7 +109,7 @@ def _parts(splitter: object) -> list[dict[str, Any]]:
 
 
 def _with_prefix(splitter: dict[str, Any], prefix: bool) -> dict[str, Any]:
-    """A pre-tokenizer whose bytes begin with a space, or do not."""
+    """Set whether a byte-level pre-tokenizer puts a space first."""
     if splitter.get("type") == "ByteLevel":
         return splitter | {"add_prefix_space": prefix}
     if splitter.get("type") == "Sequence":
@@ -119,7 +119,7 @@ def _with_prefix(splitter: dict[str, Any], prefix: bool) -> dict[str, Any]:
 
 
 def _llama(values: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `LlamaTokenizer` makes of a vocabulary and its merges."""
+    """Build what `LlamaTokenizer` makes of a vocabulary and its merges."""
     prefix = config.get("add_prefix_space") is not False
     scheme = ("always" if config.get("legacy") else "first") if prefix else "never"
     decoders: list[dict[str, Any]] = [
@@ -229,7 +229,7 @@ def _is_id(text: object) -> TypeGuard[str]:
 
 
 def _content(value: object) -> str | None:
-    """The text of a token, which is a text or an object; None where it is empty or no Unicode."""
+    """Return the text of a token, a text or an object; None if it is empty or no Unicode."""
     value = value.get("content") if isinstance(value, dict) else value
     if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
         return None
@@ -237,7 +237,7 @@ def _content(value: object) -> str | None:
 
 
 def _named_tokens(values: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens with names, the usual ones first, then a model's own."""
+    """Return special tokens with names, the usual ones first, then a model's own."""
     found = {f"{word}_token": _content(values.get(f"{word}_token")) for word in _NAMED}
     own = {k: _content(v) for k, v in values.items() if k.endswith("_token") and k not in found}
     extra = values.get("extra_special_tokens")

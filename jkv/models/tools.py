@@ -75,7 +75,7 @@ def schema(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
-    """A function's parameters without the instance or the class that a method gets."""
+    """Return a function's parameters without the instance or class of a method."""
     for i, parameter in enumerate(inspect.signature(function).parameters.values()):
         bare = parameter.annotation is inspect.Parameter.empty
         if not (i == 0 and bare and parameter.name in ("self", "cls")):
@@ -95,7 +95,7 @@ def _describe(kind: dict[str, Any], text: str, where: str) -> dict[str, Any]:
 
 
 def _type(hint: object, where: str) -> dict[str, Any]:
-    """The JSON schema of an annotation."""
+    """Return the JSON schema of an annotation."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is None:
         if isinstance(hint, type) and issubclass(hint, enum.Enum):
@@ -145,7 +145,7 @@ def _enumeration(values: list[Any], where: str) -> dict[str, Any]:
 
 
 def _parse_docstring(text: str) -> tuple[str, dict[str, str], str | None]:
-    """The description, that of each argument, and that of the result, of Google's style."""
+    """Parse a docstring of Google's style: the description, the arguments' and the result's."""
     sections: dict[str, list[str]] = {"": []}
     section = ""
     for line in text.split("\n"):

@@ -1,4 +1,4 @@
-"""Which weights a cache was computed with, known without keeping them alive."""
+"""The weights that a cache was computed with, identified without keeping them alive."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Weights:
         )
 
     def add(self, leaves: Sequence[Any]) -> None:
-        """Other arrays of the same values hold it too."""
+        """Add other arrays of the same values."""
         self._copies.append(tuple(map(weakref.ref, leaves)))
 
     def alive(self) -> list[Any] | None:
@@ -44,7 +44,7 @@ class Weights:
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """None: arrays elsewhere are others."""
+        """Pickle as None: arrays of another process are others."""
         return type(None), ()
 
 
@@ -62,7 +62,7 @@ def _is_deleted(leaf: object) -> bool:
 
 
 def weights_of(model: object) -> Weights:
-    """The weights that a model has now."""
+    """Return the weights that a model has now."""
     leaves = _leaves(model)
     for weights in reversed(_known):
         if weights.holds(leaves):

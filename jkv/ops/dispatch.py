@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and why not another."""
+"""The choice of an operation's implementation, with the reasons against others."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Choice:
     refused: dict[str, str]  # name to reason
 
     def __str__(self) -> str:
-        """One line for each."""
+        """Write one line for each implementation."""
         lines = [f"{name}: no, {why}" for name, why in self.refused.items()]
         return "\n".join([*lines, f"{self.name}: yes"])
 
@@ -126,7 +126,7 @@ def platforms() -> tuple[str, ...]:
 
 @functools.cache
 def capability() -> str | None:
-    """Of the GPU there is; None where there is none, which is where another is compiled for."""
+    """Return the compute capability of this GPU, None without one (when compiling for another)."""
     if jax.default_backend() != "gpu":
         return None
     return str(jax.local_devices()[0].compute_capability)
@@ -314,7 +314,7 @@ def kernel(
 def _compiled(
     function: Callable[..., Any], static: tuple[Any, ...], operands: tuple[Any, ...]
 ) -> Any:
-    """The kernel, a function that all layers of a model share: traced and lowered once.
+    """Run the kernel, a function that all layers of a model share: traced and lowered once.
 
     Some kernels place their operands, which is for compiled programs only.
     """

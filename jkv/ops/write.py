@@ -1,4 +1,4 @@
-"""New tokens into their slots, in place."""
+"""Writes of new tokens into their slots, in place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(
         slots: of the runs: run u goes to slots from ``slots[b, u] * run``.
         run: consecutive tokens that stay together.
     """
-    # XLA for a TPU lays the slots of arrays with fewer channels last.
+    # On a TPU, XLA stores arrays of fewer channels with their slots last.
     if buffer.ndim == 4 and buffer.shape[3] % LANES == 0:
         return _rows(buffer, new, slots, run)
     plain = functools.partial(_rows, run=run)
@@ -44,7 +44,7 @@ def write_last(
     slots: Int[Array, "B U"],
     run: int = 1,
 ) -> Num[Array, "B K C S"]:
-    """Like `write` where the slots are the last axis: each number of a token is a line apart."""
+    """Write tokens where the slots are the last axis: a token's numbers are a line apart."""
     batch, count, *rest = new.shape
     runs = new.reshape(batch, count // run, run, *rest)
     return write_runs(buffer, jnp.moveaxis(runs, 2, -1), slots)
@@ -61,7 +61,7 @@ def write_runs(
 
 
 def _each(kernel: Any, plain: Any, run: int, buffer: Array, new: Array, at: Array) -> Array:
-    """With a kernel for TPUs if they are compiled for and the runs are few."""
+    """Write by a kernel if compiled for TPUs and the runs are few."""
     count = at.shape[1]
     if "tpu" not in dispatch.platforms() or count > FEW:
         return plain(buffer, new, at)
@@ -78,7 +78,7 @@ def _each(kernel: Any, plain: Any, run: int, buffer: Array, new: Array, at: Arra
 
 
 def _tokens(buffer: Array, new: Array, at: Array, run: int) -> Array:
-    """One run of tokens of each row, [B, run, K, *H], seen as XLA lays the buffer."""
+    """Write one run of tokens of each row, [B, run, K, *H], in the buffer's own layout."""
     new = jnp.moveaxis(new, 1, -1)
     if buffer.ndim == 3:
         return _kernel(buffer, new, at)
@@ -86,18 +86,18 @@ def _tokens(buffer: Array, new: Array, at: Array, run: int) -> Array:
 
 
 def _runs(buffer: Array, new: Array, at: Array) -> Array:
-    """One run of each row, [B, 1, K, *C, R]."""
+    """Write one run of each row, [B, 1, K, *C, R]."""
     return _kernel(buffer, new[:, 0], at)
 
 
 def _kernel(buffer: Array, new: Array, at: Array) -> Array:
-    from jkv.ops.mosaic_tpu.write import write_run  # its language takes a while to import
+    from jkv.ops.mosaic_tpu.write import write_run  # Pallas takes a while to import
 
     return write_run(buffer, new, at)
 
 
 def _lines(buffer: Array, new: Array, at: Array) -> Array:
-    """Runs as tokens of lines that have each a slot for a run."""
+    """Write runs as tokens of lines that have a slot per run."""
     batch, size, run = buffer.shape[0], buffer.shape[-1], new.shape[-1]
     lines = buffer.reshape(batch, -1, size // run, run)
     tokens = new.reshape(batch, new.shape[1], -1, run)
@@ -107,7 +107,7 @@ def _lines(buffer: Array, new: Array, at: Array) -> Array:
 
 
 def _rows(buffer: Array, new: Array, slots: Array, run: int = 1) -> Array:
-    """By XLA.
+    """Write by XLA.
 
     Rows and heads are one axis while writing, as they are while reading: with a reshape between
     the update and the product that reads it, XLA updates once per shape and copies the buffer.
@@ -125,7 +125,7 @@ def _rows(buffer: Array, new: Array, slots: Array, run: int = 1) -> Array:
 
 
 def distinct(at: Int[Array, "*B N"], size: int) -> Int[Array, "*B N"]:
-    """Indices into `size` places of which the negative ones are past the end, each for itself.
+    """Move negative indices into `size` places past the end, each to a place of its own.
 
     JAX wraps negative indices, and drops those past the end; XLA is told that none comes twice.
     """
@@ -134,7 +134,7 @@ def distinct(at: Int[Array, "*B N"], size: int) -> Int[Array, "*B N"]:
 
 
 def scatter(buffer: Array, at: Any, new: Array) -> Array:
-    """The buffer with `new` at distinct places, in place; those past the end are dropped.
+    """Write `new` to distinct places, in place; those past the end are dropped.
 
     Args:
         buffer: of any shape.

@@ -298,7 +298,7 @@ def _plan(
 
 
 def _kept_tokens(config: Config, kind: CacheKind, batch: int, length: int) -> int | None:
-    """Tokens of a row that layers keep on average, None where one of them keeps all."""
+    """Return the tokens of a row that layers keep on average, None where one keeps all."""
     total = 0
     for layers in memory.distinct(config, kind):
         retained = layers.shape(config, batch, length).retained
@@ -318,7 +318,7 @@ class _Kept:
 
 
 def kept(config: Config, kind: CacheKind, batch: int, length: int) -> list[_Kept]:
-    """What each kind of layer holds of rows of `length` tokens."""
+    """Return what each kind of layer stores of rows of `length` tokens."""
     found: list[_Kept] = []
     for layers in memory.distinct(config, kind):
         shape = layers.shape(config, batch, length)
@@ -346,7 +346,7 @@ class _Passes:
 def with_cache(
     config: Config, kind: CacheKind, batch: int, length: int, passes: list[_Passes]
 ) -> Work:
-    """Passes with a cache for rows of `length` tokens, and the logits after the last.
+    """Count the work of passes with a cache for rows of `length` tokens.
 
     A cache is read as far as a query looks: a layer's own window, or all that the kind keeps.
     """
@@ -374,7 +374,7 @@ def with_cache(
 
 
 def without_cache(config: Config, batch: int, length: int, new: int) -> Work:
-    """One pass in which all tokens go through again, the last of them new."""
+    """Count the work of a pass over all tokens, of which the last `new` are new."""
     return work(
         config,
         batch,
@@ -387,7 +387,7 @@ def without_cache(config: Config, batch: int, length: int, new: int) -> Work:
 
 
 def _works(config: Config, kind: CacheKind, batch: int, length: int) -> tuple[Work, ...]:
-    """The last of `length` tokens, and all of them into an empty cache."""
+    """Count the work of the last of `length` tokens, and of all into an empty cache."""
     if kind.recomputes:
         return tuple(without_cache(config, batch, length, new) for new in (1, length))
     size = min(Options.prefill_chunk, length)

@@ -130,11 +130,11 @@ def test_padding_widens_no_range():
     assert np.all(np.asarray(wider, np.float32) > 2 * np.asarray(steps, np.float32))
 
 
-def test_up_is_the_next_bfloat16():
+def test_round_up_is_the_next_bfloat16():
     rng = np.random.default_rng(0)
     x = np.exp(rng.uniform(-80, 80, 2000)).astype(np.float32)
     x[:3] = 1.0, 2.0**-120, 1 + 2.0**-7
-    found = np.asarray(jax.jit(quantize.up)(x), np.float32)
+    found = np.asarray(jax.jit(quantize.round_up)(x), np.float32)
     assert np.all(found >= x)
     np.testing.assert_array_equal(found[:3], x[:3])
     below = (found.view(np.uint32) - np.uint32(1 << 16)).view(np.float32)

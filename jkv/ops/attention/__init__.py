@@ -27,7 +27,7 @@ def __dir__() -> list[str]:
 
 
 def _supports_all(q: Any, kv: Any, positions: Any, spec: Any) -> None:
-    """No reason against any case."""
+    """Return no reason against any case."""
     del q, kv, positions, spec
 
 
@@ -185,14 +185,14 @@ def attention_with_chunk(
 
 
 def _attends_apart(q: Shaped, own: ContiguousKV, spec: AttentionSpec) -> bool:
-    """Whether the best implementation for a chunk alone can attend to nothing else."""
+    """Return whether the best implementation for a chunk can attend to the chunk alone."""
     return OPERATION.find(explain(q, own, spec).name).only_chunks
 
 
 def _attend_shifted(
     q: Array, k: Array, v: Array, positions: Array, spec: AttentionSpec, since: int
 ) -> Partial:
-    """The chunk's tokens from a position on, brought to the front of each row and back."""
+    """Attend among the chunk's tokens from a position on, moved to the front and back."""
     new = q.shape[1]
     skipped = jnp.sum((positions >= 0) & (positions < since), axis=1)
     offsets = jnp.arange(new, dtype=jnp.int32)[None]

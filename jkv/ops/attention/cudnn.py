@@ -1,8 +1,8 @@
-"""A prefill's attention among its own tokens by cuDNN, which `jax.nn` calls; not ours to rewrite.
+"""Attention among a prefill's own tokens by cuDNN, through `jax.nn`.
 
-Only that: its keys come as `[B, T, K, H]`, where a cache that is `[B, K, S, H]` would be turned
-around, and its "causal" counts queries and keys from the first. What is before the chunk is another
-part, and they are merged.
+Only a chunk's own tokens: cuDNN takes keys as `[B, T, K, H]`, to which a cache of `[B, K, S, H]`
+would have to be transposed, and its "causal" mask counts queries and keys from the first. Tokens
+before the chunk are another part, and the two are merged.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def unsupported(q: Shaped, kv: KV, positions: Shaped | None, spec: AttentionSpec
 
 
 def _refused(dim: int) -> str | None:
-    """Why there is no cuDNN for heads of this size, here or where it is compiled for."""
+    """Return why cuDNN does not take heads of this size on the target, or None."""
     if not installed():
         return "no JAX for NVIDIA GPUs is installed, which brings cuDNN"
     if "xla_allow_excess_precision=false" in os.environ.get("XLA_FLAGS", "").lower():
@@ -92,5 +92,5 @@ def _refused(dim: int) -> str | None:
 
 @functools.cache
 def installed() -> bool:
-    """Whether JAX can be asked for cuDNN: tracing alone needs it."""
+    """Return whether a JAX with cuDNN is installed: tracing alone needs it."""
     return any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))

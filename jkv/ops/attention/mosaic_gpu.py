@@ -16,7 +16,7 @@ from jkv.ops.partial import Partial
 def attention(
     q: Array, kv: KV, positions: Array, spec: AttentionSpec, interpret: object = False
 ) -> Partial:
-    """See `jkv.ops.attention`; `interpret` is that of `plgpu.kernel`."""
+    """Attend, see `jkv.ops.attention`; `interpret` is that of `plgpu.kernel`."""
     return launch.attend(q, kv, positions, spec, interpret=interpret)
 
 

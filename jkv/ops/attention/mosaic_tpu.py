@@ -69,7 +69,7 @@ def _interleaved(name: str, leaves: list[Leaf], page: int, x: Pages) -> str | No
 def attention(
     q: Array, kv: KV, positions: Array, spec: AttentionSpec, interpret: object = False
 ) -> Partial:
-    """See `jkv.ops.attention`; `interpret` is that of `pl.pallas_call`."""
+    """Attend, see `jkv.ops.attention`; `interpret` is that of `pl.pallas_call`."""
     if isinstance(kv, PagedKV):
         return _over_pages(q, kv, positions, spec, interpret)
     return _over_slots(q, kv, positions, spec, interpret)
