@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jkv._axes import Array
 from jkv._text import brief, plural
-from jkv.cache import CacheKind, concat, init_cache
+from jkv.cache import Cache, CacheKind, concat, init_cache
 from jkv.cache.protocol import as_kind, own_kind_hint
 from jkv.errors import UnsupportedError
 from jkv.ops.masks import AttentionSpec
@@ -33,7 +34,7 @@ def everything(query: int, position: int) -> bool:
 
 
 def check_kind(
-    kind: Any,
+    kind: CacheKind | str,
     *,
     sees: Sees = everything,
     tolerance: float = 1e-4,
@@ -61,17 +62,17 @@ def check_kind(
     Example:
         >>> check_kind(jkv.window(8), sees=lambda q, p: q - 8 < p <= q, rolls_back=False)
     """
-    kind = as_kind(kind)
-    if not isinstance(kind, CacheKind):
+    checked = as_kind(kind)
+    if not isinstance(checked, CacheKind):
         raise TypeError(
-            f"check_kind got {brief(kind)}; expected a kind such as jkv.dense(), or its text"
-            f"{own_kind_hint(kind)}"
+            f"check_kind got {brief(checked)}; expected a kind such as jkv.dense(), or its text"
+            f"{own_kind_hint(checked)}"
         )
-    if type(kind).__hash__ is None:
+    if type(checked).__hash__ is None:
         raise AssertionError(
-            f"the kind {type(kind).__name__} is not hashable; make it a frozen dataclass"
+            f"the kind {type(checked).__name__} is not hashable; make it a frozen dataclass"
         )
-    probe = _Probe(kind, sees, tolerance, slots, longest=max(chunks))
+    probe = _Probe(checked, sees, tolerance, slots, longest=max(chunks))
     probe.is_a_value()
     rows = probe.fed(chunks)
     probe.padding_is_not_stored()
@@ -102,7 +103,7 @@ class _Config:
 class _Rows:
     """A cache of one layer, and the tokens that are in it."""
 
-    cache: Any
+    cache: Cache
     tokens: list[list[int]]
 
     @property
@@ -110,7 +111,7 @@ class _Rows:
         return np.asarray([len(row) for row in self.tokens], np.int32)
 
 
-def _key(position: Any) -> np.ndarray:
+def _key(position: np.ndarray | Sequence[int] | int) -> np.ndarray:
     """Return a key ``[..., DIM]`` of a position, far from those of a few hundred others."""
     waves = np.random.default_rng(1).uniform(0.2, 3.0, DIM // 2)
     turns = np.asarray(position)[..., None] * waves
@@ -121,7 +122,7 @@ _VALUES = np.random.default_rng(2).uniform(-1, 1, (512, HEADS, DIM)).astype(np.f
 
 
 class _Probe:
-    def __init__(self, kind: Any, sees: Sees, tolerance: float, slots: int, longest: int):
+    def __init__(self, kind: CacheKind, sees: Sees, tolerance: float, slots: int, longest: int):
         self.kind, self.sees, self.tolerance = kind, sees, tolerance
         self.slots, self.longest = slots, longest
         self.keys = jnp.asarray(_key(np.arange(slots + 1)))
@@ -135,10 +136,12 @@ class _Probe:
         self.cropped = jax.jit(lambda cache, lengths: cache.crop(lengths))
         self.to_legacy = jax.jit(lambda cache: cache.to_legacy())
 
-    def new(self, rows: int) -> Any:
+    def new(self, rows: int) -> Cache:
         return init_cache(_Config(), self.kind, batch=rows, slots=self.slots)
 
-    def _attend(self, cache: Any, tokens: Any, asked: Any, counts: Any) -> Any:
+    def _attend(
+        self, cache: Cache, tokens: Array, asked: Array, counts: Array
+    ) -> tuple[Array, Cache]:
         """Run a pass in which each new token ``[B, T]`` asks for a position; padding is NaN."""
         self.compiled += 1
 
@@ -193,7 +196,7 @@ class _Probe:
                 f"{seen[-1:]}"
             )
 
-    def crop(self, cache: Any, lengths: np.ndarray) -> Any:
+    def crop(self, cache: Cache, lengths: np.ndarray) -> Cache:
         try:
             return self.cropped(cache, lengths)
         except UnsupportedError:  # a kind may have to know the lengths
@@ -293,7 +296,7 @@ class _Probe:
             )
 
         @jax.jit
-        def reversed_twice(cache: Any) -> Any:
+        def reversed_twice(cache: Cache) -> Cache:
             stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), cache)
             forked = jax.vmap(lambda cache: cache.take(jnp.asarray([2, 1, 0])))(stacked)
             return jax.tree.map(lambda leaf: leaf[0], forked)

@@ -102,6 +102,7 @@ ENTRY_POINTS = {
         "read_config",
         "shard",
     ),
+    "jkv.testing": ("check_kind",),
     "jkv.planning": (
         "_dtype",
         "_plan",

@@ -13,11 +13,12 @@ from jkv.cache.init import init_cache
 from jkv.cache.none import NoCache, none
 from jkv.cache.paged import Paged, copy_pages, paged
 from jkv.cache.per_layer import per_layer
-from jkv.cache.protocol import CacheKind, LayerCache, SharedState, Step, shard_heads
+from jkv.cache.protocol import CacheKind, LayerCache, Step, shard_heads
 from jkv.cache.pyramid import pyramid
 from jkv.cache.quantized import fp8, near_far, quantized, sparse
 from jkv.cache.quantized_layer import QuantizedCache
 from jkv.cache.run import Run
+from jkv.cache.shared_state import SharedState
 from jkv.cache.window import Window, window
 
 __all__ = [

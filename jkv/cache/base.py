@@ -23,13 +23,13 @@ from jkv.cache.protocol import (
     LayerCache,
     Layers,
     Shape,
-    SharedState,
     as_kind,
     furthest,
     own_kind_hint,
 )
 from jkv.cache.rows import Lengths, Rows, check_lengths, check_rows
 from jkv.cache.scores import Score
+from jkv.cache.shared_state import SharedState
 from jkv.errors import CacheFullError, NonFiniteError, UnsupportedError
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from jaxtyping import Bool, Int
 from jkv._axes import Array
 from jkv._pytree import pytree, replace
 from jkv.cache.page_allocation import PageWrites, PoolSpec, allocate, count_uses
-from jkv.cache.protocol import LayerCache, Layers, SharedState, Step
+from jkv.cache.protocol import LayerCache, Layers, Step
+from jkv.cache.shared_state import SharedState
 from jkv.errors import UnsupportedError
 
 if TYPE_CHECKING:

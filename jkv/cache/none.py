@@ -14,7 +14,8 @@ from jkv import ops
 from jkv._axes import Array
 from jkv._pytree import pytree
 from jkv.cache.form import Form
-from jkv.cache.protocol import CacheKind, LayerCache, Layers, SharedState, Step
+from jkv.cache.protocol import CacheKind, LayerCache, Layers, Step
+from jkv.cache.shared_state import SharedState
 from jkv.errors import UnsupportedError
 from jkv.ops.masks import AttentionSpec
 

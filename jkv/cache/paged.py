@@ -32,7 +32,6 @@ from jkv.cache.protocol import (
     CacheKind,
     LayerCache,
     Shape,
-    SharedState,
     Step,
     as_kind,
     check_heads,
@@ -40,6 +39,7 @@ from jkv.cache.protocol import (
     window_of,
 )
 from jkv.cache.quantized import QuantizedKind, fp8
+from jkv.cache.shared_state import SharedState
 from jkv.errors import UnsupportedError
 from jkv.ops.attention.reference import gather_slots
 from jkv.ops.codecs import Affine, Codec, Encoded

@@ -14,8 +14,9 @@ from jkv._axes import Array
 from jkv._pytree import pytree, replace, static
 from jkv._text import brief
 from jkv.cache.dense import check_heads, write
-from jkv.cache.protocol import CacheKind, LayerCache, SharedState, Step, shard_heads
+from jkv.cache.protocol import CacheKind, LayerCache, Step, shard_heads
 from jkv.cache.ring import Ring
+from jkv.cache.shared_state import SharedState
 from jkv.ops.codecs import Encoded, all_finite
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.order import depend_on

@@ -12,7 +12,8 @@ from jkv._axes import Array
 from jkv._pytree import replace
 from jkv._text import plural
 from jkv.cache.base import Cache
-from jkv.cache.protocol import LayerCache, Layers, SharedState, Step
+from jkv.cache.protocol import LayerCache, Layers, Step
+from jkv.cache.shared_state import SharedState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,8 @@ from jkv.cache.block_table import BlockTables, tables_of
 from jkv.cache.init import init_cache
 from jkv.cache.none import NoCache, TokenHistory
 from jkv.cache.paged import Paged
-from jkv.cache.protocol import LayerCache, SharedState
+from jkv.cache.protocol import LayerCache
+from jkv.cache.shared_state import SharedState
 from jkv.errors import CorruptError, JkvError, UnsupportedError
 from jkv.models.config import Config
 from jkv.ops.pages import TpuPages
