@@ -16,14 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jkv._axes import Array
+from jkv._probe import DIM, HEADS, SHARP, TOKENS, VALUES, expected, key_of, keys_and_values
 from jkv._text import brief, plural
 from jkv.cache import Cache, CacheKind, concat, init_cache
 from jkv.cache.protocol import as_kind, own_kind_hint
 from jkv.errors import UnsupportedError
 from jkv.ops.masks import AttentionSpec
-
-HEADS, DIM = 2, 16
-SHARP = 6.0  # times the scores: a query sees what it asks for and hardly anything else
 
 Sees = Callable[[int, int], bool]
 
@@ -111,21 +109,10 @@ class _Rows:
         return np.asarray([len(row) for row in self.tokens], np.int32)
 
 
-def _key(position: np.ndarray | Sequence[int] | int) -> np.ndarray:
-    """Return a key ``[..., DIM]`` of a position, far from those of a few hundred others."""
-    waves = np.random.default_rng(1).uniform(0.2, 3.0, DIM // 2)
-    turns = np.asarray(position)[..., None] * waves
-    return np.concatenate([np.cos(turns), np.sin(turns)], axis=-1).astype(np.float32)
-
-
-_VALUES = np.random.default_rng(2).uniform(-1, 1, (512, HEADS, DIM)).astype(np.float32)
-
-
 class _Probe:
     def __init__(self, kind: CacheKind, sees: Sees, tolerance: float, slots: int, longest: int):
         self.kind, self.sees, self.tolerance = kind, sees, tolerance
         self.slots, self.longest = slots, longest
-        self.keys = jnp.asarray(_key(np.arange(slots + 1)))
         self.random = np.random.default_rng(0)
         self.compiled = 0
         # Whole programs: of single operations each would be compiled by itself.
@@ -148,11 +135,8 @@ class _Probe:
         run = cache.begin(tokens, counts)
         positions = run.step.positions
         real = (positions >= 0)[..., None, None]
-        k = jnp.broadcast_to(
-            self.keys[jnp.maximum(positions, 0)][:, :, None], (*positions.shape, HEADS, DIM)
-        )
-        q = jnp.broadcast_to(self.keys[asked][:, :, None], k.shape)
-        k, v = (jnp.where(real, x, jnp.nan) for x in (k, jnp.asarray(_VALUES)[run.tokens]))
+        q, _ = keys_and_values(run.tokens, asked)
+        k, v = (jnp.where(real, x, jnp.nan) for x in keys_and_values(run.tokens, positions))
         spec = AttentionSpec(SHARP)
         out, layer = run.layers[0].attend(jnp.where(real, q, 0.0), k, v, run.step, spec)
         out, cache = run.end(out.reshape(*positions.shape, -1), [layer])
@@ -162,7 +146,7 @@ class _Probe:
         """Append new tokens to each row, and compare what each of them sees."""
         # Two shapes and no more: a kind costs as many compilations.
         size = 1 if max(counts) == 1 else self.longest
-        tokens = self.random.integers(0, 512, (len(counts), size)).astype(np.int32)
+        tokens = self.random.integers(0, TOKENS, (len(counts), size)).astype(np.int32)
         held = np.asarray(rows.lengths)
         newest = held + np.asarray(counts)
         asked = self.random.integers(0, np.maximum(newest, 1)[:, None], tokens.shape)
@@ -181,13 +165,10 @@ class _Probe:
 
     def compare(self, got: np.ndarray, row: list[int], query: int, asked: int, what: str) -> None:
         seen = [p for p in range(query + 1) if self.sees(query, p)]
-        scores = SHARP * _key(seen).astype(float) @ _key(asked).astype(float)
-        weights = np.exp(scores - scores.max())
-        weights /= weights.sum()
-        want = np.einsum("s,snh->nh", weights, _VALUES[[row[p] for p in seen]].astype(float))
+        want = expected(row, seen, np.asarray([asked]))[0]
         off = np.abs(got - want).max()
         if not off <= self.tolerance:
-            nearest = np.abs(_VALUES - got).max(axis=(1, 2)).argmin()
+            nearest = np.abs(VALUES - got).max(axis=(1, 2)).argmin()
             places = [p for p, token in enumerate(row) if token == nearest]
             raise AssertionError(
                 f"{what}: the token at position {query} asked for position {asked} and is off by "
@@ -265,8 +246,8 @@ class _Probe:
             return
         for b, row in enumerate(rows.tokens):
             for name, got, want in (
-                ("keys", keys, np.repeat(_key(np.arange(len(row)))[:, None], HEADS, axis=1)),
-                ("values", values, _VALUES[row]),
+                ("keys", keys, np.repeat(key_of(np.arange(len(row)))[:, None], HEADS, axis=1)),
+                ("values", values, VALUES[row]),
             ):
                 off = np.abs(np.swapaxes(np.asarray(got[b]), 0, 1)[: len(row)] - want).max(
                     initial=0

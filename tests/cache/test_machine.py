@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 )
 
 import jkv
+from jkv._probe import DIM, HEADS, SHARP, expected, key_of, keys_and_values
 from jkv.cache import Cache
 from jkv.cache.evicting import Evicting
 from jkv.ops import AttentionSpec
@@ -32,33 +33,17 @@ from tests.cache.kinds import KINDS
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
 
 # One number of rows: another would be another program.
-ROWS, SLOTS, HEADS, DIM = 3, 40, 2, 16
+ROWS, SLOTS = 3, 40
 NEWEST = 10  # tokens that are left by evict
-SHARP = 6.0  # times the scores: a query sees what it asks for and hardly anything else
-WAVES = np.random.default_rng(1).uniform(0.2, 3.0, DIM // 2)
-VALUES = np.random.default_rng(2).uniform(-1, 1, (512, HEADS, DIM)).astype(np.float32)
-
-
-def key_of(position):
-    """[..., DIM], of length DIM / 2 with itself and less with any other within SLOTS."""
-    turns = np.asarray(position)[..., None] * WAVES
-    return np.concatenate([np.cos(turns), np.sin(turns)], axis=-1).astype(np.float32)
 
 
 @jax.jit
 def appended(cache, tokens, counts):
     """The cache with new tokens [B, T]; asking for nothing."""
-
     run = cache.begin(tokens, counts)
-    k, v = material(run.tokens, run.step.positions)
+    k, v = keys_and_values(run.tokens, run.step.positions)
     out, layer = run.layers[0].attend(jnp.zeros_like(k), k, v, run.step, AttentionSpec(SHARP))
     return run.end(out, [layer])[1]
-
-
-def material(tokens, positions):
-    turns = positions[..., None] * jnp.asarray(WAVES, jnp.float32)[None, None]
-    k = jnp.concatenate([jnp.cos(turns), jnp.sin(turns)], axis=-1)
-    return jnp.broadcast_to(k[:, :, None], (*k.shape[:2], HEADS, DIM)), jnp.asarray(VALUES)[tokens]
 
 
 @jax.jit
@@ -67,7 +52,7 @@ def asked(cache, token):
 
     def ask(target):
         run = cache.begin(token[:, None])
-        k, v = material(run.tokens, run.step.positions)
+        k, v = keys_and_values(run.tokens, run.step.positions)
         q = jnp.broadcast_to(target, (*k.shape[:2], HEADS, DIM))
         out, _ = run.layers[0].attend(q, k, v, run.step, AttentionSpec(SHARP))
         return out.reshape(-1, HEADS, DIM)
@@ -79,10 +64,7 @@ def found(sees, row, token):
     """The same from the list of a row's tokens, in float64."""
     row = [*row, token]
     seen = [p for p in range(len(row)) if sees(len(row) - 1, p)]
-    scores = SHARP * key_of(np.arange(SLOTS)).astype(float) @ key_of(seen).T.astype(float)
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    weights /= weights.sum(axis=1, keepdims=True)
-    return np.einsum("ts,snh->tnh", weights, VALUES[[row[p] for p in seen]].astype(float))
+    return expected(row, seen, np.arange(SLOTS))
 
 
 # What operations do is compiled once for a kind, and not once for each array of a layer.
