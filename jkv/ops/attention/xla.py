@@ -136,30 +136,16 @@ def _attend_at_once(
     positions: Array,
     slot_positions: Array | None,
     lengths: Array | None,
+    in_place: bool = False,
 ) -> OutAndLse:
-    """Attend to all slots at once."""
+    """Attend to all slots at once, reading the values in place where asked to."""
     at = _positions_of(
         jnp.arange(k.shape[1], dtype=jnp.int32), slot_positions, lengths, positions.shape[0]
     )
     weights, l, lse = softmax(_scores(spec, q, k, positions, at))
+    if in_place:
+        return weighted_sum_in_place(weights, v, positions, at) / l, lse
     return weighted_sum(weights, zero_unseen(v, positions, at)) / l, lse
-
-
-def _attend_in_place(
-    spec: AttentionSpec,
-    q: Array,
-    k: Array,
-    v: Array,
-    positions: Array,
-    slot_positions: Array | None,
-    lengths: Array | None,
-) -> OutAndLse:
-    """Attend to all slots at once, reading values in place."""
-    at = _positions_of(
-        jnp.arange(k.shape[1], dtype=jnp.int32), slot_positions, lengths, positions.shape[0]
-    )
-    weights, l, lse = softmax(_scores(spec, q, k, positions, at))
-    return weighted_sum_in_place(weights, v, positions, at) / l, lse
 
 
 def weighted_sum_in_place(weights: Array, v: Array, positions: Array, at: Array) -> Array:
@@ -221,7 +207,7 @@ def attend(
         most = (last - first) * (BLOCK * 5) >= k.shape[1] * 2
 
         def at_once(q: Array, k: Array, v: Array) -> OutAndLse:
-            return _attend_in_place(spec, q, k, v, positions, slot_positions, lengths)
+            return _attend_at_once(spec, q, k, v, positions, slot_positions, lengths, in_place=True)
 
         return lax.cond(most, at_once, by_blocks, q, k, v)
 
