@@ -13,6 +13,7 @@ from typing import Any
 
 # Classes and functions by their present names; fields of a class likewise.
 _WRITTEN: dict[str, str] = {
+    "jkv.cache.evicting_layer:Evicting": "jkv.cache.evicting:Evicting",
     "jkv.cache.quantized_layer:QuantizedCache": "jkv.cache.compressed:NearFar",
     "jkv.cache.quantized:QuantizedKind": "jkv.cache.compressed:NearFarKind",
     "jkv.ops.codecs.affine:PerChannelCodes": "jkv.ops.encoded.affine:ByChannel",

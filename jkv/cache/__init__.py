@@ -8,7 +8,8 @@ from jkv.cache.base import Cache
 from jkv.cache.block_table import BlockTables
 from jkv.cache.concat import concat
 from jkv.cache.dense import Dense, dense, from_legacy
-from jkv.cache.evicting import Evicting, evicting
+from jkv.cache.evicting import evicting
+from jkv.cache.evicting_layer import Evicting
 from jkv.cache.init import init_cache
 from jkv.cache.none import NoCache, none
 from jkv.cache.paged import Paged, copy_pages, paged

@@ -12,7 +12,8 @@ from jkv._pytree import replace
 from jkv._text import brief
 from jkv.cache import scores
 from jkv.cache.base import Cache
-from jkv.cache.evicting import Evicting, evicting
+from jkv.cache.evicting import evicting
+from jkv.cache.evicting_layer import Evicting
 from jkv.cache.protocol import Step
 from jkv.cache.scores import Score
 

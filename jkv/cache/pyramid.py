@@ -8,7 +8,8 @@ from jax.typing import DTypeLike
 
 from jkv._checks import check_integer, check_number
 from jkv.cache import scores as _scores
-from jkv.cache.evicting import KEPT, Evicting, EvictingKind, evicting
+from jkv.cache.evicting import KEPT, EvictingKind, evicting
+from jkv.cache.evicting_layer import Evicting
 from jkv.cache.form import COUNT, REAL, Form
 from jkv.cache.protocol import CacheKind, Shape
 from jkv.cache.scores import Score

@@ -25,8 +25,7 @@ from hypothesis.stateful import (
 
 import jkv
 from jkv._probe import DIM, HEADS, SHARP, expected, key_of, keys_and_values
-from jkv.cache import Cache
-from jkv.cache.evicting import Evicting
+from jkv.cache import Cache, Evicting
 from jkv.ops import AttentionSpec
 from tests.cache.kinds import KINDS
 
