@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jkv import ops
 from jkv._pytree import nbytes
 from jkv.ops.codecs import Affine, Cast, Codec, Encoded, Float8, Sparse, all_finite
 from tests.ops import calls
@@ -300,3 +302,10 @@ def test_attention_under_every_mask(name):
 def test_what_there_is_no_form_for(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_the_former_name_says_what_it_is_now():
+    with pytest.raises(ImportError, match=r"jkv\.ops\.encoded is jkv\.ops\.codecs now"):
+        importlib.import_module("jkv.ops.encoded")
+    with pytest.raises(AttributeError, match=r"it is jkv\.ops\.order\.depend_on now"):
+        ops.after  # noqa: B018

@@ -70,6 +70,6 @@ def gather_slots(
 
 
 def slot_positions(block_table: Int[Array, "B M"], page: int) -> Int[Array, "B S"]:
-    """Return the positions in the slots of `gathered`, -1 where there is no page."""
+    """Return the positions in the slots of `gather_slots`, -1 where there is no page."""
     there = jnp.repeat(block_table >= 0, page, axis=1)
     return jnp.where(there, jnp.arange(there.shape[1], dtype=jnp.int32)[None], -1)
