@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from jkv.decoding.prompts import PAD
 from jkv.engine.allocator import PageAllocator
 from jkv.engine.decode_state import ENDED
 from jkv.engine.outputs import OutputProcessor
+from jkv.engine.page_pool import PageSequence
 from jkv.engine.request import Request, SwappedPages
 from jkv.engine.runner import StepOutput
 from jkv.engine.schedule import BatchLimits, Schedule
@@ -70,6 +72,7 @@ class FakeRunner:
 
     def decode(self, sequence: RunningSequence | None) -> list[int]:
         assert sequence is not None
+        assert self.remaining[sequence.lane] > 0
         tokens = []
         for _ in range(min(self.block, self.remaining[sequence.lane])):
             ids = self.ids[sequence.lane]
@@ -105,18 +108,32 @@ class FakeRunner:
 
 
 class FakeSwap:
-    """Copies of pages, as long as there is room."""
+    """Copies of pages: of swapped requests as long as there is room, and of all evicted ones."""
 
     rate = 1e9
 
     def __init__(self, runner: FakeRunner, room: bool = True):
         self.runner, self.room = runner, room
+        self.stored: dict[bytes, np.ndarray] = {}
+        self._evicted: list[tuple[bytes, int]] = []
 
-    def find_pages(self, table: Any, ids: Any, most: int) -> list[Any]:
-        return []
+    def on_evict(self, name: bytes, page: int) -> None:
+        self._evicted.append((name, page))
 
-    def load(self, pages: Any, contents: Any) -> None:
-        raise AssertionError("nothing was found")
+    def save_evicted(self) -> None:
+        for name, page in self._evicted:
+            self.stored[name] = np.asarray(self.runner.contents[0][page])
+        self._evicted.clear()
+
+    def find_pages(self, table: PageSequence, ids: list[int], most: int) -> list[list[np.ndarray]]:
+        names = table.names(ids)[len(table.table) :][:most]
+        there = itertools.takewhile(self.stored.__contains__, names)
+        return [[self.stored[name]] for name in there]
+
+    def load(self, pages: Sequence[int], contents: list[list[np.ndarray]]) -> None:
+        self.save_evicted()
+        for page, (tokens,) in zip(pages, contents, strict=True):
+            self.runner.contents[0][page] = tokens.tolist()
 
     def saved(self, request: Request) -> SwappedPages | None:
         assert request.swapped is None or request.swapped.length == len(request.history) - 1
@@ -137,6 +154,7 @@ class FakeSwap:
         return None if saved is None else saved.contents
 
     def restore(self, sequence: RunningSequence, contents: Any) -> None:
+        self.save_evicted()
         groups = zip(self.runner.contents, sequence.page_tables, contents, strict=True)
         for group, table, (pages, _) in groups:
             for page, saved in zip(table.table, pages, strict=False):
@@ -161,6 +179,7 @@ class Machine:
         chunk: int = 8,
         windows: tuple[int | None, ...] = (None,),
         room: bool = True,
+        store: bool = False,
         **how: Any,
     ):
         self.runner = FakeRunner(pages, page, windows, block)
@@ -173,6 +192,7 @@ class Machine:
             self.pages, self.swap, self.stats, limits=limits, context=256, **how
         )
         self.outputs = OutputProcessor(self.scheduler, None, self.stats)
+        self.pages.reset(b"", self.swap.on_evict if store else None)
         self.in_flight: list[StepOutput] = []
         self.numbers = itertools.count(1)
         self.schedules: list[Schedule] = []
@@ -209,10 +229,15 @@ class Machine:
             schedule = self.scheduler.schedule(in_flight=False)
         assert schedule is not None
         self.schedules.append(schedule)
+        self.swap.save_evicted()
         dispatched = self.runner.execute(schedule)
         self.scheduler.commit(schedule)
         self.process()
         self.in_flight = dispatched
+        for sequence in self.scheduler.running:
+            if sequence is not None and not sequence.in_prefill:
+                # All but the latest token, which no step has written yet.
+                assert sequence.written == len(sequence.request.history) - 1
         return bool(self.in_flight or self.scheduler.requests.live)
 
     def process(self) -> None:

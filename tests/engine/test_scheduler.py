@@ -102,6 +102,20 @@ def test_an_equal_prefix_is_waited_for_and_found():
     assert [r.tokens for r in (first, same, other)] == [answer(prompt, 3)] * 3
 
 
+def test_evicted_pages_are_found_in_a_store():
+    machine = Machine(pages=10, store=True)
+    plan = [(PROMPTS[i], 4) for i in (7, 9, 6, 5)]
+    found = []
+    for prompt, new in 2 * plan:
+        request = machine.submit(prompt, new)
+        machine.run()
+        assert request.tokens == answer(prompt, new)
+        found.append(request.cached_tokens)
+    # All pages but those with the last token, whose logits are wanted.
+    assert found == [0] * 4 + [(len(prompt) - 1) // 4 * 4 for prompt, _ in plan]
+    assert len(machine.swap.stored) > 10  # more than the pool has
+
+
 def test_pages_out_of_a_window_are_given_back():
     machine = Machine(pages=16, windows=(3, None), share=False)
     machine.submit(PROMPTS[11], 20)
