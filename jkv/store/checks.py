@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat, SupportsIndex
 
+from jkv._checks import check_text
 from jkv._text import brief
 
 Key = str
@@ -15,17 +16,6 @@ Fingerprint = bytes | None
 
 UNSET: Any = object()  # where None is a value
 LONGEST = 1e15  # seconds, 30 million years: what is longer would spoil sums
-
-
-def check_text(name: str, value: object) -> str:
-    """Refuse anything but a text.
-
-    Raises:
-        TypeError: it is none.
-    """
-    if not isinstance(value, str):
-        raise TypeError(f"{name} got {brief(value)}; expected a text (str)")
-    return value
 
 
 def check_bytes(name: str, value: object) -> bytes:
@@ -38,17 +28,6 @@ def check_bytes(name: str, value: object) -> bytes:
         raise TypeError(
             f"{name} got {brief(value)}; expected bytes, such as those of jkv's fingerprint"
         )
-    return value
-
-
-def check_flag(name: str, value: object) -> bool:
-    """Refuse anything but True and False.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} got {brief(value)}; expected True or False")
     return value
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jkv._checks import check_text
 from jkv.store import digest
-from jkv.store.checks import Key, check_text
+from jkv.store.checks import Key
 from jkv.store.state import Record
 
 PEERS = 256  # entries with the same hash that are looked at, the latest

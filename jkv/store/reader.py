@@ -9,8 +9,9 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
+from jkv._checks import check_text
 from jkv.errors import CorruptError, TierError
-from jkv.store.checks import Fingerprint, Key, Limit, check_bytes, check_limit, check_text
+from jkv.store.checks import Fingerprint, Key, Limit, check_bytes, check_limit
 from jkv.store.entry import Entry
 from jkv.store.handles import Handle, Lookup, Match, PrefixQuery, value_of
 from jkv.store.index import Index

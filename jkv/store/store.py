@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from numpy.typing import ArrayLike
 
+from jkv._checks import check_flag
 from jkv._text import brief
 from jkv.store import metrics
 from jkv.store.checks import (
@@ -24,7 +25,6 @@ from jkv.store.checks import (
     Seconds,
     check_bytes,
     check_count,
-    check_flag,
     check_forms,
     check_functions,
     check_keys,

@@ -6,9 +6,10 @@ import abc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jkv._checks import check_text
 from jkv._text import brief
 from jkv.errors import CorruptError, TierError, UnsupportedError
-from jkv.store.checks import Limit, check_limit, check_text
+from jkv.store.checks import Limit, check_limit
 from jkv.store.entry import Entry
 
 

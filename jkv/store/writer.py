@@ -8,15 +8,9 @@ from collections.abc import Sequence
 
 from numpy.typing import ArrayLike
 
+from jkv._checks import check_flag
 from jkv.store import keys
-from jkv.store.checks import (
-    Fingerprint,
-    Key,
-    Seconds,
-    check_bytes,
-    check_flag,
-    check_seconds,
-)
+from jkv.store.checks import Fingerprint, Key, Seconds, check_bytes, check_seconds
 from jkv.store.entry import Entry
 from jkv.store.index import Index
 from jkv.store.removal import Removal
