@@ -6,16 +6,37 @@ where the argument's own name does not say enough: "slots got 0", but "init_cach
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import TypeGuard, TypeVar
+from typing import ParamSpec, TypeGuard, TypeVar
 
 import numpy as np
 
 from jkv._text import brief
 
 T = TypeVar("T", str, int)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def renamed(**now: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function with keywords that have other names now, given as ``old="new"``.
+
+    The function's own TypeError would name the old keyword only.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in now.keys() & kwargs.keys():
+                raise TypeError(f"{function.__name__} got {name}=, which is now {now[name]}=")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def got(name: str, value: object, of: str = "") -> str:

@@ -77,14 +77,14 @@ def model(tiny_config: Any) -> Decoder:
 def plain(model: Decoder) -> dict[str, list[list[int]]]:
     """What rows say without any setting: greedy, drawn at random, and looking back."""
     return {
-        "greedy": said(model),
-        "drawn": said(model, sampler=HOT, key=KEY),
-        "looking back": said(model, sampler=LOOKS_BACK, key=KEY),
+        "greedy": generated(model),
+        "drawn": generated(model, sampler=HOT, key=KEY),
+        "looking back": generated(model, sampler=LOOKS_BACK, key=KEY),
     }
 
 
-def said(model: Decoder, **how: Any) -> list[list[int]]:
-    return oracle.said(jkv.generate(model, ROWS, **(HOW | how)))
+def generated(model: Decoder, **how: Any) -> list[list[int]]:
+    return oracle.generated(jkv.generate(model, ROWS, **(HOW | how)))
 
 
 def streamed(model: Decoder) -> list[list[int]]:
@@ -95,7 +95,7 @@ def streamed(model: Decoder) -> list[list[int]]:
 def resumed(model: Decoder) -> list[list[int]]:
     first = jkv.generate(model, ROWS, **(HOW | {"max_new_tokens": 2}))
     more = jkv.generate(model, [[], []], resume=first, max_new_tokens=NEW - 2, stop=())
-    return [a + b for a, b in zip(oracle.said(first), oracle.said(more), strict=True)]
+    return [a + b for a, b in zip(oracle.generated(first), oracle.generated(more), strict=True)]
 
 
 def stored(model: Decoder) -> list[list[int]]:
@@ -104,7 +104,7 @@ def stored(model: Decoder) -> list[list[int]]:
         jkv.generate(model, ROWS, **how)
         out = jkv.generate(model, ROWS, **how)
         assert out.reused.tolist() == [2, 4]
-        return oracle.said(out)
+        return oracle.generated(out)
 
 
 def served(model: Decoder) -> list[list[int]]:
@@ -136,15 +136,15 @@ def beams(model: Decoder) -> list[list[int]]:
 
 
 def drawn(model: Decoder, **how: Any) -> list[list[int]]:
-    return said(model, sampler=HOT, key=KEY, return_logprobs=True, **how)
+    return generated(model, sampler=HOT, key=KEY, return_logprobs=True, **how)
 
 
 PATHS: dict[str, tuple[str, Callable[[Decoder], list[list[int]]]]] = {
-    "generate": ("greedy", said),
+    "generate": ("greedy", generated),
     "drawn": ("drawn", drawn),
     "looking back": (
         "looking back",
-        lambda model: said(model, sampler=LOOKS_BACK, key=KEY),
+        lambda model: generated(model, sampler=LOOKS_BACK, key=KEY),
     ),
     "samples": ("drawn", lambda model: drawn(model, samples=2)[:1]),  # the first has row 0's key
     "draft": ("drawn", lambda model: drawn(model, draft=DRAFT)),
@@ -234,11 +234,11 @@ def test_without_jit():
 )
 def test_kinds(model, text):
     kind = spec.parse(text)
-    want = said(model, cache=kind)
+    want = generated(model, cache=kind)
     with strict_x64():
         out = jkv.generate(model, ROWS, cache=kind, **HOW)
         cache = out.cache.check()
         cache.take([1, 0])
         with contextlib.suppress(jkv.errors.UnsupportedError):
             cache.crop(2)
-    assert oracle.said(out) == want
+    assert oracle.generated(out) == want

@@ -51,7 +51,7 @@ ENTRY_POINTS = {
         "Options.__init__",
         "PrefixStore.__init__",
         "_find",
-        "_resumed",
+        "_resume",
         "_slots",
         "beam_search",
         "chain",

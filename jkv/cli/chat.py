@@ -95,7 +95,7 @@ def chat(
             elif line == "/help":
                 note(_HELP)
             else:
-                _reply(talk, _said(line))
+                _reply(talk, _parse(line))
         except KeyboardInterrupt:
             if not terminal:
                 raise
@@ -119,8 +119,8 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _said(line: str) -> str:
-    """The message that a line stands for.
+def _parse(line: str) -> str:
+    """Return the message that a line stands for.
 
     Raises:
         ValueError: a command that there is not, or a line that is no text.

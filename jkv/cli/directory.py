@@ -132,7 +132,7 @@ def gc(
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """What a directory holds, from headers alone: the oldest first, nothing is changed."""
+    """List what a directory holds, from headers alone, the oldest first; nothing is changed."""
     from jkv.store import Disk
     from jkv.store.keys import split_name
     from jkv.store.schema import META
@@ -168,5 +168,5 @@ def _time(seconds: int | float | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text on one line, whatever it holds."""
+    """Put a text on one line, whatever it holds."""
     return text if text.isprintable() else repr(text)

@@ -176,7 +176,7 @@ def _answer(
 
 @contextlib.contextmanager
 def _live(stats: Callable[[], dict[str, Any]]) -> Iterator[Callable[[], None]]:
-    """A table of figures on a terminal, four times a second; elsewhere nothing."""
+    """Show a table of figures on a terminal, four times a second; elsewhere nothing."""
     if not sys.stderr.isatty():
         yield lambda: None
         return
@@ -193,7 +193,7 @@ def _live(stats: Callable[[], dict[str, Any]]) -> Iterator[Callable[[], None]]:
 
 
 def view(figures: dict[str, Any]) -> Any:
-    """The figures of `Engine.stats` as a `rich` table."""
+    """Make a `rich` table of the figures of `Engine.stats`."""
     from rich.table import Table
     from rich.text import Text
 

@@ -9,7 +9,7 @@ from jkv.errors import JkvError
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether a check of this package raised an error: everything else is a bug to be seen."""
+    """Tell whether a check of this package raised an error: all else is a bug to be seen."""
     if isinstance(error, JkvError):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)

@@ -78,7 +78,7 @@ def generate(
     lm = process.load(model, dtype, ignore)
     ids = lm.encode(texts)
     screen = Screen(lm, texts, ids, steps=show_steps, stream=stream, as_json=as_json)
-    result, speed = _measured(lm, ids, asked, screen, warm=not (stream or show_steps))
+    result, speed = _measure(lm, ids, asked, screen, warm=not (stream or show_steps))
     rows = [row[:n].tolist() for row, n in zip(result.tokens, result.lengths, strict=True)]
     outputs = [
         {
@@ -110,7 +110,7 @@ def _attention(lm: jkv.LM, result: jkv.Result) -> str:
     return ", ".join(names)
 
 
-def _measured(
+def _measure(
     lm: jkv.LM, ids: list[list[int]], asked: dict[str, Any], screen: Screen, *, warm: bool
 ) -> tuple[jkv.Result, dict[str, Any]]:
     """Generate, and measure how long it took without compilation.
@@ -205,7 +205,7 @@ class Screen:
         self._out.flush()
 
     def end(self, report: dict[str, Any]) -> None:
-        """The object, or the texts and a line about their speed."""
+        """Print the object, or the texts and a line about their speed."""
         if self._stream:
             print(file=self._out)
         if self._as_json:

@@ -71,7 +71,7 @@ def plan(
 
 
 def report(plan: jkv.planning.Plan) -> str:
-    """All that there is to say about one plan."""
+    """Write all that there is to say about one plan."""
     lines = [heading(plan), f"cache {plan.cache}, {_rows(plan)}", ""]
     memory = [
         ("weights", plan.weight_bytes, ""),
@@ -121,7 +121,7 @@ def heading(plan: jkv.planning.Plan) -> str:
 
 
 def table(plans: Sequence[jkv.planning.Plan | jkv.planning.Refusal]) -> str:
-    """Kinds beside each other; those that this model cannot have say why."""
+    """Write kinds beside each other, and why this model cannot have some."""
     first = next(entry for entry in plans if isinstance(entry, jkv.planning.Plan))
     memory = first.device_memory
     head = [
@@ -153,7 +153,7 @@ def table(plans: Sequence[jkv.planning.Plan | jkv.planning.Refusal]) -> str:
 
 
 def _roomier(plans: Sequence[jkv.planning.Plan | jkv.planning.Refusal]) -> list[str]:
-    """Kinds that have room for more than the rows, which makes them larger than they need be."""
+    """List kinds with room for more than the rows have, which are larger than they need be."""
     more = [
         f"  {entry.cache}: for {entry.kept_tokens:,}"
         for entry in plans
@@ -168,7 +168,7 @@ def _rows(plan: jkv.planning.Plan) -> str:
 
 
 def _growth(plan: jkv.planning.Plan) -> str:
-    """What a cache takes with each token, or the room that it has from the start."""
+    """Write what a cache takes with each token, or the room that it has from the start."""
     if plan.kept_tokens is None or plan.bytes_per_token:
         return f"{plan.bytes_per_token:,} per token"
     return f"0 per token, room for {plan.kept_tokens:,} from the start"

@@ -22,7 +22,7 @@ _COMPILING = (
 
 
 def load(source: str, dtype: str | None, ignore: list[str] | None = None) -> Any:
-    """The model, with compiled programs kept from one process to the next."""
+    """Load the model, and keep compiled programs from one process to the next."""
     import jkv
 
     keep_programs()
@@ -57,7 +57,7 @@ class Clock:
 
 @functools.cache
 def clock() -> Clock:
-    """The clock of this process, running from the first call on."""
+    """Return the clock of this process, which runs from the first call on."""
     import jax
 
     made = Clock()
@@ -86,7 +86,7 @@ def keep_programs() -> None:
 
 @contextlib.contextmanager
 def bar(what: str, unit: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal: the function that moves it. Elsewhere None."""
+    """Show a progress bar on a terminal, and yield what moves it; elsewhere None."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -117,7 +117,7 @@ def spinner(what: str) -> Iterator[Callable[[], None]]:
 
 
 def size(count: int) -> str:
-    """A number of bytes for people."""
+    """Write a number of bytes for people."""
     if count < 1024:
         return plural(count, "byte")
     value, units = count / 1024, ["KiB", "MiB", "GiB", "TiB"]

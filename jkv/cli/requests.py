@@ -97,7 +97,7 @@ class Requests:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a file, or of standard input; texts in them may hold other ends of lines.
+    """Read the lines of a file or of standard input; texts may hold other ends of lines.
 
     Raises:
         ValueError: it cannot be read, or is no text.
@@ -144,7 +144,7 @@ def _request(text: str, max_new_tokens: int) -> Asked:
 
 
 def _keywords(fields: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
-    """What `Engine.submit` gets.
+    """Make the keywords of `Engine.submit`.
 
     Raises:
         TypeError: no number where one is expected.

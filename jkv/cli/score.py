@@ -56,7 +56,7 @@ def score(
 
 
 def _output(scores: jkv.decoding.Scores, row: int, text: str) -> dict[str, Any]:
-    """A text's object."""
+    """Make a text's object."""
     count = int(scores.lengths[row])
     output: dict[str, Any] = {
         "text": text,

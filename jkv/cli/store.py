@@ -178,7 +178,7 @@ def draw(outcomes: Sequence[Any], path: Path) -> None:
 
 
 def _policies(names: Sequence[str] | None) -> dict[str, Any]:
-    """The optimum, and the policies of those names; all without names."""
+    """Return the optimum and the policies of those names, all of them without names."""
     from jkv.store.policy import POLICIES
 
     for name in names or ():

@@ -25,7 +25,7 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def operations(count: int | float) -> str:
-    """A number of floating-point operations for people."""
+    """Write a number of floating-point operations for people."""
     units = ["", " k", " M", " G", " T", " P", " E"]
     while count >= 1000 and len(units) > 1:
         count, units = count / 1000, units[1:]

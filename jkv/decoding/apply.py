@@ -42,23 +42,23 @@ def apply(
     """
     name, found = _name(transform), transform.update(logits, state, token)
     if not isinstance(found, tuple | list) or len(found) != 2:
-        got = f"{len(found)} values" if isinstance(found, tuple | list) else _described(found)
+        got = f"{len(found)} values" if isinstance(found, tuple | list) else _describe(found)
         raise TypeError(
             f"the transform {name} returned {got} from update; expected a pair: the changed logits "
-            f"{_described(logits)} and the next state"
+            f"{_describe(logits)} and the next state"
         )
     changed, after = found
     shape = getattr(changed, "shape", None)
     if shape != logits.shape or not jnp.issubdtype(changed.dtype, jnp.floating):
         raise ValueError(
-            f"the transform {name} made {_described(changed)} of the logits; expected "
-            f"{_described(logits)}, a score for each token of the vocabulary"
+            f"the transform {name} made {_describe(changed)} of the logits; expected "
+            f"{_describe(logits)}, a score for each token of the vocabulary"
         )
     expected, got = _shapes(transform, "init", state), _shapes(transform, "update", after)
     if got != expected:
         raise ValueError(
-            f"the transform {name} returned the state {_listed(after)} from update; expected "
-            f"{_listed(state)} as it was given, and as init made it: the decode loop carries it"
+            f"the transform {name} returned the state {_list_shapes(after)} from update; expected "
+            f"{_list_shapes(state)} as it was given, and as init made it: the loop carries it"
         )
     return changed.astype(logits.dtype), after
 
@@ -100,17 +100,17 @@ def _shapes(transform: Transform, method: str, state: PyTree) -> tuple[Any, ...]
 
 
 def _name(transform: Transform) -> str:
-    """The transform's class, or the user's function."""
+    """Name the transform's class, or the user's function."""
     return transform.name if isinstance(transform, Function) else type(transform).__name__
 
 
-def _listed(state: PyTree) -> str:
-    """A state by the shapes of its arrays."""
-    return str(jax.tree.map(lambda leaf: f"{_described(leaf)}", state)).replace("'", "")
+def _list_shapes(state: PyTree) -> str:
+    """Describe a state by the shapes of its arrays."""
+    return str(jax.tree.map(lambda leaf: f"{_describe(leaf)}", state)).replace("'", "")
 
 
-def _described(value: object) -> str:
-    """An array as ``float32[2, 11]``, anything else as it is."""
+def _describe(value: object) -> str:
+    """Describe an array as ``float32[2, 11]``, anything else as it is."""
     if isinstance(value, _NUMBERS):
         return f"{jnp.result_type(value)}{list(jnp.shape(value))}"
     return brief(value)

@@ -38,11 +38,11 @@ class DecoderLike(Protocol):
     def hidden(
         self, tokens: Array, cache: Cache, counts: Array | None = None
     ) -> tuple[Array, Cache]:
-        """Hidden states ``[B, T, D]`` of new tokens, and the cache with them."""
+        """Compute hidden states ``[B, T, D]`` of new tokens, and the cache with them."""
         ...
 
     def logits(self, hidden: Array) -> Array:
-        """Logits ``[..., V]`` of hidden states ``[..., D]``."""
+        """Compute logits ``[..., V]`` of hidden states ``[..., D]``."""
         ...
 
 
@@ -51,23 +51,23 @@ class TokenizerLike(Protocol):
     """What generation calls of a tokenizer; `jkv.models` has one."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with the special tokens that come before one."""
+        """Encode a text, with the special tokens that come before one."""
         ...
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Ids of a text that goes on from another one."""
+        """Encode a text that goes on from another one."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens."""
+        """Decode ids, without special tokens."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token adds to a text."""
+        """Return the bytes that a token adds to a text."""
         ...
 
     def is_special(self, token: int) -> bool:
-        """Whether a token is none of the text."""
+        """Tell whether a token is no text."""
         ...
 
 
@@ -76,13 +76,13 @@ class ChatTokenizerLike(TokenizerLike, Protocol):
     """What `jkv.Chat` calls of a tokenizer besides: a chat template."""
 
     def template_source(self, template: str | None = None, *, tools: bool = False) -> str:
-        """The template that `chat_ids` renders."""
+        """Return the template that `chat_ids` renders."""
         ...
 
     def chat_ids(self, messages: Sequence[Mapping[str, object]], **options: Any) -> list[int]:
-        """Ids of a conversation."""
+        """Encode a conversation."""
         ...
 
     def without_special(self, text: str) -> str:
-        """A text without the texts of special tokens."""
+        """Remove the texts of special tokens from a text."""
         ...

@@ -268,7 +268,7 @@ def select(
     final = i + 1 >= steps
 
     def best(sums: Array) -> tuple[Array, Array, Array, Array]:
-        """The W best extensions: their sums, parents, tokens and whole sequences."""
+        """Find the W best extensions: their sums, parents, tokens and whole sequences."""
         top, index = lax.top_k(sums.reshape(batch, -1), width)
         parents, tokens = index // vocab, index % vocab
         sequences = jnp.take_along_axis(search.tokens, parents[:, :, None], axis=1)

@@ -183,10 +183,10 @@ class Chat:
                     f"sequence_id got {brief(sequence_id)}; expected a text, and a store= to "
                     "look in"
                 )
-            self._past = self._known(self._prefixes, sequence_id)
+            self._past = self._load(self._prefixes, sequence_id)
 
-    def _known(self, prefixes: prefix_store.PrefixStore, key: str) -> _Past:
-        """The conversation that the store has under a key, or a new one."""
+    def _load(self, prefixes: prefix_store.PrefixStore, key: str) -> _Past:
+        """Load the conversation that the store has under a key, or begin a new one."""
         found = prefixes.known(key)
         if found is None:
             return _Past(self._system)
@@ -254,7 +254,7 @@ class Chat:
         known = past.result
         if known is not None and not is_current(known.weights, self._decoder):
             known = None  # computed with weights that the model does not have any more
-        start, new = _common(known or self._found(ids), ids)
+        start, new = _common(known or self._look_up(ids), ids)
         reused = 0 if start is None else len(start.history[0]) - 1
         key = None if self._key is None else jax.random.fold_in(self._key, past.turns)
         blocks = stream(
@@ -270,8 +270,8 @@ class Chat:
         after = _Past(messages, None, past.turns + 1, reused, len(ids) - reused)
         return self._reply(past, after, blocks, ids)
 
-    def _found(self, ids: list[int]) -> Result | None:
-        """The beginning of a conversation that another one in the store has too."""
+    def _look_up(self, ids: list[int]) -> Result | None:
+        """Look up the longest prefix of a conversation that the store has."""
         if self._prefixes is None:
             return None
         found = self._prefixes.find([None], [np.asarray(ids, np.int32)])[0]
@@ -296,7 +296,7 @@ class Chat:
                 match = first_stop(self._tokenizer, self._strings, prompt, tokens, len(new))
                 settled = len(text) - len(match.visible if match else "")
             else:
-                settled = len(text) - _held(before + text, self._begun)
+                settled = len(text) - _count_pending(before + text, self._begun)
             if settled > given:
                 yield text[given:settled]
                 given = settled
@@ -319,7 +319,7 @@ class Chat:
         )
 
     def _fit(self, messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], list[int]]:
-        """The conversation, without its oldest turns where it is too long, and its tokens."""
+        """Drop the oldest turns of a conversation that is too long; return it and its tokens."""
         first = len(self._system)
         while True:
             ids = self._ids(messages)
@@ -369,7 +369,7 @@ def _new_messages(turn: object) -> tuple[Message, ...]:
 
 
 def _begins_turn(messages: tuple[Message, ...], i: int) -> bool:
-    """Whether a user asks something new here, after an answer."""
+    """Tell whether a user asks something new here, after an answer."""
     return messages[i]["role"] == "user" and messages[i - 1]["role"] == "assistant"
 
 
@@ -416,7 +416,7 @@ def _past_result(cache: Cache, tokens: np.ndarray, model: DecoderLike) -> Result
 
 
 def _common(past: Result | None, ids: list[int]) -> tuple[Result | None, list[int]]:
-    """What of an earlier turn a prompt can go on from, and the tokens to add to it.
+    """Crop an earlier turn to what a prompt can go on from, and return the tokens to add.
 
     The cache is cropped to the longest prefix that it shares with the prompt, less the prompt's
     last token, which must be computed to have logits: that is the state after a turn whose last
@@ -439,7 +439,7 @@ def _common(past: Result | None, ids: list[int]) -> tuple[Result | None, list[in
 
 
 def _beginnings(strings: tuple[str, ...], tokenizer: ChatTokenizerLike) -> tuple[str, ...]:
-    """What a text ends with where a stop string has begun and is not complete, longest first."""
+    """List the ends of a text in which a stop string has begun, the longest first."""
     found = set()
     for string in strings:
         shown = tokenizer.without_special(string)  # a special token of it may be still to come
@@ -447,6 +447,6 @@ def _beginnings(strings: tuple[str, ...], tokenizer: ChatTokenizerLike) -> tuple
     return tuple(sorted(found, key=len, reverse=True))
 
 
-def _held(text: str, beginnings: tuple[str, ...]) -> int:
-    """How many characters at the end of a text may turn out to belong to a stop string."""
+def _count_pending(text: str, beginnings: tuple[str, ...]) -> int:
+    """Count the characters at the end of a text that may belong to a stop string."""
     return next((len(begun) for begun in beginnings if text.endswith(begun)), 0)

@@ -29,7 +29,7 @@ class LogitBias(Stateless):
     values: Any  # [M] float32
 
     def bind(self, vocab: int, ends: Array | np.ndarray | None) -> LogitBias:
-        """Itself, once its tokens are known to be in the vocabulary.
+        """Return itself, once its tokens are known to be in the vocabulary.
 
         Raises:
             ValueError: one is not, or another number of them.
@@ -73,14 +73,14 @@ class MinNewTokens:
         return replace(self, ends=none if ends is None else ends)
 
     def init(self, tokens: Int[Array, "B T"], vocab: int) -> Int[Array, " B"]:
-        """No new token."""
+        """Start with no new token."""
         del vocab
         return jnp.zeros((tokens.shape[0],), jnp.int32)
 
     def update(
         self, logits: Float[Array, "B V"], state: Int[Array, " B"], token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Int[Array, " B"]]:
-        """Minus infinity for the ends of rows with fewer tokens."""
+        """Forbid the ends of rows with fewer tokens."""
         batch, vocab = logits.shape
         state = state + (token >= 0).astype(state.dtype)
         count = per_row("min_new_tokens", self.count, logits, jnp.int32)
@@ -101,7 +101,7 @@ class NoRepeatNgram:
     def init(
         self, tokens: Int[Array, "B T"], vocab: int
     ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-        """The tokens of each row without padding between them, and how many they are."""
+        """Move the tokens of each row together, and count them."""
         del vocab
         order = jnp.argsort(tokens < 0, axis=1, stable=True)
         lengths = jnp.sum(tokens >= 0, axis=1, dtype=jnp.int32)
@@ -110,7 +110,7 @@ class NoRepeatNgram:
     def update(
         self, logits: Float[Array, "B V"], state: tuple[Array, Array], token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], tuple[Array, Array]]:
-        """Minus infinity for what followed earlier occurrences of the last n - 1 tokens."""
+        """Forbid what followed earlier occurrences of the last n - 1 tokens."""
         history, lengths = state
         batch, slots = history.shape
         rows = jnp.arange(batch, dtype=jnp.int32)

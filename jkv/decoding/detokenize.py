@@ -14,7 +14,7 @@ _UNREADABLE = "\ufffd"  # what a decoder writes for bytes that are no character 
 def new_text(
     tokenizer: TokenizerLike, before: Sequence[int] | np.ndarray, new: Sequence[int] | np.ndarray
 ) -> str:
-    """What new tokens add to the text of those before them.
+    """Return what new tokens add to the text of those before them.
 
     It is the text of all of them from where it differs from the text of those before: with a
     decoder that strips the first space of what it is given, the new tokens alone would lose theirs.
@@ -27,7 +27,7 @@ def new_text(
     """
     old = [int(token) for token in before]
     text = tokenizer.decode([*old, *(int(token) for token in new)])
-    return text[_shared(tokenizer.decode(old), text) :]
+    return text[_count_common(tokenizer.decode(old), text) :]
 
 
 class Pieces:
@@ -56,13 +56,13 @@ class Pieces:
         self._shown = tokenizer.decode(self._window) if self._window else ""
 
     def push(self, tokens: Sequence[int], *, last: bool = False) -> str:
-        """The text that `tokens` add; all that was held back too, where they are the last."""
+        """Return the text that `tokens` add; with the last ones also what was held back."""
         # Special tokens have no text: a row of them would make the window ever longer.
         fresh = [token for token in tokens if not self._tokenizer.is_special(token)]
         self._window += fresh
         text = self._tokenizer.decode(self._window) if self._window else ""
-        settled = text if last else self._settled(text)
-        piece = settled[_shared(self._shown, text) :]
+        settled = text if last else self._settle(text)
+        piece = settled[_count_common(self._shown, text) :]
         if piece:
             self._shown = settled
         if settled == text and fresh:
@@ -73,24 +73,24 @@ class Pieces:
                 self._window, self._shown = fresh, tail
         return piece
 
-    def _settled(self, text: str) -> str:
-        """As much of a text as stays as it is whatever follows."""
+    def _settle(self, text: str) -> str:
+        """Return as much of a text as no later token can change."""
         if self._probe >= 0:
             # Followed by a lone byte, an unfinished character comes out differently (and, with
             # byte-fallback decoders, so does the whole run of bytes that it belongs to).
             other = self._tokenizer.decode([*self._window, self._probe])
-            text = text[: _shared(text, other)]
+            text = text[: _count_common(text, other)]
         return text.rstrip(_UNREADABLE)
 
 
 def incomplete(tokenizer: TokenizerLike) -> int:
-    """A token that is part of a character, -1 where there is none among the first thousand."""
+    """Find a token that is part of a character, -1 for none among the first thousand."""
     found = (i for i in range(1024) if _UNREADABLE in tokenizer.decode([i]))
     return next(found, -1)
 
 
-def _shared(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
+def _count_common(a: str, b: str) -> int:
+    """Count the characters with which two texts begin alike."""
     if b.startswith(a):
         return len(a)
     same = (x == y for x, y in zip(a, b, strict=False))

@@ -43,7 +43,7 @@ class Draft(Protocol):
     """
 
     def __call__(self, history: Int[Array, "B S"], lengths: Int[Array, " B"]) -> Int[Array, "B k"]:
-        """The next k tokens of each row, -1 from where there is nothing to propose.
+        """Propose the next k tokens of each row, -1 from where there is nothing to propose.
 
         Args:
             history: all tokens of each row, -1 past its end.
@@ -60,7 +60,7 @@ class PromptLookup:
     tokens: int = static()
 
     def __call__(self, history: Int[Array, "B S"], lengths: Int[Array, " B"]) -> Int[Array, "B k"]:
-        """What followed the latest of the longest matches, going on into itself at the end."""
+        """Propose what followed the latest of the longest matches, periodic past the end."""
         batch, slots = history.shape
         at = jnp.arange(slots, dtype=jnp.int32)[None, :]
         last = lengths[:, None] - 1
@@ -329,5 +329,5 @@ def verify(
 
 
 def _count(marks: Bool[Array, "B T"]) -> Int[Array, " B"]:
-    """How many of each row are marked, in 32 bits whatever JAX's default is."""
+    """Count the marks of each row, in 32 bits whatever JAX's default is."""
     return jnp.sum(marks, axis=1, dtype=jnp.int32)

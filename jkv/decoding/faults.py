@@ -93,7 +93,7 @@ def raise_faults(found: Sequence[tuple[int, int, bool]]) -> None:
 
 
 def undrawable(logits: Float[Array, "*rows V"]) -> Bool[Array, "*rows"]:
-    """Whether a row of logits has NaN or plus infinity, or is minus infinity everywhere.
+    """Find rows of logits with NaN or plus infinity, or with minus infinity everywhere.
 
     The maximum says all three, and drawing a token needs it anyway. Minus infinity for some tokens
     is what masks write.

@@ -90,7 +90,7 @@ class Generation:
         return [row.reason is not None for row in self.rows]
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """New tokens ``[B, t]`` as they come, the first alone; a row that has ended is -1.
+        """Yield new tokens ``[B, t]`` as they come, the first alone; a row that has ended is -1.
 
         Raises:
             NonFiniteError: a row had nothing to draw from, once the tokens before have been given.
@@ -146,19 +146,19 @@ class Generation:
 
     def dispatch(self, steps: int) -> DeviceBlock:
         """Start up to `steps` more tokens; nothing is waited for."""
-        job, state = self.job, self._grown()
+        job, state = self.job, self._grow()
         how = (job.sampler, job.keys, job.ends)
         if job.draft is None:
-            advanced = functools.partial(loop.advance_jit, job.block, job.model, state, *how)
-            self.state, *out = advanced(np.int32(steps), top=job.top)
+            advance = functools.partial(loop.advance_jit, job.block, job.model, state, *how)
+            self.state, *out = advance(np.int32(steps), top=job.top)
         else:
             limits = np.asarray([len(row) + job.max_new for row in job.history], np.int32)
-            drafted = functools.partial(draft.draft_jit, job.block, job.model, state, job.draft)
-            self.state, *out = drafted(*how, limits, top=job.top)
+            advance = functools.partial(draft.draft_jit, job.block, job.model, state, job.draft)
+            self.state, *out = advance(*how, limits, top=job.top)
         return DeviceBlock(*out)
 
-    def _grown(self) -> Any:
-        """The state, with slots for the next block in a cache that grows."""
+    def _grow(self) -> Any:
+        """Return the state; a cache that grows has slots for the next block."""
         job, state = self.job, self.state
         if state is None or not state.cache.grows or job.slots is not None:
             return state

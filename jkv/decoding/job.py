@@ -119,7 +119,7 @@ def prepare(model: Model, prompts: Prompts, options: Options) -> Job:
     rows = rows_of_tokens(prompts, config.vocab, tokenizer=tokenizer, continued=resume is not None)
     samples = check_integer("samples", options.samples, 1)
     batch = len(rows) * samples
-    before = _resumed(options, rows, decoder)
+    before = _resume(options, rows, decoder)
     unread = [np.concatenate([old[-1:], new]) for old, new in zip(before, rows, strict=True)]
     history = [np.concatenate([old, new]) for old, new in zip(before, rows, strict=True)]
     history = [row for row in history for _ in range(samples)]
@@ -179,8 +179,8 @@ def prepare(model: Model, prompts: Prompts, options: Options) -> Job:
     )
 
 
-def _resumed(options: Options, rows: list[np.ndarray], model: DecoderLike) -> list[np.ndarray]:
-    """The tokens that each row goes on from, none without an earlier result.
+def _resume(options: Options, rows: list[np.ndarray], model: DecoderLike) -> list[np.ndarray]:
+    """Return the tokens that each row goes on from, none without an earlier result.
 
     Raises:
         TypeError: no result of `jkv.generate`.
@@ -265,7 +265,7 @@ def _first_cache(
     batch: int,
     slots: int,
 ) -> Cache:
-    """The cache to begin with: a resumed one, one of stored rows, or an empty one."""
+    """Make the cache to begin with: a resumed one, one of stored rows, or an empty one."""
     config, mesh = model.config, sharding.mesh_of(model)
     if resume is not None:
         old = resume.cache

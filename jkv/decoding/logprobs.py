@@ -54,7 +54,7 @@ class Logprobs:
         return cls(chosen=chosen, top_tokens=ids, top=best - total[..., None])
 
     def where(self, kept: Bool[Array, "*rows"]) -> Logprobs:
-        """Those of the tokens that are kept, and none of the others."""
+        """Keep those of some tokens, and none of the others."""
         none = Logprobs.none(self.chosen.shape, self.top.shape[-1])
 
         def choose(new: Array, old: Array) -> Array:

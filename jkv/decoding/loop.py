@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, PyTree
 
 from jkv._axes import Array
-from jkv._checks import check_integer
+from jkv._checks import check_integer, renamed
 from jkv._pytree import pytree, replace
 from jkv._transfer import transfers
 from jkv.cache import sharding
@@ -141,6 +141,7 @@ def decode_step(
 
 
 @transfers
+@renamed(said="history")
 def rollout(
     model: DecoderLike,
     logits: Array | np.ndarray,
@@ -150,7 +151,7 @@ def rollout(
     sampler: Sampler | None = None,
     key: jax.Array | None = None,
     ends: Array | np.ndarray | None = None,
-    said: Array | np.ndarray | None = None,
+    history: Array | np.ndarray | None = None,
 ) -> Rollout:
     """Draw `steps` tokens after a prefill, in one `lax.scan`; pure: trace it inside your own jit.
 
@@ -169,7 +170,7 @@ def rollout(
         sampler: a transform of `jkv.sampling`, or a function of the logits; greedy by default.
         key: a typed key, or one per row; needed where the sampler draws at random.
         ends: ``[B, M]`` integers, tokens at which a row ends, -1 for none.
-        said: ``[B, T]`` integers, the tokens so far, for samplers that look back; -1 is padding.
+        history: ``[B, T]`` integers, the tokens so far, for samplers that look back; -1 is padding.
 
     Raises:
         TypeError: no decoder, no cache, or arrays of another kind.
@@ -186,14 +187,14 @@ def rollout(
     steps = check_integer("steps", steps, 1)
     if ends is not None:
         ends = _integers("rollout", "ends", ends, (cache.batch, None))
-    if said is not None:
-        said = _integers("rollout", "said", said, (cache.batch, None))
+    if history is not None:
+        history = _integers("rollout", "history", history, (cache.batch, None))
     keys = check_sampler(sampler, key, logits.shape[0])
     transform = sampling.bind(sampler, logits.shape[-1], ends)
     if transform is not None:  # room for all tokens that one that looks back will see
-        said = jnp.zeros((cache.batch, 0), jnp.int32) if said is None else said
-        said = jnp.pad(said, ((0, 0), (0, steps)), constant_values=PAD)
-    state, token, logprob = begin(logits, cache, said, transform, keys, ends)
+        history = jnp.zeros((cache.batch, 0), jnp.int32) if history is None else history
+        history = jnp.pad(history, ((0, 0), (0, steps)), constant_values=PAD)
+    state, token, logprob = begin(logits, cache, history, transform, keys, ends)
 
     def body(state: State, _: None):
         state, token, logprob = advance(model, state, transform, keys, ends)

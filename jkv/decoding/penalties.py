@@ -23,7 +23,7 @@ class RepetitionPenalty:
     penalty: Any
 
     def init(self, tokens: Int[Array, "B T"], vocab: int) -> Bool[Array, "B V"]:
-        """Which tokens have been there."""
+        """Mark the tokens of the prompts."""
         rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
         seen = jnp.zeros((tokens.shape[0], vocab), bool)
         return seen.at[rows, jnp.where(tokens < 0, vocab, tokens)].set(True, mode="drop")
@@ -45,7 +45,7 @@ class PresencePenalty:
     penalty: Any
 
     def init(self, tokens: Int[Array, "B T"], vocab: int) -> Bool[Array, "B V"]:
-        """None generated: the prompt does not count."""
+        """Start with none generated: the prompt does not count."""
         return jnp.zeros((tokens.shape[0], vocab), bool)
 
     def update(
@@ -64,7 +64,7 @@ class FrequencyPenalty:
     penalty: Any
 
     def init(self, tokens: Int[Array, "B T"], vocab: int) -> Int[Array, "B V"]:
-        """None generated: the prompt does not count."""
+        """Start with none generated: the prompt does not count."""
         return jnp.zeros((tokens.shape[0], vocab), jnp.int32)
 
     def update(

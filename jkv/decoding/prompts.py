@@ -40,7 +40,7 @@ _TRACED = (
 
 @jax.jit
 def _nothing() -> int:
-    """A tracer where the caller is being traced by `jit`, however concrete its arguments."""
+    """Return a tracer where the caller is traced by `jit`, however concrete its arguments."""
     return 0
 
 
@@ -88,7 +88,7 @@ def rows_of_tokens(
         prompts = _host_array("prompts", prompts)
         if prompts.ndim != 2:
             raise TypeError(
-                f"got prompts of {_described(prompts)}; expected a list of rows, or integers [B, T]"
+                f"got prompts of {_describe(prompts)}; expected a list of rows, or integers [B, T]"
             )
     if len(prompts) == 0:
         raise ValueError("got no prompts; expected at least one row")
@@ -108,7 +108,7 @@ def _row(
     array = _host_array(f"prompt {i}", row)
     if array.ndim != 1:
         raise TypeError(
-            f"prompt {i} is {_described(array)}; expected a list of token ids (a single prompt "
+            f"prompt {i} is {_describe(array)}; expected a list of token ids (a single prompt "
             "goes in a list of its own: [[1, 2, 3]])"
         )
     if array.size == 0:
@@ -145,7 +145,7 @@ def _host_array(name: str, value: object) -> np.ndarray:
         ) from None
 
 
-def _described(array: np.ndarray) -> str:
+def _describe(array: np.ndarray) -> str:
     if array.ndim == 0:
         return f"{short(array.item())}, no list"
     return f"an array of shape {array.shape}"

@@ -56,7 +56,7 @@ class Greedy(Stateless):
     """All weight on the likeliest token, the first of equals."""
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Minus infinity everywhere else."""
+        """Set all other tokens to minus infinity."""
         tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         return jnp.where(tokens == likeliest(logits)[:, None], logits, -jnp.inf)
 
@@ -69,7 +69,7 @@ class Temperature(Stateless):
     may_be_zero: bool = static(default=False)
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Flatter above 1, sharper below; a row at 0 keeps its likeliest token alone."""
+        """Flatten above 1, sharpen below; a row at 0 keeps its likeliest token alone."""
         value = per_row("temperature", self.value, logits)
         if not self.may_be_zero:
             return logits / value
@@ -84,7 +84,7 @@ class TopK(Stateless):
     k: int = static()
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Minus infinity below the k-th."""
+        """Set tokens below the k-th to minus infinity."""
         kth = jax.lax.top_k(logits, min(self.k, logits.shape[-1]))[0][:, -1:]
         return jnp.where(logits < kth, -jnp.inf, logits)
 
@@ -96,7 +96,7 @@ class TopKArray(Stateless):
     k: Any  # int [] or [B]
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Minus infinity below each row's k-th."""
+        """Set tokens below each row's k-th to minus infinity."""
         order = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         at = jnp.clip(per_row("top_k", self.k, logits, jnp.int32) - 1, 0, logits.shape[-1] - 1)
         at = jnp.broadcast_to(at, (logits.shape[0], 1))
@@ -110,7 +110,7 @@ class TopP(Stateless):
     p: Any
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Minus infinity outside; the likeliest token always stays."""
+        """Set tokens outside to minus infinity; the likeliest token always stays."""
         p = per_row("top_p", self.p, logits)
         order = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         probabilities = jax.nn.softmax(order, axis=-1)
@@ -129,7 +129,7 @@ class MinP(Stateless):
     p: Any
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Minus infinity below; exactly p times as likely is likely enough."""
+        """Set less likely tokens to minus infinity; exactly p times as likely is likely enough."""
         best = jnp.max(logits, axis=-1, keepdims=True)
         floor = jnp.log(per_row("min_p", self.p, logits)) - ROUNDING
         return jnp.where(logits - best < floor, -jnp.inf, logits)
@@ -142,13 +142,13 @@ class Chain:
     transforms: tuple[Any, ...]
 
     def init(self, tokens: Int[Array, "B T"], vocab: int) -> tuple[Any, ...]:
-        """The state of each."""
+        """Make the state of each."""
         return tuple(init_state(t, tokens, vocab) for t in self.transforms)
 
     def update(
         self, logits: Float[Array, "B V"], state: PyTree, token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Any]:
-        """Each on the result of the one before."""
+        """Apply each to the result of the one before."""
         after = []
         for transform, inner in zip(self.transforms, state, strict=True):
             logits, inner = apply(transform, logits, inner, token)
@@ -157,7 +157,7 @@ class Chain:
 
 
 def greedy() -> Greedy:
-    """Always the likeliest token; needs no key."""
+    """Take the likeliest token always; needs no key."""
     return Greedy()
 
 
@@ -313,7 +313,7 @@ def bind(sampler: object, vocab: int, ends: Array | np.ndarray | None = None) ->
 
 
 def needs_key(sampler: object) -> bool:
-    """Whether a token is drawn at random: always, unless a greedy transform is in the chain."""
+    """Tell whether tokens are drawn at random: unless a greedy transform is in the chain."""
     if isinstance(sampler, Chain):
         return all(needs_key(t) for t in sampler.transforms)
     return sampler is not None and not isinstance(sampler, Greedy)

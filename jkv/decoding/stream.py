@@ -51,12 +51,12 @@ class Stream(Iterator[Block]):
             self._pieces = [Pieces(job.tokenizer, row, probe) for row in job.history]
 
     def __iter__(self) -> Stream:
-        """Itself."""
+        """Return itself."""
         return self
 
     @transfers
     def __next__(self) -> Block:
-        """The next block.
+        """Return the next block.
 
         Raises:
             CacheFullError: at the end, if a row had no room.
@@ -105,7 +105,7 @@ def stream(
     block: int = 16,
     **options: Unpack[GenerateOptions],
 ) -> Stream:
-    """The tokens of `jkv.generate` in blocks, the first alone: an iterator of `Block`.
+    """Generate as `jkv.generate` does, in blocks, the first token alone: an iterator of `Block`.
 
     While the caller handles a block the device computes the next.
 

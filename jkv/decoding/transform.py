@@ -36,13 +36,13 @@ class Transform(Protocol):
     """
 
     def init(self, tokens: Int[Array, "B T"], vocab: int) -> Any:
-        """State after the prompts (-1 is padding), of a width that has room for the new tokens."""
+        """Make the state after the prompts (-1 is padding), wide enough for the new tokens."""
         ...
 
     def update(
         self, logits: Float[Array, "B V"], state: PyTree, token: Int[Array, " B"]
     ) -> tuple[Float[Array, "B V"], Any]:
-        """The changed logits, and the state after `token` (-1: none since `init`)."""
+        """Return the changed logits, and the state after `token` (-1: none since `init`)."""
         ...
 
 
@@ -50,20 +50,20 @@ class Stateless(abc.ABC):
     """A transform that looks at the logits alone."""
 
     def init(self, tokens: Int[Array, "B T"], vocab: int) -> tuple[()]:
-        """Nothing to remember."""
+        """Remember nothing."""
         del tokens, vocab
         return ()
 
     def update(
         self, logits: Float[Array, "B V"], state: PyTree, token: Int[Array, " B"]
     ) -> tuple[Any, Any]:  # a user's function may return anything: `apply` looks at it
-        """See the class."""
+        """Change the logits."""
         del token
         return self.apply(logits), state
 
     @abc.abstractmethod
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """The changed logits."""
+        """Return the changed logits."""
 
 
 @pytree
@@ -81,7 +81,7 @@ class Function(Stateless):
         return getattr(function, "__name__", type(function).__name__)
 
     def apply(self, logits: Float[Array, "B V"]) -> Any:
-        """What the function returns."""
+        """Return what the function returns."""
         return self.function(logits)
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # many programs: once is enough, on one version o
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6], [2, 7, 1, 8], [1]]
 
 
-def said(model, prompts, kind, new=24, **options):
+def generated(model, prompts, kind, new=24, **options):
     out = jkv.generate(model, prompts, max_new_tokens=new, stop=(), cache=kind, **options)
     return [row.tolist() for row in out.tokens], out
 
@@ -36,11 +36,11 @@ def alternating(seen):
 
 def test_exact_until_something_is_evicted(tiny_model):
     """One token more than the budget, and the difference shows."""
-    dense, _ = said(tiny_model, PROMPTS, jkv.dense())
-    same, out = said(tiny_model, PROMPTS, jkv.evicting(44))
+    dense, _ = generated(tiny_model, PROMPTS, jkv.dense())
+    same, out = generated(tiny_model, PROMPTS, jkv.evicting(44))
     assert same == dense
     assert out.cache.to_legacy()[0][0].shape[2] == 44
-    other, out = said(tiny_model, PROMPTS, jkv.evicting(8, alternating, recent=1))
+    other, out = generated(tiny_model, PROMPTS, jkv.evicting(8, alternating, recent=1))
     assert other != dense
     held = np.asarray(out.cache.layers[1].positions)
     assert (held[0, 0] % 2 == 0).sum() >= 7
@@ -49,9 +49,9 @@ def test_exact_until_something_is_evicted(tiny_model):
 def test_rows_and_chunks(tiny_model):
     """Each row of a batch as if alone; a prompt in chunks, since a chunk evicts after it looked."""
     kind = jkv.evicting(8, sinks=1)
-    rows, out = said(tiny_model, PROMPTS, kind, prefill_chunk=16)
+    rows, out = generated(tiny_model, PROMPTS, kind, prefill_chunk=16)
     for prompt, row in zip(PROMPTS, rows, strict=True):
-        assert said(tiny_model, [prompt] * 3, kind, prefill_chunk=16)[0] == [row] * 3
+        assert generated(tiny_model, [prompt] * 3, kind, prefill_chunk=16)[0] == [row] * 3
     assert np.asarray(out.cache.lengths).tolist() == [len(p) + 23 for p in PROMPTS]
     for layer in out.cache.layers:
         held = np.asarray(layer.positions)
@@ -65,11 +65,11 @@ def test_rows_and_chunks(tiny_model):
 def test_resume_and_programs(tiny_model, compiles):
     """Turns go on from what was kept; the same description again compiles nothing."""
     kind = lambda: jkv.evicting(12, scores.snapkv(4))  # noqa: E731
-    first, out = said(tiny_model, PROMPTS, kind())
-    said(tiny_model, PROMPTS, None, resume=out)
+    first, out = generated(tiny_model, PROMPTS, kind())
+    generated(tiny_model, PROMPTS, None, resume=out)
     with compiles:
-        again, _ = said(tiny_model, PROMPTS, kind())
-        _, more = said(tiny_model, PROMPTS, None, resume=out)
+        again, _ = generated(tiny_model, PROMPTS, kind())
+        _, more = generated(tiny_model, PROMPTS, None, resume=out)
         assert compiles.count == 0
     assert again == first
     assert np.asarray(more.cache.lengths).tolist() == [2 * len(p) + 47 for p in PROMPTS]

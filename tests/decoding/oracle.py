@@ -41,7 +41,7 @@ def logprobs(model: Any, row: Any, new: int) -> np.ndarray:
     return scores[np.arange(len(row) - 1), np.asarray(row)[1:]][-new:]
 
 
-def said(out: Any) -> list[list[int]]:
+def generated(out: Any) -> list[list[int]]:
     """A result's new tokens, row by row; what is past a row's length must be -1."""
     rows = []
     for row, length in zip(out.tokens, out.lengths, strict=True):

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import jkv
 from bench.loops import Case, program
@@ -75,61 +73,7 @@ def same(out, want):
         np.testing.assert_allclose(out.logprobs, want.logprobs, rtol=1e-3, atol=1e-3)
 
 
-# What is proposed
-
-
-def looked_up(row, ngram, tokens):
-    """The same in plain Python."""
-    for size in range(min(ngram, len(row) - 1), 0, -1):
-        for start in range(len(row) - size - 1, -1, -1):
-            if row[start : start + size] == row[-size:]:
-                said = list(row)
-                for i in range(tokens):
-                    said.append(said[start + size + i])
-                return said[len(row) :]
-    return [-1] * tokens
-
-
-def propose(rows, ngram, tokens, slots=24):
-    history = np.full((len(rows), slots), -1, np.int32)
-    for i, row in enumerate(rows):
-        history[i, : len(row)] = row
-    lengths = np.asarray([len(row) for row in rows], np.int32)
-    found = jkv.prompt_lookup(ngram, tokens)(jnp.asarray(history), jnp.asarray(lengths))
-    return np.asarray(found).tolist()
-
-
-@pytest.mark.parametrize(
-    ("row", "want"),
-    [
-        ([1, 2, 3, 4, 9, 1, 2, 3], [4, 9, 1]),  # three tokens match
-        ([1, 2, 3, 7, 5, 2, 3, 8, 6, 1, 2, 3], [7, 5, 2]),  # three rather than the later two
-        ([1, 2, 3, 7, 1, 2, 3, 8, 1, 2, 3], [8, 1, 2]),  # the latest of equals
-        ([4, 7, 8, 9, 3, 7], [8, 9, 3]),  # one
-        ([5, 5], [5, 5, 5]),  # it goes on into itself
-        ([1, 2, 1, 2, 1], [2, 1, 2]),
-        ([1, 2, 3], [-1, -1, -1]),
-        ([0], [-1, -1, -1]),
-        ([0, 0, 1, 0, 0], [1, 0, 0]),
-    ],
-)
-def test_what_is_looked_up(row, want):
-    assert propose([row], 3, 3) == [want]
-    assert looked_up(row, 3, 3) == want
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=24), min_size=4, max_size=4))
-def test_looking_up_equals_plain_python(rows):
-    assert propose(rows, 3, 5) == [looked_up(row, 3, 5) for row in rows]
-
-
-def test_what_is_past_a_rows_end_is_not_looked_at():
-    row, lengths = jnp.asarray([[1, 2, 3, 1, 9, 1, 2, 3]]), jnp.asarray([4])
-    assert np.asarray(jkv.prompt_lookup(1, 3)(row, lengths)).tolist() == [[2, 3, 1]]
-
-
-# What is said
+# What is generated
 
 
 @pytest.mark.parametrize("kind", [jkv.dense(), jkv.none()], ids=["dense", "none"])
@@ -145,7 +89,7 @@ def test_the_same_tokens_in_fewer_passes(tiny_model, plain, kind):
     )
     same(out, plain)
     oracle.check_cache(tiny_model, out)
-    assert oracle.said(out) == [oracle.greedy(tiny_model, p, NEW) for p in PROMPTS]
+    assert oracle.generated(out) == [oracle.greedy(tiny_model, p, NEW) for p in PROMPTS]
     assert (out.passes < NEW - 1).any()
     assert out.tokens_per_pass == pytest.approx(3 * (NEW - 1) / out.passes.sum())
     assert out.tokens_per_pass > 1.1
@@ -460,5 +404,5 @@ def test_stories_word_by_word(shared):
     out = jkv.generate(
         lm.model, ids, max_new_tokens=new, stop=(), draft=jkv.prompt_lookup(), slots=128
     )
-    assert oracle.said(out) == [row[:new] for row in tokens]
+    assert oracle.generated(out) == [row[:new] for row in tokens]
     assert out.tokens_per_pass > 1.05

@@ -38,7 +38,7 @@ def varied(tiny_model):
 
 def test_a_ragged_batch_says_what_each_row_says_without_a_cache(tiny_model, kind):
     out = jkv.generate(tiny_model, PROMPTS, max_new_tokens=20, cache=kind)
-    assert oracle.said(out) == [oracle.greedy(tiny_model, p, 20) for p in PROMPTS]
+    assert oracle.generated(out) == [oracle.greedy(tiny_model, p, 20) for p in PROMPTS]
     assert out.finish_reasons == ("length",) * 3
     assert out.lengths.tolist() == [20, 20, 20]
     assert out.logprobs is None
@@ -48,15 +48,15 @@ def test_a_ragged_batch_says_what_each_row_says_without_a_cache(tiny_model, kind
 
 
 def test_a_row_alone_says_the_same(tiny_model, kind):
-    together = oracle.said(jkv.generate(tiny_model, PROMPTS, max_new_tokens=20, cache=kind))
+    together = oracle.generated(jkv.generate(tiny_model, PROMPTS, max_new_tokens=20, cache=kind))
     for prompt, row in zip(PROMPTS, together, strict=True):
         alone = jkv.generate(tiny_model, [prompt], max_new_tokens=20, cache=kind, slots=128)
-        assert oracle.said(alone) == [row]
+        assert oracle.generated(alone) == [row]
 
 
 def test_the_order_of_rows_does_not_matter(tiny_model):
-    there = oracle.said(jkv.generate(tiny_model, PROMPTS, max_new_tokens=20))
-    back = oracle.said(jkv.generate(tiny_model, PROMPTS[::-1], max_new_tokens=20))
+    there = oracle.generated(jkv.generate(tiny_model, PROMPTS, max_new_tokens=20))
+    back = oracle.generated(jkv.generate(tiny_model, PROMPTS[::-1], max_new_tokens=20))
     assert back[::-1] == there
 
 
@@ -66,7 +66,7 @@ def test_the_chunk_of_a_prefill_changes_nothing(tiny_model, spy, chunk):
     want = [oracle.greedy(tiny_model, p, 4) for p in prompts]
     spy.passes()
     out = jkv.generate(spy, prompts, max_new_tokens=4, prefill_chunk=chunk)
-    assert oracle.said(out) == want
+    assert oracle.generated(out) == want
     oracle.check_cache(tiny_model, out)
     prefill = [p for p in spy.passes() if p[0] > 1]
     assert max(size for size, _ in prefill) <= max(chunk, 16)
@@ -75,13 +75,13 @@ def test_the_chunk_of_a_prefill_changes_nothing(tiny_model, spy, chunk):
 
 def test_chunks_of_a_prefill_without_a_cache(tiny_model):
     out = jkv.generate(tiny_model, PROMPTS, max_new_tokens=4, prefill_chunk=32, cache=jkv.none())
-    assert oracle.said(out) == [oracle.greedy(tiny_model, p, 4) for p in PROMPTS]
+    assert oracle.generated(out) == [oracle.greedy(tiny_model, p, 4) for p in PROMPTS]
 
 
 def test_what_keeps_nothing_grows_as_it_goes(tiny_model):
     """From 64 slots for a prompt of one token to what 80 new ones need."""
     out = jkv.generate(tiny_model, [[3]], max_new_tokens=80, cache=jkv.none())
-    assert oracle.said(out) == [oracle.greedy(tiny_model, [3], 80)]
+    assert oracle.generated(out) == [oracle.greedy(tiny_model, [3], 80)]
     assert out.cache.capacity == 128
     oracle.check_cache(tiny_model, out)
 
@@ -103,14 +103,14 @@ def test_what_keeps_nothing_grows_as_it_goes(tiny_model):
 )
 def test_prompts_come_in_any_form(tiny_model, form):
     rows = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
-    want = oracle.said(jkv.generate(tiny_model, rows, max_new_tokens=5))
-    assert oracle.said(jkv.generate(tiny_model, form(rows), max_new_tokens=5)) == want
+    want = oracle.generated(jkv.generate(tiny_model, rows, max_new_tokens=5))
+    assert oracle.generated(jkv.generate(tiny_model, form(rows), max_new_tokens=5)) == want
 
 
 def test_texts_go_through_the_tokenizer(tiny_model):
     by_text = jkv.generate(oracle.lm(tiny_model), ["abc", "def", [1]], max_new_tokens=5)
     by_ids = jkv.generate(tiny_model, [[0, 1, 2], [3, 4, 5], [1]], max_new_tokens=5)
-    assert oracle.said(by_text) == oracle.said(by_ids)
+    assert oracle.generated(by_text) == oracle.generated(by_ids)
 
 
 @pytest.mark.parametrize("new", [1, 2, 32, 33, 34, 58])
@@ -153,7 +153,7 @@ def stopped(model, stop, new=58, **kwargs):
 
 
 def check(model, out, want):
-    assert list(zip(oracle.said(out), out.finish_reasons, strict=True)) == want
+    assert list(zip(oracle.generated(out), out.finish_reasons, strict=True)) == want
     assert out.lengths.tolist() == [len(row) for row, _ in want]
     assert out.tokens.shape == (3, max(out.lengths))
     oracle.check_cache(model, out)
@@ -287,14 +287,14 @@ def test_a_stop_string_in_the_prompt_is_no_stop_but_one_that_begins_there_is(tin
     free = jkv.generate(lm, ["abc"], max_new_tokens=5, stop=())
     out = jkv.generate(lm, ["abc"], max_new_tokens=5, stop="abc")
     want = cut_text(free.tokens[0].tolist(), ["abc"])
-    assert oracle.said(out)[0] == want[0]
+    assert oracle.generated(out)[0] == want[0]
     assert out.lengths[0] > 1
     # The row's first token with text completes this one, as it does for transformers.
-    first = next(n for n, t in enumerate(oracle.said(free)[0]) if lm.tokenizer.decode([t]))
+    first = next(n for n, t in enumerate(oracle.generated(free)[0]) if lm.tokenizer.decode([t]))
     letter = lm.tokenizer.decode(free.tokens[0])[0]
     out = jkv.generate(lm, ["abc"], max_new_tokens=5, stop="bc" + letter)
     assert out.finish_reasons == ("stop",)
-    assert oracle.said(out)[0] == oracle.said(free)[0][: first + 1]
+    assert oracle.generated(out)[0] == oracle.generated(free)[0][: first + 1]
 
 
 # Log-probabilities
@@ -337,10 +337,10 @@ def test_logprobs_of_a_row_that_met_a_stop_string(tiny_model, varied):
 
 
 def test_slots_exactly_as_many_as_needed(tiny_model, kind):
-    want = oracle.said(jkv.generate(tiny_model, PROMPTS, max_new_tokens=5, cache=kind))
+    want = oracle.generated(jkv.generate(tiny_model, PROMPTS, max_new_tokens=5, cache=kind))
     out = jkv.generate(tiny_model, PROMPTS, max_new_tokens=5, cache=kind, slots=73)
     assert out.cache.capacity == 73
-    assert oracle.said(out) == want
+    assert oracle.generated(out) == want
     with pytest.raises(CacheFullError, match="at least 73"):
         jkv.generate(tiny_model, PROMPTS, max_new_tokens=5, cache=kind, slots=72)
 
@@ -384,10 +384,10 @@ def test_a_progress_that_raises_stops_the_work_and_harms_nothing(tiny_model):
         raise KeyboardInterrupt
 
     again = [[1], [2], [3]]
-    want = oracle.said(jkv.generate(tiny_model, again, max_new_tokens=5, resume=first))
+    want = oracle.generated(jkv.generate(tiny_model, again, max_new_tokens=5, resume=first))
     with pytest.raises(KeyboardInterrupt):
         jkv.generate(tiny_model, again, max_new_tokens=5, resume=first, progress=angry)
-    assert oracle.said(jkv.generate(tiny_model, again, max_new_tokens=5, resume=first)) == want
+    assert oracle.generated(jkv.generate(tiny_model, again, max_new_tokens=5, resume=first)) == want
 
 
 def test_seconds_are_counted(tiny_model):

@@ -28,19 +28,19 @@ def test_a_row_says_the_same_alone_in_a_batch_and_in_an_engine(tiny_model, engin
     def key():
         return jax.random.key(7, impl=impl)
 
-    both = oracle.said(jkv.generate(tiny_model, ROWS, key=key(), **HOW))
-    assert both != oracle.said(jkv.generate(tiny_model, ROWS, key=jax.random.key(8), **HOW))
-    (alone,) = oracle.said(jkv.generate(tiny_model, ROWS[:1], key=key(), **HOW))
+    both = oracle.generated(jkv.generate(tiny_model, ROWS, key=key(), **HOW))
+    assert both != oracle.generated(jkv.generate(tiny_model, ROWS, key=jax.random.key(8), **HOW))
+    (alone,) = oracle.generated(jkv.generate(tiny_model, ROWS[:1], key=key(), **HOW))
     assert alone == both[0]
     # Two rows of one prompt are drawn apart.
-    twins = oracle.said(jkv.generate(tiny_model, [ROWS[0]] * 2, key=key(), **HOW))
+    twins = oracle.generated(jkv.generate(tiny_model, [ROWS[0]] * 2, key=key(), **HOW))
     assert twins[0] == both[0] != twins[1]
     keys = jax.random.split(key(), 2)
-    given = oracle.said(jkv.generate(tiny_model, ROWS, key=keys, **HOW))
-    (second,) = oracle.said(jkv.generate(tiny_model, ROWS[1:], key=keys[1:], **HOW))
+    given = oracle.generated(jkv.generate(tiny_model, ROWS, key=keys, **HOW))
+    (second,) = oracle.generated(jkv.generate(tiny_model, ROWS[1:], key=keys[1:], **HOW))
     assert second == given[1]
     draft = jkv.prompt_lookup(tokens=2)
-    assert oracle.said(jkv.generate(tiny_model, ROWS, key=key(), draft=draft, **HOW)) == both
+    assert oracle.generated(jkv.generate(tiny_model, ROWS, key=key(), draft=draft, **HOW)) == both
     request = engine.submit(ROWS[0], max_new_tokens=8, stop=(), sampler=HOT, key=key())
     assert request.result() == both[0]
 
@@ -56,7 +56,7 @@ def test_words_of_a_key_all_count():
 
 
 def test_an_engine_under_debug_key_reuse(engine, tiny_model):
-    (want,) = oracle.said(jkv.generate(tiny_model, ROWS[:1], key=jax.random.key(1), **HOW))
+    (want,) = oracle.generated(jkv.generate(tiny_model, ROWS[:1], key=jax.random.key(1), **HOW))
     with jax.debug_key_reuse(True):
         engine.warm([HOT])
         how = {"max_new_tokens": 8, "stop": (), "sampler": HOT}

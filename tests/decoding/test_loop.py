@@ -162,7 +162,7 @@ def test_a_penalty_looks_back_at_what_was_said(tiny_model):
     sampler = jkv.sampling.chain(jkv.sampling.repetition_penalty(5.0), jkv.sampling.greedy())
     logits, cache = prefilled(tiny_model)
     said = np.where(np.arange(5)[None] < COUNTS[:, None], PROMPTS, -1)
-    out = rolled(tiny_model, logits, cache, sampler=sampler, said=said)
+    out = rolled(tiny_model, logits, cache, sampler=sampler, history=said)
     want = jkv.generate(tiny_model, ROWS, max_new_tokens=STEPS, sampler=sampler)
     np.testing.assert_array_equal(out.tokens, want.tokens)
     blind = rolled(tiny_model, logits, cache, sampler=sampler)

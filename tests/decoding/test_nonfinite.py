@@ -44,7 +44,7 @@ def poisoned(model: Decoder, token: int, value: float = np.nan) -> Decoder:
 @pytest.fixture(scope="module")
 def good(untied) -> list[list[int]]:
     """What the rows say with finite weights."""
-    return oracle.said(jkv.generate(untied, ROWS, max_new_tokens=NEW))
+    return oracle.generated(jkv.generate(untied, ROWS, max_new_tokens=NEW))
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def test_generate_raises_with_the_row_and_the_step(bad, good):
     with pytest.raises(NonFiniteError, match=rf"row 0 at step {step}: {BY_MODEL}"):
         jkv.generate(model, ROWS, max_new_tokens=NEW)
     # The row beside it is fine, alone and up to there.
-    assert oracle.said(jkv.generate(model, ROWS[1:], max_new_tokens=NEW)) == good[1:]
+    assert oracle.generated(jkv.generate(model, ROWS[1:], max_new_tokens=NEW)) == good[1:]
     short = jkv.generate(model, ROWS, max_new_tokens=step)
-    assert oracle.said(short) == [row[:step] for row in good]
+    assert oracle.generated(short) == [row[:step] for row in good]
 
 
 def test_a_prompt_that_cannot_be_read_fails_at_step_0(untied):
@@ -117,7 +117,7 @@ def test_a_draft_changes_nothing(bad, good):
     with pytest.raises(NonFiniteError, match=rf"row 0 at step {step}: {BY_MODEL}"):
         jkv.generate(model, ROWS, max_new_tokens=NEW, draft=draft)
     out = jkv.generate(model, ROWS[1:], max_new_tokens=NEW, draft=draft)
-    assert oracle.said(out) == good[1:]
+    assert oracle.generated(out) == good[1:]
     hot = jkv.sampling.Temperature(np.float32(0))  # 0/0 and x/0
     how = {"draft": draft, "sampler": hot, "key": jax.random.key(0)}
     with pytest.raises(NonFiniteError, match=rf"row 0 at step 0, row 1 at step 0: {BY_SAMPLER}"):
@@ -150,13 +150,13 @@ def test_a_mask_that_leaves_nothing(untied, good, value):
         jkv.generate(untied, ROWS, max_new_tokens=NEW, sampler=sampler)
     # Some of it is what masks are for.
     out = jkv.generate(untied, ROWS, max_new_tokens=3, sampler=sampler)
-    assert oracle.said(out) == [row[:3] for row in good]
+    assert oracle.generated(out) == [row[:3] for row in good]
 
 
 def test_a_row_that_has_ended_does_not_raise(bad, good):
     model, token, step = bad
     out = jkv.generate(model, ROWS, max_new_tokens=NEW, stop=[[token], []])
-    assert oracle.said(out) == [good[0][:step], good[1]]
+    assert oracle.generated(out) == [good[0][:step], good[1]]
     # Nor one that the host ends, after the device went on with it.
     lm = oracle.lm(model)
     text = lm.tokenizer.decode([token])
@@ -213,5 +213,5 @@ def test_nothing_of_it_goes_to_the_store(bad, good):
         assert len(store) == 0
         out = jkv.generate(model, ROWS, max_new_tokens=step, store=store)
         assert out.reused.tolist() == [0, 0]
-        assert oracle.said(out) == [row[:step] for row in good]
+        assert oracle.generated(out) == [row[:step] for row in good]
         assert len(store) == 2

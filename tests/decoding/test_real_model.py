@@ -42,13 +42,13 @@ def test_the_tokenizer_gives_the_same_ids(lm):
 
 def test_one_ragged_batch(lm, kind):
     out = jkv.generate(lm.model, IDS, max_new_tokens=NEW, cache=kind, stop=(), slots=SLOTS)
-    assert oracle.said(out) == TOKENS
+    assert oracle.generated(out) == TOKENS
 
 
 def test_each_alone(lm):
     for ids, tokens in zip(IDS, TOKENS, strict=True):
         out = jkv.generate(lm.model, [ids], max_new_tokens=NEW, stop=(), slots=SLOTS)
-        assert oracle.said(out) == [tokens]
+        assert oracle.generated(out) == [tokens]
 
 
 def test_some_alone_without_a_cache(lm):
@@ -56,13 +56,13 @@ def test_some_alone_without_a_cache(lm):
         out = jkv.generate(
             lm.model, [ids], max_new_tokens=NEW, cache=jkv.none(), stop=(), slots=SLOTS
         )
-        assert oracle.said(out) == [tokens]
+        assert oracle.generated(out) == [tokens]
 
 
 def test_texts_and_small_chunks(lm):
     prompts = [case["prompt"] for case in GOLDEN]
     out = jkv.generate(lm, prompts, max_new_tokens=NEW, stop=(), slots=SLOTS, prefill_chunk=16)
-    assert oracle.said(out) == TOKENS
+    assert oracle.generated(out) == TOKENS
     assert lm.decode(out.tokens)[0] == lm.decode(TOKENS[0])
 
 
@@ -89,7 +89,7 @@ def test_resumed_in_pieces(lm, kind):
         kwargs = {"cache": kind} if out is None else {"resume": out}
         prompts = IDS if out is None else [[] for _ in IDS]
         out = jkv.generate(lm.model, prompts, max_new_tokens=new, stop=(), slots=SLOTS, **kwargs)
-        said = [a + b for a, b in zip(said, oracle.said(out), strict=True)]
+        said = [a + b for a, b in zip(said, oracle.generated(out), strict=True)]
     assert said == TOKENS
 
 
@@ -105,7 +105,7 @@ def test_resumed_after_rows_ended_apart(lm, kind):
     turn = [t[a:b] for t, a, b in zip(TOKENS, ended, told, strict=True)]
     rest = NEW - max(told)
     out = jkv.generate(lm.model, turn, max_new_tokens=rest, stop=(), resume=out, slots=SLOTS)
-    assert oracle.said(out) == [t[n : n + rest] for t, n in zip(TOKENS, told, strict=True)]
+    assert oracle.generated(out) == [t[n : n + rest] for t, n in zip(TOKENS, told, strict=True)]
 
 
 def test_a_stop_string_in_real_text(lm):
@@ -113,7 +113,7 @@ def test_a_stop_string_in_real_text(lm):
     out = jkv.generate(lm, IDS, max_new_tokens=NEW, stop=". ", slots=SLOTS)
     for row, tokens in enumerate(TOKENS):
         end = next(n for n in range(1, NEW + 1) if n == NEW or ". " in lm.decode(tokens[:n]))
-        assert oracle.said(out)[row] == tokens[:end]
+        assert oracle.generated(out)[row] == tokens[:end]
     assert "stop" in out.finish_reasons
 
 
@@ -125,4 +125,4 @@ def test_sampled_turns_equal_the_conversation_at_once(lm):
     rest = jkv.generate(lm.model, [[] for _ in IDS], max_new_tokens=NEW - 20, resume=first, **draw)
     joined = np.concatenate([first.tokens, rest.tokens], axis=1)
     np.testing.assert_array_equal(joined, whole.tokens)
-    assert oracle.said(whole) != TOKENS
+    assert oracle.generated(whole) != TOKENS

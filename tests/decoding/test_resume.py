@@ -49,7 +49,7 @@ def ends_apart(model, kind, draw, new=14):
 def whole(model, histories, new, kind, draw):
     """The conversation so far as one prompt."""
     rows = [row.tolist() for row in histories]
-    return oracle.said(
+    return oracle.generated(
         jkv.generate(model, rows, max_new_tokens=new, cache=kind, slots=96, stop=(), **draw)
     )
 
@@ -60,7 +60,7 @@ def test_turns_equal_the_conversation_at_once(tiny_model, draw):
     for turn in TURNS:
         before = [np.append(h, t).astype(int) for h, t in zip(out.history, turn, strict=True)]
         after = jkv.generate(tiny_model, turn, max_new_tokens=9, resume=out, slots=96, **draw)
-        assert oracle.said(after) == whole(tiny_model, before, 9, jkv.dense(), draw)
+        assert oracle.generated(after) == whole(tiny_model, before, 9, jkv.dense(), draw)
         for row, history in enumerate(after.history):
             assert history.tolist() == [*before[row], *after.tokens[row].tolist()]
         oracle.check_cache(tiny_model, after)
@@ -113,7 +113,7 @@ def test_the_earlier_result_stays_valid(tiny_model, kind):
         fork = jkv.generate(tiny_model, b, max_new_tokens=9, resume=out, slots=slots)
         again = jkv.generate(tiny_model, a, max_new_tokens=9, resume=out, slots=slots)
         np.testing.assert_array_equal(first.tokens, again.tokens)
-        assert oracle.said(fork) == whole(
+        assert oracle.generated(fork) == whole(
             tiny_model,
             [np.append(h, t).astype(int) for h, t in zip(out.history, b, strict=True)],
             9,
@@ -163,7 +163,7 @@ def test_the_buffer_grows_when_needed(tiny_model, kind):
 def test_many_short_turns(tiny_model):
     """One token at a time, in both directions: the waiting token is never lost nor doubled."""
     out = jkv.generate(tiny_model, PROMPTS, max_new_tokens=1, slots=64)
-    said = [[*p, *t] for p, t in zip(PROMPTS, oracle.said(out), strict=True)]
+    said = [[*p, *t] for p, t in zip(PROMPTS, oracle.generated(out), strict=True)]
     for turn in range(6):
         add = [[turn], [], [turn, turn]]
         out = jkv.generate(tiny_model, add, max_new_tokens=1, resume=out, slots=64)
@@ -197,7 +197,7 @@ def test_stops_of_the_next_turn_are_its_own(tiny_model):
     after = jkv.generate(
         lm, [[], [], []], max_new_tokens=9, resume=out, slots=96, stop=[[i] for i in ids]
     )
-    for row, tokens in enumerate(oracle.said(after)):
+    for row, tokens in enumerate(oracle.generated(after)):
         whole_row = free.tokens[row].tolist()
         assert tokens == whole_row[: whole_row.index(ids[row]) + 1]
 

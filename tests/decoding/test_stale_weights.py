@@ -38,8 +38,8 @@ def test_a_result_of_other_weights_is_not_resumed(model):
             resumed(model, [[4]], resume=first, **how)
     assert copied.weights is None
     fresh = jkv.generate(model, [[1, 2, 3]], **HOW)
-    assert oracle.said(fresh) == [oracle.greedy(model, [1, 2, 3], 4)]
-    assert oracle.said(fresh) != oracle.said(first)
+    assert oracle.generated(fresh) == [oracle.greedy(model, [1, 2, 3], 4)]
+    assert oracle.generated(fresh) != oracle.generated(first)
     assert jkv.generate(model, [[4]], resume=fresh, **HOW).lengths.tolist() == [4]
     assert again.lengths.tolist() == [4]
 
@@ -48,8 +48,8 @@ def test_equal_weights_in_other_arrays_are_the_same(model):
     first = jkv.generate(model, [[1, 2, 3]], **HOW)
     leaves, tree = jax.tree.flatten(model)
     other = jax.tree.unflatten(tree, [jax.numpy.copy(leaf) for leaf in leaves])
-    want = oracle.said(jkv.generate(model, [[4]], resume=first, **HOW))
-    assert oracle.said(jkv.generate(other, [[4]], resume=first, **HOW)) == want
+    want = oracle.generated(jkv.generate(model, [[4]], resume=first, **HOW))
+    assert oracle.generated(jkv.generate(other, [[4]], resume=first, **HOW)) == want
     train(other)
     assert not is_current(first.weights, other)
     # A sharded copy is known to be one after the original is gone.
@@ -87,7 +87,7 @@ def test_a_store_has_nothing_of_the_old_weights(model):
         train(model)
         out = jkv.generate(model, [prompt], **how)
         assert out.reused.tolist() == [0]
-        assert oracle.said(out) == [oracle.greedy(model, prompt, 4)]
+        assert oracle.generated(out) == [oracle.greedy(model, prompt, 4)]
 
 
 def test_an_engine_takes_new_weights_when_it_is_told(model):

@@ -41,7 +41,7 @@ def ids(text: str) -> list[int]:
     return TOKENIZER.encode_continuation(text)
 
 
-def saying(*tokens: int) -> dict[str, Any]:
+def forcing(*tokens: int) -> dict[str, Any]:
     filled = [*tokens, *[ids("z")[0]] * (NEW - len(tokens))]
     script = texts.Script(jnp.asarray(filled, jnp.int32))
     sampler = jkv.sampling.chain(script, jkv.sampling.greedy())
@@ -50,7 +50,7 @@ def saying(*tokens: int) -> dict[str, Any]:
 
 def all_ways(lm: jkv.LM, tokens: list[int], stop: Any) -> list[int]:
     """How many tokens a row keeps: the same in `generate`, `stream` and the engine."""
-    asked = saying(*tokens) | {"stop": stop}
+    asked = forcing(*tokens) | {"stop": stop}
     out = jkv.generate(lm, ["ab"], **asked)
     blocks = jkv.stream(lm, ["ab"], block=2, **asked)
     list(blocks)
@@ -135,7 +135,7 @@ def test_beams_end_at_the_checkpoints_ids_too(ending):
     ],
 )
 def test_a_reply_ends_where_a_row_does(ending, stop, reply):
-    asked = saying(*ids("b"), texts.EOS, *ids("c")) | {"max_new_tokens": 7}
+    asked = forcing(*ids("b"), texts.EOS, *ids("c")) | {"max_new_tokens": 7}
     chat = jkv.Chat(ending, stop=stop, **asked)
     pieces = list(chat.stream("ab"))
     assert "".join(pieces) == reply == chat.messages[-1]["content"]
@@ -149,7 +149,7 @@ def test_what_may_become_a_stop_string_is_held_back(lm, monkeypatch, stop, reply
     # One token at a time, as a reader of a slow model gets them.
     module = importlib.import_module("jkv.decoding.chat")
     monkeypatch.setattr(module, "stream", functools.partial(module.stream, block=1))
-    chat = jkv.Chat(lm, stop=stop, **saying(*tokens))
+    chat = jkv.Chat(lm, stop=stop, **forcing(*tokens))
     assert "".join(chat.stream("ab")) == reply
 
 
@@ -157,8 +157,8 @@ def test_an_engine_takes_sixteen_ids_beside_the_checkpoints(ending):
     with jkv.Engine(ending, pages=8, max_batch=1) as engine:
         others = list(range(100, 116))
         tokens = [*ids("b"), texts.EOS]
-        request = engine.submit("ab", stop=others, **saying(*tokens))
-        by_id = engine.submit("ab", stop=others, **saying(*ids("b"), 115))
+        request = engine.submit("ab", stop=others, **forcing(*tokens))
+        by_id = engine.submit("ab", stop=others, **forcing(*ids("b"), 115))
         engine.run()
         assert request.tokens == tokens
         assert by_id.tokens == [*ids("b"), 115]
@@ -202,7 +202,7 @@ def test_the_search_costs_the_same_however_long_the_row_is(length):
 
 def test_generation_decodes_nothing_to_find_stop_strings(lm):
     counting = Counting()
-    asked = saying(*ids("b")) | {"max_new_tokens": 64, "stop": "no"}
+    asked = forcing(*ids("b")) | {"max_new_tokens": 64, "stop": "no"}
     counted = SimpleNamespace(model=lm.model, tokenizer=counting)
     out = jkv.generate(counted, ["ab"], **asked)
     assert out.lengths.tolist() == [64]

@@ -35,7 +35,7 @@ def stop(tiny_model: Any) -> list[list[int]]:
     return [[], [int(free[1, 5])], [int(free[2, 1])]]
 
 
-def said(blocks: list[Any], row: int) -> list[int]:
+def generated(blocks: list[Any], row: int) -> list[int]:
     return [int(t) for block in blocks for t in block.tokens[row] if t >= 0]
 
 
@@ -48,7 +48,7 @@ def test_tokens_are_those_of_generate(tiny_model, stop, block):
     blocks = list(got)
 
     for row in range(3):
-        assert said(blocks, row) == want.tokens[row][: want.lengths[row]].tolist()
+        assert generated(blocks, row) == want.tokens[row][: want.lengths[row]].tolist()
     assert max(b.tokens.shape[1] for b in blocks) <= block
     assert all(b.texts is None for b in blocks)
     np.testing.assert_array_equal(got.result.tokens, want.tokens)

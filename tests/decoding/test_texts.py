@@ -44,7 +44,7 @@ def ids(text: str) -> list[int]:
     return SENTENCEPIECE.encode_continuation(text)
 
 
-def saying(*tokens: int) -> Any:
+def forcing(*tokens: int) -> Any:
     filled = [*tokens, *[0] * (9 - len(tokens))]  # one size is one program
     script = texts.Script(jnp.asarray(filled, jnp.int32))
     return jkv.sampling.chain(script, jkv.sampling.greedy())
@@ -52,7 +52,7 @@ def saying(*tokens: int) -> Any:
 
 def generate(lm: jkv.LM, prompts: Any, *tokens: int, **how: Any) -> Any:
     """A result whose rows have said these tokens."""
-    how = {"max_new_tokens": len(tokens), "sampler": saying(*tokens), "stop": ()} | how
+    how = {"max_new_tokens": len(tokens), "sampler": forcing(*tokens), "stop": ()} | how
     return jkv.generate(lm, prompts, **how)
 
 
@@ -112,7 +112,9 @@ def test_texts_and_ids_in_one_resumed_batch(lm):
 
 def test_a_stream_goes_on_from_a_text(lm):
     out = generate(lm, "ab", *ids(" a"))
-    blocks = jkv.stream(lm, "b", max_new_tokens=3, block=1, resume=out, sampler=saying(*ids(" b ")))
+    blocks = jkv.stream(
+        lm, "b", max_new_tokens=3, block=1, resume=out, sampler=forcing(*ids(" b "))
+    )
     pieces = [block.texts[0] for block in blocks]
     assert "ab" + out.text + "b" + "".join(pieces) == "ab ab b "
     assert "".join(pieces) == blocks.result.text
@@ -189,7 +191,7 @@ def test_the_space_between_prompt_and_answer(lm):
 @pytest.mark.parametrize("stop", [(), "a b", "</s>"])
 def test_streams_samples_and_requests_give_the_same_texts(lm, stop):
     tokens = [*ids(" a"), *EURO, *ids(" b"), texts.EOS, *ids("c")]
-    asked = {"max_new_tokens": len(tokens), "sampler": saying(*tokens), "stop": stop}
+    asked = {"max_new_tokens": len(tokens), "sampler": forcing(*tokens), "stop": stop}
     blocks = jkv.stream(lm, ["ab"], block=2, **asked)
     pieces = [block.texts[0] for block in blocks]
     out = blocks.result
@@ -207,7 +209,7 @@ def test_a_character_that_begins_in_the_prompt_comes_whole(lm, cut):
     out = generate(lm, [[texts.BOS, *ids("ab"), *EURO[:cut]]], *EURO[cut:], *ids("c"))
     assert out.text == "€c"
     blocks = jkv.stream(
-        lm, [[]], max_new_tokens=1, resume=generate(lm, "ab", *EURO[:cut]), sampler=saying(1)
+        lm, [[]], max_new_tokens=1, resume=generate(lm, "ab", *EURO[:cut]), sampler=forcing(1)
     )
     assert "".join(block.texts[0] for block in blocks) == ""
     first = generate(lm, "ab", *EURO[:cut])

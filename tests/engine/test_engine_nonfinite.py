@@ -36,7 +36,7 @@ def bad(tiny_config):
 
 def test_a_nonfinite_request_ends_alone_and_its_pages_are_not_reused(bad):
     model, good = bad
-    want = oracle.said(jkv.generate(good, [LONG, [1, 2]], max_new_tokens=NEW, stop=()))
+    want = oracle.generated(jkv.generate(good, [LONG, [1, 2]], max_new_tokens=NEW, stop=()))
     step = want[1].index(3) + 1
     with Store(tiers=[Memory(1 << 20)]) as store:
         engine = make_engine(oracle.lm(model), store=store, **SHAPE)

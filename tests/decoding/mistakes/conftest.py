@@ -22,7 +22,7 @@ class World:
         self.model, self.other, self.heads = model, other, heads
         self.lm, self.config = oracle.lm(model), model.config
         self.good = jkv.generate(model, PROMPTS, max_new_tokens=4)
-        self.want = oracle.said(self.good)
+        self.want = oracle.generated(self.good)
         self.cache = self.good.cache
         self.plain = jkv.generate(model, PROMPTS, max_new_tokens=2, cache=jkv.none())
         self.logits = jnp.zeros((2, 11))
@@ -46,7 +46,7 @@ class World:
 
     def check_unchanged(self) -> None:
         """After all mistakes, and whenever this runs: the same tokens, the same cache."""
-        assert oracle.said(self.generate()) == self.want
+        assert oracle.generated(self.generate()) == self.want
         oracle.check_cache(self.model, self.good)
         more = self.generate([[5], []], resume=self.good)
         for row, new in enumerate(([5], [])):

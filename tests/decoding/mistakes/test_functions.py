@@ -296,13 +296,14 @@ CALLS = [
 ]
 
 ROLLOUT = [
+    ("an old name", {"said": TOKENS}, TypeError, "rollout got said=, which is now history="),
     ("a rollout of tokens", {"logits": TOKENS}, TypeError, "logits of dtype int32"),
     ("other logits", {"logits": jnp.ones((3, 11))}, ValueError, r"logits of shape \[3, 11\]"),
     ("a rollout alone", {"cache": None}, TypeError, "rollout got NoneType as a cache"),
     ("ends in a list", {"ends": [[1], [2]]}, TypeError, "ends of type list"),
     ("flat ends", {"ends": jnp.ones(2, jnp.int32)}, ValueError, r"ends of shape \[2\]"),
     ("a rollout without a key", {"sampler": sampling.temperature(0.8)}, ValueError, "needs key"),
-    ("said by others", {"said": TOKENS.T}, ValueError, r"said of shape \[3, 2\]"),
+    ("history of others", {"history": TOKENS.T}, ValueError, r"history of shape \[3, 2\]"),
     *(
         (f"steps={value}", {"steps": value}, ValueError, "steps got .*integer of at least 1")
         for value in (0, -1, 2.0, True, None)
