@@ -50,7 +50,7 @@ def check_kind(
         tolerance: of what is found beside values between -1 and 1; 0.3 suits a kind that rounds.
         slots: that each row has room for.
         chunks: sizes of the passes in which tokens come.
-        rolls_back: whether rows may be shortened after all that.
+        rolls_back: whether rows may be shortened after all that; if not, `crop` must refuse.
 
     Raises:
         AssertionError: a promise is broken; the message says which, where, and what was seen.
@@ -74,11 +74,16 @@ def check_kind(
     probe.is_a_value()
     rows = probe.fed(chunks)
     probe.padding_is_not_stored()
+    probe.appends()
+    probe.runs_full()
+    probe.is_sharded()
     probe.rows_move(rows)
     probe.resizes(rows)
     probe.converts(rows)
     if rolls_back:
         probe.rolls_back(rows)
+    else:
+        probe.refuses_to_roll_back(rows)
     probe.is_compiled_once()
 
 
@@ -117,6 +122,7 @@ class _Probe:
         self.compiled = 0
         # Whole programs: of single operations each would be compiled by itself.
         self.attend = jax.jit(self._attend)
+        self.append = jax.jit(self._append)
         self.take = jax.jit(lambda cache, rows: cache.take(rows))
         self.concat = jax.jit(concat)
         self.longer = jax.jit(lambda cache, slots: cache.resize(slots), static_argnums=1)
@@ -142,7 +148,15 @@ class _Probe:
         out, cache = run.end(out.reshape(*positions.shape, -1), [layer])
         return out.reshape(*tokens.shape, HEADS, DIM), cache
 
-    def push(self, rows: _Rows, counts: Sequence[int], what: str) -> _Rows:
+    def _append(self, cache: Cache, tokens: Array, counts: Array) -> Cache:
+        """Append without attending, as `Cache.convert` does."""
+        run = cache.begin(tokens, counts)
+        k, v = keys_and_values(run.tokens, run.step.positions)
+        return run.next_cache([run.layers[0].append(k, v, run.step)])
+
+    def push(
+        self, rows: _Rows, counts: Sequence[int], what: str, *, asks_itself: bool = False
+    ) -> _Rows:
         """Append new tokens to each row, and compare what each of them sees."""
         # Two shapes and no more: a kind costs as many compilations.
         size = 1 if max(counts) == 1 else self.longest
@@ -150,6 +164,8 @@ class _Probe:
         held = np.asarray(rows.lengths)
         newest = held + np.asarray(counts)
         asked = self.random.integers(0, np.maximum(newest, 1)[:, None], tokens.shape)
+        if asks_itself:
+            asked = held[:, None] + np.arange(size)
         out, cache = self.attend(
             rows.cache, tokens, asked.astype(np.int32), np.asarray(counts, np.int32)
         )
@@ -226,6 +242,57 @@ class _Probe:
             if not np.array_equal(a[0], b[0]):
                 raise AssertionError("a row without new tokens has changed")
 
+    def appends(self) -> None:
+        tokens = self.random.integers(0, TOKENS, (3, self.longest)).astype(np.int32)
+        counts = [self.longest, 2, 0]
+        cache = self.append(self.new(3), tokens, np.asarray(counts, np.int32))
+        told = [line[:n].tolist() for line, n in zip(tokens, counts, strict=True)]
+        self.holds(_Rows(cache, told), "after append")
+
+    def runs_full(self) -> None:
+        """Fill a row to its last slot, and give it one more token."""
+        rows = _Rows(self.new(3), [[], [], []])
+        capacity, retained = rows.cache.capacity, rows.cache.layers[0].retained
+        if capacity is None and retained is None:
+            raise AssertionError(
+                "capacity is None, for a row that never runs full, and so is retained, for one of "
+                "which all tokens are kept; expected a number for one of them"
+            )
+        if capacity is None:
+            return
+        for left in range(capacity - 1, 0, -self.longest):
+            rows = self.push(rows, [min(left, self.longest), 0, 1], "while a row fills")
+        self.holds(rows, "with a row that has one slot left")
+        rows = self.push(rows, [1, 1, 1], "in the last slot", asks_itself=True)
+        zeros = np.zeros((3, 1), np.int32)
+        _, cache = self.attend(rows.cache, zeros, zeros, np.asarray([1, 0, 0], np.int32))
+        if cache.overflowed.tolist() != [True, False, False]:
+            raise AssertionError(
+                f"a row took more than its capacity of {plural(capacity, 'token')}; expected it "
+                "to refuse what does not fit and to raise its flag"
+            )
+
+    def is_sharded(self) -> None:
+        layer = self.new(3).layers[0]
+        try:
+            specs = layer.partition_spec("heads")
+        except UnsupportedError:
+            return
+        leaves = jax.tree.leaves(layer)
+        if len(jax.tree.leaves(specs)) != len(leaves):
+            raise AssertionError("partition_spec has another number of leaves than the layer")
+        sharded = 0
+        for leaf, spec in zip(leaves, jax.tree.leaves(specs), strict=True):
+            for size, axis in zip(leaf.shape, spec, strict=False):
+                if axis is not None and size != HEADS:
+                    raise AssertionError(
+                        f"partition_spec shards an axis of {size} of a leaf {list(leaf.shape)}; "
+                        f"expected that of the {HEADS} key/value heads"
+                    )
+                sharded += axis is not None
+        if not sharded:
+            raise AssertionError("partition_spec shards no leaf; expected those with heads")
+
     def rows_move(self, rows: _Rows) -> None:
         order = [2, 0, 0]
         taken = self.take(rows.cache, np.asarray(order))
@@ -263,6 +330,16 @@ class _Probe:
             self.holds(short, f"after crop by {back}")
             again = self.push(short, [3, 1, 2], f"going on after crop by {back}")
             self.holds(again, f"after going on from crop by {back}")
+
+    def refuses_to_roll_back(self, rows: _Rows) -> None:
+        try:
+            rows.cache.crop(rows.lengths // 2)
+        except UnsupportedError:
+            return
+        raise AssertionError(
+            "crop shortened rows to half; expected UnsupportedError with rolls_back=False. A kind "
+            "that keeps what it needs rolls back: leave rolls_back out"
+        )
 
     def is_compiled_once(self) -> None:
         rows, counts = _Rows(self.new(3), [[], [], []]), [1, 1, 1]

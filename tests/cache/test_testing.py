@@ -7,10 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 import jkv
 from jkv._pytree import pytree
-from jkv.cache import CacheKind
+from jkv.cache import CacheKind, shard_heads
 from jkv.cache.dense import Dense
 from jkv.testing import check_kind
 from tests.cache.kinds import KINDS
@@ -112,12 +113,73 @@ class Stuck(Dense):
         return Stuck(*vars(super().take(jnp.sort(rows))).values())
 
 
+@pytree
+class Silent(Dense):
+    """Attends, and appends nothing where it is not to attend as well."""
+
+    def attend(self, q, k, v, step, spec):
+        out, made = Dense(self.keys, self.values).attend(q, k, v, step, spec)
+        return out, Silent(made.keys, made.values)
+
+    def append(self, k, v, step):
+        return self
+
+
+@pytree
+class Endless(Dense):
+    """Says that it never runs full."""
+
+    @property
+    def capacity(self):
+        return None
+
+
+@pytree
+class Boastful(Dense):
+    """Says that it has one slot more than there are."""
+
+    @property
+    def capacity(self):
+        return super().capacity + 1
+
+
+@pytree
+class Whole(Dense):
+    """Shards nothing."""
+
+    def partition_spec(self, axis):
+        return shard_heads(self, axis, whole=("keys", "values"))
+
+
+@pytree
+class Sliced(Dense):
+    """Shards what holds rows."""
+
+    def partition_spec(self, axis):
+        return Sliced(PartitionSpec(axis), PartitionSpec(None, axis))
+
+
 @pytest.mark.parametrize(
-    ("layer", "message"), [(OffByOne, "asked for"), (Padded, "off by"), (Stuck, "after take")]
+    ("layer", "message"),
+    [
+        (OffByOne, "asked for"),
+        (Padded, "off by"),
+        (Stuck, "after take"),
+        (Silent, "after append"),
+        (Endless, "capacity is None, .* and so is retained"),
+        (Boastful, "in the last slot"),
+        (Whole, "shards no leaf"),
+        (Sliced, "shards an axis of 3"),
+    ],
 )
 def test_a_broken_one_does_not(layer, message):
     with pytest.raises(AssertionError, match=message):
         check_kind(Broken(layer))
+
+
+def test_a_kind_that_does_not_roll_back_refuses():
+    with pytest.raises(AssertionError, match="crop shortened rows to half; expected Unsupported"):
+        check_kind(jkv.dense(), rolls_back=False)
 
 
 def test_something_else():
