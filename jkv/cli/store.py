@@ -14,6 +14,7 @@ from jkv._text import brief, plural
 from jkv.cli import directory, options, process
 from jkv.cli.tables import columns
 from jkv.errors import UnsupportedError
+from jkv.store.policy import POLICIES
 
 store = typer.Typer(
     name="store", rich_markup_mode=None, help="Sequences' caches that are kept between requests."
@@ -48,7 +49,7 @@ def simulate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="fifo, lru, lfu, slru, arc or cost-aware; repeatable, by default all.",
+            help=f"One of {', '.join(POLICIES)}; repeatable, by default all.",
         ),
     ] = None,
     target: Annotated[
@@ -179,8 +180,6 @@ def draw(outcomes: Sequence[Any], path: Path) -> None:
 
 def _policies(names: Sequence[str] | None) -> dict[str, Any]:
     """Return the optimum and the policies of those names, all of them without names."""
-    from jkv.store.policy import POLICIES
-
     for name in names or ():
         if name not in POLICIES:
             raise ValueError(f"--policy got {brief(name)}; expected one of {', '.join(POLICIES)}")

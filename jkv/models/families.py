@@ -98,7 +98,7 @@ def _rotary(
     head_dim: int | None = None,
     kv_heads: int | None = None,
     activation: tuple[str, str] = ("hidden_act", "silu"),
-    eps: float = 1e-6,
+    eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
     tied: bool = False,
     partial: float | None = None,
     interleaved: bool = False,
@@ -110,7 +110,7 @@ def _rotary(
         head_dim: where the configuration names none; None divides the width by the heads.
         kv_heads: where the configuration names none; None means as many as query heads.
         activation: the key's name and its default.
-        eps: default of the norm's.
+        eps: the key's name and its default, of the norms.
         tied: default of the output projection's.
         partial: default share of each head that is rotated, None where all of it always is.
         interleaved: how the rotated dimensions are paired.
@@ -128,7 +128,7 @@ def _rotary(
         "head_dim": dim,
         "feed_forward": s.integer("intermediate_size"),
         "context": context,
-        "norm_eps": s.number("rms_norm_eps", eps),
+        "norm_eps": s.number(*eps),
         "activation": s.choice(activation[0], _ACTIVATIONS, activation[1]),
         "rope": rope,
         "tied": s.flag("tie_word_embeddings", tied),
@@ -188,7 +188,8 @@ def _qwen3(s: HFConfig) -> dict[str, Any]:
 
 
 def _glm(s: HFConfig) -> dict[str, Any]:
-    shape = _rotary(s, head_dim=128, kv_heads=2, eps=1.5625e-7, partial=0.5, interleaved=True)
+    eps = ("rms_norm_eps", 1.5625e-7)
+    shape = _rotary(s, head_dim=128, kv_heads=2, eps=eps, partial=0.5, interleaved=True)
     return shape | {"qkv_bias": s.flag("attention_bias", True)}
 
 

@@ -64,7 +64,10 @@ class Evictor(abc.ABC):
 
     @abc.abstractmethod
     def _insert(self, item: Item) -> None:
-        """Put an entry into the order, as the latest: a new one, or one pinned until now."""
+        """Put an entry into the order, as the latest: a new one, or one pinned until now.
+
+        A policy that orders by arrival puts one that was pinned where it was.
+        """
 
     @abc.abstractmethod
     def _touch(self, item: Item) -> None:
@@ -76,7 +79,11 @@ class Evictor(abc.ABC):
 
     @abc.abstractmethod
     def _next(self) -> Hashable:
-        """Return the first key of the order, which is not empty."""
+        """Return the first key of the order, which is not empty.
+
+        It is asked for often and must change nothing: a policy that moves a hand or clears marks
+        while it searches does so in `_evicted`.
+        """
 
     def expect(self, key: Hashable) -> None:  # noqa: B027
         """Announce a key that will be added once there is room: ARC learns before it chooses."""

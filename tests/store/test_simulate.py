@@ -284,7 +284,7 @@ def test_the_command_draws(run, trace, tmp_path):
 def test_the_command_says_what_is_wrong(run, trace, tmp_path):
     for arguments, says in [
         ((tmp_path / "missing",), "does not exist"),
-        ((trace, "--policy", "mru"), "--policy got 'mru'; expected one of fifo, lru"),
+        ((trace, "--policy", "newest"), "--policy got 'newest'; expected one of fifo, lru"),
         ((trace, "--capacity", "lots"), "capacity got 'lots'"),
         ((trace, "--target", 2), "target got 2"),
         ((trace, "--block", 0), "at least 1 of each"),

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jkv.errors import TierError
-from jkv.store import ARC, LFU, LRU, SLRU, CostAware, Store
+from jkv.store import Store
 from jkv.store.keys import entry_name
+from jkv.store.policy import POLICIES
 from tests.store.fakes import Clock, Fake, check, entry, number
 
 KEYS = st.sampled_from(["a", "b", "c", "d", "e", "f"])
@@ -23,7 +24,7 @@ class Life(RuleBasedStateMachine):
     """The store may forget, never err: a get gives what was put last, or nothing."""
 
     @initialize(
-        policy=st.sampled_from([LRU(), LFU(), SLRU(), ARC(), CostAware()]),
+        policy=st.sampled_from([*POLICIES.values()]),
         tiers=st.integers(1, 3),
         through=st.booleans(),
         queue=st.sampled_from([1, 64]),
