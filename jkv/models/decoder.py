@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from jkv._axes import Array
 from jkv._text import plural
 from jkv.cache import sharding
-from jkv.cache.base import on_device
+from jkv.cache.base import Cache, on_device
 from jkv.cache.none import NoCache
 from jkv.cache.protocol import LayerCache, Step
 from jkv.models.config import Config
@@ -97,7 +98,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, window: int | None, rngs: nnx.Rngs):
         self.configure(config, window)
-        self.mesh: Any = None  # of the devices that have the heads, see `jkv.shard`
+        self.mesh: Mesh | None = None  # of the devices that have the heads, see `jkv.shard`
         width, dim, dtype = config.width, config.head_dim, config.dtype
         queries, keys = config.heads * dim, config.kv_heads * dim
         bias = config.qkv_bias
@@ -114,8 +115,12 @@ class Attention(nnx.Module):
         self.spec = AttentionSpec(config.scale, window, softcap=config.attention_softcap)
 
     def __call__(
-        self, x: Float[Array, "B T D"], cache: Any, step: Step, rope: tuple[Array, Array] | None
-    ) -> tuple[Float[Array, "B T D"], Any]:
+        self,
+        x: Float[Array, "B T D"],
+        cache: LayerCache,
+        step: Step,
+        rope: tuple[Array, Array] | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Return the attention output and the layer's next cache; `rope` is (cos, sin)."""
         config = self.config
         batch, new, _ = x.shape
@@ -173,12 +178,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cache: Any,
+        cache: LayerCache,
         step: Step,
         rope: tuple[Array, Array] | None,
         first: Callable[[Array], Array],
         second: Callable[[Array], Array],
-    ) -> tuple[Float[Array, "B T D"], Any]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Return the residual stream after both branches, and the layer's next cache."""
         out, cache = self.attention(self.attention_norm(x), cache, step, rope)
         if self.attention_post_norm is not None:
@@ -218,14 +223,14 @@ class Decoder(nnx.Module):
         )
 
     @property
-    def mesh(self) -> Any:
+    def mesh(self) -> Mesh | None:
         """The mesh over which heads are sharded, or None; see `jkv.shard`."""
         return self.blocks[0].attention.mesh
 
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        cache: Any = None,
+        cache: Cache | None = None,
         counts: Int[Array, " B"] | None = None,
         *,
         branch: Branch = _unchanged,
@@ -245,7 +250,7 @@ class Decoder(nnx.Module):
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        cache: Any = None,
+        cache: Cache | None = None,
         counts: Int[Array, " B"] | None = None,
         *,
         branch: Branch = _unchanged,
