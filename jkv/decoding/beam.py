@@ -18,7 +18,7 @@ from jkv._pytree import pytree, replace
 from jkv._text import brief
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
-from jkv.decoding import loop
+from jkv.decoding import loop, programs
 from jkv.decoding.arguments import DecoderLike, Model, Prompts, TokenizerLike
 from jkv.decoding.capacity import bucket
 from jkv.decoding.faults import Faults
@@ -148,7 +148,7 @@ def beam_search(
             f"stop got the string {brief(strings[0])}; beams end at token ids only: expected those"
         )
     last, cache = read_prompts(job.model, job.unread, job.cache, job.chunk, job.progress)
-    last, copies = loop.fork(last, cache, width)
+    last, copies = programs.fork(last, cache, width)
     search = search_jit(
         width,
         bucket(job.max_new, 16),

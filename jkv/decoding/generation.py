@@ -14,7 +14,7 @@ import numpy as np
 from jkv._axes import Array
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
-from jkv.decoding import capacity, draft, loop
+from jkv.decoding import capacity, draft, loop, programs
 from jkv.decoding.arguments import DecoderLike, Model, Progress, Prompts
 from jkv.decoding.capacity import bucket
 from jkv.decoding.draft import DraftState
@@ -132,10 +132,10 @@ class Generation:
         job, slots = self.job, bucket(self._longest + self.job.max_new)
         last, cache = read_prompts(job.model, job.unread, job.cache, job.chunk, job.progress)
         if job.samples > 1:
-            last, cache = loop.fork(last, cache, job.samples)
+            last, cache = programs.fork(last, cache, job.samples)
         # Only samplers look back; another width is another program.
         history = None if job.sampler is None else pad_rows(job.history, slots)
-        state, token, logprob = loop.begin_jit(
+        state, token, logprob = programs.begin_jit(
             job.model, last, cache, history, job.sampler, job.keys, job.ends, top=job.top
         )
         if job.draft is not None:
@@ -149,7 +149,7 @@ class Generation:
         job, state = self.job, self._grow()
         how = (job.sampler, job.keys, job.ends)
         if job.draft is None:
-            advance = functools.partial(loop.advance_jit, job.block, job.model, state, *how)
+            advance = functools.partial(programs.advance_jit, job.block, job.model, state, *how)
             self.state, *out = advance(np.int32(steps), top=job.top)
         else:
             limits = np.asarray([len(row) + job.max_new for row in job.history], np.int32)
@@ -215,7 +215,7 @@ def read_prompts(
         size = min(chunk, bucket(total - done, 16))
         tokens = pad_rows([row[done : done + size] for row in rows], size)
         here = np.clip(counts - done, 0, size)
-        last, cache = loop.absorb_jit(model, np.maximum(tokens, 0), cache, here, last)
+        last, cache = programs.absorb_jit(model, np.maximum(tokens, 0), cache, here, last)
         done += size
         if progress is not None:
             jax.block_until_ready(last)

@@ -16,7 +16,7 @@ from jkv.cache import sharding
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
 from jkv.cache.protocol import CacheKind
-from jkv.decoding import capacity, draft, loop, prefix_store, sampling
+from jkv.decoding import capacity, draft, loop, prefix_store, programs, sampling
 from jkv.decoding.apply import check_updates
 from jkv.decoding.arguments import DecoderLike, Model, Progress, Prompts, TokenizerLike
 from jkv.decoding.draft import Draft
@@ -270,9 +270,9 @@ def _first_cache(
     if resume is not None:
         old = resume.cache
         fits = old.capacity is None or old.capacity >= slots
-        cache = loop.copy_jit(old) if fits else loop.resize_jit(old, slots)
+        cache = programs.copy_jit(old) if fits else programs.resize_jit(old, slots)
     elif stored is not None and any(hit.cache is not None for hit in stored.hits):
         cache = prefix_store.join_rows([hit.cache for hit in stored.hits], config, kind, slots)
     else:
-        return loop.init_cache_jit(config, kind, batch, slots, config.dtype, mesh)
-    return cache if mesh is None else loop.shard_cache_jit(cache, mesh)
+        return programs.init_cache_jit(config, kind, batch, slots, config.dtype, mesh)
+    return cache if mesh is None else programs.shard_cache_jit(cache, mesh)

@@ -16,7 +16,7 @@ from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.cache.concat import concat
 from jkv.cache.protocol import CacheKind
-from jkv.decoding import loop
+from jkv.decoding import programs
 from jkv.decoding.arguments import DecoderLike
 from jkv.errors import CorruptError, UnsupportedError
 from jkv.models.config import Config
@@ -267,10 +267,10 @@ def join_rows(rows: list[Cache | None], config: Config, kind: CacheKind, slots: 
 
     def sized(cache: Cache | None) -> Cache:
         if cache is None:
-            return loop.init_cache_jit(config, kind, 1, slots, config.dtype)
+            return programs.init_cache_jit(config, kind, 1, slots, config.dtype)
         if cache.capacity is None or cache.capacity == slots:
             return cache
-        return cache.resize(slots) if cache.shared else loop.resize_jit(cache, slots)
+        return cache.resize(slots) if cache.shared else programs.resize_jit(cache, slots)
 
     caches = tuple(sized(row) for row in rows)
     if len(caches) == 1:

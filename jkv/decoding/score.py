@@ -16,7 +16,7 @@ from jkv._transfer import transfers
 from jkv.cache import sharding
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
-from jkv.decoding import capacity, loop
+from jkv.decoding import capacity, programs
 from jkv.decoding.arguments import CacheLike, DecoderLike, Model, Prompts
 from jkv.decoding.capacity import bucket
 from jkv.decoding.faults import MODEL
@@ -109,7 +109,7 @@ def score(
     counts = np.asarray([len(row) - 1 for row in rows], np.int32)
     slots = bucket(max(longest - 1, 1))
     mesh = sharding.mesh_of(decoder)
-    held = loop.init_cache_jit(config, kind, len(rows), slots, config.dtype, mesh)
+    held = programs.init_cache_jit(config, kind, len(rows), slots, config.dtype, mesh)
     logprobs = np.zeros((len(rows), longest), np.float32)
     top_tokens = np.full((len(rows), longest, top), PAD, np.int32)
     top_values = np.zeros((len(rows), longest, top), np.float32)

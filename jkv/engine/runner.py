@@ -19,7 +19,7 @@ from jkv.cache.base import Cache
 from jkv.cache.block_table import pools, tables_of
 from jkv.cache.paged import PagedKind, paged
 from jkv.cache.protocol import as_kind
-from jkv.decoding import loop
+from jkv.decoding import programs
 from jkv.decoding.arguments import DecoderLike, Sampler
 from jkv.decoding.capacity import bucket
 from jkv.decoding.prompts import PAD
@@ -118,7 +118,7 @@ class Runner:
 
     def _empty_cache(self) -> Cache:
         config, mesh = self.config, sharding.mesh_of(self.model)
-        return loop.init_cache_jit(config, self.kind, 1, config.context, config.dtype, mesh)
+        return programs.init_cache_jit(config, self.kind, 1, config.context, config.dtype, mesh)
 
     def intact(self) -> bool:
         """Whether the device's state is there: a step that failed may have taken it along."""

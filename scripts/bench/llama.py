@@ -27,7 +27,7 @@ from bench.contenders import TINY as SMALL
 from bench.contenders import Grid, copy_bandwidth, full
 from bench.runners import Transformers
 from jkv._pytree import nbytes, replace
-from jkv.decoding import loop
+from jkv.decoding import loop, programs
 from jkv.decoding.faults import Faults
 from jkv.models import Config, Decoder, Rope
 from jkv.ops import dispatch
@@ -144,7 +144,7 @@ def lowered(point: Point) -> tuple[Any, str]:
     ends = jax.ShapeDtypeStruct((point.rows, 1), jnp.int32)
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     with dispatch.record() as names:
-        program = loop.advance_jit.lower(STEPS, *shapes, None, None, ends, steps)
+        program = programs.advance_jit.lower(STEPS, *shapes, None, None, ends, steps)
     return program, "+".join(names)
 
 

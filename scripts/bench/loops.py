@@ -16,7 +16,7 @@ import jkv
 from jkv import ops
 from jkv._pytree import replace
 from jkv.cache import init_cache, sharding
-from jkv.decoding import loop
+from jkv.decoding import loop, programs
 from jkv.decoding.faults import Faults
 from jkv.models import Config, Decoder, Rope
 from jkv.ops import pages
@@ -87,8 +87,8 @@ def program(case: Case) -> tuple[Any, Any, Any]:
 
     shapes = jax.eval_shape(arguments)
     if case.new > 1:
-        return loop.absorb_jit, shapes, shapes[2]
-    advanced: Any = loop.advance_jit  # without its jit, whose first argument is static
+        return programs.absorb_jit, shapes, shapes[2]
+    advanced: Any = programs.advance_jit  # without its jit, whose first argument is static
     decode = jax.jit(functools.partial(advanced.__wrapped__, 32), donate_argnums=1)
     return decode, shapes, shapes[1].cache
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jkv
-from jkv.decoding import capacity, loop
+from jkv.decoding import capacity, programs
 from jkv.models import Decoder
 from tests.decoding import texts
 
@@ -101,7 +101,7 @@ def test_old_buffers_are_gone_before_new_ones_are_made(tiny_config, monkeypatch)
     assert max(seen) <= longer.nbytes + one < longer.nbytes + old
     assert len(seen) == 6
     # What grows in one program needs both at once, and is for caches that somebody still holds.
-    again = loop.resize_jit(longer, 1024)
+    again = programs.resize_jit(longer, 1024)
     assert live_bytes() - before >= longer.nbytes + again.nbytes
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(longer))
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 import jkv
 from jkv._pytree import replace
-from jkv.decoding import loop
+from jkv.decoding import programs
 from jkv.ops import dispatch
 from jkv.ops.pages import TpuPages
 from tests.conftest import ROOT
@@ -256,7 +256,7 @@ def test_rounded_pages_of_a_tpu_are_not_parted():
 
     with dispatch.target("tpu"):
         cache = jkv.init_cache(config, kind, batch=1, slots=64)
-        own = jax.eval_shape(lambda: loop.init_cache_jit(config, kind, 1, 64, "float32", mesh))
+        own = jax.eval_shape(lambda: programs.init_cache_jit(config, kind, 1, 64, "float32", mesh))
     assert tiled(cache)
     assert not tiled(own)
     with pytest.raises(jkv.UnsupportedError, match="scales of all heads together"):
