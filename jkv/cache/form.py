@@ -10,7 +10,7 @@ from jkv.cache.protocol import CacheKind
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class Argument:
     """How a value is written, and what it stands for."""
 
     shown: str
@@ -33,12 +33,12 @@ class Form:
     make: Callable[..., CacheKind]
     says: str
     examples: tuple[str, ...] = ("",)
-    arguments: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
+    arguments: Mapping[str, Argument] = dataclasses.field(default_factory=dict)
     bare: int = 0
     needed: int = 0
 
 
-def one_of(**meanings: object) -> Reader:
+def one_of(**meanings: object) -> Argument:
     """Read one of a few words."""
 
     def read(text: str) -> object:
@@ -46,10 +46,10 @@ def one_of(**meanings: object) -> Reader:
             raise ValueError
         return meanings[text]
 
-    return Reader("|".join(meanings), read)
+    return Argument("|".join(meanings), read)
 
 
-def number(shown: str, pattern: str, make: Callable[[str], object]) -> Reader:
+def number(shown: str, pattern: str, make: Callable[[str], object]) -> Argument:
     """Read what matches a pattern."""
 
     def read(text: str) -> object:
@@ -57,7 +57,7 @@ def number(shown: str, pattern: str, make: Callable[[str], object]) -> Reader:
             raise ValueError
         return make(text)
 
-    return Reader(shown, read)
+    return Argument(shown, read)
 
 
 def _inner(text: str) -> CacheKind:
@@ -68,4 +68,4 @@ def _inner(text: str) -> CacheKind:
 
 COUNT = number("N", r"\d+", int)
 REAL = number("X", r"\d*\.?\d+", float)
-KIND = Reader("SPEC", _inner)
+KIND = Argument("SPEC", _inner)

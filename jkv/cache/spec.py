@@ -16,7 +16,7 @@ import re
 from typing import Any
 
 from jkv._text import brief
-from jkv.cache.form import Form, Reader
+from jkv.cache.form import Argument, Form
 from jkv.cache.protocol import CacheKind
 
 # The files of kinds, in the order in which people are shown them. A new kind is a file with
@@ -134,7 +134,7 @@ def _refused(text: str, name: str, argument: str) -> ValueError:
     )
 
 
-__all__ = ["FORMS", "Form", "Reader", "examples", "grammar", "parse", "text", "usage"]
+__all__ = ["FORMS", "Argument", "Form", "examples", "grammar", "parse", "text", "usage"]
 
 
 def __dir__() -> list[str]:

@@ -164,7 +164,7 @@ class FeedForward(nnx.Module):
         return self.down(inner)
 
 
-class Block(nnx.Module):
+class DecoderBlock(nnx.Module):
     """Attention and MLP, each a normalised branch added to the residual stream."""
 
     def __init__(self, config: Config, window: int | None, rngs: nnx.Rngs):
@@ -213,7 +213,7 @@ class Decoder(nnx.Module):
             places = nnx.Param((table * 0.02).astype(config.dtype))  # [context, D]
         self.positions = places
         self.blocks = nnx.List(
-            [Block(config, config.window(i), rngs) for i in range(config.layers)]
+            [DecoderBlock(config, config.window(i), rngs) for i in range(config.layers)]
         )
         self.norm = Norm(config.width, config)
         self.head = (
