@@ -311,6 +311,13 @@ class _Probe:
             ((keys, values),) = self.to_legacy(rows.cache)
         except UnsupportedError:
             return
+        for name, got in (("keys", keys), ("values", values)):
+            if got.shape[:2] != (len(rows.tokens), HEADS) or got.shape[2] < max(rows.lengths):
+                raise AssertionError(
+                    f"to_legacy: {name} have the shape {list(got.shape)}; expected [B, K, S, H] "
+                    f"with {len(rows.tokens)} rows, {HEADS} heads and a slot for each of "
+                    f"{plural(int(max(rows.lengths)), 'token')}"
+                )
         for b, row in enumerate(rows.tokens):
             for name, got, want in (
                 ("keys", keys, np.repeat(key_of(np.arange(len(row)))[:, None], HEADS, axis=1)),

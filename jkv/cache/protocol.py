@@ -159,7 +159,7 @@ class LayerCache(abc.ABC):
 
     @property
     def retained(self) -> int | None:
-        """Tokens that are kept of a row, however long; None: all of them."""
+        """Most tokens that are kept of a row, however long; None: a share of them, or all."""
         return None
 
     def reach(self, new: int) -> int | None:

@@ -159,6 +159,14 @@ class Sliced(Dense):
         return Sliced(PartitionSpec(axis), PartitionSpec(None, axis))
 
 
+@pytree
+class Short(Dense):
+    """Gives fewer slots than it has tokens."""
+
+    def to_legacy(self, lengths):
+        return self.keys[:, :, :5], self.values[:, :, :5]
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -170,6 +178,7 @@ class Sliced(Dense):
         (Boastful, "in the last slot"),
         (Whole, "shards no leaf"),
         (Sliced, "shards an axis of 3"),
+        (Short, r"to_legacy: keys have the shape \[3, 2, 5, 16\]; expected"),
     ],
 )
 def test_a_broken_one_does_not(layer, message):
