@@ -6,6 +6,7 @@ Read from the sources, so that a module nobody imports is checked too.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -80,6 +81,11 @@ FOREIGN = {
 PANICS = ("jkv.models.tokenizer_files",)
 
 
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def module_of(path: Path) -> str:
     parts = ("jkv", *path.relative_to(PACKAGE).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -96,7 +102,7 @@ def floor_of(module: str) -> int | None:
 def imports_of(path: Path) -> set[str]:
     """Modules of jkv that a file imports, wherever in it the import stands."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -169,7 +175,7 @@ def test_errors_need_no_jax_at_all():
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_no_assert_and_no_swallowing(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         where = f"{module_of(path)}:{getattr(node, 'lineno', 0)}"
         assert not isinstance(node, ast.Assert), f"{where}: users get errors, not assertions"
         if isinstance(node, ast.ExceptHandler):
@@ -199,7 +205,7 @@ ASKED = [
 @pytest.mark.parametrize("path", ASKED, ids=module_of)
 def test_what_is_asked_of_an_object_is_declared(path):
     """No `hasattr`, and no `getattr` with a default, on objects of our own."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             asked = node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) > 2)
             where = f"{module_of(path)}:{node.lineno}"
@@ -250,7 +256,7 @@ def test_parameters_have_types(package):
     """`Any` is for what is truly any, which an alias names."""
     typed, untyped = 0, []
     for path in FILES if package == "jkv" else declared(package):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parse(path)):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             given = node.args
@@ -269,7 +275,7 @@ def test_parameters_have_types(package):
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_no_class_does_everything(path):
     """At most 30 methods: a larger class has parts that could be objects of their own."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.ClassDef):
             methods = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
             assert len(methods) <= 30, f"{node.name} has {len(methods)} methods"
@@ -278,7 +284,7 @@ def test_no_class_does_everything(path):
 def test_no_two_classes_share_a_name():
     homes: dict[str, list[str]] = {}
     for path in FILES:
-        for node in ast.parse(path.read_text()).body:
+        for node in parse(path).body:
             if isinstance(node, ast.ClassDef):
                 homes.setdefault(node.name, []).append(module_of(path))
     assert {name: where for name, where in homes.items() if len(where) > 1} == {}
@@ -366,7 +372,7 @@ def test_packages_list_what_is_public(path):
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_everything_public_is_described(path):
     """Every module, and every function, class and method whose name has no underscore."""
-    tree = ast.parse(path.read_text())
+    tree = parse(path)
     assert ast.get_docstring(tree), f"{module_of(path)} has no docstring"
 
     def walk(node: ast.AST, prefix: str) -> list[str]:
