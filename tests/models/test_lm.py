@@ -101,14 +101,19 @@ def _big(path: Path, dtype: type) -> int:
 def test_memory_never_holds_the_weights_twice(dtype, tmp_path):
     """The process grows by the weights and a tensor or two, whatever they are on disk."""
     size = _big(tmp_path / "big", dtype)
-    run = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(TINY), str(tmp_path / "big")],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        cwd=Path(jkv.__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    growth = int(run.stdout) / size
-    print(f"{np.dtype(dtype).name} on disk: peak growth {growth:.2f} of {size / 1e6:.0f} MB")
-    assert 0.95 < growth < 1.5
+    growths: list[float] = []
+    # Copies that are on their way add to the peak by chance: 1.2 to 1.55 times the weights.
+    # Nothing takes from it, and weights that are held twice show in every run.
+    while len(growths) < 6 and not (growths and min(growths) < 1.5):
+        run = subprocess.run(
+            [sys.executable, "-c", _MEASURE, str(TINY), str(tmp_path / "big")],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            cwd=Path(jkv.__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        growths.append(int(run.stdout) / size)
+    print(f"{np.dtype(dtype).name} on disk: peaks {growths} of {size / 1e6:.0f} MB")
+    assert min(growths) > 0.95
+    assert min(growths) < 1.5
