@@ -258,8 +258,9 @@ class Tokens(Iterator[int]):
         self._request.engine.abandon(self._request)
 
     def __del__(self) -> None:
-        """See `close`."""
-        self.close()
+        """See `close`. An interrupt in `__init__` may have left nothing to close."""
+        if "_request" in vars(self):
+            self.close()
 
 
 class AsyncTokens(AsyncIterator[int]):
@@ -305,8 +306,9 @@ class AsyncTokens(AsyncIterator[int]):
         self._request.engine.abandon(self._request)
 
     def __del__(self) -> None:
-        """See `aclose`."""
-        self._leave()
+        """See `aclose`, and `Tokens.__del__`."""
+        if "_request" in vars(self):
+            self._leave()
 
 
 Reader = Tokens | AsyncTokens
