@@ -32,7 +32,7 @@ def lm(tiny: str) -> jkv.LM:
 @pytest.fixture
 def run(capsys: Any, monkeypatch: Any) -> Any:
     """Runs the command: its status, standard output and standard error."""
-    # What is said about programs on disk must not stay in this process.
+    # The command keeps compiled programs on disk; that setting must not outlive it in this process.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "unused")
 
     def run(*arguments: str) -> tuple[Any, str, str]:

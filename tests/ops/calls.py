@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from jkv import ops
 
 SPEC = ("scale", "window", "sinks", "softcap")
@@ -49,3 +51,16 @@ def by(function: Callable[..., ops.Partial]) -> Callable[..., ops.Partial]:
         return function(*operands(*arrays, **options), interpret=interpret)
 
     return call
+
+
+def cut(x: np.ndarray, page: int, spare: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Cut slots ``[B, K, S, H]`` into pages in random order, `spare` of them free, and a table."""
+    batch, heads, slots, dim = x.shape
+    count = slots // page
+    pages = np.full((batch * count + spare, heads, page, dim), np.nan, np.float32)
+    table = (
+        np.random.default_rng(seed).permutation(len(pages))[: batch * count].reshape(batch, count)
+    )
+    parts = x.reshape(batch, heads, count, page, dim).swapaxes(1, 2)
+    pages[table.reshape(-1)] = parts.reshape(-1, heads, page, dim)
+    return pages, table.astype(np.int32)

@@ -14,6 +14,7 @@ from jkv.ops.codecs import Affine, Float8
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash
 from tests.ops import calls
+from tests.ops.calls import cut
 from tests.ops.tpu_kernels import (
     BLOCK,
     EDGES,
@@ -25,7 +26,6 @@ from tests.ops.tpu_kernels import (
     B,
     attention,
     check,
-    cut,
     draw,
     encoded,
     held_by,

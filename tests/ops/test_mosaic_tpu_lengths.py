@@ -9,13 +9,13 @@ import pytest
 from jkv.ops.codecs import Affine
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash
+from tests.ops.calls import cut
 from tests.ops.tpu_kernels import (
     BLOCK,
     NAN,
     SLOTS,
     attention,
     check,
-    cut,
     draw,
     encoded,
     held_by,

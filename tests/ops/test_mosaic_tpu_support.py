@@ -123,7 +123,7 @@ def test_weights_are_by_kernels_where_there_are_some():
     ("codecs", "least"), [((Affine(8), Affine(8)), 128), ((Float8(), Float8()), 128), (INT4, 128)]
 )
 def test_pages_of_codes(codecs, least):
-    """What is said of small pages is so: those of that size are read."""
+    """Pages below the size that the reason names are refused, and pages of that size are read."""
 
     def chosen(page):
         pages = [form(codec, page) for codec in codecs]

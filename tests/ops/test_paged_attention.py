@@ -12,6 +12,7 @@ import pytest
 from jkv.errors import UnsupportedError
 from jkv.ops.codecs import Affine, Float8
 from tests.ops import calls
+from tests.ops.calls import cut
 from tests.ops.test_attention import oracle
 
 B, K, G, H, SLOTS = 3, 2, 3, 8, 192
@@ -25,16 +26,6 @@ def tokens(new):
     q = rng.normal(size=(B, new, K * G, H)).astype(np.float32) * 2
     k, v = rng.normal(size=(2, B, K, SLOTS, H)).astype(np.float32)
     return q, k, v
-
-
-def cut(x, page, spare=5, seed=0):
-    """Slots [B, K, S, H] as pages in any order, some of them nobody's, and the table."""
-    count = x.shape[2] // page
-    pages = np.full((B * count + spare, K, page, H), np.nan, np.float32)
-    table = np.random.default_rng(seed).permutation(len(pages))[: B * count].reshape(B, count)
-    parts = x.reshape(B, K, count, page, H).swapaxes(1, 2)
-    pages[table.reshape(-1)] = parts.reshape(-1, K, page, H)
-    return pages, table.astype(np.int32)
 
 
 def poisoned(x, lengths):

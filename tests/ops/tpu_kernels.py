@@ -82,18 +82,6 @@ INT4 = (Affine(4, "channel", 64), Affine(4, "token", 64))
 INT2 = (Affine(2, "channel", 32), Affine(2, "token", 64))
 
 
-def cut(x, page, spare=3):
-    """Slots [B, K, S, H] as pages in any order, some of them nobody's, and the table."""
-    batch, heads, slots, dim = x.shape
-    count = slots // page
-    pages = np.full((batch * count + spare, heads, page, dim), NAN, np.float32)
-    table = np.random.default_rng(0).permutation(len(pages))[: batch * count].reshape(batch, count)
-    pages[table.reshape(-1)] = (
-        x.reshape(batch, heads, count, page, dim).swapaxes(1, 2).reshape(-1, heads, page, dim)
-    )
-    return pages, table.astype(np.int32)
-
-
 def small_pages(codecs, pages, table, lengths):
     """Pages [P, K, page, H] as a cache on a TPU has them, and others that say what is in them.
 
