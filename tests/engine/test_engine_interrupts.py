@@ -48,6 +48,14 @@ def places(scenario, inside, twice):
     ]
 
 
+# Python prints and drops an interrupt that comes inside of a finaliser.
+in_finalisers = pytest.mark.filterwarnings(
+    "ignore:(?s)Exception ignored in.*Tokens.__del__.*KeyboardInterrupt"
+    ":pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@in_finalisers
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("calls", ["steps", "waits", "closes"])
 def test_an_interrupt_anywhere_loses_no_token_and_no_page(lm, alone, calls, twice):
@@ -57,6 +65,7 @@ def test_an_interrupt_anywhere_loses_no_token_and_no_page(lm, alone, calls, twic
     assert sum(scenario.engine.stats()["preemptions"].values()) > 0
 
 
+@in_finalisers
 @pytest.mark.parametrize("calls", ["steps", "closes"])
 def test_an_interrupt_leaves_nothing_in_a_store(lm, alone, calls):
     with Store(tiers=[Memory(1 << 24)]) as store:
