@@ -28,6 +28,7 @@ FLOORS = {
     "jkv._axes": 0,
     "jkv._bytes": 0,
     "jkv._checks": 0,
+    "jkv._compat": 0,
     "jkv._fork": 0,
     "jkv._probe": 0,
     "jkv._pytree": 0,
@@ -64,7 +65,6 @@ FOREIGN = {
     "jkv.cache.protocol": "what is no kind is asked what it would be, for the message",
     "jkv.cache.scores": "a score is a function, which may have an attribute",
     "jkv.cache.window": "a configuration may be a bare shape of any class",
-    "jkv.cli.process": "an option of JAX, of any version",
     "jkv.cli.requests": "standard input may be any stream",
     "jkv.decoding.apply": "a user's transform may return anything",
     "jkv.decoding.draft": "a user's draft may return anything",
@@ -210,6 +210,45 @@ def test_what_is_asked_of_an_object_is_declared(path):
             asked = node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) > 2)
             where = f"{module_of(path)}:{node.lineno}"
             assert not asked or module_of(path) in FOREIGN, f"{where}: declare it in a base class"
+
+
+# The libraries that differ between the versions that jkv runs on.
+VERSIONED = ("jax", "jnp", "lax", "nnx", "flax", "pl", "plgpu", "pltpu", "mosaic_gpu")
+
+
+def versions_asked(tree: ast.Module) -> list[int]:
+    """Lines that ask for the version of a library, or whether it has an attribute."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("__version__", "__version_info__"):
+            lines.append(node.lineno)
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        of = ast.unparse(node.args[0]).split(".")[0].strip("'\"") if node.args else ""
+        if name in ("metadata.version", "importlib.metadata.version", "version") or (
+            (name == "hasattr" or (name == "getattr" and len(node.args) > 2)) and of in VERSIONED
+        ):
+            lines.append(node.lineno)
+    return sorted(lines)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if module_of(p) != "jkv._compat"], ids=module_of)
+def test_versions_are_told_apart_in_one_module(path):
+    lines = versions_asked(parse(path))
+    assert not lines, f"{module_of(path)}:{lines}: what differs between versions is in jkv._compat"
+
+
+def test_the_search_for_versions_sees_all_forms():
+    forms = (
+        "jax.__version_info__ < (0, 8)",
+        "flax.__version__",
+        "hasattr(nnx, 'List')",
+        "getattr(jax.nn, 'x', None)",
+        "importlib.metadata.version('jax')",
+    )
+    assert versions_asked(ast.parse("\n".join(forms))) == [1, 2, 3, 4, 5]
+    assert versions_asked(ast.parse("hasattr(kind, 'init')\ngetattr(nnx, 'List')")) == []
 
 
 # Errors form a tree, for `except`. Of the name of `jkv.ops.encoded` there is only a hint.

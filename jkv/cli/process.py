@@ -69,7 +69,7 @@ def keep_programs() -> None:
     """Have JAX keep compiled programs in the user's cache directory, unless it is set otherwise."""
     import jax
 
-    chosen = getattr(jax.config, "jax_compilation_cache_dir", None)
+    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if chosen or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:

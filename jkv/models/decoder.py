@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from jkv import _compat
 from jkv._axes import Array
 from jkv._text import plural
 from jkv.cache import sharding
@@ -212,7 +213,7 @@ class Decoder(nnx.Module):
             table = jax.random.normal(rngs.params(), (config.context, config.width), jnp.float32)
             places = nnx.Param((table * 0.02).astype(config.dtype))  # [context, D]
         self.positions = places
-        self.blocks = nnx.List(
+        self.blocks = _compat.module_list(
             [DecoderBlock(config, config.window(i), rngs) for i in range(config.layers)]
         )
         self.norm = Norm(config.width, config)

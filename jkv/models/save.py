@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jkv import _compat
 from jkv._text import brief
 from jkv.errors import UnsupportedError
 from jkv.models.config import Config
@@ -143,7 +144,11 @@ def _check(
 
 
 def _dtype(slots: Mapping[str, Slot]) -> str:
-    names = {jnp.dtype(v.get_value().dtype).name for slot in slots.values() for v in slot.variables}
+    names = {
+        jnp.dtype(_compat.get_value(v).dtype).name
+        for slot in slots.values()
+        for v in slot.variables
+    }
     if len(names) > 1 or not names <= {"float32", "bfloat16", "float16"}:
         raise UnsupportedError(
             f"save got weights of {', '.join(sorted(names))}; say in which dtype to write them: "

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jkv import _compat
 from jkv._text import plural
 from jkv.models.decoder import Decoder
 from jkv.models.lm import LM
@@ -75,8 +76,9 @@ def shard(lm: M, mesh: Mesh) -> M:
             where[id(linear.kernel)] = inputs
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param):
-            value = node.get_value()
-            node.set_value(_place(value, _sharding_of(mesh, where.get(id(node)), value.shape)))
+            value = _compat.get_value(node)
+            sharding = _sharding_of(mesh, where.get(id(node)), value.shape)
+            _compat.set_value(node, _place(value, sharding))
     add_copy(lm, model)
     return model
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jkv import _compat
 from jkv.errors import UnsupportedError
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder, Linear
@@ -38,7 +39,7 @@ class Slot:
     def fill(self, array: np.ndarray, dtype: str) -> None:
         """Set the variables to a tensor as it lies on disk."""
         if self.place.kind == "array":
-            self.variables[0].set_value(_to_device(array, dtype))
+            _compat.set_value(self.variables[0], _to_device(array, dtype))
             return
         if self.place.kind == "linear":
             array = array.T  # a view; what is copied below is the part in its final layout
@@ -47,7 +48,7 @@ class Slot:
             part = array[..., start : start + owner.shape[1]]
             start += owner.shape[1]
             layout = Linear.layout(part) if self.place.kind != "bias" else part
-            variable.set_value(_to_device(layout, dtype))
+            _compat.set_value(variable, _to_device(layout, dtype))
 
     def collect(self) -> np.ndarray:
         """Return the tensor as it lies on disk, from the variables: the inverse of `fill`.
@@ -55,7 +56,7 @@ class Slot:
         Raises:
             UnsupportedError: the variables hold shapes only, or lie on other processes' devices.
         """
-        parts = [self._host(variable.get_value()) for variable in self.variables]
+        parts = [self._host(_compat.get_value(variable)) for variable in self.variables]
         if self.place.kind == "array":
             return parts[0]
         # `Linear.layout` is its own inverse: from [outputs, inputs] to [inputs, outputs].
@@ -89,7 +90,7 @@ def outline_model(config: Config) -> Decoder:
     blocks = [nnx.merge(graph, state, copy=True) for _ in range(config.layers)]
     for i, block in enumerate(blocks):
         block.attention.configure(config, config.window(i))
-    model.config, model.blocks = config, nnx.List(blocks)
+    model.config, model.blocks = config, _compat.module_list(blocks)
     return model
 
 

@@ -15,6 +15,7 @@ import jax.custom_batching
 import jax.numpy as jnp
 from jax import lax
 
+from jkv import _compat
 from jkv._axes import Array
 from jkv._text import brief
 from jkv.errors import UnsupportedError
@@ -40,6 +41,7 @@ class Implementation:
         differentiable: JAX can differentiate and map it. The others have the derivatives of the
             operation's last implementation.
         only_chunks: attends to the queries' own tokens and to no others.
+        oldest_jax: the first version of JAX that it is written for.
     """
 
     name: str
@@ -48,6 +50,12 @@ class Implementation:
     run: Callable[..., Any]
     differentiable: bool = False
     only_chunks: bool = False
+    oldest_jax: tuple[int, ...] = ()
+
+    def why_not(self, operands: tuple[Any, ...], static: Any) -> str | None:
+        """Return the reason why it cannot do a case here, or None if it can."""
+        # With an older JAX, its modules may not even be imported.
+        return _compat.why_too_old(self.oldest_jax) or self.unsupported(*operands, static)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +178,7 @@ class Operation:
         for each in self.implementations:
             if platform not in each.platforms:
                 continue
-            why = each.unsupported(*operands, static)
+            why = each.why_not(operands, static)
             if why is None:
                 return Choice(each.name, refused)
             refused[each.name] = why
@@ -218,7 +226,7 @@ class Operation:
                 f"{list(named.platforms)} and not on {platforms()[0]}; expected None for the best "
                 "one that can, or jkv.ops.dispatch.target to compile for hardware that is not there"
             )
-        why = named.unsupported(*operands, static)
+        why = named.why_not(operands, static)
         if why is not None:
             raise UnsupportedError(
                 f"{self.name} got implementation={brief(named.name)}, which cannot do this: {why}; "

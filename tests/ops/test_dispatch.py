@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jkv import ops
+from jkv import _compat, ops
 from jkv.errors import UnsupportedError
 from jkv.ops import dispatch
 from jkv.ops.attention import OPERATION
@@ -140,3 +143,34 @@ def test_several_operands_are_attended_to_as_one():
     )
     np.testing.assert_allclose(got.out, want.out, atol=1e-6)
     np.testing.assert_allclose(got.lse, want.lse, atol=1e-6)
+
+
+# The implementation, the last JAX that is too old for it, and the first that is not.
+OLD_JAX = [("cudnn", (0, 8, 0), (0, 8, 1)), ("mosaic_gpu", (0, 10, 2), (0, 11, 0))]
+
+
+@pytest.mark.parametrize(("name", "old", "new"), OLD_JAX, ids=[row[0] for row in OLD_JAX])
+def test_an_older_jax_is_a_reason_against(monkeypatch, name, old, new):
+    chunk = ops.ContiguousKV.of_chunk(jnp.ones((1, 64, 2, 64)), jnp.ones((1, 64, 2, 64)))
+    q = jnp.ones((1, 64, 2, 64))
+    oldest = OPERATION.find(name).oldest_jax
+
+    def unsupported(*_):
+        return None if oldest <= _compat.JAX else pytest.fail("its modules may not exist")
+
+    able = dataclasses.replace(OPERATION.find(name), unsupported=unsupported)
+    monkeypatch.setattr(OPERATION, "implementations", [able, OPERATION.find("xla")])
+    for version, wanted in ((old, "xla"), ((0, 7, 2), "xla"), (new, name)):
+        monkeypatch.setattr(_compat, "JAX", version)
+        assert ops.explain(q, chunk, platform="cuda").name == wanted
+    monkeypatch.setattr(_compat, "JAX", old)
+    why = f"JAX {'.'.join(map(str, old))} (it is for "
+    assert why in ops.explain(q, chunk, platform="cuda").refused[name]
+    with (
+        dispatch.target("cuda"),
+        pytest.raises(UnsupportedError, match=f"cannot do this: {re.escape(why)}"),
+    ):
+        ops.attention(q, chunk, jnp.arange(64)[None], implementation=name)
+    with dispatch.target("cuda"), dispatch.record() as names:
+        jax.eval_shape(lambda: ops.attention(q, chunk, jnp.arange(64)[None]))
+    assert names == ["xla"]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
 
+from jkv import _compat
 from jkv._axes import Array, Shaped
 from jkv._text import brief
 from jkv.ops import dispatch
@@ -46,7 +47,9 @@ def _fold(operands: Any, batched: Any, size: int) -> tuple[Any, ...] | None:
     return q, folded, positions
 
 
-def _kernel(name: str, platform: str, *, only_chunks: bool = False) -> Implementation:
+def _kernel(
+    name: str, platform: str, oldest_jax: tuple[int, ...], *, only_chunks: bool = False
+) -> Implementation:
     module = f"{__name__}.{name}"
     return Implementation(
         name,
@@ -54,6 +57,7 @@ def _kernel(name: str, platform: str, *, only_chunks: bool = False) -> Implement
         lazy_import(module, "unsupported"),
         lazy_import(module, "attention"),
         only_chunks=only_chunks,
+        oldest_jax=oldest_jax,
     )
 
 
@@ -61,9 +65,9 @@ def _kernel(name: str, platform: str, *, only_chunks: bool = False) -> Implement
 OPERATION = dispatch.Operation(
     "attention",
     [
-        _kernel("cudnn", "cuda", only_chunks=True),
-        _kernel("mosaic_gpu", "cuda"),
-        _kernel("mosaic_tpu", "tpu"),
+        _kernel("cudnn", "cuda", _compat.CUDNN_RESIDUAL, only_chunks=True),
+        _kernel("mosaic_gpu", "cuda", _compat.MOSAIC_GPU),
+        _kernel("mosaic_tpu", "tpu", _compat.MOSAIC_TPU),
         Implementation("xla", dispatch.PLATFORMS, _supports_all, _by_xla, differentiable=True),
         Implementation("reference", (), _supports_all, reference.attention, differentiable=True),
     ],

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jkv._axes import Array, Index, Ref
+from jkv._compat import gpu_store
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_gpu.operands import (
     COLUMN,
@@ -32,7 +33,6 @@ from jkv.ops.mosaic_gpu.operands import (
     down,
     load,
     shared,
-    store,
 )
 from jkv.ops.mosaic_gpu.tiling import LOG2E, Layout, tuning
 
@@ -305,9 +305,9 @@ class _Program:
         out = plgpu.layout_cast(jnp.zeros(tall, jnp.float32), TILE)
         m, l, out, state = lax.fori_loop(0, count, step, (nothing, l, out, state))
         place = self.number + line
-        store(refs["out"].at[place], out)
-        store(refs["m"].at[place], m)
-        store(refs["l"].at[place], jnp.sum(l, axis=0))
+        gpu_store(refs["out"].at[place], out)
+        gpu_store(refs["m"].at[place], m)
+        gpu_store(refs["l"].at[place], jnp.sum(l, axis=0))
         return state
 
 
@@ -383,9 +383,9 @@ def join(
         rounds = lax.div(last - first + unroll, jnp.int32(unroll))
         m, l, sums = lax.fori_loop(0, rounds, some, (nothing, zero, sums))
         some_seen = jnp.where(l == 0, 1.0, l)
-        store(out.at[line], sums / across(some_seen, tall))
+        gpu_store(out.at[line], sums / across(some_seen, tall))
         found = jnp.where(l == 0, -jnp.inf, (m + jnp.log2(some_seen)) * (1 / LOG2E))
-        store(lse.at[line], found)
+        gpu_store(lse.at[line], found)
 
     return plgpu.kernel(
         body,

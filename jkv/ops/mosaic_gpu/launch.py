@@ -29,15 +29,12 @@ from jkv.ops.mosaic_gpu.tiling import LANES, Layout
 from jkv.ops.partial import Partial
 
 MOST_NEW = 16  # tokens: more is a prefill
-OLDEST = (0, 11)
 
 
 def refusal(q: Shaped, kv: KV) -> str | None:
     """Return why the kernels cannot take these operands, or None."""
     k, v, slots = kv.k, kv.v, kv.slots
     page = kv.page if isinstance(kv, PagedKV) else None
-    if jax.__version_info__[:2] < OLDEST:
-        return f"JAX {jax.__version__} (the kernel is written for 0.11 and later)"
     capability = dispatch.capability()
     if capability is not None and capability != "9.0":
         return f"a GPU of compute capability {capability} (the kernel is for 9.0, Hopper)"

@@ -71,14 +71,6 @@ def load(ref: Ref, layout: Ref) -> Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def store(ref: Ref, x: Array) -> None:
-    """Store a small array to memory, to any part of its lines."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, x, optimized=False)
-    else:  # JAX 0.11, for which there is no other
-        ref[...] = x
-
-
 def down(x: Array, shape: tuple[int, ...]) -> Array:
     """Broadcast one number for each row to all columns."""
     return lax.broadcast_in_dim(x, shape, [0])
