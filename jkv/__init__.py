@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.cache import fp8 as fp8
     from jkv.cache import from_legacy as from_legacy
     from jkv.cache import init_cache as init_cache
+    from jkv.cache import load_cache as load_cache
     from jkv.cache import near_far as near_far
     from jkv.cache import scores as scores
     from jkv.cache import sparse as sparse
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.decoding import beam_search as beam_search
     from jkv.decoding import decode_step as decode_step
     from jkv.decoding import generate as generate
+    from jkv.decoding import load_result as load_result
     from jkv.decoding import prefill as prefill
     from jkv.decoding import prompt_lookup as prompt_lookup
     from jkv.decoding import rollout as rollout
@@ -80,6 +82,7 @@ _HOME = {
     "fp8": "jkv.cache",
     "from_legacy": "jkv.cache",
     "init_cache": "jkv.cache",
+    "load_cache": "jkv.cache",
     "near_far": "jkv.cache",
     "none": "jkv.cache.none",
     "paged": "jkv.cache.paged",
@@ -100,6 +103,7 @@ _HOME = {
     "beam_search": "jkv.decoding",
     "decode_step": "jkv.decoding",
     "generate": "jkv.decoding",
+    "load_result": "jkv.decoding",
     "prefill": "jkv.decoding",
     "prompt_lookup": "jkv.decoding",
     "rollout": "jkv.decoding",

@@ -51,6 +51,11 @@ def short(value: object) -> str:
     return shown if len(shown) <= 40 else f"a {type(value).__name__}"
 
 
+def printable(name: str) -> str:
+    """Format a name for an error message, without quotes if it is short and printable."""
+    return name if len(name) <= 120 and name.isprintable() else brief(name)
+
+
 def plural(count: int, noun: str, many: str | None = None, *, commas: bool = False) -> str:
     """Count with its noun: "1 token", "2 tokens"; `many` where the plural is no plain s.
 

@@ -31,7 +31,7 @@ class StaleError(JkvError, ValueError):
 
 
 class CheckpointError(JkvError, ValueError):
-    """A checkpoint refused as a whole; the message lists every problem that was found."""
+    """A checkpoint, or a cache's file, refused as a whole, with every problem that was found."""
 
 
 class TierError(JkvError, OSError):

@@ -16,6 +16,7 @@ import jkv
 from jkv.cache import spec
 from jkv.cli import main, process
 from tests.cache.kinds import ALIKE, GO_ON
+from tests.cache.test_file import same_bits
 from tests.decoding import texts
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
@@ -69,7 +70,7 @@ def talk(lm: jkv.LM, text: str) -> tuple[jkv.Chat, list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("text", [*ALIKE, *GO_ON])
-def test_in_a_conversation_and_on_the_command_line(lm, run, compiles, text):
+def test_in_a_conversation_and_on_the_command_line(lm, run, compiles, text, tmp_path):
     chat, counts = talk(lm, text)
     messages = chat.messages
     for turn, (reused, prefilled) in enumerate(counts):
@@ -93,6 +94,18 @@ def test_in_a_conversation_and_on_the_command_line(lm, run, compiles, text):
     assert report["cache_bytes"] == fresh.result.cache.nbytes
     said = fresh.result.tokens[0][: fresh.result.lengths[0]]
     assert report["outputs"][0]["tokens"] == said.tolist()
+
+    # Saved and loaded, it goes on as if it had stayed, by the same programs.
+    past = chat._past.result
+    past.save(tmp_path / "talk.safetensors")
+    loaded = jkv.load_result(tmp_path / "talk.safetensors", lm)
+    same_bits(loaded.cache, past.cache)
+    assert loaded.texts == past.texts
+    as_before = jkv.generate(lm, [[5]], max_new_tokens=NEW, resume=past)
+    with compiles:
+        on = jkv.generate(lm, [[5]], max_new_tokens=NEW, resume=loaded)
+        assert compiles.count == 0
+    assert on.tokens.tolist() == as_before.tokens.tolist()
 
     if text in ALIKE:
         whole = jkv.stream(

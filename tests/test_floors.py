@@ -29,10 +29,12 @@ FLOORS = {
     "jkv._bytes": 0,
     "jkv._checks": 0,
     "jkv._compat": 0,
+    "jkv._description": 0,
     "jkv._fork": 0,
     "jkv._probe": 0,
     "jkv._pytree": 0,
     "jkv._stored_names": 0,
+    "jkv._tensorfile": 0,
     "jkv._text": 0,
     "jkv._transfer": 0,
     "jkv._version": 0,
@@ -61,6 +63,7 @@ BROAD = {
 # Where objects are of others' classes, and may lack what is looked for.
 FOREIGN = {
     "jkv.cache.sharding": "whatever runs like a decoder is a model",
+    "jkv.cache.fingerprint": "a configuration may hold a callable of any class",
     "jkv.cache.init": "a configuration may be a bare shape of any class",
     "jkv.cache.protocol": "what is no kind is asked what it would be, for the message",
     "jkv.cache.scores": "a score is a function, which may have an attribute",
@@ -74,7 +77,6 @@ FOREIGN = {
     "jkv.decoding.transform": "a sampler may be any function",
     "jkv.planning.plan": "what has a configuration is a model",
     "jkv.store.entry": "a store of a user's own may be of any class",
-    "jkv.store.packing": "a function in a cache may be a callable of any class",
 }
 
 # Where a panic of Rust is caught, which is no Exception; all else is raised again.

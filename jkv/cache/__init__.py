@@ -10,6 +10,7 @@ from jkv.cache.concat import concat
 from jkv.cache.dense import Dense, dense, from_legacy
 from jkv.cache.evicting import evicting
 from jkv.cache.evicting_layer import Evicting
+from jkv.cache.file import load_cache
 from jkv.cache.init import init_cache
 from jkv.cache.none import NoCache, none
 from jkv.cache.paged import Paged, copy_pages, paged
@@ -43,6 +44,7 @@ __all__ = [
     "fp8",
     "from_legacy",
     "init_cache",
+    "load_cache",
     "near_far",
     "none",
     "paged",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -357,6 +358,30 @@ class Cache:
             return ()
         lengths = np.asarray(self.lengths)
         return tuple(state.fork_sizes(self.layers, lengths, count) for state in self.shared)
+
+    def save(self, path: str | os.PathLike[str], model: object = None) -> None:
+        """Save it as one safetensors file, for `jkv.load_cache`.
+
+        The file replaces what was at `path` once it is complete. All slots are written, also those
+        that are empty: `resize` it first where that is too much.
+
+        Args:
+            path: of the file.
+            model: whose keys and values these are: what `jkv.load` returns, a decoder, or a pytree
+                of weights. The file can then only be loaded for it. None: the file names none.
+
+        Raises:
+            TypeError: the cache is being traced, or `model` holds no weights.
+            UnsupportedError: a dtype, or a kind, that no file can hold.
+            OSError: the file cannot be written.
+
+        Example:
+            >>> cache.save("prompt.safetensors", lm)
+            >>> cache = jkv.load_cache("prompt.safetensors", lm)
+        """
+        from jkv.cache.file import save_cache  # it reads caches, too
+
+        save_cache(path, self, model)
 
     @_eager
     def to_legacy(self) -> tuple[tuple[Array, Array], ...]:

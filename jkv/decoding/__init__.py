@@ -7,6 +7,7 @@ from jkv.decoding.draft import Draft, prompt_lookup
 from jkv.decoding.generation import generate
 from jkv.decoding.loop import Rollout, decode_step, prefill, rollout
 from jkv.decoding.result import Result
+from jkv.decoding.saved import load_result
 from jkv.decoding.score import Scores, score
 from jkv.decoding.stream import Block, Stream, stream
 
@@ -22,6 +23,7 @@ __all__ = [
     "beam_search",
     "decode_step",
     "generate",
+    "load_result",
     "prefill",
     "prompt_lookup",
     "rollout",

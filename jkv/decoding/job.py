@@ -191,7 +191,16 @@ def _resume(options: Options, rows: list[np.ndarray], model: DecoderLike) -> lis
     if resume is None:
         return [row[:0] for row in rows]
     if not isinstance(resume, Result):
-        raise TypeError(f"resume got {type(resume).__name__}; expected what jkv.generate returned")
+        hint = ""
+        if isinstance(resume, Cache):
+            hint = (
+                ". A cache does not know the tokens of its rows: save a conversation with "
+                "result.save(path) and load it with jkv.load_result(path, lm), or go on from a "
+                "cache with jkv.prefill and jkv.rollout"
+            )
+        raise TypeError(
+            f"resume got {type(resume).__name__}; expected what jkv.generate returned{hint}"
+        )
     if options.cache is not None:
         raise ValueError("resume goes on with the cache of its result; leave cache= out")
     if len(rows) != len(resume.history):

@@ -15,12 +15,12 @@ from jkv._text import brief, plural
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.cache.concat import concat
+from jkv.cache.fingerprint import fingerprint
 from jkv.cache.protocol import CacheKind
 from jkv.decoding import programs
 from jkv.decoding.arguments import DecoderLike
 from jkv.errors import CorruptError, UnsupportedError
 from jkv.models.config import Config
-from jkv.models.fingerprint import fingerprint
 from jkv.store.entry import Entry, check_store, reject
 from jkv.store.schema import seconds_of
 

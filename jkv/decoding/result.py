@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from jkv.cache.base import Cache
-from jkv.decoding.arguments import TokenizerLike
+from jkv.decoding.arguments import Model, TokenizerLike
 from jkv.decoding.detokenize import new_text
 from jkv.errors import UnsupportedError
 from jkv.models.config import Config
@@ -87,6 +88,31 @@ class Result:
         """New tokens per row and pass, those of the prefill left out: above 1 with a good draft."""
         passes = 0 if self.passes is None else int(self.passes.sum())
         return float((self.lengths - 1).sum()) / passes if passes else 1.0
+
+    def save(self, path: str | os.PathLike[str], model: Model | None = None) -> None:
+        """Save it with its cache as one file, to go on from in another process.
+
+        The file replaces what was at `path` once it is complete. It is a safetensors file, of
+        which `jkv.load_cache` reads the cache alone.
+
+        Args:
+            path: of the file.
+            model: that generated it; needed only for a result that was pickled, or whose model has
+                been deleted.
+
+        Raises:
+            ValueError: the model is unknown, and none is given.
+            StaleError: a model with other weights.
+            UnsupportedError: a dtype, or a kind of cache, that no file can hold.
+            OSError: the file cannot be written.
+
+        Example:
+            >>> out.save("talk.safetensors")
+            >>> out = jkv.load_result("talk.safetensors", lm)
+        """
+        from jkv.decoding.saved import save_result  # it makes results
+
+        save_result(path, self, model)
 
     def __repr__(self) -> str:
         """Shapes rather than numbers."""

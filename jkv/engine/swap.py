@@ -14,13 +14,13 @@ import jax
 import numpy as np
 
 from jkv._pytree import nbytes
+from jkv.cache.fingerprint import fingerprint
 from jkv.decoding.capacity import bucket
 from jkv.engine.page_pool import PageSequence
 from jkv.engine.page_transfer import PageForm, pad
 from jkv.engine.request import Contents, PageLeaves, Request, SwappedPages
 from jkv.engine.runner import Runner
 from jkv.engine.sequence import RunningSequence
-from jkv.models.fingerprint import fingerprint
 from jkv.store.entry import Entry, check_store, reject
 from jkv.store.store import Store
 

@@ -11,17 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkv._text import brief
+from jkv._tensorfile import DTYPES, Tensor, read_header
+from jkv._text import brief, printable
 from jkv.errors import CheckpointError
 from jkv.models import diagnose, families
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder
 from jkv.models.families import Family
 from jkv.models.files import INDEX_LIMIT, read_json
-from jkv.models.hf_config import printable
 from jkv.models.slots import Slot, find_slots, outline_model, tensor_shapes
 from jkv.models.tensor_names import Place
-from jkv.models.tensorfile import DTYPES, Tensor, read_header
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

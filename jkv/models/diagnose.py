@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jkv._text import brief
+from jkv._tensorfile import DTYPES, Tensor
+from jkv._text import brief, printable
 from jkv.models.files import read_json
-from jkv.models.hf_config import printable
 from jkv.models.hf_keys import QUANTIZATION
-from jkv.models.tensorfile import DTYPES, Tensor
 
 # Quantization ------------------------------------------------------------------------------------
 

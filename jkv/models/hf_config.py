@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jkv._text import brief
+from jkv._text import brief, printable
 from jkv.models.hf_keys import equal
 
 _ABSENT: Any = object()
@@ -177,8 +177,3 @@ class HFConfig:
             self.problem(f"{key} is {brief(value)}; expected {wanted}")
             return placeholder
         return value
-
-
-def printable(name: str) -> str:
-    """Format a name for an error message, without quotes if it is short and printable."""
-    return name if len(name) <= 120 and name.isprintable() else brief(name)

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jkv import _compat
+from jkv._tensorfile import write_tensors
 from jkv._text import brief
 from jkv.errors import UnsupportedError
 from jkv.models.config import Config
@@ -26,7 +27,6 @@ from jkv.models.decoder import Decoder
 from jkv.models.families import FAMILIES
 from jkv.models.files import read_json
 from jkv.models.slots import Slot, find_slots, tensor_shapes
-from jkv.models.tensorfile import write_tensors
 from jkv.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

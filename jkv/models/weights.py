@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkv.models.fingerprint import checksum
+from jkv.cache.fingerprint import checksum
 
 _KEPT = 64  # sets of weights that are looked for by their arrays
 

@@ -153,7 +153,7 @@ def test_another_process_finds_it_on_disk_to_the_bit(tiny_model, tmp_path):
 
 
 def store_print(model, kind=None):
-    from jkv.models.fingerprint import fingerprint
+    from jkv.cache.fingerprint import fingerprint
 
     return fingerprint(model, jkv.dense() if kind is None else kind)
 
@@ -317,7 +317,7 @@ def mine(keys, weights, positions, step):
 
 
 def test_what_other_processes_would_not_know_is_refused_at_once(tiny_model, store):
-    from jkv.models.fingerprint import describe
+    from jkv.cache.fingerprint import describe
 
     kind = jkv.evicting(16, score=jkv.scores.key_norm)
     assert "key_norm" in describe(kind)

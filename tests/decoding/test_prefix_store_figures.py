@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import jkv
+from jkv.cache.fingerprint import fingerprint
 from jkv.models import Decoder, Rope
-from jkv.models.fingerprint import fingerprint
 from jkv.store import Entry, Memory, Store
 from tests.store.fakes import entry
 

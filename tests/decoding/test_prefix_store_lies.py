@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import jkv
+from jkv.cache.fingerprint import fingerprint
 from jkv.cache.init import init_cache
 from jkv.cache.spec import examples, parse
 from jkv.errors import CorruptError
-from jkv.models.fingerprint import fingerprint
 from jkv.store import Disk, Entry, Memory, Store
 from jkv.store.packing import check_like, pack, unpack
 from tests.decoding import texts

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import jkv
 from tests.decoding import oracle
@@ -211,3 +212,59 @@ def test_a_context_full_of_turns(tiny_model):
         jkv.generate(tiny_model, [[1]], max_new_tokens=6, resume=out)
     last = jkv.generate(tiny_model, [[1]], max_new_tokens=5, resume=out)
     assert len(last.history[0]) == context
+
+
+def test_a_conversation_goes_on_from_a_file(tiny_model, kind, draw, tmp_path):
+    out = ends_apart(tiny_model, kind, draw)
+    out.save(tmp_path / "talk")
+    loaded = jkv.load_result(tmp_path / "talk", tiny_model)
+    for field in dataclasses.fields(out):
+        if field.name not in ("cache", "tokenizer", "weights"):
+            got, want = getattr(loaded, field.name), getattr(out, field.name)
+            jax.tree.map(np.testing.assert_array_equal, got, want)
+    turn = [[5, 6], [7], []]
+    want = jkv.generate(tiny_model, turn, max_new_tokens=9, resume=out, slots=96, **draw)
+    got = jkv.generate(tiny_model, turn, max_new_tokens=9, resume=loaded, slots=96, **draw)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    # Once loaded, it is a result as any other.
+    got.save(tmp_path / "talk")
+    again = jkv.load_result(tmp_path / "talk", tiny_model)
+    assert again.history[0].tolist() == got.history[0].tolist()
+
+
+def test_a_file_is_for_the_model_that_made_it(tiny_config, tiny_model, tmp_path):
+    out = jkv.generate(tiny_model, PROMPTS, max_new_tokens=14, slots=64)
+    path = tmp_path / "talk"
+    out.save(path)
+    other = jax.jit(lambda: jkv.Decoder(tiny_config, rngs=nnx.Rngs(1)))()
+    with pytest.raises(jkv.StaleError, match="another model, or with other weights"):
+        jkv.load_result(path, other)
+    with pytest.raises(jkv.StaleError, match="save got a model whose weights are not"):
+        out.save(path, other)
+    unknown = dataclasses.replace(out, weights=None)  # as one that was pickled
+    with pytest.raises(ValueError, match="does not know the model of this result"):
+        unknown.save(path)
+    unknown.save(path, tiny_model)
+    assert jkv.load_result(path, tiny_model).tokens.tolist() == out.tokens.tolist()
+    # A cache alone has no tokens to go on from.
+    out.cache.save(path, tiny_model)
+    with pytest.raises(jkv.CheckpointError, match="holds a cache and no result"):
+        jkv.load_result(path, tiny_model)
+    with pytest.raises(TypeError, match=r"got Cache; .* load it with jkv\.load_result"):
+        jkv.generate(
+            tiny_model, [[]] * 3, max_new_tokens=1, resume=jkv.load_cache(path, tiny_model)
+        )
+
+
+def test_a_file_whose_tokens_are_not_its_caches_is_refused(tiny_model, tmp_path):
+    out = jkv.generate(tiny_model, PROMPTS, max_new_tokens=14, slots=64)
+    for wrong in (
+        {"history": tuple(row[:-1] for row in out.history)},
+        {"history": tuple(row + 11 for row in out.history)},
+        {"lengths": out.lengths[:2]},
+        {"tokens": out.tokens[:2]},
+        {"finish_reasons": ("stop",)},
+    ):
+        dataclasses.replace(out, **wrong).save(tmp_path / "talk")
+        with pytest.raises(jkv.CheckpointError, match="holds no result"):
+            jkv.load_result(tmp_path / "talk", tiny_model)

@@ -10,9 +10,9 @@ import numpy as np
 
 import jkv
 from jkv._pytree import pytree, static
+from jkv.cache.fingerprint import fingerprint
 from jkv.errors import UnsupportedError
 from jkv.models.config import Config
-from jkv.models.fingerprint import fingerprint
 from jkv.store.packing import pack
 from tests.cache.kinds import KINDS
 from tests.conftest import ROOT

@@ -16,7 +16,6 @@ from jkv._axes import Array
 from jkv._stored_names import written_fields, written_name
 from jkv._transfer import transfers
 from jkv.cache.protocol import CacheKind
-from jkv.models.config import Config
 
 # Arrays never change, so what was computed of the very same ones still holds.
 _known: list[tuple[tuple[Any, ...], bytes]] = []
@@ -25,28 +24,39 @@ _KEPT = 8  # models
 
 @runtime_checkable
 class Configured(Protocol):
-    """A model: a pytree of weights with a configuration."""
+    """A model with a configuration."""
 
     @property
-    def config(self) -> Config:
+    def config(self) -> object:
         """Its shape and mathematics."""
         ...
 
 
 @transfers
-def fingerprint(model: Configured, kind: CacheKind | None = None) -> bytes:
+def fingerprint(model: object, kind: CacheKind | None = None) -> bytes:
     """SHA-256 over the weights' checksums, the configuration and a kind of cache.
 
     A weight's checksum has 64 bits and is computed where it lies, at the speed of the memory: it
     tells other weights from these, but does not protect against deliberate collisions.
 
     Args:
-        model: a decoder.
+        model: a pytree of weights: a decoder, or a model or parameters of one's own. What has no
+            `config`, a frozen dataclass, is told from others by its weights alone.
         kind: of cache, such as `jkv.dense()`.
     """
-    leaves = tuple(jax.tree.leaves(model))
-    whole = hashlib.sha256(checksum(leaves))
-    for part in (model.config, kind):
+    config = model.config if isinstance(model, Configured) else None
+    if not dataclasses.is_dataclass(config):  # its repr may be another in each process
+        config = None
+    return fingerprint_of(tuple(jax.tree.leaves(model)), config, kind)
+
+
+@transfers
+def fingerprint_of(
+    weights: tuple[Any, ...], config: object, kind: CacheKind | None = None
+) -> bytes:
+    """Return the fingerprint of a model that has these weights and this configuration."""
+    whole = hashlib.sha256(checksum(weights))
+    for part in (config, kind):
         text = describe(part).encode()
         whole.update(len(text).to_bytes(8, "big") + text)
     return whole.digest()

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jkv.models import tensorfile
-from jkv.models.tensorfile import Tensor, read_header, write_tensors
+from jkv import _tensorfile as tensorfile
+from jkv._tensorfile import Tensor, read_header, write_tensors
 
 GOOD = {
     "__metadata__": {"format": "pt"},

@@ -1,7 +1,8 @@
 """Safetensors files: a header that is checked before it is believed, and tensors read one by one.
 
 The file is read, not mapped: a mapped file that is truncated kills the process, its pages
-count as this process's memory, and JAX on the CPU would make arrays that alias it.
+count as this process's memory, and JAX on the CPU would make arrays that alias it. Weights are read
+so, and caches, which the decode loop writes into: of these a copy is needed anyway.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from jkv._text import brief
+from jkv._text import brief, printable
 from jkv.errors import CheckpointError
-from jkv.models.hf_config import printable
 
 # Bytes per element of what the format knows. Those with a name on the right can be read as weights.
 _SIZES = {
@@ -44,6 +44,21 @@ _SIZES = {
     "C64": 8,
 }
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_NUMPY = {
+    **{word: np.dtype(name) for word, name in DTYPES.items() if word != "BF16"},
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    **{
+        f"{word}{n}": np.dtype(f"{name}{n}")
+        for word, name in (("I", "int"), ("U", "uint"))
+        for n in (8, 16, 32, 64)
+    },
+    "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype(np.complex64),
+}
+WORDS = {dtype: word for word, dtype in _NUMPY.items()}
 # Bytes of a header. The format allows 100 MB, which take Python seconds and gigabytes to parse;
 # a thousand layers of 14 tensors need 2 MB.
 _HEADER_LIMIT = 8 << 20
@@ -75,7 +90,7 @@ class Tensor:
     @property
     def numpy_dtype(self) -> np.dtype:
         """Of `read`'s array."""
-        return np.dtype(jnp.dtype(DTYPES[self.dtype]))
+        return _NUMPY[self.dtype]
 
     def read(self) -> np.ndarray:
         """Read the tensor into memory of its own.
@@ -108,13 +123,18 @@ def read_header(path: Path, problems: list[str]) -> dict[str, Tensor]:
 
     A tensor is only reported when its bytes are inside of the file and its alone.
     """
+    return read_tensors(path, problems)[0]
+
+
+def read_tensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a file as `read_header` does, and the texts of its metadata."""
     try:
         status = path.stat()
         size = status.st_size
         if not stat.S_ISREG(status.st_mode):  # to open a pipe is to wait for its other end
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
             problems.append(f"{path.name}: cannot be read: it is {kind}; expected a regular file")
-            return {}
+            return {}, {}
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
@@ -122,34 +142,34 @@ def read_header(path: Path, problems: list[str]) -> dict[str, Tensor]:
                     f"{path.name}: its header would end after the file's {size} bytes; it is "
                     "truncated, or no safetensors file"
                 )
-                return {}
+                return {}, {}
             if length > _HEADER_LIMIT:
                 problems.append(
                     f"{path.name}: a header of {length} bytes; expected at most {_HEADER_LIMIT}"
                 )
-                return {}
+                return {}, {}
             raw = file.read(length)
     except OSError as error:
         problems.append(f"{path.name}: cannot be read: {error.strerror or error}")
-        return {}
+        return {}, {}
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         problems.append(f"{path.name}: its header is not valid: {brief(str(error))}")
-        return {}
+        return {}, {}
     if not isinstance(header, dict):
         problems.append(f"{path.name}: its header is not an object")
-        return {}
-    header.pop("__metadata__", None)
+        return {}, {}
+    said = header.pop("__metadata__", None)
+    metadata = said if isinstance(said, dict) else {}
+    metadata = {key: text for key, text in metadata.items() if isinstance(text, str)}
     tensors = [_tensor(name, entry, path, 8 + length, problems) for name, entry in header.items()]
     if None in tensors:
-        return {}
+        return {}, {}
     found = [tensor for tensor in tensors if tensor is not None]
-    return (
-        {t.name: t for t in found}
-        if _are_contiguous(found, path, 8 + length, size, problems)
-        else {}
-    )
+    if not _are_contiguous(found, path, 8 + length, size, problems):
+        return {}, {}
+    return {t.name: t for t in found}, metadata
 
 
 def write_tensors(
@@ -164,9 +184,28 @@ def write_tensors(
         read: gives a tensor by its name.
     """
     word = next(word for word, name in DTYPES.items() if name == dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    write_file(
+        path, {name: (word, shape) for name, shape in shapes.items()}, {"format": "pt"}, read
+    )
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    read: Callable[[str], np.ndarray],
+) -> None:
+    """Write a new file of tensors, one after the other, and see it onto the disk.
+
+    Args:
+        path: of the file.
+        tensors: the format's word for the dtype, see `WORDS`, and the shape, by name.
+        metadata: texts of the header.
+        read: gives a tensor by its name.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
-    for name, shape in shapes.items():
+    for name, (word, shape) in tensors.items():
         stop = start + math.prod(shape) * _SIZES[word]
         header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
@@ -174,11 +213,11 @@ def write_tensors(
     raw += b" " * (-len(raw) % 8)  # so that the tensors are aligned
     with path.open("xb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, shape in shapes.items():
-            array = np.ascontiguousarray(read(name), jnp.dtype(dtype))
-            if array.shape != shape:
-                raise ValueError(f"{name} has shape {list(array.shape)}; expected {list(shape)}")
-            file.write(array.view(np.uint8).data)
+        for name, (word, shape) in tensors.items():
+            given = np.asarray(read(name), _NUMPY[word])
+            if given.shape != shape:
+                raise ValueError(f"{name} has shape {list(given.shape)}; expected {list(shape)}")
+            file.write(np.ascontiguousarray(given).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 
