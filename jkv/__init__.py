@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.errors import CheckpointError as CheckpointError
     from jkv.errors import JkvError as JkvError
     from jkv.errors import NonFiniteError as NonFiniteError
+    from jkv.errors import PerformanceWarning as PerformanceWarning
     from jkv.errors import PoolFullError as PoolFullError
     from jkv.errors import StaleError as StaleError
     from jkv.errors import UnsupportedError as UnsupportedError
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.models import Rope as Rope
     from jkv.models import load as load
     from jkv.models.shard import shard as shard
+    from jkv.ops.device import about as about
     from jkv.planning.plan import plan as plan
 
     from . import cache as cache
@@ -109,12 +111,14 @@ _HOME = {
     "rollout": "jkv.decoding",
     "score": "jkv.decoding.score",
     "stream": "jkv.decoding.stream",
+    "about": "jkv.ops.device",
     "plan": "jkv.planning.plan",
     "Engine": "jkv.engine",
     "CacheFullError": "jkv.errors",
     "CheckpointError": "jkv.errors",
     "JkvError": "jkv.errors",
     "NonFiniteError": "jkv.errors",
+    "PerformanceWarning": "jkv.errors",
     "PoolFullError": "jkv.errors",
     "StaleError": "jkv.errors",
     "UnsupportedError": "jkv.errors",

@@ -33,8 +33,16 @@ FLAX = _parse(importlib.metadata.version("flax"))  # which takes a while to impo
 
 # The oldest JAX for which an implementation is written.
 CUDNN_RESIDUAL: Version = (0, 8, 1)  # `dot_product_attention(return_residual=)`, the lse
-MOSAIC_TPU: Version = (0, 7, 2)
+MOSAIC_TPU: Version = (0, 10)  # memory spaces of inputs beside a grid of traced size
 MOSAIC_GPU: Version = (0, 11)  # lane semantics, layouts of codes of 8 bits
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of a distribution, such as "jaxlib", or None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def why_too_old(oldest: Version) -> str | None:

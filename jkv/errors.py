@@ -42,12 +42,17 @@ class CorruptError(JkvError, ValueError):
     """What a tier holds is not what was written: it was put aside, and is a miss."""
 
 
+class PerformanceWarning(UserWarning):
+    """What was asked for is done, much slower than in another way that the message names."""
+
+
 __all__ = [
     "CacheFullError",
     "CheckpointError",
     "CorruptError",
     "JkvError",
     "NonFiniteError",
+    "PerformanceWarning",
     "PoolFullError",
     "StaleError",
     "TierError",

@@ -1,4 +1,4 @@
-"""`jkv info`: what a checkpoint is, and what its cache takes."""
+"""`jkv info`: what runs here, what a checkpoint is, and what its cache takes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,28 @@ from jkv.cli import options, process
 
 
 def info(
-    source: Annotated[str, typer.Argument(help="A built-in name, a directory, or a hub id.")],
+    source: Annotated[
+        str | None, typer.Argument(help="A built-in name, a directory, or a hub id.")
+    ] = None,
     cache: options.CacheSpec = "dense",
     dtype: options.Dtype = None,
     ignore: options.Ignore = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Tell what a checkpoint is, and what its cache takes."""
+    """Tell what runs here: versions, device and attention; and of a checkpoint what it takes."""
     from jkv.cache.spec import parse
     from jkv.models import outline
 
     kind = parse(cache)
-    facts = _facts(outline(source, dtype=dtype, ignore=ignore or ()), cache, kind)
+    facts: dict[str, Any] = {}
+    if source is not None:
+        facts = _facts(outline(source, dtype=dtype, ignore=ignore or ()), cache, kind)
+    facts |= {"runs": jkv.about()}
     if as_json:
         print(json.dumps(facts))
+        return
+    if source is None:
+        print(facts["runs"])
         return
     weights = facts["weight_bytes"]
     shown = facts | {

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -14,11 +15,12 @@ import jax
 import jax.custom_batching
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jkv import _compat
 from jkv._axes import Array
 from jkv._text import brief
-from jkv.errors import UnsupportedError
+from jkv.errors import PerformanceWarning, UnsupportedError
 
 PLATFORMS = ("cuda", "tpu", "cpu")
 
@@ -64,11 +66,13 @@ class Choice:
 
     name: str
     refused: dict[str, str]  # name to reason
+    advice: str | None = None  # what would be faster here
 
     def __str__(self) -> str:
         """Write one line for each implementation."""
         lines = [f"{name}: no, {why}" for name, why in self.refused.items()]
-        return "\n".join([*lines, f"{self.name}: yes"])
+        advice = "" if self.advice is None else f"; {self.advice}"
+        return "\n".join([*lines, f"{self.name}: yes{advice}"])
 
 
 def lazy_import(module: str, function: str) -> Callable[..., Any]:
@@ -138,6 +142,30 @@ def capability() -> str | None:
     if jax.default_backend() != "gpu":
         return None
     return str(jax.local_devices()[0].compute_capability)
+
+
+def tpu_kernels() -> bool:
+    """Return whether kernels for TPUs are candidates in what is traced now."""
+    return "tpu" in platforms() and _compat.why_too_old(_compat.MOSAIC_TPU) is None
+
+
+def advise_dtype(dtype: DTypeLike) -> str | None:
+    """Return which other dtype this device computes faster in, and why, or None."""
+    found = capability()
+    if found is None or jnp.dtype(dtype) != jnp.bfloat16 or int(found.split(".")[0]) >= 8:
+        return None
+    return (
+        f"a GPU of compute capability {found} computes bfloat16 as float32; use float16, as in "
+        'jkv.load(..., dtype="float16")'
+    )
+
+
+@functools.cache
+def warn_of_dtype(dtype: DTypeLike) -> None:
+    """Warn, once in a process, of a dtype that another would be faster than on this device."""
+    advice = advise_dtype(dtype)
+    if advice is not None:
+        warnings.warn(advice, PerformanceWarning, stacklevel=3)
 
 
 class Operation:

@@ -139,7 +139,7 @@ def arrange(keys: Pages, values: Pages) -> tuple[Pages, Pages]:
 
 
 def _wants_tpu_layout(forms: list[Shapes], page: int) -> bool:
-    return "tpu" in dispatch.platforms() and _has_tpu_layout(forms, page)
+    return dispatch.tpu_kernels() and _has_tpu_layout(forms, page)
 
 
 def _pack_factor(forms: list[Shapes]) -> int:

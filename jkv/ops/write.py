@@ -63,7 +63,7 @@ def write_runs(
 def _each(kernel: Any, plain: Any, run: int, buffer: Array, new: Array, at: Array) -> Array:
     """Write by a kernel if compiled for TPUs and the runs are few."""
     count = at.shape[1]
-    if "tpu" not in dispatch.platforms() or count > FEW:
+    if not dispatch.tpu_kernels() or count > FEW:
         return plain(buffer, new, at)
 
     def one_by_one(buffer: Array, new: Array, at: Array) -> Array:

@@ -44,6 +44,8 @@ def test_info(run, tiny, lm):
     status, out, err = run("info", tiny)
     assert (status, err) == (0, "")
     assert f"{weights:,}" in out
+    assert f"runs                   {jkv.about()}\n" in out
+    assert run("info") == (0, f"{jkv.about()}\n", "")
     status, out, err = run("info", "/not/there")
     assert (status, out, err.count("\n")) == (2, "", 1)
 

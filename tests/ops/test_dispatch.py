@@ -146,11 +146,16 @@ def test_several_operands_are_attended_to_as_one():
 
 
 # The implementation, the last JAX that is too old for it, and the first that is not.
-OLD_JAX = [("cudnn", (0, 8, 0), (0, 8, 1)), ("mosaic_gpu", (0, 10, 2), (0, 11, 0))]
+OLD_JAX = {
+    "cudnn": ("cuda", (0, 8, 0), (0, 8, 1)),
+    "mosaic_gpu": ("cuda", (0, 10, 2), (0, 11, 0)),
+    "mosaic_tpu": ("tpu", (0, 9, 2), (0, 10, 0)),
+}
 
 
-@pytest.mark.parametrize(("name", "old", "new"), OLD_JAX, ids=[row[0] for row in OLD_JAX])
-def test_an_older_jax_is_a_reason_against(monkeypatch, name, old, new):
+@pytest.mark.parametrize("name", OLD_JAX)
+def test_an_older_jax_is_a_reason_against(monkeypatch, name):
+    platform, old, new = OLD_JAX[name]
     chunk = ops.ContiguousKV.of_chunk(jnp.ones((1, 64, 2, 64)), jnp.ones((1, 64, 2, 64)))
     q = jnp.ones((1, 64, 2, 64))
     oldest = OPERATION.find(name).oldest_jax
@@ -162,15 +167,28 @@ def test_an_older_jax_is_a_reason_against(monkeypatch, name, old, new):
     monkeypatch.setattr(OPERATION, "implementations", [able, OPERATION.find("xla")])
     for version, wanted in ((old, "xla"), ((0, 7, 2), "xla"), (new, name)):
         monkeypatch.setattr(_compat, "JAX", version)
-        assert ops.explain(q, chunk, platform="cuda").name == wanted
+        assert ops.explain(q, chunk, platform=platform).name == wanted
     monkeypatch.setattr(_compat, "JAX", old)
     why = f"JAX {'.'.join(map(str, old))} (it is for "
-    assert why in ops.explain(q, chunk, platform="cuda").refused[name]
+    assert why in ops.explain(q, chunk, platform=platform).refused[name]
     with (
-        dispatch.target("cuda"),
+        dispatch.target(platform),
         pytest.raises(UnsupportedError, match=f"cannot do this: {re.escape(why)}"),
     ):
         ops.attention(q, chunk, jnp.arange(64)[None], implementation=name)
-    with dispatch.target("cuda"), dispatch.record() as names:
+    with dispatch.target(platform), dispatch.record() as names:
         jax.eval_shape(lambda: ops.attention(q, chunk, jnp.arange(64)[None]))
     assert names == ["xla"]
+
+
+def test_an_older_jax_writes_without_kernels(monkeypatch):
+    buffer, new, slots = jnp.ones((1, 2, 128, 64)), jnp.ones((1, 1, 2, 64)), jnp.ones((1, 1), int)
+
+    def program():
+        with dispatch.target("tpu"):
+            return str(jax.make_jaxpr(lambda *x: ops.write(*x))(buffer, new, slots))
+
+    monkeypatch.setattr(_compat, "JAX", (0, 10, 0))
+    assert "pallas_call" in program()
+    monkeypatch.setattr(_compat, "JAX", (0, 7, 2))
+    assert "pallas_call" not in program()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,6 +107,7 @@ def attention(
         >>> attention(q, ContiguousKV(k, v, lengths=lengths), positions, spec).out
     """
     spec = _check_spec(q, spec)
+    dispatch.warn_of_dtype(q.dtype)
     parts = [
         OPERATION.run(implementation, (q, one.for_queries(positions), positions), spec)
         for one in _check_operands(q, kv)
@@ -134,7 +136,10 @@ def explain(
     """
     spec = _check_spec(q, spec)
     (one,) = _check_operands(q, kv)
-    return OPERATION.choose(platform, (q, one, None), spec)
+    choice = OPERATION.choose(platform, (q, one, None), spec)
+    if (platform or dispatch.platforms()[0]) != "cuda":
+        return choice
+    return dataclasses.replace(choice, advice=dispatch.advise_dtype(q.dtype))
 
 
 def attention_with_chunk(

@@ -100,7 +100,7 @@ def _sums(w: Float[Array, "Z R S"], v: Float[Array, "Z S H"]) -> Float[Array, "Z
 
 def _kernels(q: Array, k: Array, v: Array) -> tuple[Products, Sums] | None:
     """Return kernels for TPUs, if those are compiled for and take such operands."""
-    if "tpu" not in dispatch.platforms():
+    if not dispatch.tpu_kernels():
         return None
     from jkv.ops.mosaic_tpu import weights as tpu  # Pallas takes a while to import
 
