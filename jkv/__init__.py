@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.cache import CacheKind as CacheKind
     from jkv.cache import LayerCache as LayerCache
     from jkv.cache import Step as Step
+    from jkv.cache import attention_cache as attention_cache
     from jkv.cache import fp8 as fp8
     from jkv.cache import from_legacy as from_legacy
     from jkv.cache import init_cache as init_cache
@@ -78,6 +79,7 @@ _HOME = {
     "CacheKind": "jkv.cache",
     "LayerCache": "jkv.cache",
     "Step": "jkv.cache",
+    "attention_cache": "jkv.cache",
     "concat": "jkv.cache.concat",
     "dense": "jkv.cache.dense",
     "evicting": "jkv.cache.evicting",

@@ -11,7 +11,7 @@ from jkv.cache.dense import Dense, dense, from_legacy
 from jkv.cache.evicting import evicting
 from jkv.cache.evicting_layer import Evicting
 from jkv.cache.file import load_cache
-from jkv.cache.init import init_cache
+from jkv.cache.init import attention_cache, init_cache
 from jkv.cache.none import NoCache, none
 from jkv.cache.paged import Paged, copy_pages, paged
 from jkv.cache.per_layer import per_layer
@@ -37,6 +37,7 @@ __all__ = [
     "SharedState",
     "Step",
     "Window",
+    "attention_cache",
     "concat",
     "copy_pages",
     "dense",

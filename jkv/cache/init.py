@@ -1,5 +1,7 @@
 """Make an empty cache for a model."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -69,3 +71,63 @@ def init_cache(
                 "jkv.cache.LayerCache"
             )
     return Cache.empty(layers, batch, slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """What a cache must know of a model that has no configuration of jkv's."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
+def attention_cache(
+    kind: CacheKind | str | None = None,
+    *,
+    batch: int,
+    slots: int,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: DTypeLike = jnp.float32,
+) -> Cache:
+    """Make an empty cache for a model of your own, of any library.
+
+    Such a model is a function ``logits, cache = model(tokens, cache, counts)``, see
+    `jkv.decoding.CachedModel`, which `jkv.prefill`, `jkv.decode_step` and `jkv.rollout` run.
+
+    Args:
+        kind: how tokens are kept: `jkv.dense()` by default, `jkv.none()`, or a text ("int4").
+        batch: rows.
+        slots: tokens that each row has room for.
+        layers: with attention, L.
+        kv_heads: heads of keys and values, K; fewer than those of queries if these share them.
+        head_dim: of a head, H.
+        dtype: of the keys and values.
+
+    Raises:
+        TypeError: something that is no kind or dtype.
+        ValueError: numbers below 1, a dtype that holds no fractions, or a text that names no kind.
+        UnsupportedError: a kind that depends on more of a model, such as its rotary positions.
+
+    Example:
+        >>> cache = jkv.attention_cache(
+        ...     "int4", batch=2, slots=64, layers=6, kv_heads=8, head_dim=64
+        ... )
+        >>> def model(tokens, cache, counts):
+        ...     run = cache.begin(tokens, counts)
+        ...     x, layers = embed(run.tokens, run.step.positions), []
+        ...     for block, layer in zip(blocks, run.layers, strict=True):
+        ...         q, k, v = block.project(x)  # [B, T, N, H] and twice [B, T, K, H]
+        ...         out, layer = layer.attend(q, k, v, run.step, jkv.ops.AttentionSpec(64**-0.5))
+        ...         x = block.finish(x, out)
+        ...         layers.append(layer)
+        ...     x, cache = run.end(x, layers)
+        ...     return head(x), cache
+        >>> logits, cache = jkv.prefill(model, tokens, cache)
+        >>> out = jkv.rollout(model, logits, cache, steps=16)
+    """
+    sizes = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
+    checked = {n: check_integer(n, size, 1, of="attention_cache") for n, size in sizes.items()}
+    return init_cache(AttentionShape(**checked), kind, batch=batch, slots=slots, dtype=dtype)

@@ -1,6 +1,7 @@
 """From logits to text: the compiled decode loop, sampling, streaming and chat."""
 
 from jkv.decoding import sampling
+from jkv.decoding.arguments import CachedModel
 from jkv.decoding.beam import Beams, beam_search
 from jkv.decoding.chat import Chat
 from jkv.decoding.draft import Draft, prompt_lookup
@@ -14,6 +15,7 @@ from jkv.decoding.stream import Block, Stream, stream
 __all__ = [
     "Beams",
     "Block",
+    "CachedModel",
     "Chat",
     "Draft",
     "Result",

@@ -47,6 +47,31 @@ class DecoderLike(Protocol):
 
 
 @runtime_checkable
+class CachedModel(Protocol):
+    """A model of your own, of any library: tokens and a cache in, logits and the next cache out.
+
+    A pure function of its arguments, such as a module of `flax.nnx`, whose weights are leaves, or
+    ``jax.tree_util.Partial(module.apply, variables)`` of `flax.linen`: either can be an argument
+    of a jitted function. It goes through its layers between `Cache.begin` and `Run.end`, as the
+    example of `jkv.attention_cache` does, so that every kind of cache will do:
+
+    * it embeds ``run.tokens`` at ``run.step.positions``, which are -1 for padding;
+    * layer i calls ``run.layers[i].attend(q, k, v, run.step, spec)``, and keeps what that returns;
+    * it returns what ``run.end(x, layers)`` makes of the last layer's output.
+    """
+
+    def __call__(self, tokens: Array, cache: Cache, counts: Array | None, /) -> tuple[Array, Cache]:
+        """Return logits ``[B, T, V]`` after each new token, and the cache with all of them.
+
+        Args:
+            tokens: new ones, ``[B, T]``.
+            cache: of the tokens before them.
+            counts: how many of each row's T tokens are real, ``[B]``, None for all.
+        """
+        ...
+
+
+@runtime_checkable
 class TokenizerLike(Protocol):
     """What generation calls of a tokenizer; `jkv.models` has one."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Protocol, runtime_checkable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +14,11 @@ from jaxtyping import Float, PyTree
 from jkv._axes import Array
 from jkv._checks import check_integer, renamed
 from jkv._pytree import pytree, replace
+from jkv._text import brief
 from jkv._transfer import transfers
 from jkv.cache.base import Cache, on_device
 from jkv.decoding import apply, sampling
-from jkv.decoding.arguments import DecoderLike, Sampler
+from jkv.decoding.arguments import CachedModel, DecoderLike, Sampler
 from jkv.decoding.faults import Faults, undrawable
 from jkv.decoding.logprobs import Logprobs
 from jkv.decoding.prompts import PAD
@@ -56,7 +60,7 @@ class Rollout:
 
 @transfers
 def prefill(
-    model: DecoderLike,
+    model: DecoderLike | CachedModel,
     tokens: Array | np.ndarray,
     cache: Cache,
     counts: Array | np.ndarray | None = None,
@@ -68,7 +72,7 @@ def prefill(
     this may be traced: call ``cache.check()`` on the host.
 
     Args:
-        model: a decoder.
+        model: a decoder, or a `jkv.decoding.CachedModel` of your own.
         tokens: ``[B, T]`` integers, new ones, padded at the end of rows.
         cache: of the tokens before, from `jkv.init_cache` at first.
         counts: ``[B]`` integers, how many of each row's tokens are real, all by default. The
@@ -83,17 +87,17 @@ def prefill(
         >>> logits, cache = jax.jit(jkv.prefill)(lm.model, tokens, cache, counts)
         >>> cache.check()  # raises CacheFullError if a row had no room
     """
-    cache = _check_pass("prefill", model, cache)
+    decoder, cache = _check_pass("prefill", model, cache)
     tokens = _integers("prefill", "tokens", tokens, (cache.batch, None))
     if counts is not None:
         counts = _integers("prefill", "counts", counts, (cache.batch,))
-    hidden, cache = model.hidden(tokens, cache, counts)
-    return model.logits(last_hidden(hidden, counts)), cache
+    hidden, cache = decoder.hidden(tokens, cache, counts)
+    return decoder.logits(last_hidden(hidden, counts)), cache
 
 
 @transfers
 def decode_step(
-    model: DecoderLike,
+    model: DecoderLike | CachedModel,
     token: Array | np.ndarray,
     cache: Cache,
     active: Array | np.ndarray | None = None,
@@ -105,7 +109,7 @@ def decode_step(
     the host.
 
     Args:
-        model: a decoder.
+        model: a decoder, or a `jkv.decoding.CachedModel` of your own.
         token: ``[B]`` integers, of each row.
         cache: of the tokens before.
         active: ``[B]`` bool, rows that take part, all by default; the others keep their cache.
@@ -120,19 +124,19 @@ def decode_step(
         ...     logits, cache = step(lm.model, jnp.argmax(logits, axis=-1), cache)
         >>> cache.check()  # raises CacheFullError if a row ran full
     """
-    cache = _check_pass("decode_step", model, cache)
+    decoder, cache = _check_pass("decode_step", model, cache)
     token = _integers("decode_step", "token", token, (cache.batch,))
     if active is not None:
         active = _array("decode_step", "active", active, (cache.batch,), jnp.bool_)
     counts = None if active is None else active.astype(jnp.int32)
-    hidden, cache = model.hidden(jnp.maximum(token, 0)[:, None], cache, counts)
-    return model.logits(hidden[:, 0]), cache
+    hidden, cache = decoder.hidden(jnp.maximum(token, 0)[:, None], cache, counts)
+    return decoder.logits(hidden[:, 0]), cache
 
 
 @transfers
 @renamed(said="history")
 def rollout(
-    model: DecoderLike,
+    model: DecoderLike | CachedModel,
     logits: Array | np.ndarray,
     cache: Cache,
     *,
@@ -152,7 +156,7 @@ def rollout(
     host.
 
     Args:
-        model: a decoder.
+        model: a decoder, or a `jkv.decoding.CachedModel` of your own.
         logits: ``[B, V]``, of the first token, from `prefill`.
         cache: from `prefill`.
         steps: tokens per row, an int.
@@ -171,7 +175,7 @@ def rollout(
         >>> out = jax.jit(functools.partial(jkv.rollout, steps=16))(lm.model, logits, cache)
         >>> out.check().tokens  # raises CacheFullError or NonFiniteError
     """
-    cache = _check_pass("rollout", model, cache)
+    _, cache = _check_pass("rollout", model, cache)
     logits = _array("rollout", "logits", logits, (cache.batch, None), jnp.floating)
     steps = check_integer("steps", steps, 1)
     if ends is not None:
@@ -200,17 +204,62 @@ def rollout(
 _KINDS = {jnp.integer: "integers", jnp.floating: "floats", jnp.bool_: "bools"}
 
 
-def _check_pass(name: str, model: object, cache: object) -> Cache:
-    """Check a pass' model and cache; return the cache, copied back if it is on the host."""
-    if not isinstance(model, DecoderLike):
+@runtime_checkable
+class _Layers(Protocol):
+    """What the loops here call of a decoder."""
+
+    def hidden(
+        self, tokens: Array, cache: Cache, counts: Array | None = None
+    ) -> tuple[Array, Cache]: ...
+    def logits(self, hidden: Array) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnModel:
+    """A model of a user's own as a decoder, whose hidden states are the logits."""
+
+    model: CachedModel
+
+    def hidden(
+        self, tokens: Array, cache: Cache, counts: Array | None = None
+    ) -> tuple[Array, Cache]:
+        made = self.model(tokens, cache, counts)
+        pair = made if isinstance(made, tuple) and len(made) == 2 else (None, None)
+        logits, after = pair
+        if not isinstance(after, Cache) or not isinstance(logits, jax.Array):
+            raise TypeError(
+                f"the model returned {brief(made)}; expected a pair: logits [B, T, V], and the "
+                "cache that run.end made"
+            )
+        if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+            raise ValueError(
+                f"the model returned logits {list(logits.shape)} of tokens {list(tokens.shape)}; "
+                "expected [B, T, V], of what run.end returned"
+            )
+        return logits, after
+
+    def logits(self, hidden: Array) -> Array:
+        return hidden
+
+
+def _check_pass(name: str, model: object, cache: object) -> tuple[_Layers, Cache]:
+    """Check a pass' model and cache; return both, the cache copied back if it is on the host."""
+    if isinstance(model, DecoderLike):
+        decoder: _Layers = model
+    elif isinstance(model, CachedModel):
+        decoder = _OwnModel(model)
+    else:
         hint = ", as lm.model is" if hasattr(model, "model") else ""
-        raise TypeError(f"{name} got {type(model).__name__} as a model; expected a decoder{hint}")
+        raise TypeError(
+            f"{name} got {type(model).__name__} as a model; expected a decoder{hint}, or one of "
+            "your own: logits, cache = model(tokens, cache, counts)"
+        )
     if not isinstance(cache, Cache):
         raise TypeError(
             f"{name} got {type(cache).__name__} as a cache; expected what jkv.init_cache, or the "
             "step before, returned"
         )
-    return on_device(cache)
+    return decoder, on_device(cache)
 
 
 def _integers(name: str, what: str, value: object, shape: tuple[int | None, ...]) -> Array:
@@ -288,7 +337,7 @@ def begin(
 
 
 def advance(
-    model: DecoderLike,
+    model: DecoderLike | CachedModel,
     state: State,
     sampler: Transform | None,
     keys: Array | None,

@@ -24,7 +24,7 @@ def split_model(model: object) -> tuple[DecoderLike, TokenizerLike | None]:
     if not isinstance(decoder, DecoderLike):
         raise TypeError(
             f"got {short(model)} as a model; expected what jkv.load returns, its .model, or a "
-            "jkv.Decoder"
+            "jkv.Decoder; a model of your own runs in jkv.prefill, decode_step and rollout"
         )
     check_concrete("the model", decoder)
     if isinstance(_nothing(), Tracer):
