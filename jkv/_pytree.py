@@ -11,7 +11,17 @@ _STATIC = "jkv_static"
 
 
 def static(**kwargs: Any) -> Any:
-    """Mark a dataclass field as part of the tree's structure: hashable, compared when traced."""
+    """Mark a dataclass field as part of the tree's structure: hashable, compared when traced.
+
+    Example:
+        >>> @jkv.cache.pytree
+        ... class Named:
+        ...     name: str = jkv.cache.static()
+        >>> jax.tree.leaves(Named("a"))
+        []
+        >>> jax.tree.structure(Named("a")) == jax.tree.structure(Named("b"))
+        False
+    """
     return dataclasses.field(metadata={_STATIC: True}, **kwargs)
 
 
@@ -21,6 +31,14 @@ def pytree(cls: type[T]) -> type[T]:
 
     Unflattening bypasses `__init__`: JAX rebuilds trees around tracers, shapes and sentinels, and
     the checks of a constructor are meant for users.
+
+    Example:
+        >>> @jkv.cache.pytree
+        ... class Counter:
+        ...     counts: jax.Array
+        ...     name: str = jkv.cache.static(default="tokens")
+        >>> jax.tree.map(lambda x: x + 1, Counter(jnp.zeros(2))).counts.tolist()
+        [1.0, 1.0]
     """
     cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
     fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
@@ -46,7 +64,13 @@ def pytree(cls: type[T]) -> type[T]:
 
 
 def replace(node: T, **changes: Any) -> T:
-    """Copy a pytree value with some fields changed."""
+    """Copy a pytree value with some fields changed.
+
+    Example:
+        >>> step = jkv.Step.after(jnp.array([0]), jnp.array([1]), new=1)
+        >>> jkv.cache.replace(step, start=jnp.array([7])).start.tolist()
+        [7]
+    """
     return dataclasses.replace(node, **changes)  # pyright: ignore[reportArgumentType]
 
 

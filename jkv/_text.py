@@ -38,6 +38,7 @@ def brief(value: object) -> str:
     Arrays are shown by dtype and shape, long texts and collections by how they begin.
 
     Example:
+        >>> from jkv._text import brief
         >>> brief(np.zeros((1000, 1000)))
         'ndarray float64[1000, 1000]'
     """
@@ -60,6 +61,7 @@ def plural(count: int, noun: str, many: str | None = None, *, commas: bool = Fal
     """Count with its noun: "1 token", "2 tokens"; `many` where the plural is no plain s.
 
     Example:
+        >>> from jkv._text import plural
         >>> plural(2000, "entry", "entries", commas=True)
         '2,000 entries'
     """

@@ -27,7 +27,12 @@ Sees = Callable[[int, int], bool]
 
 
 def everything(query: int, position: int) -> bool:
-    """Return whether a token sees another in a cache that forgets nothing: all up to itself."""
+    """Return whether a token sees another in a cache that forgets nothing: all up to itself.
+
+    Example:
+        >>> jkv.testing.everything(query=3, position=3), jkv.testing.everything(query=3, position=4)
+        (True, False)
+    """
     return position <= query
 
 
@@ -58,7 +63,8 @@ def check_kind(
         ValueError: a text that names none.
 
     Example:
-        >>> check_kind(jkv.window(8), sees=lambda q, p: q - 8 < p <= q, rolls_back=False)
+        >>> sees = lambda query, position: query - 8 < position <= query
+        >>> jkv.testing.check_kind(jkv.window(8), sees=sees, rolls_back=False)
     """
     checked = as_kind(kind)
     if not isinstance(checked, CacheKind):

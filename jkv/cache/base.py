@@ -67,6 +67,12 @@ class Cache:
     new one. A row that has no room for its new tokens takes none of them, keeps every bit, and
     raises the flag `overflowed`, which `check` turns into an error on the host. It takes no others
     either, which would not be where they belong, until `crop` has made it shorter.
+
+    Example:
+        >>> cache = jkv.init_cache(lm.config, "dense", batch=1, slots=8)
+        >>> logits, cache = jkv.prefill(lm.model, jnp.array([[5, 6, 7]]), cache)
+        >>> cache.lengths.tolist(), cache.crop(2).lengths.tolist(), cache.fork(3).batch
+        ([3], [2], 3)
     """
 
     layers: Layers
@@ -139,14 +145,16 @@ class Cache:
             ValueError: tokens for another number of rows.
 
         Example:
-            >>> run = cache.begin(tokens)
-            >>> x, layers = embed(run.tokens), []
-            >>> for block, layer in zip(blocks, run.layers, strict=True):
-            ...     q, k, v = block.project(x, run.step.positions)
-            ...     out, layer = layer.attend(q, k, v, run.step, block.spec)
-            ...     x = block.finish(x, out)
+            >>> cache = jkv.init_cache(lm.config, batch=1, slots=8)
+            >>> run = cache.begin(jnp.array([[5, 6, 7]]))
+            >>> layers, spec = [], jkv.ops.AttentionSpec(scale=0.125)
+            >>> for layer in run.layers:  # what a model does between embedding and logits
+            ...     q, k = jnp.ones((1, 3, 4, 64)), jnp.ones((1, 3, 2, 64))  # [B, T, N, H], K
+            ...     out, layer = layer.attend(q, k, k, run.step, spec)
             ...     layers.append(layer)
-            >>> hidden, cache = run.end(x, layers)
+            >>> hidden, cache = run.end(out, layers)
+            >>> cache.lengths.tolist()
+            [3]
         """
         from jkv.cache.run import begin  # it makes the next cache
 
@@ -376,8 +384,10 @@ class Cache:
             OSError: the file cannot be written.
 
         Example:
+            >>> cache = jkv.init_cache(lm.config, "int8", batch=1, slots=8)
             >>> cache.save("prompt.safetensors", lm)
-            >>> cache = jkv.load_cache("prompt.safetensors", lm)
+            >>> jkv.load_cache("prompt.safetensors", lm).nbytes == cache.nbytes
+            True
         """
         from jkv.cache.file import save_cache  # it reads caches, too
 

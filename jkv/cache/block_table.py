@@ -54,6 +54,11 @@ class BlockTables(SharedState):
     """The block tables of all groups of layers.
 
     Whether a row's new tokens fit is decided over all groups at once.
+
+    Example:
+        >>> cache = jkv.init_cache(lm.config, jkv.paged(4), batch=2, slots=16)
+        >>> [table.shape for table in cache.shared[0].tables]  # [B, M], of each group of layers
+        [(2, 4)]
     """
 
     tables: tuple[Array, ...]  # [B, M] int32 for each group, -1 for none

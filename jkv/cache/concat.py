@@ -23,6 +23,11 @@ def concat(caches: Sequence[Cache]) -> Cache:
     Raises:
         TypeError: something that is no cache.
         ValueError: no cache, or caches of different models, kinds or dtypes.
+
+    Example:
+        >>> one = jkv.init_cache(lm.config, "dense", batch=1, slots=8)
+        >>> jkv.concat([one, one.fork(2)]).batch
+        3
     """
     if not isinstance(caches, Sequence) or not all(isinstance(c, Cache) for c in caches):
         raise TypeError(f"concat got {brief(caches)}; expected a list of caches")

@@ -27,7 +27,13 @@ from jkv.ops.write import write
 
 @pytree
 class Dense(LayerCache):
-    """A layer's keys and values, slot s holding the token at position s."""
+    """A layer's keys and values, slot s holding the token at position s.
+
+    Example:
+        >>> layer = jkv.dense().init(batch=1, slots=8, kv_heads=2, head_dim=4, dtype="float32")
+        >>> layer.keys.shape, layer.capacity
+        ((1, 2, 8, 4), 8)
+    """
 
     keys: Array  # [B, K, S, H]
     values: Array  # [B, K, S, H]
@@ -113,7 +119,12 @@ class Dense(LayerCache):
 
 @dataclasses.dataclass(frozen=True)
 class DenseKind(CacheKind):
-    """See `dense`."""
+    """See `dense`.
+
+    Example:
+        >>> jkv.dense().init(batch=1, slots=8, kv_heads=2, head_dim=4, dtype="float32").capacity
+        8
+    """
 
     grows: bool = False
 
@@ -136,6 +147,12 @@ def dense(grow: bool = False) -> DenseKind:
 
     Raises:
         TypeError: `grow` is no bool.
+
+    Example:
+        >>> jkv.init_cache(lm.config, jkv.dense(), batch=2, slots=64).capacity
+        64
+        >>> jkv.init_cache(lm.config, jkv.dense(grow=True), batch=2, slots=64).grows
+        True
     """
     return DenseKind(check_flag("grow", grow, of="dense"))
 
@@ -155,6 +172,12 @@ def from_legacy(
     Raises:
         ValueError: no layers, arrays whose shapes differ or whose dtype holds no fractions, or
             lengths that are no integers or outside 0..S.
+
+    Example:
+        >>> keys = np.zeros((2, 2, 3, 64), np.float32)  # [B, K, S, H]
+        >>> cache = jkv.from_legacy([(keys, keys)] * 5, lengths=[3, 1])
+        >>> cache.lengths.tolist(), cache.to_legacy()[0][0].shape
+        ([3, 1], (2, 2, 3, 64))
     """
     pairs = list(layers) if isinstance(layers, Sequence) else []
     if not pairs:

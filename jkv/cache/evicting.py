@@ -88,6 +88,11 @@ def evicting(
         TypeError: a score that cannot be called, or not be hashed.
         ValueError: numbers out of range, more tokens always kept than there is room for, or budgets
             per head with a score that keeps the same tokens in all.
+
+    Example:
+        >>> kind = jkv.evicting(32, score=jkv.scores.tova, sinks=4)
+        >>> jkv.init_cache(lm.config, kind, batch=1, slots=1000).capacity is None  # never full
+        True
     """
     budgets = budget if isinstance(budget, list | tuple) else (budget,)
     if not budgets:

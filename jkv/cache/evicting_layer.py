@@ -33,6 +33,11 @@ class Evicting(LayerCache):
     """A layer's best tokens by a score, each head its own, in any order of slots.
 
     Of equal scores the newest token is kept, whatever slots they are in.
+
+    Example:
+        >>> layer = jkv.evicting(8, sinks=2).init(2, 64, kv_heads=1, head_dim=4, dtype="float32")
+        >>> layer.keys.shape, layer.retained
+        ((2, 1, 8, 4), 8)
     """
 
     keys: Array  # [B, K, S, H]

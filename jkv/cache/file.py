@@ -85,9 +85,11 @@ def load_cache(path: PathLike, model: object = None, *, known: Known = ()) -> Ca
         UnsupportedError: a layer or a score that is not jkv's and not `known`.
 
     Example:
+        >>> cache = jkv.init_cache(lm.config, batch=1, slots=8)
+        >>> logits, cache = jkv.prefill(lm.model, jnp.array([[5, 6, 7]]), cache)
         >>> cache.save("prompt.safetensors", lm)
-        >>> cache = jkv.load_cache("prompt.safetensors", lm)
-        >>> logits, cache = jkv.prefill(lm.model, tokens, cache)
+        >>> jkv.load_cache("prompt.safetensors", lm).lengths.tolist()
+        [3]
     """
     found = None if model is None else model_fingerprint("load_cache", model)
     return read_cache_file(path, found, known).cache

@@ -11,7 +11,13 @@ from jkv.cache.protocol import CacheKind
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """How a value is written, and what it stands for."""
+    """How a value is written, and what it stands for.
+
+    Example:
+        >>> argument = jkv.cache.spec.FORMS["window"].arguments["sinks"]
+        >>> argument.shown, argument.read("4")
+        ('N', 4)
+    """
 
     shown: str
     read: Callable[[str], object]  # raises ValueError where it is not written so
@@ -28,6 +34,10 @@ class Form:
         arguments: by name, those that need none first.
         bare: how many need no name.
         needed: how many of those must be there.
+
+    Example:
+        >>> jkv.cache.spec.FORMS["dense"].make()
+        DenseKind(grows=False)
     """
 
     make: Callable[..., CacheKind]

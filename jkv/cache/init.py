@@ -35,6 +35,11 @@ def init_cache(
         TypeError: something that is no configuration, kind or dtype.
         ValueError: a batch or number of slots below 1, a dtype that holds no fractions, or a text
             that names no kind.
+
+    Example:
+        >>> cache = jkv.init_cache(lm.config, "window:32,sinks=4", batch=2, slots=64)
+        >>> cache.batch, len(cache.layers) == lm.config.layers
+        (2, True)
     """
     checked = dense() if kind is None else as_kind(kind)
     batch = check_integer("batch", batch, 1, of="init_cache")
@@ -112,21 +117,21 @@ def attention_cache(
         UnsupportedError: a kind that depends on more of a model, such as its rotary positions.
 
     Example:
-        >>> cache = jkv.attention_cache(
-        ...     "int4", batch=2, slots=64, layers=6, kv_heads=8, head_dim=64
-        ... )
-        >>> def model(tokens, cache, counts):
+        >>> table, spec = jnp.eye(11, 8), jkv.ops.AttentionSpec(8**-0.5)
+        >>> def model(tokens, cache, counts):  # one layer, one head, no weights but the embedding
         ...     run = cache.begin(tokens, counts)
-        ...     x, layers = embed(run.tokens, run.step.positions), []
-        ...     for block, layer in zip(blocks, run.layers, strict=True):
-        ...         q, k, v = block.project(x)  # [B, T, N, H] and twice [B, T, K, H]
-        ...         out, layer = layer.attend(q, k, v, run.step, jkv.ops.AttentionSpec(64**-0.5))
-        ...         x = block.finish(x, out)
+        ...     x, layers = table[run.tokens], []  # [B, T, H]
+        ...     for layer in run.layers:
+        ...         q = k = v = x[:, :, None]  # [B, T, N, H] and twice [B, T, K, H]
+        ...         out, layer = layer.attend(q, k, v, run.step, spec)
+        ...         x = x + out[:, :, 0]
         ...         layers.append(layer)
         ...     x, cache = run.end(x, layers)
-        ...     return head(x), cache
-        >>> logits, cache = jkv.prefill(model, tokens, cache)
-        >>> out = jkv.rollout(model, logits, cache, steps=16)
+        ...     return x @ table.T, cache
+        >>> cache = jkv.attention_cache(batch=1, slots=8, layers=1, kv_heads=1, head_dim=8)
+        >>> logits, cache = jkv.prefill(model, jnp.array([[5, 6, 7]]), cache)
+        >>> jkv.rollout(model, logits, cache, steps=2).check().tokens.shape
+        (1, 2)
     """
     sizes = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
     checked = {n: check_integer(n, size, 1, of="attention_cache") for n, size in sizes.items()}

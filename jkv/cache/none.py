@@ -25,6 +25,11 @@ class NoCache(LayerCache):
     """A layer that keeps nothing: new tokens see each other and no more.
 
     In a cache, whose layers share the history of tokens, all of these are new in each pass.
+
+    Example:
+        >>> layer = jkv.none().init(batch=1, slots=8, kv_heads=2, head_dim=4, dtype="float32")
+        >>> jax.tree.leaves(layer), layer.capacity
+        ([], None)
     """
 
     @property
@@ -182,7 +187,13 @@ class NoneKind(CacheKind):
 
 
 def none() -> NoneKind:
-    """Keep nothing and recompute the whole prefix at each step: what a cache is compared with."""
+    """Keep nothing and recompute the whole prefix at each step: what a cache is compared with.
+
+    Example:
+        >>> cache = jkv.init_cache(lm.config, jkv.none(), batch=1, slots=8)
+        >>> cache.recomputes, jax.tree.leaves(cache.layers)
+        (True, [])
+    """
     return NoneKind()
 
 

@@ -64,6 +64,11 @@ class Paged(PooledLayer):
     Pages have no axis of rows: every operation on rows changes the block table alone. A page in a
     codec's form holds tokens that are encoded one by one, so that each is rounded once, however
     often the page is copied. New tokens see each other before they are rounded.
+
+    Example:
+        >>> layer = jkv.paged(4).init(batch=2, slots=8, kv_heads=1, head_dim=4, dtype="float32")
+        >>> layer.k_pages.shape  # [P, K, page, H]
+        (4, 1, 4, 4)
     """
 
     k_pages: Any  # [P, K, page, H], or Encoded, or on a TPU TpuPages
@@ -357,6 +362,12 @@ def paged(
         TypeError: a codec that is none.
         ValueError: numbers below 1, bits that there is no codec for, both bits and a codec, or one
             that encodes several tokens together.
+
+    Example:
+        >>> cache = jkv.init_cache(lm.config, jkv.paged(16), batch=1, slots=32)
+        >>> forked = cache.fork(4)  # four rows, which share pages until they write to them
+        >>> forked.batch
+        4
     """
     page = check_integer("page", page, 1, of="paged")
     pages = None if pages is None else check_integer("pages", pages, 1, of="paged")
@@ -409,6 +420,11 @@ def copy_pages(
         source: their numbers, -1 for none, of which any are read before any are written.
         into: numbers of the copies, distinct.
         group: of layers.
+
+    Example:
+        >>> kind = jkv.paged(4, pages=8, managed=True)
+        >>> cache = jkv.init_cache(lm.config, kind, batch=1, slots=16)
+        >>> cache = jkv.cache.copy_pages(cache, np.array([0, 1]), np.array([6, 7]))
     """
 
     def copied(layer: LayerCache) -> LayerCache:

@@ -114,8 +114,9 @@ def per_layer(
         ValueError: no kinds, `first` or `last` below 0, or beside a list.
 
     Example:
-        >>> jkv.per_layer([jkv.dense(), jkv.window(256)] * 6)
-        >>> jkv.per_layer(jkv.window(256), first=1, last=1)
+        >>> alternating = jkv.per_layer([jkv.dense(), jkv.window(256)] * 6)
+        >>> jkv.per_layer(jkv.quantized(4), first=1) == jkv.parse("per_layer:int4,first=1")
+        True
     """
     first = check_integer("first", first, 0, of="per_layer")
     last = check_integer("last", last, 0, of="per_layer")

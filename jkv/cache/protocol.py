@@ -34,6 +34,11 @@ class Step:
 
     The tokens of a row are contiguous and come first: token t of row b has position
     ``start[b] + t`` while that is below ``stop[b]``, and -1 (padding) from there on.
+
+    Example:
+        >>> step = jkv.Step.after(jnp.array([4, 0]), jnp.array([1, 2]), new=2)
+        >>> step.positions.tolist(), step.stop.tolist()
+        ([[4, -1], [0, 1]], [5, 2])
     """
 
     positions: Array  # [B, T] int32
@@ -54,6 +59,14 @@ class LayerCache(abc.ABC):
 
     Decorate a subclass with `jkv.cache.pytree`. What has a default here is optional: what it says
     is true of a cache that keeps every token in slots of its own.
+
+    Example:
+        >>> layer = jkv.dense().init(batch=1, slots=8, kv_heads=2, head_dim=4, dtype="float32")
+        >>> step = jkv.Step.after(jnp.array([0]), jnp.array([2]), new=2)
+        >>> new = jnp.ones((1, 2, 2, 4))  # [B, T, K, H]
+        >>> out, layer = layer.attend(new, new, new, step, jkv.ops.AttentionSpec(scale=0.5))
+        >>> out.shape, layer.take(jnp.array([0, 0])).keys.shape
+        ((1, 2, 2, 4), (2, 2, 8, 4))
     """
 
     @property
@@ -210,7 +223,17 @@ Layers = tuple[LayerCache, ...]
 
 
 class CacheKind(abc.ABC):
-    """How a layer's tokens are kept, before any shape is known: a small frozen value."""
+    """How a layer's tokens are kept, before any shape is known: a small frozen value.
+
+    Example:
+        >>> import dataclasses
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class HalfKind(jkv.CacheKind):
+        ...     def init(self, batch, slots, kv_heads, head_dim, dtype):
+        ...         return jkv.dense().init(batch, slots, kv_heads, head_dim, jnp.bfloat16)
+        >>> jkv.init_cache(lm.config, HalfKind(), batch=1, slots=8).layers[0].keys.dtype
+        dtype(bfloat16)
+    """
 
     @abc.abstractmethod
     def init(
@@ -255,6 +278,11 @@ def shard_heads(layer: L, axis: str, whole: tuple[str, ...] = ()) -> L:
         layer: a layer cache.
         axis: of the mesh.
         whole: fields of the layer that belong to all heads.
+
+    Example:
+        >>> layer = jkv.dense().init(batch=1, slots=8, kv_heads=2, head_dim=4, dtype="float32")
+        >>> tuple(jkv.cache.shard_heads(layer, "heads").keys)  # a `jax.sharding.PartitionSpec`
+        (None, 'heads')
     """
 
     def spec(path: tuple[Any, ...], leaf: Array) -> PartitionSpec:
@@ -334,6 +362,13 @@ def check_heads(shape: tuple[int, ...], new: Float[Array, "B T K H"]) -> None:
 
     Raises:
         ValueError: another number of heads, or of dimensions.
+
+    Example:
+        >>> from jkv.cache.dense import check_heads
+        >>> check_heads((1, 4, 16, 64), jnp.zeros((1, 3, 2, 64)))
+        Traceback (most recent call last):
+            ...
+        ValueError: the cache holds 4 heads of 64 dimensions, and the model makes 2 of 64...
     """
     _, heads, _, dim = shape
     if (heads, dim) != new.shape[2:]:

@@ -78,6 +78,11 @@ def pyramid(
 
     Raises:
         ValueError: numbers out of range.
+
+    Example:
+        >>> cache = jkv.init_cache(lm.config, jkv.pyramid(32, ratio=3.0), batch=1, slots=512)
+        >>> [layer.retained for layer in cache.layers]
+        [48, 40, 32, 24, 16]
     """
     budget = check_integer("budget", budget, 1, of="pyramid")
     sinks = check_integer("sinks", sinks, 0, of="pyramid")

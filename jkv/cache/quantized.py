@@ -88,6 +88,12 @@ def quantized(
 
     Raises:
         ValueError: numbers of bits, groups or axes that there are no codecs for.
+
+    Example:
+        >>> full = jkv.init_cache(lm.config, batch=1, slots=512)
+        >>> small = jkv.init_cache(lm.config, jkv.quantized(bits=8), batch=1, slots=512)
+        >>> round(small.nbytes / full.nbytes, 2)
+        0.27
     """
     keys = _affine(bits if key_bits is None else key_bits, key_axis, group)
     values = _affine(bits if value_bits is None else value_bits, "token", group)
@@ -112,6 +118,10 @@ def fp8(*, residual: int = 0) -> QuantizedKind:
 
     Raises:
         ValueError: a negative residual.
+
+    Example:
+        >>> jkv.init_cache(lm.config, jkv.fp8(), batch=1, slots=64).layers[0].rounds
+        True
     """
     residual = check_integer("residual", residual, 0, of="fp8")
     return QuantizedKind(keys=Float8(), values=Float8(), recent=residual)
@@ -128,6 +138,10 @@ def near_far(*, recent: int = 128, far: CacheKind | Codec | str) -> QuantizedKin
     Raises:
         TypeError: `far` is neither.
         ValueError: a negative `recent`.
+
+    Example:
+        >>> jkv.near_far(recent=64, far="int8") == jkv.quantized(bits=8, residual=64)
+        True
     """
     recent = check_integer("recent", recent, 0, of="near_far")
     codec = as_kind(far)
@@ -151,6 +165,10 @@ def sparse(keep: float = 0.25, *, bits: int | None = None, residual: int = 0) ->
 
     Raises:
         ValueError: a share or number of bits out of range.
+
+    Example:
+        >>> jkv.sparse(0.25, bits=8) == jkv.parse("sparse:0.25,int8")
+        True
     """
     residual = check_integer("residual", residual, 0, of="sparse")
     codec = Sparse(keep=keep, inner=None if bits is None else _affine(bits, "token", None))

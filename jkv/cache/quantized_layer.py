@@ -32,6 +32,11 @@ class QuantizedCache(LayerCache):
     Tokens leave the near part in whole blocks (as many as are encoded together) once `recent` newer
     ones are there, and are encoded at that moment, once: which are where follows from a row's
     length alone. New tokens see each other, and the near part, before anything is rounded.
+
+    Example:
+        >>> layer = jkv.quantized(8).init(1, slots=64, kv_heads=2, head_dim=4, dtype="float32")
+        >>> layer.rounds, layer.recent, layer.keys.shape
+        (True, 0, (1, 2, 64, 4))
     """
 
     keys: Encoded  # far, [B, K, S', H]

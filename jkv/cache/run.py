@@ -31,6 +31,14 @@ class Run:
         new: where the new tokens are; the same as `step` but for `none()`.
         overflowed: ``[B]``, rows that refuse their new tokens.
         shared: what the layers share after the pass.
+
+    Example:
+        >>> cache = jkv.init_cache(lm.config, batch=1, slots=8)
+        >>> run = cache.begin(jnp.array([[5, 6, 7]]))
+        >>> run.step.positions.tolist(), len(run.layers) == lm.config.layers
+        ([[0, 1, 2]], True)
+        >>> run.next_cache(run.layers).lengths.tolist()  # each layer's own, once it has attended
+        [3]
     """
 
     cache: Cache

@@ -4,7 +4,7 @@ It is called once per pass and layer with what that pass saw, and says how much 
 worth; the highest are kept. To accumulate, add to `inputs.previous`:
 
     >>> def value_norm(inputs): return jnp.linalg.norm(inputs.values.astype(jnp.float32), axis=-1)
-    >>> jkv.generate(lm, prompts, max_new_tokens=64, cache=jkv.evicting(128, score=value_norm))
+    >>> kind = jkv.evicting(64, score=value_norm)
 
 It is part of the compiled program, like the kind: pass the same function again and not a new
 lambda each time. What it says of an empty slot does not matter; NaN is worth less than anything.
@@ -30,6 +30,11 @@ class ScoreInputs:
     """What a score is computed from: one pass over a layer's tokens, old and new.
 
     `append`, which has no queries, is one query that looks at nothing: weights of zero.
+
+    Example:
+        >>> def value_norm(inputs: jkv.scores.ScoreInputs):
+        ...     return jnp.linalg.norm(inputs.values, axis=-1)  # [B, K, S], of old and new tokens
+        >>> kind = jkv.evicting(32, score=value_norm)
     """
 
     previous: Array  # [B, K, S] float32, the scores before; 0 for new tokens
@@ -48,12 +53,16 @@ class ScoreInputs:
 
 
 Score = Callable[[ScoreInputs], Array]
+"""A score: a function of `ScoreInputs` that returns a number ``[B, K, S]`` for each token."""
 
 
 def key_norm(inputs: ScoreInputs) -> Float[Array, "B K S"]:
     """Score by small L2 norm of keys: these tend to get the most attention.
 
     Needs no attention: the choice for `Cache.evict`. Source: Devoto et al. 2024, arXiv:2406.11430.
+
+    Example:
+        >>> kind = jkv.evicting(32, score=jkv.scores.key_norm)  # what `Cache.evict` does by default
     """
     keys = inputs.keys.reshape(-1, *inputs.keys.shape[2:]).astype(jnp.float32)
     return -jnp.sqrt(jnp.sum(keys * keys, axis=-1)).reshape(inputs.positions.shape)
@@ -64,6 +73,9 @@ def h2o(inputs: ScoreInputs) -> Float[Array, "B K S"]:
 
     Heavy hitters. After a `put` new tokens stand at 0, and of equals the newest are kept.
     Source: Zhang et al. 2023, arXiv:2306.14048.
+
+    Example:
+        >>> kind = jkv.evicting(32, score=jkv.scores.h2o)
     """
     return inputs.previous + jnp.sum(inputs.weights, axis=(2, 3))
 
@@ -73,6 +85,9 @@ def tova(inputs: ScoreInputs) -> Float[Array, "B K S"]:
 
     Not for a model that `jkv.shard` has parted. A `put` has no query: the newest are kept. Source:
     Oren et al. 2024, arXiv:2401.06104.
+
+    Example:
+        >>> kind = jkv.evicting(32, score=jkv.scores.tova)
     """
     last = jnp.argmax(inputs.queries, axis=1)[:, None, None, None, None]
     weights = jnp.take_along_axis(inputs.weights, last, axis=3)[:, :, :, 0]
@@ -92,13 +107,22 @@ def compares_heads(score: Score) -> bool:
 
 
 def recency(inputs: ScoreInputs) -> Float[Array, "B K S"]:
-    """Score by position: a window, which every other score should beat."""
+    """Score by position: a window, which every other score should beat.
+
+    Example:
+        >>> kind = jkv.evicting(32, score=jkv.scores.recency)
+    """
     return inputs.positions.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class SnapKV:
-    """See `snapkv`."""
+    """See `snapkv`.
+
+    Example:
+        >>> jkv.scores.snapkv(window=16).window
+        16
+    """
 
     window: int
     pool: int
@@ -129,6 +153,9 @@ def snapkv(window: int = 32, pool: int = 7) -> SnapKV:
 
     Raises:
         ValueError: no integers, below 1, or an even `pool`.
+
+    Example:
+        >>> kind = jkv.evicting(128, score=jkv.scores.snapkv(window=16, pool=5))
     """
     window = check_integer("window", window, 1, of="snapkv")
     if not is_integer(pool) or pool < 1 or pool % 2 == 0:

@@ -23,6 +23,11 @@ class SharedState(abc.ABC):
 
     A frozen pytree, decorated with `jkv.cache.pytree`. A layer names its class by `shares`, and
     the cache then makes one, and asks it whatever it asks the layers.
+
+    Example:
+        >>> layer = jkv.none().init(batch=1, slots=8, kv_heads=2, head_dim=4, dtype="float32")
+        >>> issubclass(layer.shares, jkv.cache.SharedState)  # all layers recompute from one history
+        True
     """
 
     @classmethod

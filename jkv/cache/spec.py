@@ -36,6 +36,7 @@ FORMS: dict[str, Form] = {
     for file in FILES
     for name, form in importlib.import_module(f"jkv.cache.{file}").FORMS.items()
 }
+"""The texts of kinds: the `Form` of each name."""
 
 
 def parse(text: str) -> CacheKind:
@@ -77,17 +78,32 @@ def parse(text: str) -> CacheKind:
 
 
 def text(kind: CacheKind) -> str:
-    """Return how a kind is written, if it is one of those listed; else what Python shows."""
+    """Return how a kind is written, if it is one of those listed; else what Python shows.
+
+    Example:
+        >>> jkv.cache.spec.text(jkv.window(1020, sinks=4))
+        'window:1020,sinks=4'
+    """
     return next((t for t in examples() if parse(t) == kind), repr(kind))
 
 
 def examples() -> list[str]:
-    """Return examples of every kind, in the order of the table."""
+    """Return examples of every kind, in the order of the table.
+
+    Example:
+        >>> jkv.cache.spec.examples()[:3]
+        ['dense', 'none', 'window:1024']
+    """
     return [name + rest for name, form in FORMS.items() for rest in form.examples]
 
 
 def usage(name: str) -> str:
-    """Return how a kind is written, optional parts in brackets."""
+    """Return how a kind is written, optional parts in brackets.
+
+    Example:
+        >>> jkv.cache.spec.usage("dense")
+        'dense[:grow]'
+    """
     form = FORMS[name]
     shown = name
     for i, (key, reader) in enumerate(form.arguments.items()):
@@ -98,7 +114,12 @@ def usage(name: str) -> str:
 
 
 def grammar() -> str:
-    """Return how all kinds are written."""
+    """Return how all kinds are written.
+
+    Example:
+        >>> "int4" in jkv.cache.spec.grammar()
+        True
+    """
     return f"{'; '.join(map(usage, FORMS))}. `jkv caches` says what each is"
 
 

@@ -44,6 +44,11 @@ class Window(LayerCache):
     Keys are kept as the model rotated them, at their positions in the text. Between the tokens of
     the window that is right under every rule of positions, since rotary scores depend on distances
     alone; the rules differ in how far the sinks are, and turn the queries that look at them.
+
+    Example:
+        >>> layer = jkv.window(8).init(batch=1, slots=64, kv_heads=2, head_dim=4, dtype="float32")
+        >>> layer.retained, layer.capacity  # the last 8 tokens, of as many as there are
+        (8, None)
     """
 
     ring: Ring
@@ -313,6 +318,11 @@ def window(size: int | None = None, sinks: int = 0, positions: Positions = "cach
 
     Raises:
         ValueError: a size below 1, sinks below 0, or another rule.
+
+    Example:
+        >>> kind = jkv.window(128, sinks=4)
+        >>> jkv.init_cache(lm.config, kind, batch=1, slots=4096).layers[0].retained
+        132
     """
     size = None if size is None else check_integer("size", size, 1, of="window")
     sinks = check_integer("sinks", sinks, 0, of="window")

@@ -58,6 +58,16 @@ class CachedModel(Protocol):
     * it embeds ``run.tokens`` at ``run.step.positions``, which are -1 for padding;
     * layer i calls ``run.layers[i].attend(q, k, v, run.step, spec)``, and keeps what that returns;
     * it returns what ``run.end(x, layers)`` makes of the last layer's output.
+
+    Example:
+        >>> def model(tokens, cache, counts):  # without layers: a table of what follows what
+        ...     run = cache.begin(tokens, counts)
+        ...     x, cache = run.end(jnp.eye(8)[run.tokens], run.layers)
+        ...     return x, cache
+        >>> cache = jkv.attention_cache(batch=1, slots=8, layers=1, kv_heads=1, head_dim=1)
+        >>> logits, cache = jkv.prefill(model, jnp.array([[5, 6, 7]]), cache)
+        >>> logits.argmax().item()
+        7
     """
 
     def __call__(self, tokens: Array, cache: Cache, counts: Array | None, /) -> tuple[Array, Cache]:

@@ -40,6 +40,11 @@ class Beams:
         lengths: ``[B, W]``, new tokens of each, the one that ended it included.
         finish_reasons: per prompt and hypothesis "stop" or "length".
         history: per prompt all its tokens, those of a resumed result included.
+
+    Example:
+        >>> found = jkv.beam_search(lm, "ROMEO:", max_new_tokens=8, beams=2)
+        >>> bool(found.scores[0, 0] >= found.scores[0, 1])  # the best first
+        True
     """
 
     tokens: np.ndarray
@@ -132,6 +137,11 @@ def beam_search(
 
     Reference: Wu et al. 2016, arXiv:1609.08144 (section 7), with the length penalty of Hugging
     Face's `generate(num_beams=W, early_stopping="never")`, which finds the same.
+
+    Example:
+        >>> found = jkv.beam_search(lm, "ROMEO:", max_new_tokens=8, beams=2)
+        >>> found.tokens.shape, len(found.texts[0])  # [B, W, T]
+        ((1, 2, 8), 2)
     """
     width = check_integer("beams", beams, 1)
     penalty = check_number("length_penalty", length_penalty)

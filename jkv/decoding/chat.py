@@ -75,19 +75,19 @@ class Chat:
     sent as messages.
 
     Example:
-        >>> chat = jkv.Chat(lm, system="Be brief.")
-        >>> chat.send("What is a cache?")
-        >>> for piece in chat.stream("And a ring buffer?"): print(piece, end="", flush=True)
+        >>> chat = jkv.Chat(lm, system="A play.", max_new_tokens=8)
+        >>> reply = chat.send("Who goes there?")
+        >>> reply == "".join(chat.stream("Speak!"))
+        False
+        >>> [message["role"] for message in chat.messages]
+        ['system', 'user', 'assistant', 'user', 'assistant']
 
-        With a tool, here a function with annotations and a docstring, and a value that the
-        template takes:
+        Of a model whose template has tools, here a function with annotations and a docstring, and
+        a value that the template takes::
 
-        >>> chat = jkv.Chat(lm, tools=[weather], enable_thinking=False)
-        >>> print(chat.send("How warm is it in Paris?"))
-        <tool_call>
-        {"name": "weather", "arguments": {"city": "Paris"}}
-        </tool_call>
-        >>> chat.send({"role": "tool", "name": "weather", "content": "22"})
+            chat = jkv.Chat(lm, tools=[weather], enable_thinking=False)
+            chat.send("How warm is it in Paris?")  # '<tool_call>{"name": "weather", ...'
+            chat.send({"role": "tool", "name": "weather", "content": "22"})
     """
 
     @transfers

@@ -23,7 +23,12 @@ NONE = -1  # in the place of a token where there is none
 
 @pytree
 class LogitBias(Stateless):
-    """Numbers added to the logits of some tokens."""
+    """Numbers added to the logits of some tokens.
+
+    Example:
+        >>> jkv.sampling.logit_bias({1: 5.0}).apply(jnp.zeros((1, 3))).tolist()
+        [[0.0, 5.0, 0.0]]
+    """
 
     tokens: Any  # [M] int32, NONE is none; None: all tokens in their order
     values: Any  # [M] float32
@@ -55,7 +60,15 @@ class LogitBias(Stateless):
 
 @pytree
 class MinNewTokens:
-    """No end before so many new tokens."""
+    """No end before so many new tokens.
+
+    Example:
+        >>> transform = jkv.sampling.min_new_tokens(2, ends=[0])
+        >>> state = transform.init(jnp.array([[1]]), vocab=3)
+        >>> logits, state = transform.update(jnp.zeros((1, 3)), state, jnp.array([-1]))
+        >>> logits.tolist()
+        [[-inf, 0.0, 0.0]]
+    """
 
     count: Any  # int, [] or [B]
     ends: Any = None  # [1 or B, M] int32, negative ones are none; None: those of the call
@@ -94,7 +107,15 @@ class MinNewTokens:
 
 @pytree
 class NoRepeatNgram:
-    """No token that would repeat an n-gram of the prompt or the answer."""
+    """No token that would repeat an n-gram of the prompt or the answer.
+
+    Example:
+        >>> transform = jkv.sampling.no_repeat_ngram(2)
+        >>> state = transform.init(jnp.array([[1, 2, 1]]), vocab=3)
+        >>> logits, state = transform.update(jnp.zeros((1, 3)), state, jnp.array([-1]))
+        >>> logits.tolist()  # "1 2" is there already
+        [[0.0, 0.0, -inf]]
+    """
 
     n: int = static()
 
@@ -144,7 +165,10 @@ def logit_bias(bias: Mapping[int, Parameter] | Parameter) -> LogitBias:
         ValueError: an id below 0, NaN, or plus infinity.
 
     Example:
-        >>> jkv.sampling.chain(jkv.sampling.logit_bias({13: -jnp.inf}), jkv.sampling.greedy())
+        >>> never = jkv.sampling.logit_bias({2: -jnp.inf})
+        >>> never.apply(jnp.zeros((1, 3))).tolist()
+        [[0.0, 0.0, -inf]]
+        >>> sampler = jkv.sampling.chain(never, jkv.sampling.greedy())
     """
     if isinstance(bias, jax.Array | np.ndarray):
         if bias.ndim != 1 or not jnp.issubdtype(bias.dtype, jnp.number):
@@ -214,6 +238,12 @@ def min_new_tokens(
     Raises:
         ValueError: a count that is no integer of at least 0, or an id below 0.
         TypeError: no ids.
+
+    Example:
+        >>> longer = jkv.sampling.chain(jkv.sampling.min_new_tokens(4), jkv.sampling.greedy())
+        >>> out = jkv.generate(lm, "ROMEO:", max_new_tokens=8, sampler=longer)
+        >>> int(out.lengths[0]) >= 4
+        True
     """
     what = "an integer of at least 0"
     count = number("min_new_tokens", count, what, lambda x: x >= 0, whole=True)
@@ -236,6 +266,9 @@ def no_repeat_ngram(n: int) -> NoRepeatNgram:
 
     Raises:
         ValueError: n is not an integer of at least 1.
+
+    Example:
+        >>> once = jkv.sampling.chain(jkv.sampling.no_repeat_ngram(3), jkv.sampling.greedy())
     """
     return NoRepeatNgram(check_integer("no_repeat_ngram", n, 1))
 

@@ -40,6 +40,12 @@ class Draft(Protocol):
 
     A plain function, or any pytree that can be called: what it holds as arrays are arguments of
     the compiled loop, so that a draft model's weights can be among them.
+
+    Example:
+        >>> def repeat_last(history, lengths):  # [B, S], [B] -> [B, 2]
+        ...     last = jnp.take_along_axis(history, lengths[:, None] - 1, axis=1)
+        ...     return jnp.repeat(last, 2, axis=1)
+        >>> out = jkv.generate(lm, "ROMEO:", max_new_tokens=8, draft=repeat_last)
     """
 
     def __call__(self, history: Int[Array, "B S"], lengths: Int[Array, " B"]) -> Int[Array, "B k"]:
@@ -92,6 +98,11 @@ def prompt_lookup(ngram: int = 3, tokens: int = 8) -> PromptLookup:
 
     Raises:
         ValueError: no integers of at least 1.
+
+    Example:
+        >>> draft = jkv.prompt_lookup(ngram=2, tokens=3)
+        >>> draft(jnp.array([[5, 6, 7, 8, 5, 6, -1]]), jnp.array([6])).tolist()
+        [[7, 8, 5]]
     """
     return PromptLookup(
         ngram=check_integer("prompt_lookup's ngram", ngram, 1),

@@ -339,9 +339,10 @@ def generate(
 
     Example:
         >>> lm = jkv.load("shakespeare")
-        >>> out = jkv.generate(lm, "ROMEO:", max_new_tokens=16)
-        >>> more = jkv.generate(lm, " Juliet", max_new_tokens=16, resume=out)
-        >>> print("ROMEO:" + out.text + " Juliet" + more.text)
+        >>> out = jkv.generate(lm, "ROMEO:", max_new_tokens=8)
+        >>> more = jkv.generate(lm, " Juliet", max_new_tokens=8, resume=out)
+        >>> "ROMEO:" + out.text + " Juliet" + more.text == lm.decode(more.history[0])
+        True
     """
     generation = Generation(prepare(model, prompts, Options(**options)))
     for _ in generation.blocks():

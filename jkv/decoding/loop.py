@@ -38,7 +38,15 @@ class State:
 
 @pytree
 class Rollout:
-    """What `rollout` returns; `check` it once you are out of `jit`."""
+    """What `rollout` returns; `check` it once you are out of `jit`.
+
+    Example:
+        >>> cache = jkv.init_cache(lm.config, batch=1, slots=8)
+        >>> logits, cache = jkv.prefill(lm.model, jnp.array([[5, 6, 7]]), cache)
+        >>> out = jkv.rollout(lm.model, logits, cache, steps=4).check()
+        >>> out.tokens.shape, out.logprobs.shape
+        ((1, 4), (1, 4))
+    """
 
     tokens: Array  # [B, T] int32, -1 after a row's end
     logprobs: Array  # [B, T] float32 under the model itself, 0 after a row's end
@@ -83,9 +91,11 @@ def prefill(
         ValueError: shapes that do not fit together.
 
     Example:
-        >>> cache = jkv.init_cache(lm.config, batch=2, slots=64)
+        >>> cache = jkv.init_cache(lm.config, batch=2, slots=16)
+        >>> tokens, counts = jnp.array([[5, 6, 7], [5, 0, 0]]), jnp.array([3, 1])
         >>> logits, cache = jax.jit(jkv.prefill)(lm.model, tokens, cache, counts)
-        >>> cache.check()  # raises CacheFullError if a row had no room
+        >>> logits.shape, cache.check().lengths.tolist()  # CacheFullError if a row had no room
+        ((2, 1024), [3, 1])
     """
     decoder, cache = _check_pass("prefill", model, cache)
     tokens = _integers("prefill", "tokens", tokens, (cache.batch, None))
@@ -119,10 +129,12 @@ def decode_step(
         ValueError: shapes that do not fit together.
 
     Example:
-        >>> step = jax.jit(jkv.decode_step, donate_argnums=2)
-        >>> for _ in range(8):
+        >>> cache = jkv.init_cache(lm.config, batch=1, slots=16)
+        >>> logits, step = jnp.zeros((1, 1024)), jax.jit(jkv.decode_step, donate_argnums=2)
+        >>> for _ in range(4):
         ...     logits, cache = step(lm.model, jnp.argmax(logits, axis=-1), cache)
-        >>> cache.check()  # raises CacheFullError if a row ran full
+        >>> cache.check().lengths.tolist()  # CacheFullError if a row ran full
+        [4]
     """
     decoder, cache = _check_pass("decode_step", model, cache)
     token = _integers("decode_step", "token", token, (cache.batch,))
@@ -171,9 +183,14 @@ def rollout(
             random without a key.
 
     Example:
-        >>> logits, cache = jkv.prefill(lm.model, tokens, cache)
-        >>> out = jax.jit(functools.partial(jkv.rollout, steps=16))(lm.model, logits, cache)
-        >>> out.check().tokens  # raises CacheFullError or NonFiniteError
+        >>> @jax.jit
+        ... def continued(model, tokens, cache):
+        ...     logits, cache = jkv.prefill(model, tokens, cache)
+        ...     return jkv.rollout(model, logits, cache, steps=4)
+        >>> cache = jkv.init_cache(lm.config, batch=1, slots=16)
+        >>> out = continued(lm.model, jnp.array([[5, 6, 7]]), cache)
+        >>> out.check().tokens.shape  # raises CacheFullError or NonFiniteError
+        (1, 4)
     """
     _, cache = _check_pass("rollout", model, cache)
     logits = _array("rollout", "logits", logits, (cache.batch, None), jnp.floating)

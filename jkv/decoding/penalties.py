@@ -18,6 +18,12 @@ class RepetitionPenalty:
     """Logits of tokens of prompt and answer divided by a penalty where positive, else multiplied.
 
     As in CTRL (Keskar et al. 2019, arXiv:1909.05858), and in transformers and vLLM.
+
+    Example:
+        >>> transform = jkv.sampling.repetition_penalty(2.0)
+        >>> state = transform.init(jnp.array([[1]]), vocab=3)
+        >>> transform.update(jnp.ones((1, 3)), state, jnp.array([-1]))[0].tolist()
+        [[1.0, 0.5, 1.0]]
     """
 
     penalty: Any
@@ -40,7 +46,15 @@ class RepetitionPenalty:
 
 @pytree
 class PresencePenalty:
-    """Logits of generated tokens less a penalty, however often they came."""
+    """Logits of generated tokens less a penalty, however often they came.
+
+    Example:
+        >>> transform = jkv.sampling.presence_penalty(0.5)
+        >>> state = transform.init(jnp.array([[1]]), vocab=3)
+        >>> logits, state = transform.update(jnp.zeros((1, 3)), state, jnp.array([2]))
+        >>> logits.tolist()
+        [[0.0, 0.0, -0.5]]
+    """
 
     penalty: Any
 
@@ -59,7 +73,15 @@ class PresencePenalty:
 
 @pytree
 class FrequencyPenalty:
-    """Logits of generated tokens less a penalty for each time that they came."""
+    """Logits of generated tokens less a penalty for each time that they came.
+
+    Example:
+        >>> transform = jkv.sampling.frequency_penalty(0.5)
+        >>> state = transform.init(jnp.array([[1]]), vocab=3)
+        >>> logits, state = transform.update(jnp.zeros((1, 3)), state, jnp.array([2]))
+        >>> transform.update(jnp.zeros((1, 3)), state, jnp.array([2]))[0].tolist()
+        [[0.0, 0.0, -1.0]]
+    """
 
     penalty: Any
 
@@ -95,6 +117,9 @@ def repetition_penalty(penalty: Parameter) -> RepetitionPenalty:
 
     Raises:
         ValueError: a penalty of 0 or below, or not finite.
+
+    Example:
+        >>> varied = jkv.sampling.chain(jkv.sampling.repetition_penalty(1.2), jkv.sampling.greedy())
     """
     expected = "a finite number above 0"
     return RepetitionPenalty(number("repetition_penalty", penalty, expected, lambda x: x > 0))
@@ -111,6 +136,9 @@ def presence_penalty(penalty: Parameter) -> PresencePenalty:
 
     Raises:
         ValueError: a penalty that is not finite.
+
+    Example:
+        >>> varied = jkv.sampling.chain(jkv.sampling.presence_penalty(0.5), jkv.sampling.greedy())
     """
     return PresencePenalty(number("presence_penalty", penalty, "a finite number", math.isfinite))
 
@@ -126,5 +154,8 @@ def frequency_penalty(penalty: Parameter) -> FrequencyPenalty:
 
     Raises:
         ValueError: a penalty that is not finite.
+
+    Example:
+        >>> varied = jkv.sampling.chain(jkv.sampling.frequency_penalty(0.5), jkv.sampling.greedy())
     """
     return FrequencyPenalty(number("frequency_penalty", penalty, "a finite number", math.isfinite))

@@ -36,6 +36,11 @@ class Result:
         passes: ``[B]``, passes of the model after the prefill in which each row took part: as many
             as its new tokens but one, fewer where a draft was right.
         reused: ``[B]``, tokens of each prompt that a store had.
+
+    Example:
+        >>> out = jkv.generate(lm, ["ROMEO:"], max_new_tokens=8)
+        >>> out.tokens.shape, out.finish_reasons, len(out.texts)
+        ((1, 8), ('length',), 1)
     """
 
     tokens: np.ndarray
@@ -107,8 +112,10 @@ class Result:
             OSError: the file cannot be written.
 
         Example:
+            >>> out = jkv.generate(lm, "ROMEO:", max_new_tokens=8)
             >>> out.save("talk.safetensors")
-            >>> out = jkv.load_result("talk.safetensors", lm)
+            >>> jkv.load_result("talk.safetensors", lm).text == out.text
+            True
         """
         from jkv.decoding.saved import save_result  # it makes results
 

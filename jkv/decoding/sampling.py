@@ -53,7 +53,12 @@ _MODULES = (__name__, "jkv.decoding.constraints", "jkv.decoding.penalties")
 
 @pytree
 class Greedy(Stateless):
-    """All weight on the likeliest token, the first of equals."""
+    """All weight on the likeliest token, the first of equals.
+
+    Example:
+        >>> jkv.sampling.greedy().apply(jnp.array([[1.0, 3.0]])).tolist()
+        [[-inf, 3.0]]
+    """
 
     def apply(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """Set all other tokens to minus infinity."""
@@ -63,7 +68,12 @@ class Greedy(Stateless):
 
 @pytree
 class Temperature(Stateless):
-    """Logits divided by a temperature."""
+    """Logits divided by a temperature.
+
+    Example:
+        >>> jkv.sampling.temperature(0.5).apply(jnp.array([[1.0, 3.0]])).tolist()
+        [[2.0, 6.0]]
+    """
 
     value: Any  # float, or an array [], [B] or broadcastable to [B, V]
     may_be_zero: bool = static(default=False)
@@ -79,7 +89,12 @@ class Temperature(Stateless):
 
 @pytree
 class TopK(Stateless):
-    """The k likeliest tokens; those that equal the last of them stay too."""
+    """The k likeliest tokens; those that equal the last of them stay too.
+
+    Example:
+        >>> jkv.sampling.top_k(2).k
+        2
+    """
 
     k: int = static()
 
@@ -105,7 +120,12 @@ class TopKArray(Stateless):
 
 @pytree
 class TopP(Stateless):
-    """The nucleus: the likeliest tokens that together reach probability p (arXiv:1904.09751)."""
+    """The nucleus: the likeliest tokens that together reach probability p (arXiv:1904.09751).
+
+    Example:
+        >>> jkv.sampling.top_p(0.9).p
+        0.9
+    """
 
     p: Any
 
@@ -124,7 +144,12 @@ class TopP(Stateless):
 
 @pytree
 class MinP(Stateless):
-    """Tokens at least p times as likely as the likeliest (arXiv:2407.01082)."""
+    """Tokens at least p times as likely as the likeliest (arXiv:2407.01082).
+
+    Example:
+        >>> jkv.sampling.min_p(0.5).p
+        0.5
+    """
 
     p: Any
 
@@ -137,7 +162,13 @@ class MinP(Stateless):
 
 @pytree
 class Chain:
-    """Transforms one after another."""
+    """Transforms one after another.
+
+    Example:
+        >>> hot = jkv.sampling.chain(jkv.sampling.temperature(0.8), jkv.sampling.top_k(50))
+        >>> len(hot.transforms)
+        2
+    """
 
     transforms: tuple[Any, ...]
 
@@ -157,7 +188,11 @@ class Chain:
 
 
 def greedy() -> Greedy:
-    """Take the likeliest token always; needs no key."""
+    """Take the likeliest token always; needs no key.
+
+    Example:
+        >>> out = jkv.generate(lm, "ROMEO:", max_new_tokens=8, sampler=jkv.sampling.greedy())
+    """
     return Greedy()
 
 
@@ -170,6 +205,10 @@ def temperature(value: Parameter) -> Greedy | Temperature:
 
     Raises:
         ValueError: a value below 0, or not finite.
+
+    Example:
+        >>> hot, key = jkv.sampling.temperature(0.8), jax.random.key(0)
+        >>> out = jkv.generate(lm, "ROMEO:", max_new_tokens=8, sampler=hot, key=key)
     """
     value = number("temperature", value, "a finite number of at least 0", lambda x: x >= 0)
     if not isinstance(value, float):
@@ -187,6 +226,10 @@ def top_k(k: Parameter) -> TopK | TopKArray:
 
     Raises:
         ValueError: k is not an integer of at least 1.
+
+    Example:
+        >>> jkv.sampling.top_k(1).apply(jnp.array([[1.0, 3.0]])).tolist()
+        [[-inf, 3.0]]
     """
     k = number("top_k", k, "an integer of at least 1", lambda x: x >= 1, whole=True)
     return TopK(k) if isinstance(k, int) else TopKArray(k)
@@ -200,6 +243,11 @@ def top_p(p: Parameter) -> TopP:
 
     Raises:
         ValueError: p outside (0, 1].
+
+    Example:
+        >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+        >>> jnp.isfinite(jkv.sampling.top_p(0.6).apply(logits)).tolist()
+        [[True, True, False]]
     """
     return TopP(number("top_p", p, "a number above 0 and at most 1", lambda x: 0 < x <= 1))
 
@@ -212,6 +260,11 @@ def min_p(p: Parameter) -> MinP:
 
     Raises:
         ValueError: p outside (0, 1].
+
+    Example:
+        >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+        >>> jnp.isfinite(jkv.sampling.min_p(0.5).apply(logits)).tolist()
+        [[True, True, False]]
     """
     return MinP(number("min_p", p, "a number above 0 and at most 1", lambda x: 0 < x <= 1))
 
@@ -226,7 +279,8 @@ def chain(*transforms: Transform | Callable[[Array], Array]) -> Chain:
         TypeError: something that is no transform.
 
     Example:
-        >>> chain(repetition_penalty(1.1), temperature(0.8), top_p(0.95))
+        >>> hot = [jkv.sampling.temperature(0.8), jkv.sampling.top_p(0.95)]
+        >>> sampler = jkv.sampling.chain(jkv.sampling.repetition_penalty(1.1), *hot)
     """
     return Chain(tuple(check(transform) for transform in transforms))
 

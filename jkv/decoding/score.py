@@ -40,6 +40,11 @@ class Scores:
         top_tokens: ``[B, T, k]`` int32, the k likeliest in the place of each token, the likeliest
             first, -1 where there are none; None unless asked for.
         top_logprobs: ``[B, T, k]`` float32, theirs.
+
+    Example:
+        >>> scores = jkv.score(lm, ["To be, or not to be", "To be"])
+        >>> scores.totals.shape, scores.perplexities.shape
+        ((2,), (2,))
     """
 
     tokens: np.ndarray
@@ -92,8 +97,10 @@ def score(
 
     Example:
         >>> scores = jkv.score(lm, ["To be, or not to be", "To be, or not to eat"])
-        >>> scores.totals  # the first is the likelier one
-        >>> scores.perplexities
+        >>> bool(scores.totals[0] > scores.totals[1])  # the first is the likelier one
+        True
+        >>> scores.perplexities.shape
+        (2,)
     """
     decoder, tokenizer = split_model(model)
     config = decoder.config

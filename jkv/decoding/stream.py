@@ -30,6 +30,11 @@ class Block:
             blocks it is the row's text in `Result.texts`, so that the prompt's text and these make
             the decoded text of all tokens. None without a tokenizer.
         done: ``[B]`` bool, rows that have ended with this block or before.
+
+    Example:
+        >>> block = next(jkv.stream(lm, "ROMEO:", max_new_tokens=8, block=4))
+        >>> block.tokens.shape, block.done.tolist()  # the first token comes as soon as it is there
+        ((1, 1), [False])
     """
 
     tokens: np.ndarray
@@ -38,7 +43,15 @@ class Block:
 
 
 class Stream(Iterator[Block]):
-    """An iterator of blocks; `result` once it is exhausted."""
+    """An iterator of blocks; `result` once it is exhausted.
+
+    Example:
+        >>> stream = jkv.stream(lm, "ROMEO:", max_new_tokens=8, block=4)
+        >>> sum(block.tokens.shape[1] for block in stream)
+        8
+        >>> stream.result.tokens.shape
+        (1, 8)
+    """
 
     def __init__(self, generation: Generation):
         self._generation = generation
@@ -123,5 +136,11 @@ def stream(
         UnsupportedError: likewise.
         CacheFullError: likewise.
         NonFiniteError: likewise, by the iterator once it has given all tokens before.
+
+    Example:
+        >>> stream = jkv.stream(lm, "ROMEO:", max_new_tokens=8, block=4)
+        >>> text = "".join(block.texts[0] for block in stream)
+        >>> text == stream.result.text
+        True
     """
     return Stream(Generation(prepare(model, prompts, Options(block=block, **options))))

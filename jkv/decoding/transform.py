@@ -33,6 +33,14 @@ class Transform(Protocol):
 
     Its state is to follow from the tokens alone: an engine computes it anew after a preemption, by
     `init` with the prompt and one `update` for each generated token, with logits of zeros.
+
+    Example:
+        >>> logits = jnp.log(jnp.array([[0.1, 0.2, 0.7]]))
+        >>> transform = jkv.sampling.top_k(2)
+        >>> state = transform.init(jnp.array([[2]]), vocab=3)
+        >>> changed, state = transform.update(logits, state, jnp.array([-1]))
+        >>> changed[0].round(1).tolist()
+        [-inf, -1.6..., -0.4...]
     """
 
     def init(self, tokens: Int[Array, "B T"], vocab: int) -> Any:

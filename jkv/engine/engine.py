@@ -67,6 +67,12 @@ class Engine:
         TypeError: a kind that is not paged.
         ValueError: numbers out of range.
         UnsupportedError: an unknown `preemption`.
+
+    Example:
+        >>> engine = jkv.Engine(lm, pages=64)
+        >>> request = engine.submit("ROMEO:", max_new_tokens=8)
+        >>> request.state, engine.stats()["waiting"]  # `step`, `run` and reading its tokens run it
+        ('waiting', 1)
     """
 
     @transfers
@@ -237,8 +243,10 @@ class Engine:
             PoolFullError: likewise.
 
         Example:
-            >>> engine = jkv.Engine(lm, pages=512)
-            >>> [r.text for r in engine.generate(["ROMEO:", "JULIET:"], max_new_tokens=16)]
+            >>> engine = jkv.Engine(lm, pages=64)
+            >>> requests = engine.generate(["ROMEO:", "JULIET:"], max_new_tokens=8)
+            >>> [len(request.tokens) for request in requests]
+            [8, 8]
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         rows = rows_of_tokens(prompts, self.core.runner.config.vocab, tokenizer=self.tokenizer)

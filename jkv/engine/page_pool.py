@@ -40,6 +40,12 @@ class PagePool:
 
     Raises:
         ValueError: sizes below 1.
+
+    Example:
+        >>> pool = jkv.engine.PagePool(pages=8, page=4)
+        >>> sequence = pool.sequence()
+        >>> pool.needs(sequence, 6), pool.free_pages  # 6 tokens take two pages
+        (2, 8)
     """
 
     def __init__(

@@ -91,6 +91,13 @@ class Request:
         preemptions: how often it had to wait again after it ran.
         submitted: seconds on `time.perf_counter`.
         first_token: likewise, None before.
+
+    Example:
+        >>> engine = jkv.Engine(lm, pages=64)
+        >>> request = engine.submit("ROMEO:", max_new_tokens=8)
+        >>> request.cancel()  # or `for token in request`, `request.result()`
+        >>> request.state, request.finish_reason, request.tokens
+        ('finished', 'cancelled', [])
     """
 
     number: int

@@ -33,6 +33,10 @@ class Rope:
         beta_slow: YaRN's slow end.
         magnitude: multiplies cosines and sines (YaRN's attention factor).
         truncate: YaRN rounds the dimensions between which it ramps.
+
+    Example:
+        >>> jkv.Rope(dims=4).frequencies().tolist()
+        [1.0, 0.01]
     """
 
     theta: float = 10000.0
@@ -107,6 +111,15 @@ class Config:
         logit_softcap: of the logits.
         end_ids: tokens at which generation stops by default.
         dtype: of weights and activations.
+
+    Raises:
+        ValueError: sizes that are no positive integers, or do not fit together.
+
+    Example:
+        >>> config = jkv.Config(vocab=11, layers=2, width=16, heads=4, kv_heads=2, head_dim=4,
+        ...                     feed_forward=24, context=64, rope=jkv.Rope(dims=4))
+        >>> config.scale, config.window(0)
+        (0.5, None)
     """
 
     vocab: int

@@ -201,6 +201,14 @@ class Decoder(nnx.Module):
 
     Being an NNX module it is a pytree: pass it through `jax.jit`, differentiate with respect to
     it, or close over it. The cache is an argument and a result, never a variable of the module.
+
+    Example:
+        >>> from flax import nnx
+        >>> shapes = nnx.eval_shape(lambda: jkv.Decoder(lm.config, rngs=nnx.Rngs(0)))
+        >>> cache = jkv.init_cache(lm.config, batch=1, slots=8)
+        >>> logits, cache = lm.model(jnp.array([[5, 6, 7]]), cache)
+        >>> logits.shape, cache.lengths.tolist()
+        ((1, 3, 1024), [3])
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):

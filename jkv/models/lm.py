@@ -40,6 +40,13 @@ class LM:
         source: what it was loaded from.
         directory: where that lies; None for a model that was not loaded.
         ignored: keys of its `config.json` that were treated as absent.
+
+    Example:
+        >>> lm = jkv.load("shakespeare")
+        >>> lm.decode(lm.encode("ROMEO:")[0])
+        'ROMEO:'
+        >>> lm.config.layers, lm.source
+        (5, 'shakespeare')
     """
 
     model: Decoder
@@ -118,8 +125,9 @@ class LM:
 
         Example:
             >>> lm = jkv.load("shakespeare")
-            >>> train(lm.model)
-            >>> lm.save("shakespeare-tuned", dtype="bfloat16")
+            >>> lm.save("tuned", dtype="bfloat16")  # after training `lm.model`, say
+            >>> jkv.load("tuned").config == lm.config
+            True
         """
         name = None if dtype is None else dtype_name(dtype, "save")
         save.save(self, directory, name, parse_bytes(max_shard_size, "max_shard_size"), overwrite)
@@ -160,7 +168,7 @@ def load(
 
     Example:
         >>> lm = jkv.load("shakespeare")
-        >>> jkv.generate(lm, ["ROMEO:"], max_new_tokens=16)
+        >>> out = jkv.generate(lm, ["ROMEO:"], max_new_tokens=8)
     """
     check_fork()
     name = None if dtype is None else dtype_name(dtype)
@@ -193,6 +201,10 @@ def read_config(
     Raises:
         CheckpointError: it cannot be found or is refused; the message lists everything wrong.
         ValueError: a dtype or source of another kind.
+
+    Example:
+        >>> jkv.models.read_config("shakespeare").context
+        512
     """
     name = None if dtype is None else dtype_name(dtype)
     keys = check_ignore(ignore)
@@ -218,6 +230,12 @@ def outline(
     Raises:
         CheckpointError: it cannot be found or is refused; the message lists everything wrong.
         ValueError: a dtype or source of another kind.
+
+    Example:
+        >>> from flax import nnx
+        >>> shapes = nnx.state(jkv.models.outline("shakespeare").model)
+        >>> sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        3859200
     """
     name = None if dtype is None else dtype_name(dtype)
     keys = check_ignore(ignore)

@@ -39,6 +39,12 @@ def shard(lm: M, mesh: Mesh) -> M:
         TypeError: no model, or no mesh.
         ValueError: a mesh of several axes, or of more devices than the key/value heads can be
             parted among.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("heads",))  # as many as there are devices
+        >>> sharded = jkv.shard(lm, mesh)
+        >>> sharded.model.mesh.axis_names
+        ('heads',)
     """
     if isinstance(lm, LM):
         return dataclasses.replace(lm, model=shard(lm.model, mesh))

@@ -31,6 +31,11 @@ class Tokenizer:
         special: names to special tokens ("bos_token": "<s>"), as templates call them.
         templates: names to chat templates; the usual one is "default".
         directory: where its files lie; None where it was made from other things than files.
+
+    Example:
+        >>> ids = lm.tokenizer.encode("ROMEO: Ay")
+        >>> lm.tokenizer.decode(ids), lm.tokenizer.vocab
+        ('ROMEO: Ay', 1024)
     """
 
     def __init__(
@@ -170,7 +175,9 @@ class Tokenizer:
                 `add_generation_prompt` and `continue_final_message`.
 
         Example:
-            >>> tokenizer.chat([{"role": "user", "content": "Hello"}], enable_thinking=False)
+            >>> messages = [{"role": "user", "content": "Hello"}]
+            >>> lm.tokenizer.chat(messages, enable_thinking=False).split()
+            ['CITIZEN:', 'Hello', 'ROMEO:']
         """
         if add_generation_prompt and continue_final_message:
             raise ValueError(

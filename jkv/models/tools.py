@@ -33,6 +33,7 @@ def schema(function: Callable[..., Any]) -> dict[str, Any]:
         ...     Args:
         ...         city: its name.
         ...     '''
+        >>> from jkv.models.tools import schema
         >>> schema(weather)["function"]["parameters"]["required"]
         ['city']
     """

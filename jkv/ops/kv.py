@@ -28,6 +28,12 @@ class ContiguousKV:
 
     Without `slot_positions` slot s holds position s; without `lengths` all slots are filled. What
     lies in empty slots may be anything, NaN included.
+
+    Example:
+        >>> k = v = jnp.ones((1, 2, 16, 4))  # [B, K, S, H]
+        >>> kv = jkv.ops.ContiguousKV(k, v, lengths=jnp.array([3]))
+        >>> kv.kv_heads, kv.slots
+        (2, 16)
     """
 
     k: Slots  # [B, K, S, H]
@@ -86,6 +92,12 @@ class PagedKV:
 
     Position p of row b is token ``p % page`` of page ``block_table[b, p // page]``. Rows may share
     pages. Nothing is gathered as a whole: pages that are seen are read where they lie.
+
+    Example:
+        >>> pages = jnp.ones((8, 2, 4, 4))  # [P, K, page, H]
+        >>> kv = jkv.ops.PagedKV(pages, pages, jnp.array([[5, 0, -1]]), jnp.array([7]))
+        >>> kv.page, kv.slots
+        (4, 12)
     """
 
     k: Pages  # [P, K, page, H]
@@ -134,3 +146,4 @@ class PagedKV:
 
 
 KV: TypeAlias = ContiguousKV | PagedKV
+"""Operands of attention: keys and values in one buffer per row, or in pages."""

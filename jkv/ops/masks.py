@@ -27,6 +27,11 @@ class AttentionSpec:
     Raises:
         TypeError: a traced value, or one that is no number.
         ValueError: a window below 1, or sinks below 0.
+
+    Example:
+        >>> spec = jkv.ops.AttentionSpec(scale=64**-0.5, window=1024)
+        >>> spec.within(256).window
+        256
     """
 
     scale: float
@@ -78,6 +83,11 @@ def visible(
     A query at position p sees a slot at position s when ``0 <= s <= p``, and, where a window is
     set, ``p - s < window`` or ``s < sinks``. Padding, causality, windows, attention sinks and the
     holes that eviction leaves are all this one rule; a padding query (p = -1) sees nothing.
+
+    Example:
+        >>> at, slots = jnp.array([5]), jnp.array([0, 1, 4, 5, 6, -1])
+        >>> jkv.ops.visible(at, slots, window=3, sinks=1).tolist()
+        [[True, False, True, True, False, False]]
     """
     p = jnp.expand_dims(positions, -1)
     s = jnp.expand_dims(slot_positions, -2)

@@ -14,6 +14,12 @@ class Partial:
     Two partials over disjoint subsets merge exactly, which is what split-KV decoding, sharded
     caches, shared prefixes and caches of two storage forms all rest on
     (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+
+    Example:
+        >>> out, lse = jnp.ones((1, 1, 2, 4)), jnp.zeros((1, 1, 2))  # [B, T, N, H], [B, T, N]
+        >>> part = jkv.ops.Partial(out, lse)
+        >>> jkv.ops.merge(part, part).lse[0, 0].round(3).tolist()  # log 2
+        [0.693..., 0.693...]
     """
 
     out: Array  # [B, T, N, H] float32, zeros where nothing was seen
@@ -25,6 +31,13 @@ def merge(*parts: Partial) -> Partial:
 
     Raises:
         ValueError: no part was given.
+
+    Example:
+        >>> weight = jnp.zeros((1, 1, 2))  # [B, T, N], of both parts alike
+        >>> one = jkv.ops.Partial(jnp.zeros((1, 1, 2, 4)), weight)  # [B, T, N, H]
+        >>> two = jkv.ops.Partial(jnp.ones((1, 1, 2, 4)), weight)
+        >>> jkv.ops.merge(one, two).out[0, 0, 0].tolist()
+        [0.5, 0.5, 0.5, 0.5]
     """
     if not parts:
         raise ValueError("merge got no partial results; expected at least one")

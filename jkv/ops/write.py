@@ -30,6 +30,11 @@ def write(
         new: tokens, in runs of `run`.
         slots: of the runs: run u goes to slots from ``slots[b, u] * run``.
         run: consecutive tokens that stay together.
+
+    Example:
+        >>> buffer, new = jnp.zeros((1, 1, 4)), jnp.array([[[7.0], [8.0]]])  # [B, K, S], [B, T, K]
+        >>> jkv.ops.write(buffer, new, jnp.array([[2, -1]])).tolist()  # no slot -1: dropped
+        [[[0.0, 0.0, 7.0, 0.0]]]
     """
     # On a TPU, XLA stores arrays of fewer channels with their slots last.
     if buffer.ndim == 4 and buffer.shape[3] % LANES == 0:

@@ -62,6 +62,11 @@ class Plan:
         step: the S-th token of each row, with this cache.
         step_without: the same without a cache: all S tokens go through the model once more.
         prompt: S tokens into an empty cache, in chunks.
+
+    Example:
+        >>> plan = jkv.plan("llama-3-8b", seq_len=8192, cache="int4", device_memory="24GB")
+        >>> plan.fits, plan.to_dict()["batch"]
+        (True, 1)
     """
 
     model: str
@@ -98,6 +103,11 @@ class Refusal:
     Attributes:
         cache: its text.
         why: in words.
+
+    Example:
+        >>> every = jkv.planning.survey("gpt2")
+        >>> [one.cache for one in every if isinstance(one, jkv.planning.Refusal)]
+        ['window:1020,sinks=4']
     """
 
     cache: str
@@ -206,6 +216,11 @@ def survey(
         CheckpointError: no preset, and nothing that can be read.
         ValueError: numbers below 1, a text that names no kind, or keys to ignore where there
             is no `config.json`.
+
+    Example:
+        >>> plans = jkv.planning.survey("gpt2", seq_len=1024)
+        >>> plans[0].cache, plans[0].cache_bytes
+        ('dense', 75497477)
     """
     name, config = find_config(model, dtype, ignore)
     made: list[Plan | Refusal] = []

@@ -177,6 +177,7 @@ PRESETS: dict[str, Config] = {
     "gemma-2-9b": _gemma2((42, 3584, 16, 8, 14336), 256),
     "gemma-2-27b": _gemma2((46, 4608, 32, 16, 36864), 128, attention_scale=1 / 12),
 }
+"""The published models that `jkv.plan` knows by name, and the configuration of each."""
 
 
 def preset(name: str) -> Config | None:

@@ -28,6 +28,11 @@ class Work:
         between_blocks: bytes of the stream ``[B, T, D]`` that a pass hands from block to block.
         read: bytes of weights and cache that come from memory.
         written: bytes of new keys and values.
+
+    Example:
+        >>> step = jkv.plan("gpt2", seq_len=1024).step  # a decode step at that length
+        >>> step.tokens, step.flops > 2 * 124e6
+        (1, True)
     """
 
     tokens: int = 0

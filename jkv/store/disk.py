@@ -54,7 +54,8 @@ class Disk(Tier):
         mode: permissions of the files; directories that are made can be entered by whom may read.
 
     Example:
-        >>> store = jkv.store.Store([jkv.store.Memory(2**30), jkv.store.Disk("caches", 2**34)])
+        >>> disk = jkv.store.Disk("caches", max_bytes=2**34, compression="zstd")
+        >>> store = jkv.store.Store([jkv.store.Memory(2**30), disk])
 
     Raises:
         TierError: there is no such directory and none can be made.

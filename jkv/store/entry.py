@@ -21,6 +21,11 @@ class Entry:
             what a tier on a device gives has arrays of JAX, which every tier takes.
         meta: what JSON can say: how to make a cache of the arrays, how many tokens it holds, what
             it cost (`seconds`), in which form it is (`form`: "exact", "int8", "int4").
+
+    Example:
+        >>> entry = jkv.store.Entry({"k": np.zeros((2, 3), np.float32)}, {"note": "mine"})
+        >>> entry.nbytes
+        24
     """
 
     arrays: Mapping[str, Any]

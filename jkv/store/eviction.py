@@ -47,6 +47,12 @@ class Evictor(abc.ABC):
 
     Attributes:
         capacity: what the tier may hold, in the unit of the entries' sizes.
+
+    Example:
+        >>> evictor = jkv.store.LRU().start(capacity=2)
+        >>> evictor.add("a"); evictor.add("b"); evictor.hold("a")
+        >>> evictor.victim()  # "a" is pinned
+        'b'
     """
 
     def __init__(self, capacity: int | float) -> None:

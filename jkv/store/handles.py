@@ -20,6 +20,13 @@ class Handle:
         key: that of the put.
         entry: arrays and meta as they were put, in the form that the tier holds.
         tokens: that the put came with, int32 [T]; None if it had none.
+
+    Example:
+        >>> with jkv.store.Store([jkv.store.Memory(2**20)]) as store:
+        ...     key = store.put("a", jkv.store.Entry({"k": np.zeros(4)}, {}))
+        ...     with store.open("a") as handle:
+        ...         print(handle.key, handle.entry.nbytes)
+        a 32
     """
 
     def __init__(self, record: Record, entry: Entry, released: deque[Record]) -> None:
@@ -63,6 +70,14 @@ class Match:
 
     Attributes:
         key: that of the entry; length: how many first tokens it shares; entry: the whole of it.
+
+    Example:
+        >>> entry = jkv.store.Entry({"k": np.zeros(4)}, {})
+        >>> with jkv.store.Store([jkv.store.Memory(2**20)], chunk=2) as store:
+        ...     key = store.put("a", entry, tokens=[5, 6, 7])
+        ...     with store.longest_prefix([5, 6, 9, 9]) as match:
+        ...         print(match.length)
+        2
     """
 
     def __init__(self, handle: Handle, length: int) -> None:

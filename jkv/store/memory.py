@@ -76,6 +76,9 @@ class Memory(_InProcess):
 
     Raises:
         TypeError, ValueError: a limit that is no whole number from 0.
+
+    Example:
+        >>> store = jkv.store.Store([jkv.store.Memory(max_bytes=2**30, max_entries=1000)])
     """
 
     name = "memory"
@@ -95,6 +98,9 @@ class Device(_InProcess):
 
     Raises:
         TypeError, ValueError: a limit that is no whole number from 0.
+
+    Example:
+        >>> store = jkv.store.Store([jkv.store.Device(2**28), jkv.store.Memory(2**30)])
     """
 
     name = "device"

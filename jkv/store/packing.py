@@ -39,6 +39,13 @@ def pack(cache: Any, **meta: Any) -> Entry:
         TypeError: no cache.
         ValueError: several rows.
         UnsupportedError: pages that another owner manages, or a kind or score of another module.
+
+    Example:
+        >>> cache = jkv.init_cache(lm.config, batch=1, slots=8)
+        >>> logits, cache = jkv.prefill(lm.model, jnp.array([[5, 6, 7]]), cache)
+        >>> entry = jkv.store.pack(cache, note="mine")
+        >>> entry.meta["length"], entry.meta["note"]
+        (3, 'mine')
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"the store got {type(cache).__name__}; expected a cache, or an Entry")
@@ -74,6 +81,12 @@ def unpack(entry: Entry) -> Cache:
 
     Raises:
         CorruptError: it is none, or one of another version.
+
+    Example:
+        >>> cache = jkv.init_cache(lm.config, batch=1, slots=8)
+        >>> logits, cache = jkv.prefill(lm.model, jnp.array([[5, 6, 7]]), cache)
+        >>> jkv.store.unpack(jkv.store.pack(cache)).lengths.tolist()
+        [3]
     """
     if entry.meta.get("jkv") != VERSION:
         raise CorruptError(

@@ -20,7 +20,14 @@ from jkv.store.eviction import Adaptive, ByArrival, ByRank, ByRecency, Evictor, 
 
 @dataclasses.dataclass(frozen=True)
 class Policy(abc.ABC):
-    """A rule for what goes next: a value that may serve several tiers."""
+    """A rule for what goes next: a value that may serve several tiers.
+
+    Example:
+        >>> evictor = jkv.store.LRU().start(capacity=2)
+        >>> evictor.add("a"); evictor.add("b"); evictor.touch("a")
+        >>> evictor.victim()
+        'b'
+    """
 
     @abc.abstractmethod
     def start(self, capacity: int | float) -> Evictor:
@@ -33,7 +40,11 @@ class Policy(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class FIFO(Policy):
-    """What came first goes first, used or not: the baseline."""
+    """What came first goes first, used or not: the baseline.
+
+    Example:
+        >>> store = jkv.store.Store([jkv.store.Memory(2**30)], jkv.store.FIFO())
+    """
 
     def start(self, capacity: int | float) -> Evictor:
         """Return the state of one tier."""
@@ -42,7 +53,11 @@ class FIFO(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class LRU(Policy):
-    """The least recently used goes first."""
+    """The least recently used goes first.
+
+    Example:
+        >>> store = jkv.store.Store([jkv.store.Memory(2**30)], jkv.store.LRU())
+    """
 
     def start(self, capacity: int | float) -> Evictor:
         """Return the state of one tier."""
@@ -59,6 +74,9 @@ class LFU(Policy):
 
     Attributes:
         aging: without it nothing ever catches up with what was used often.
+
+    Example:
+        >>> store = jkv.store.Store([jkv.store.Memory(2**30)], jkv.store.LFU(aging=False))
     """
 
     aging: bool = True
@@ -77,6 +95,12 @@ class SLRU(Policy):
 
     Attributes:
         protected: the second line's share of the capacity, above 0 and below 1.
+
+    Raises:
+        ValueError: another share.
+
+    Example:
+        >>> store = jkv.store.Store([jkv.store.Memory(2**30)], jkv.store.SLRU())
     """
 
     protected: int | float = 0.8
@@ -100,6 +124,9 @@ class ARC(Policy):
     It remembers the keys that it evicted, as many as fit into the capacity once more; one that
     comes back says which line was too short. Megiddo and Modha, "ARC: A Self-Tuning, Low Overhead
     Replacement Cache" (FAST 2003); sizes weigh lines and steps, and are 1 in the paper.
+
+    Example:
+        >>> store = jkv.store.Store([jkv.store.Memory(2**30)], jkv.store.ARC())
     """
 
     def start(self, capacity: int | float) -> Evictor:
@@ -114,6 +141,9 @@ class CostAware(Policy):
     GreedyDual-Size-Frequency: an entry's worth is uses x cost / size above a floor, the worth of
     what went last. Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency
     Caching Policy" (1998).
+
+    Example:
+        >>> store = jkv.store.Store([jkv.store.Memory(2**30)], jkv.store.CostAware())
     """
 
     def start(self, capacity: int | float) -> Evictor:

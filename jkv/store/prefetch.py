@@ -30,6 +30,13 @@ class Predictor:
 
     Raises:
         ValueError: an unknown kind, or a number below 1.
+
+    Example:
+        >>> predictor = jkv.store.Predictor(["markov"])
+        >>> for key in "abab":
+        ...     predictor.noted(key)
+        >>> predictor.guesses()
+        [('a', 'markov')]
     """
 
     def __init__(

@@ -128,6 +128,9 @@ class Remote(Tier):
         TierError: tensorstore cannot open that.
         TypeError, ValueError: a limit, a timeout or a number of retries that cannot be.
         UnsupportedError: no zstd is installed.
+
+    Example:
+        >>> store = jkv.store.Store([jkv.store.Memory(2**30), jkv.store.Remote("memory://")])
     """
 
     name = "remote"

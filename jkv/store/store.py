@@ -115,8 +115,12 @@ class Store:
         TypeError, ValueError: an argument of a wrong type or out of range.
 
     Example:
-        >>> store = jkv.store.Store([jkv.store.Memory(2**30), jkv.store.Disk("caches", 2**34)])
-        >>> jkv.generate(lm, ["Once upon a time"], store=store, max_new_tokens=20)
+        >>> tiers = [jkv.store.Memory(2**30), jkv.store.Disk("caches", 2**34)]
+        >>> with jkv.store.Store(tiers) as store:
+        ...     out = jkv.generate(lm, "ROMEO:", store=store, max_new_tokens=8)
+        ...     again = jkv.generate(lm, "ROMEO:", store=store, max_new_tokens=8)
+        >>> bool((out.tokens == again.tokens).all()), out.reused.shape
+        (True, (1,))
     """
 
     def __init__(

@@ -33,6 +33,15 @@ class Tier(abc.ABC):
 
     Raises:
         TypeError, ValueError: a limit that is no whole number from 0.
+
+    Example:
+        >>> class Shelf(jkv.store.Tier):
+        ...     def __init__(self): super().__init__(); self.kept = {}
+        ...     def scan(self): return {}
+        ...     def write(self, key, entry): self.kept[key] = entry; return entry.nbytes
+        ...     def read(self, key): return self.kept.get(key)
+        ...     def delete(self, key): self.kept.pop(key, None)
+        >>> store = jkv.store.Store([Shelf()])
     """
 
     name: str = "tier"

@@ -75,6 +75,7 @@ OPERATION = dispatch.Operation(
     _fold,
 )
 IMPLEMENTATIONS = OPERATION.names
+"""The names that `implementation=` takes, in the order in which they are tried."""
 
 
 def attention(
@@ -103,8 +104,11 @@ def attention(
         UnsupportedError: an implementation of that name does not exist, or cannot do this.
 
     Example:
-        >>> spec = AttentionSpec(scale=64**-0.5, window=1024)
-        >>> attention(q, ContiguousKV(k, v, lengths=lengths), positions, spec).out
+        >>> q, k = jnp.ones((1, 1, 4, 8)), jnp.ones((1, 2, 16, 8))  # [B, T, N, H], [B, K, S, H]
+        >>> kv = jkv.ops.ContiguousKV(k, k, lengths=jnp.array([3]))
+        >>> spec = jkv.ops.AttentionSpec(scale=8**-0.5, window=1024)
+        >>> jkv.ops.attention(q, kv, jnp.array([[2]]), spec).out.shape
+        (1, 1, 4, 8)
     """
     spec = _check_spec(q, spec)
     dispatch.warn_of_dtype(q.dtype)
@@ -133,6 +137,11 @@ def explain(
     Raises:
         TypeError, ValueError: as `attention` does.
         UnsupportedError: another platform.
+
+    Example:
+        >>> q, k = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 2, 16, 4))
+        >>> jkv.ops.explain(q, jkv.ops.ContiguousKV(k, k), platform="cpu").name
+        'xla'
     """
     spec = _check_spec(q, spec)
     (one,) = _check_operands(q, kv)
@@ -167,6 +176,12 @@ def attention_with_chunk(
         written: the tokens before it and its own in one operand, where there is one: attended to
             as it is, unless an implementation is better at the chunk alone.
         since: the chunk's tokens before this position neither see nor are seen.
+
+    Example:
+        >>> q = k = v = jnp.ones((1, 3, 2, 4))  # [B, T, N, H], [B, T, K, H]
+        >>> at, spec = jnp.arange(3)[None], jkv.ops.AttentionSpec(scale=0.5)
+        >>> jkv.ops.attention_with_chunk(q, k, v, at, spec).out.shape
+        (1, 3, 2, 4)
     """
     own = ContiguousKV.of_chunk(k, v)
     apart = _attends_apart(q, own, spec)

@@ -355,6 +355,14 @@ class Affine:
             it is one channel of `group` consecutive tokens (KIVI, Liu et al. 2024,
             arXiv:2402.02750), which keeps large channels of keys away from small ones.
         group: numbers that share a scale; of tokens a power of two from 2 to 128.
+
+    Raises:
+        ValueError: other bits, axes or groups.
+
+    Example:
+        >>> codes = jkv.ops.codecs.Affine(bits=4, axis="token").empty(1, 2, 64, 8, "float32")
+        >>> codes.shape, codes.decode().shape
+        ((1, 2, 64, 8), (1, 2, 64, 8))
     """
 
     bits: int = 8

@@ -31,7 +31,12 @@ PRODUCT: dict[str, Any] = {
 
 @runtime_checkable
 class Codec(Protocol):
-    """How one stream of tokens (keys or values) is stored: a small frozen value."""
+    """How one stream of tokens (keys or values) is stored: a small frozen value.
+
+    Example:
+        >>> isinstance(jkv.ops.codecs.Float8(), jkv.ops.codecs.Codec)
+        True
+    """
 
     @property
     def block_size(self) -> int:
@@ -52,6 +57,12 @@ class Encoded(abc.ABC):
 
     Leaves begin with ``[B, K]``, or with ``[Z]`` for both once flattened; one axis of each is S, or
     S / block_size.
+
+    Example:
+        >>> codes = jkv.ops.codecs.Float8().empty(1, 1, 4, 2, "float32")
+        >>> new = jnp.array([[[[1.0, -2.0]]]])  # [B, R, K, H]
+        >>> codes.write_blocks(new, jnp.array([[3]])).decode()[0, 0, 3].round(1).tolist()
+        [1.0, -2.0]
     """
 
     block_size: int = 1  # consecutive tokens that are encoded together
@@ -150,7 +161,13 @@ def slice_slots(encoded: E, start: Index, size: int) -> E:
 
 
 def all_finite(new: Float[Array, "B T K H"], real: Bool[Array, "B T 1 1"]) -> Bool[Array, " B"]:
-    """Return whether all numbers of each row's real tokens are finite."""
+    """Return whether all numbers of each row's real tokens are finite.
+
+    Example:
+        >>> new = jnp.array([1.0, jnp.inf]).reshape(2, 1, 1, 1)  # [B, T, K, H]
+        >>> jkv.ops.codecs.all_finite(new, jnp.ones((2, 1, 1, 1), bool)).tolist()
+        [True, False]
+    """
     return jnp.all(jnp.isfinite(new) | ~real, axis=(1, 2, 3))
 
 

@@ -94,7 +94,12 @@ class Float8Codes(Encoded):
 
 @dataclasses.dataclass(frozen=True)
 class Float8:
-    """8-bit floats, e4m3, with a scale per token (Micikevicius et al. 2022, arXiv:2209.05433)."""
+    """8-bit floats, e4m3, with a scale per token (Micikevicius et al. 2022, arXiv:2209.05433).
+
+    Example:
+        >>> jkv.near_far(recent=0, far=jkv.ops.codecs.Float8()) == jkv.fp8()
+        True
+    """
 
     @property
     def block_size(self) -> int:
@@ -176,6 +181,12 @@ class Cast:
 
     Attributes:
         dtype: its name, or anything that names one.
+
+    Raises:
+        ValueError: no float of 16 or 32 bits.
+
+    Example:
+        >>> kind = jkv.near_far(recent=16, far=jkv.ops.codecs.Cast("bfloat16"))
     """
 
     dtype: DTypeLike

@@ -95,6 +95,12 @@ class Sparse:
     Attributes:
         keep: share of the channels.
         inner: a codec per token for what is kept, in the model's dtype where None.
+
+    Raises:
+        ValueError: no such share, or a codec of blocks of tokens.
+
+    Example:
+        >>> kind = jkv.near_far(recent=16, far=jkv.ops.codecs.Sparse(keep=0.5))
     """
 
     keep: float = 0.25
