@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -26,8 +26,14 @@ PLATFORMS = ("cuda", "tpu", "cpu")
 
 T = TypeVar("T")
 
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Record:
+    names: list[str]
+
+
 _target: ContextVar[str | None] = ContextVar("target", default=None)
-_seen: ContextVar[list[str] | None] = ContextVar("seen", default=None)
+_seen: ContextVar[_Record | None] = ContextVar("seen", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,19 +117,28 @@ def target(platform: str) -> Iterator[None]:
 @contextlib.contextmanager
 def record() -> Iterator[list[str]]:
     """Collect the names of what is chosen while functions are traced inside, each once."""
-    names: list[str] = []
-    token = _seen.set(names)
+    seen = _Record([])
+    token = _seen.set(seen)
     try:
-        yield names
+        yield seen.names
     finally:
         _seen.reset(token)
 
 
 def note(name: str) -> None:
     """Tell `record` that an implementation runs."""
-    names = _seen.get()
-    if names is not None and name not in names:
-        names.append(name)
+    seen = _seen.get()
+    if seen is not None and name not in seen.names:
+        seen.names.append(name)
+
+
+def tracing() -> Hashable:
+    """Return what a trace depends on beside its arguments.
+
+    A function whose trace is kept for later calls takes it as a static argument. Each `record` has
+    another, and sees whatever runs in it.
+    """
+    return _target.get(), _seen.get()
 
 
 def platforms() -> tuple[str, ...]:
