@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -127,11 +128,22 @@ def tiny_model(tiny_config):
 @pytest.fixture
 def optimised(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test compiles by hand is optimised, as it is for users."""
+    compile_with(quick.OPTIMISED, monkeypatch)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test compiles by hand has the buffers that it has for users."""
+    compile_with(quick.FUSED, monkeypatch)
+
+
+def compile_with(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that are compiled by hand are so with these options of XLA."""
     compile = jax.stages.Lowered.compile
     monkeypatch.setattr(
         jax.stages.Lowered,
         "compile",
-        lambda lowered: compile(lowered, compiler_options=quick.OPTIMISED),
+        lambda lowered: compile(lowered, compiler_options=options),
     )
 
 

@@ -2,7 +2,8 @@
 
 Most are run once or twice, and compiling them is most of the suite's time. What looks at a program
 itself, or at the clock, compiles it as users' are: with ``compiler_options=OPTIMISED``, or with the
-fixture `optimised`. JKV_TEST_OPTIMISED=1 compiles all of them so.
+fixture `optimised`; what looks only at a program's buffers needs them as users' are and no fast
+code, the fixture `fused`. JKV_TEST_OPTIMISED=1 compiles all programs as users' are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 OPTIMISED: dict[str, Any] = {"xla_backend_optimization_level": 3}
+FUSED: dict[str, Any] = {}  # XLA's own passes as users have them, and of LLVM's none
 _QUICK = {
     "xla_backend_optimization_level": "0",
     # Modules split among threads cost a fifth more time in all; the suite's workers fill the cores.
@@ -20,7 +22,7 @@ _QUICK = {
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     # The newer of two ways to emit fusions optimises whatever it is told; later versions have but
     # one, and no such option.
-    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
+    OPTIMISED["xla_cpu_use_fusion_emitters"] = FUSED["xla_cpu_use_fusion_emitters"] = True
     _QUICK["xla_cpu_use_fusion_emitters"] = "false"
 
 

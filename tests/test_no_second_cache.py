@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 
 pytestmark = [
     pytest.mark.slow,  # many programs: once is enough, on one version of JAX
-    pytest.mark.usefixtures("optimised"),
+    pytest.mark.usefixtures("fused"),
 ]
 
 CASES = cases.cases("cpu")
