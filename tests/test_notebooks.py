@@ -26,6 +26,7 @@ def test_there_are_notebooks():
         "04_kernels.ipynb",
         "05_pages_and_prefixes.ipynb",
         "06_store.ipynb",
+        "07_your_own_model.ipynb",
     ]
 
 
