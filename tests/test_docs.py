@@ -92,6 +92,13 @@ def test_fields_and_their_comments():
     assert hooks.fields(jkv.Chat) == {}
 
 
+def test_a_name_that_leads_nowhere_is_a_broken_link():
+    there = ["jkv.testing.check_kind", "jkv.cache.paged.Paged.pool", "jkv.ops.masks"]
+    assert [name for name in there if not hooks.exists(name)] == []
+    assert not hooks.exists("jkv.cache.nothing")
+    assert not hooks.exists("jkv.nothing.here")
+
+
 def callables() -> Iterator[tuple[str, str, ast.FunctionDef]]:
     """Public functions, and the own public methods and constructors of public classes."""
     for public in CALLABLE:

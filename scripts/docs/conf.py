@@ -37,7 +37,6 @@ html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": True}
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-pygments_style = "sphinx"
 
 
 def setup(app: Any) -> None:

@@ -39,15 +39,16 @@ def resolve(app: Any, env: Any, node: Any, contnode: Any) -> Any:
     """
     if node.get("refdomain") != "py":
         return None
-    target = node["reftarget"].partition("(")[0]
+    target, called, _ = node["reftarget"].partition("(")
     if not all(part.isidentifier() for part in target.split(".")):
         return contnode
     domain = env.domains["py"]
     wanted = canonical().get(target, target)
     names = [wanted, f"jkv.{wanted}"]
-    ends = sorted((n for n in domain.objects if n.endswith(f".{wanted}")), key=len)
-    shortest = [name for name in ends if len(name) == len(ends[0])]
-    for name in [*names, *(shortest if len(shortest) == 1 else [])]:
+    if called or "." in target or target[0].isupper():  # no argument's name
+        ends = [name for name in domain.objects if name.endswith(f".{wanted}")]
+        names += sorted(ends, key=lambda name: (name.count("."), name))[:1]
+    for name in names:
         if name in domain.objects:
             return domain.resolve_xref(
                 env, node["refdoc"], app.builder, "obj", name, node, contnode
@@ -73,10 +74,12 @@ def add_fields(
         return
     told = fields(value)
     if told and not any(":ivar" in line or ".. attribute" in line for line in lines):
-        lines += ["", ".. rubric:: Fields", ""]
+        listed = ["", ".. rubric:: Fields", ""]
         for field, (kind, comment) in told.items():
-            lines.append(f"* ``{field}`` (``{kind}``)" + (f": {comment}" if comment else ""))
-        lines.append("")
+            listed.append(f"* ``{field}`` (``{kind}``)" + (f": {comment}" if comment else ""))
+        sections = [i for i, line in enumerate(lines) if line.startswith(".. rubric:: Example")]
+        at = sections[0] if sections else len(lines)
+        lines[at:at] = [*listed, ""]
 
 
 def fields(cls: object) -> dict[str, tuple[str, str]]:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def makes_kind(one: PublicName) -> bool:
     if one.kind != "function":
         return False
     returned = inspect.signature(one.value, eval_str=True).return_annotation  # pyright: ignore
-    return isinstance(returned, type) and issubclass(returned, CacheKind)
+    made = typing.get_args(returned) or (returned,)
+    return all(isinstance(kind, type) and issubclass(kind, CacheKind) for kind in made)
 
 
 SECTIONS: dict[str, Callable[[PublicName], bool]] = {
