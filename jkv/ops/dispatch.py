@@ -75,10 +75,10 @@ class Choice:
     advice: str | None = None  # what would be faster here
 
     def __str__(self) -> str:
-        """Write one line for each implementation."""
-        lines = [f"{name}: no, {why}" for name, why in self.refused.items()]
+        """Write the one that runs in a line, and below it each that does not, with the reason."""
         advice = "" if self.advice is None else f"; {self.advice}"
-        return "\n".join([*lines, f"{self.name}: yes{advice}"])
+        refused = [f"  {name} does not: {why}" for name, why in self.refused.items()]
+        return "\n".join([f"{self.name} runs{advice}", *refused])
 
 
 def lazy_import(module: str, function: str) -> Callable[..., Any]:

@@ -45,11 +45,11 @@ def test_the_first_that_can():
     two = ops.attention(jnp.ones((1, 2, 2, 8)), KV, positions)
     assert two.out[0, 0, 0, 0] == 1
     chosen = ops.explain(Q, KV)
-    assert (chosen.name, chosen.refused, str(chosen)) == ("picky", {}, "picky: yes")
+    assert (chosen.name, chosen.refused, str(chosen)) == ("picky", {}, "picky runs")
     shape = jax.ShapeDtypeStruct((1, 2, 2, 8), jnp.float32)
     chosen = ops.explain(shape, KV)
     assert (chosen.name, chosen.refused) == ("xla", {"picky": "2 new tokens"})
-    assert str(chosen) == "picky: no, 2 new tokens\nxla: yes"
+    assert str(chosen) == "xla runs\n  picky does not: 2 new tokens"
 
 
 @pytest.mark.usefixtures("picky")
