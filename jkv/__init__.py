@@ -17,11 +17,13 @@ if TYPE_CHECKING:  # what type checkers see of the lazy names
     from jkv.cache import attention_cache as attention_cache
     from jkv.cache import fp8 as fp8
     from jkv.cache import from_legacy as from_legacy
+    from jkv.cache import from_transformers as from_transformers
     from jkv.cache import init_cache as init_cache
     from jkv.cache import load_cache as load_cache
     from jkv.cache import near_far as near_far
     from jkv.cache import scores as scores
     from jkv.cache import sparse as sparse
+    from jkv.cache import to_transformers as to_transformers
     from jkv.cache.concat import concat as concat
     from jkv.cache.dense import dense as dense
     from jkv.cache.evicting import evicting as evicting
@@ -85,6 +87,7 @@ _HOME = {
     "evicting": "jkv.cache.evicting",
     "fp8": "jkv.cache",
     "from_legacy": "jkv.cache",
+    "from_transformers": "jkv.cache",
     "init_cache": "jkv.cache",
     "load_cache": "jkv.cache",
     "near_far": "jkv.cache",
@@ -93,6 +96,7 @@ _HOME = {
     "parse": "jkv.cache.spec",
     "quantized": "jkv.cache.quantized",
     "sparse": "jkv.cache",
+    "to_transformers": "jkv.cache",
     "per_layer": "jkv.cache.per_layer",
     "pyramid": "jkv.cache.pyramid",
     "window": "jkv.cache.window",

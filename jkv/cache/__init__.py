@@ -21,6 +21,7 @@ from jkv.cache.quantized import fp8, near_far, quantized, sparse
 from jkv.cache.quantized_layer import QuantizedCache
 from jkv.cache.run import Run
 from jkv.cache.shared_state import SharedState
+from jkv.cache.transformers import from_transformers, to_transformers
 from jkv.cache.window import Window, window
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "evicting",
     "fp8",
     "from_legacy",
+    "from_transformers",
     "init_cache",
     "load_cache",
     "near_far",
@@ -59,6 +61,7 @@ __all__ = [
     "sparse",
     "spec",
     "static",
+    "to_transformers",
     "window",
 ]
 

@@ -1,5 +1,7 @@
 """A dense cache from keys and values that somebody else made, and the words for what is wrong."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +82,15 @@ def test_lengths_may_be_a_list_of_traced_numbers():
     layers = [pair()]
     lengths = jax.jit(lambda one: jkv.from_legacy(layers, [one, 3]).lengths)(2)
     assert lengths.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers.cache_utils"])
+def test_without_transformers_its_caches_are_refused_by_name(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    says = f"need {missing.partition('.')[0]}, which is not installed: pip install torch"
+    if missing == "torch":
+        with pytest.raises(ImportError, match=says):
+            jkv.to_transformers(jkv.from_legacy([pair()]))
+    else:
+        with pytest.raises(ImportError, match=says):
+            jkv.from_transformers("a cache")
