@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import jkv
 from tests.conftest import ROOT
@@ -51,6 +53,60 @@ def test_version_is_one_and_the_changelog_has_it():
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["version"]
     assert f'"{jkv.__version__}"' in (ROOT / build["path"]).read_text()
     assert f"## {jkv.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (jkv.__version__, "Apache-2.0")
+
+
+def workflow(name: str) -> dict:
+    # YAML 1.1 reads the key "on" as true.
+    text = (ROOT / ".github" / "workflows" / f"{name}.yml").read_text()
+    return yaml.safe_load(re.sub(r"^on:", "'on':", text, flags=re.M))
+
+
+@pytest.mark.parametrize("name", ["ci", "release"])
+def test_workflows_run_what_is_there(name):
+    """Every step runs a script of the repository, with stages that it has, or an action."""
+    stages = re.search(r'^stages="(.*)"', (ROOT / ".ci" / "run").read_text(), re.M)
+    assert stages is not None
+    steps = [step for job in workflow(name)["jobs"].values() for step in job["steps"]]
+    ran = [step["run"].split() for step in steps if "run" in step]
+    for words in ran:
+        if words[0] == ".ci/run":
+            assert set(words[1:]) <= set(stages[1].split())
+        elif words[0] == "bash":
+            assert (ROOT / words[1]).exists()
+    assert ran
+    assert all("@" in step["uses"] for step in steps if "uses" in step)
+    assert workflow(name)["permissions"] == {"contents": "read"}
+
+
+def test_every_python_is_tested_that_is_promised():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    told = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    suite = workflow("ci")["jobs"]["suite"]
+    assert suite["strategy"]["matrix"]["python"] == told
+    assert project["requires-python"] == f">={told[0]}"
+
+
+def test_only_a_tag_that_was_built_and_checked_is_published():
+    flow = workflow("release")
+    build, publish = flow["jobs"]["build"], flow["jobs"]["publish"]
+    assert flow["on"]["push"] == {"tags": ["v*"]}
+    assert publish["needs"] == "build"
+    assert publish["if"] == "github.ref_type == 'tag'"
+    assert publish["permissions"] == {"id-token": "write"}  # no token is kept anywhere
+    assert "bash scripts/package.sh" in [step.get("run") for step in build["steps"]]
+    check = next(step["run"] for step in build["steps"] if "__version__" in step.get("run", ""))
+    for tag, status in ((f"v{jkv.__version__}", 0), ("v9.9.9", 1)):
+        env = os.environ | {"GITHUB_REF_NAME": tag}
+        assert subprocess.run(["bash", "-c", check], cwd=ROOT, env=env).returncode == status
+
+
+def test_a_stage_that_does_not_exist_is_refused():
+    command = ["bash", str(ROOT / ".ci" / "run"), "lint", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "got nothing; expected some of: suite lint" in done.stderr
 
 
 def test_import_is_light():

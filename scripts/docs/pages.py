@@ -40,8 +40,8 @@ def write_sources(into: Path) -> list[PublicName]:
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     for notebook in notebooks:
         shutil.copy(notebook, into)
-    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
-    write(into / "changelog.md", changes)
+    for page in ("changelog", "contributing"):
+        write(into / f"{page}.md", (ROOT / f"{page.upper()}.md").read_text("utf-8"))
     write(into / "index.md", index(readme(), [notebook.stem for notebook in notebooks]))
     return names
 
@@ -171,7 +171,7 @@ def index(told: str, notebooks: Sequence[str]) -> str:
         "Reference": ["modules/index", "cli", "glossary"],
         "Guides": GUIDES,
         "Notebooks": notebooks,
-        "Project": ["changelog"],
+        "Project": ["contributing", "changelog"],
     }
     parts = [opening.strip(), *examples]
     for caption, entries in trees.items():
