@@ -6,6 +6,8 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
+from jkv import _interop
+
 T = TypeVar("T")
 _STATIC = "jkv_static"
 
@@ -59,6 +61,7 @@ def pytree(cls: type[T]) -> type[T]:
         return node
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    _interop.register(cls, data, meta)
     cls.__repr__ = _repr
     return cls
 

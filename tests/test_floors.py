@@ -31,6 +31,7 @@ FLOORS = {
     "jkv._compat": 0,
     "jkv._description": 0,
     "jkv._fork": 0,
+    "jkv._interop": 0,
     "jkv._probe": 0,
     "jkv._pytree": 0,
     "jkv._stored_names": 0,

@@ -64,9 +64,11 @@ class Cache:
     """The keys and values of every layer, each row with a length of its own: a value.
 
     Carry it through `lax.scan`, donate it, shard it, fork it, save it: every operation returns a
-    new one. A row that has no room for its new tokens takes none of them, keeps every bit, and
-    raises the flag `overflowed`, which `check` turns into an error on the host. It takes no others
-    either, which would not be where they belong, until `crop` has made it shorter.
+    new one. Orbax saves it as any pytree, flax has a state dict of it, and programs of `jax.export`
+    take it (a process that reads such a program imports `jkv.cache` first). A row that has no room
+    for its new tokens takes none of them, keeps every bit, and raises the flag `overflowed`, which
+    `check` turns into an error on the host. It takes no others either, which would not be where
+    they belong, until `crop` has made it shorter.
 
     Example:
         >>> cache = jkv.init_cache(lm.config, "dense", batch=1, slots=8)
