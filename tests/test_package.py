@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import draw_decode
 import jkv
 from tests.conftest import ROOT
 
@@ -19,17 +20,17 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_readme_has_an_example_of_a_screen():
-    assert EXAMPLES
-    assert all(len(example.splitlines()) <= 30 for example in EXAMPLES)
+def test_readme_has_short_examples():
+    assert len(EXAMPLES) == 3
+    assert all(len(example.splitlines()) <= 12 for example in EXAMPLES)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_readme_example_runs_as_written(example, monkeypatch, capsys, tmp_path):
+def test_readme_examples_run_as_written(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)  # it keeps caches in a directory
+    monkeypatch.chdir(tmp_path)  # one keeps caches in a directory
     names: dict = {}
-    exec(compile(example, "README.md", "exec"), names)
+    for example in EXAMPLES:
+        exec(compile(example, "README.md", "exec"), names)
     assert names["out"].tokens.shape == (2, 32)
     assert names["more"].tokens.shape == (2, 16)
     assert names["rolled"].tokens.shape == (1, 8)
@@ -41,10 +42,34 @@ def test_readme_example_runs_as_written(example, monkeypatch, capsys, tmp_path):
     assert repr(names["lm"].decode(names["rolled"].tokens)) in written
 
 
+def test_the_picture_shows_the_figures():
+    """README's picture is drawn from the table of figures, whose numbers it has."""
+    seconds = draw_decode.figures((draw_decode.RESULTS / "README.md").read_text())
+    shown = draw_decode.PICTURE.read_text()
+    for name, total in seconds.items():
+        assert name in shown
+        assert f"{1e3 * total / draw_decode.TOKENS:.0f} ms" in shown
+    assert str(draw_decode.PICTURE.relative_to(ROOT)) in README
+    with pytest.raises(ValueError, match="no row of GPT-2"):
+        draw_decode.figures("")
+
+
+def test_readme_says_what_the_metadata_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    jax_versions = next(d for d in project["dependencies"] if d.startswith("jax>"))
+    oldest, below = re.fullmatch(r"jax>=([\d.]+),<0\.(\d+)", jax_versions).groups()
+    assert f"from {oldest}," in README
+    assert f"to 0.{int(below) - 1}." in README
+    told = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    assert f"Python {told[0]} to {told[-1]}" in README
+    for extra in re.findall(r"`\.\[(\w+)\]`", README):
+        assert extra in project["optional-dependencies"]
+
+
 def test_files_that_the_readme_names_are_there():
     named = set(re.findall(r"`((?:jkv|scripts|notebooks)/[\w/.]+)`", README))
     named |= set(re.findall(r"\]\(([\w/.]+)\)", README))
-    named |= set(re.findall(r"bash (\S+)", README))
+    named |= set(re.findall(r"bash ([\w/.]+)", README))
     assert len(named) > 5
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 

@@ -42,7 +42,11 @@ def write_sources(into: Path) -> list[PublicName]:
         shutil.copy(notebook, into)
     for page in ("changelog", "contributing"):
         write(into / f"{page}.md", (ROOT / f"{page.upper()}.md").read_text("utf-8"))
-    write(into / "index.md", index(readme(), [notebook.stem for notebook in notebooks]))
+    first = index(readme(), [notebook.stem for notebook in notebooks])
+    for picture in re.findall(r"!\[[^]]*\]\((\S+)\)", first):
+        shutil.copy(ROOT / picture, into)
+        first = first.replace(picture, Path(picture).name)
+    write(into / "index.md", first)
     return names
 
 
@@ -164,16 +168,16 @@ def command_line() -> str:
 
 
 def index(told: str, notebooks: Sequence[str]) -> str:
-    """Return the first page: how README begins and its examples, and where all else is."""
-    opening = told.split("\n## ")[0].split("\n|")[0]
-    examples = re.findall(r"^```python\n.*?^```$", told, re.M | re.S)
+    """Return the first page: how README begins and what it shows of use, and where all else is."""
+    opening = told.split("\n## ")[0]
+    use = told.partition("\n## Use it\n")[2].partition("\n| ")[0].rpartition("\n\n")[0]
     trees = {
         "Reference": ["modules/index", "cli", "glossary"],
         "Guides": GUIDES,
         "Notebooks": notebooks,
         "Project": ["contributing", "changelog"],
     }
-    parts = [opening.strip(), *examples]
+    parts = [opening.strip(), use.strip()]
     for caption, entries in trees.items():
         listed = "\n".join(entries)
         parts.append(f"```{{toctree}}\n:caption: {caption}\n:maxdepth: 1\n\n{listed}\n```")
