@@ -307,8 +307,9 @@ def generate(
         key: `jax.random.key(seed)`, or one key per row; for samplers that draw at random.
         return_logprobs: also the log-probability of each new token under the model.
         top_logprobs: k, also the k likeliest tokens in the place of each new one, and theirs.
-        resume: an earlier `Result` to go on from: its last token of each row and the new prompts
-            are prefilled, nothing else. The earlier result stays valid. A text is encoded as a
+        resume: an earlier `Result` to go on from, or one that `jkv.load_result` has loaded: its
+            last token of each row and the new prompts are prefilled, nothing else. The earlier
+            result stays valid. A text is encoded as a
             continuation, without special tokens or a space put before it, so that the texts of
             all turns join; an empty prompt, [] or "", adds nothing to a row.
         slots: tokens that each row's cache has room for; by default what is needed, rounded up so
