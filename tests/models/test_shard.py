@@ -215,7 +215,7 @@ print("same")
 )
 def test_two_devices(program):
     """In a process of its own: how many devices a CPU is must be said before JAX begins."""
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     done = subprocess.run(
         [sys.executable, "-c", START + program],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
