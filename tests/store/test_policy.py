@@ -7,7 +7,6 @@ import itertools
 import random
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +29,6 @@ PAIRS: dict[str, tuple[Policy, Any]] = {
 EVERY = LIBRARY | {name: policy for name, (policy, _) in PAIRS.items() if name not in LIBRARY}
 every_policy = pytest.mark.parametrize("policy", EVERY.values(), ids=list(EVERY))
 CAPACITY = 6
-ROOT = Path(__file__).parents[2]
 
 
 def victim(evictor: Evictor) -> Any:
@@ -433,32 +431,6 @@ def test_a_heap_does_not_outgrow_its_entries(policy):
             evictor.removed(i)
             evictor.removed(i - 1)
         assert len(evictor._heap) < 2 * len(evictor) + 70
-
-
-def cost_ratio(measure: str, policy: Policy, entries: int) -> float:
-    """How much more an operation costs with so many entries than with 1000."""
-    # In another process: here every call is checked, which takes longer than what it does.
-    code = (
-        "from tests.store.cost import *; "
-        f"print({measure}({policy!r}, {entries}) / {measure}({policy!r}, 1000))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    return float(done.stdout)
-
-
-@every_policy
-def test_an_operation_costs_the_same_among_many(policy):
-    # A search through all would cost twenty times as much.
-    assert cost_ratio("counted", policy, 20_000) < 1.5
-
-
-@pytest.mark.slow
-@every_policy
-def test_no_operation_searches_through_all(policy):
-    # A search in C takes a hundred times as long as all of it, and no noise does.
-    assert cost_ratio("timed", policy, 200_000) < 20
 
 
 def test_policies_need_no_jax():
