@@ -26,7 +26,7 @@ def about() -> str:
 
     Example:
         >>> print(jkv.about())
-        jkv 0.1.0, JAX 0.10.2 on cpu; attention in float32: xla
+        jkv ..., JAX ... on cpu; attention in float32: xla
     """
     devices = jax.local_devices()
     device = devices[0].device_kind

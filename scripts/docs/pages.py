@@ -8,8 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from docs.names import PublicName, page_name, public_names
@@ -20,6 +21,11 @@ GUIDES = ("add_a_kind", "add_a_family", "add_a_kernel", "add_a_policy")
 PREAMBLE = """\
 In the examples `jkv`, `jax`, `jax.numpy as jnp` and `numpy as np` are imported, and `lm` is the
 built-in model, `jkv.load("shakespeare")`. The tests run them.
+"""
+TEXT = """\
+.. raw:: html
+
+   <p>All of it as one text: <a href="../llms.txt">llms.txt</a>.</p>
 """
 
 
@@ -38,8 +44,9 @@ def write_sources(into: Path) -> list[PublicName]:
     for guide in GUIDES:
         shutil.copy(ROOT / "notebooks" / "guides" / f"{guide}.md", into)
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    for notebook in notebooks:
-        shutil.copy(notebook, into)
+    for notebook in notebooks:  # without pictures that only a connection shows
+        text = re.sub(r"!\[([^]]*)\]\(https:[^)]*\)", r"\1", notebook.read_text("utf-8"))
+        write(into / notebook.name, text)
     for page in ("changelog", "contributing"):
         write(into / f"{page}.md", (ROOT / f"{page.upper()}.md").read_text("utf-8"))
     first = index(readme(), [notebook.stem for notebook in notebooks])
@@ -54,6 +61,12 @@ def write(path: Path, text: str) -> None:
     """Write a text, and make its directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+
+
+def repository() -> str:
+    """Return the repository's address, which stands in pyproject.toml alone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    return project["urls"]["Repository"]
 
 
 def readme() -> str:
@@ -107,7 +120,8 @@ def module_page(
     for title, holds in SECTIONS.items():
         held = [one for one in listed if holds(one)]
         if held:
-            parts += [heading(title, "-"), table(held)]
+            rows = [(f":py:obj:`{one.name}`", one.first_line) for one in held]
+            parts += [heading(title, "-"), table(rows)]
     parts += [".. toctree::\n   :hidden:\n"]
     parts += [f"   ../reference/{page[0].name}" for page in own]
     return "\n".join(parts) + "\n"
@@ -130,16 +144,19 @@ SECTIONS: dict[str, Callable[[PublicName], bool]] = {
 }
 
 
-def table(names: Sequence[PublicName]) -> str:
+def table(rows: Iterable[tuple[str, str]]) -> str:
     """Return a table of names and what they are."""
-    rows = [f"   * - :py:obj:`{one.name}`\n     - {one.first_line}\n" for one in names]
-    return ".. list-table::\n   :widths: 35 65\n\n" + "".join(rows)
+    cells = [f"   * - {name}\n     - {told}\n" for name, told in rows]
+    return ".. list-table::\n   :widths: 35 65\n\n" + "".join(cells)
 
 
 def reference_page(modules: Sequence[str]) -> str:
     """Return the page above all modules."""
-    listed = "\n".join(f"   {page_name(module)}" for module in modules)
-    return f"{heading('Reference')}\n{PREAMBLE}\n.. toctree::\n   :maxdepth: 1\n\n{listed}\n"
+    names = [page_name(module) for module in modules]
+    told = [(importlib.import_module(module).__doc__ or "").split("\n", 1)[0] for module in modules]
+    rows = [(f":doc:`{name}`", line) for name, line in zip(names, told, strict=True)]
+    tree = ".. toctree::\n   :hidden:\n\n" + "".join(f"   {name}\n" for name in names)
+    return "\n".join([heading("Reference"), PREAMBLE, TEXT, table(rows), tree])
 
 
 def glossary(text: str) -> str:
@@ -175,7 +192,7 @@ def index(told: str, notebooks: Sequence[str]) -> str:
         "Reference": ["modules/index", "cli", "glossary"],
         "Guides": GUIDES,
         "Notebooks": notebooks,
-        "Project": ["contributing", "changelog"],
+        "Project": ["contributing", "changelog", f"Repository <{repository()}>"],
     }
     parts = [opening.strip(), use.strip()]
     for caption, entries in trees.items():
