@@ -17,11 +17,13 @@ check_python() {
     die "'$1' is Python $version; jkv needs 3.11 or newer (PYTHON=/path/to/python3 names another)"
 }
 
-# fingerprint PYTHON: changes with whatever would change what is installed, and where.
+# fingerprint PYTHON [REQUIREMENT...]: changes with whatever would change what is installed, and where.
 fingerprint() {
-  "$1" - "$PWD" <<'PY'
+  local python=$1
+  shift
+  "$python" - "$PWD" "$@" <<'PY'
 import hashlib, pathlib, sys
-made_of = [sys.version, sys.argv[1], pathlib.Path("pyproject.toml").read_text()]
+made_of = [sys.version, *sys.argv[1:], pathlib.Path("pyproject.toml").read_text()]
 print(hashlib.sha256("\0".join(made_of).encode()).hexdigest())
 PY
 }
@@ -41,12 +43,13 @@ pip_install() {
 }
 
 # make_venv VENV EXTRAS [REQUIREMENT...]: VENV with the project, editable, and its extras ("" for
-# none). Requirements are installed first. Nothing is asked of the network where all is in place.
+# none). Requirements are installed first, and the project must leave them as they are. Nothing is
+# asked of the network where all is in place.
 make_venv() {
   local venv=$1 extras=$2 mark log
   shift 2
   check_python "$PYTHON"
-  mark=$(fingerprint "$PYTHON")
+  mark=$(fingerprint "$PYTHON" "$@")
   if whole "$venv"; then
     [ "$(cat "$venv/installed-${extras:-base}" 2>/dev/null)" = "$mark" ] && return
   else
@@ -56,8 +59,15 @@ make_venv() {
   fi
   echo "Installing jkv${extras:+ with [$extras]} into $venv ..." >&2
   touch "$venv/unfinished"
-  [ $# -eq 0 ] || pip_install "$venv" "$@"
-  pip_install "$venv" --editable ".${extras:+[$extras]}"
+  printf '%s\n' "$@" >"$venv/requirements.txt"
+  if [ $# -gt 0 ]; then
+    pip_install "$venv" --requirement "$venv/requirements.txt"
+    pip_install "$venv" --editable . # as users do: into what they have, without a constraint
+    "$venv/bin/python" -m pip install --quiet --no-index --requirement "$venv/requirements.txt" ||
+      die "installing jkv into $venv changed the versions of: $*"
+  fi
+  # The extras may have other wishes.
+  pip_install "$venv" --constraint "$venv/requirements.txt" --editable ".${extras:+[$extras]}"
   # Whatever the extras, the project itself is in place too.
   echo "$mark" | tee "$venv/installed-base" >"$venv/installed-${extras:-base}"
   rm "$venv/unfinished"

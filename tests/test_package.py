@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import draw_decode
 import jkv
 from tests.conftest import ROOT
+from tests.test_colab import COLAB
 
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -149,9 +151,25 @@ def test_comparisons_are_no_dependency():
     compared = ("torch", "transformers", "cachetools", "diskcache")
     assert not [name for name in needed if name.startswith(compared)]
     assert {re.split("[>=]", name)[0] for name in extras["compare"]} == set(compared)
-    assert {"test", "dev", "plot", "cuda13", "tpu", "compare"} <= extras.keys()
+    assert {"test", "dev", "plot", "cuda12", "cuda13", "tpu", "compare"} <= extras.keys()
     imports = re.compile(rf"^\s*(?:import|from) ({'|'.join(compared)})\b", re.MULTILINE)
     assert not [p for p in Path(jkv.__file__).parent.rglob("*.py") if imports.search(p.read_text())]
+
+
+def test_what_colab_has_installed_may_stay():
+    """Continuous integration installs jkv beside these and sees that pip leaves them alone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [Requirement(text) for text in project["dependencies"]]
+    pins = [text for text in COLAB if "==" in text]
+    assert " ".join(pins) in (ROOT / ".ci" / "run").read_text()
+    versions = dict(text.split("==") for text in pins)
+    for name in ("jax", "flax", "numpy"):
+        (one,) = [requirement for requirement in needed if requirement.name == name]
+        assert one.specifier.contains(versions[name]), one
+    for extra in ("cuda12", "cuda13", "tpu"):
+        (one,) = [Requirement(text) for text in project["optional-dependencies"][extra]]
+        assert one.specifier == next(each.specifier for each in needed if each.name == "jax")
+        assert one.extras == {extra}
 
 
 def test_package_data_is_small():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jkv
-from jkv import ops, scores
+from jkv import _compat, ops, scores
 from jkv._pytree import replace
 from jkv.cache import Step
 from jkv.errors import UnsupportedError
@@ -381,6 +381,10 @@ def test_convert_both_ways():
         dense.convert(jkv.pyramid(3))
 
 
+@pytest.mark.skipif(
+    _compat.JAX < (0, 10),
+    reason="XLA of jaxlib 0.7.2 compiles no product of 2 x 7 x 8 bfloat16 numbers in a loop",
+)
 def test_narrow_dtypes():
     layer, *_ = stored(jkv.evicting(6, recent=2, sinks=1), [7, 7, 7], "bfloat16")
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in material(np.random.default_rng(0), 1))

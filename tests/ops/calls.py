@@ -6,11 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
-from jkv import ops
+from jkv import _compat, ops
+from jkv.ops.attention import OPERATION
 
 SPEC = ("scale", "window", "sinks", "softcap")
 STATIC = (*SPEC, "chunk", "implementation")
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    """Skip the tests of an implementation that this JAX is too old for."""
+    why = _compat.why_too_old(OPERATION.find(name).oldest_jax)
+    return pytest.mark.skipif(why is not None, reason=f"{name}: {why}")
 
 
 def operands(

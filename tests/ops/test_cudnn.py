@@ -25,6 +25,8 @@ from jkv.ops.attention import OPERATION, cudnn
 from tests.ops import calls
 from tests.ops.test_attention import close, draw, oracle
 
+pytestmark = calls.needs("cudnn")
+
 NEW, DIM = 18, 8
 CHUNKS = ([NEW, 2, 0, 7], [3, NEW, 0, 11])  # real tokens of four rows, twice
 SHAPE = jax.ShapeDtypeStruct

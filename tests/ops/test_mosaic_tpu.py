@@ -36,7 +36,8 @@ from tests.ops.tpu_kernels import (
     unseen,
 )
 
-pytestmark = pytest.mark.slow  # in the interpreter: once is enough, on one version of JAX
+# In the interpreter: once is enough, on one version of JAX.
+pytestmark = [pytest.mark.slow, calls.needs("mosaic_tpu")]
 
 
 @pytest.fixture(autouse=True)

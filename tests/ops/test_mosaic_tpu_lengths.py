@@ -9,6 +9,7 @@ import pytest
 from jkv.ops.codecs import Affine
 from jkv.ops.masks import AttentionSpec
 from jkv.ops.mosaic_tpu import flash
+from tests.ops import calls
 from tests.ops.calls import cut
 from tests.ops.tpu_kernels import (
     BLOCK,
@@ -24,7 +25,8 @@ from tests.ops.tpu_kernels import (
     unseen,
 )
 
-pytestmark = pytest.mark.slow  # in the interpreter: once is enough, on one version of JAX
+# In the interpreter: once is enough, on one version of JAX.
+pytestmark = [pytest.mark.slow, calls.needs("mosaic_tpu")]
 
 # Lengths of two rows, and positions of two queries in each: past the last token that is there, in
 # its block and in a later one, and so far before it that whole blocks follow.

@@ -23,7 +23,8 @@ from tests.ops.tpu_kernels import (
     INT4,
 )
 
-pytestmark = pytest.mark.slow  # in the interpreter: once is enough, on one version of JAX
+# In the interpreter: once is enough, on one version of JAX.
+pytestmark = [pytest.mark.slow, calls.needs("mosaic_tpu")]
 
 
 def test_parts_of_numbers_are_all_of_them():

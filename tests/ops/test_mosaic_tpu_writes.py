@@ -14,13 +14,15 @@ from jkv.ops.codecs import Affine
 from jkv.ops.mosaic_tpu import write as mosaic_write
 from jkv.ops.pages import _write_by_kernel, empty, write_pages
 from jkv.ops.write import write, write_last, write_runs
+from tests.ops import calls
 from tests.ops.tpu_kernels import (
     RACES,
     B,
     encoded,
 )
 
-pytestmark = pytest.mark.slow  # in the interpreter: once is enough, on one version of JAX
+# In the interpreter: once is enough, on one version of JAX.
+pytestmark = [pytest.mark.slow, calls.needs("mosaic_tpu")]
 
 
 @pytest.mark.usefixtures("interpreted")
