@@ -19,6 +19,7 @@ from jkv.decoding import programs
 from jkv.ops import dispatch
 from jkv.ops.pages import TpuPages
 from tests.conftest import ROOT
+from tests.ops.calls import needs
 
 START = """
 import warnings
@@ -241,6 +242,7 @@ def test_what_is_refused():
     assert jkv.shard(model, mesh).mesh == mesh  # one device is a mesh too
 
 
+@needs("mosaic_tpu")
 def test_rounded_pages_of_a_tpu_are_not_parted():
     """Scales of all heads lie in one line of those, and a sharded model makes others."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("heads",))
