@@ -15,7 +15,7 @@ html_title = f"jkv {__version__}"
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb", "sphinx_copybutton"]
 # `code` in a docstring links to what it names, where that is public.
 default_role = "py:obj"
-smartquotes = False  # quotes and dashes are those of code
+smartquotes_action = "D"  # dashes; quotes stay those of code
 nitpicky = True
 suppress_warnings = ["myst.header"]  # CHANGELOG and the commands begin at deeper levels
 nb_execution_mode = "off"  # the tests run the notebooks

@@ -181,7 +181,9 @@ def command_line() -> str:
     """Return what every command and option of `jkv` does, from typer."""
     command = [sys.executable, "-m", "typer", "jkv.cli", "utils", "docs", "--name", "jkv"]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    return re.sub(r"\A# `jkv`", "# Command line", told).replace("[default: ", "[by default: ")
+    told = re.sub(r"\A# `jkv`", "# Command line", told).replace("[default: ", "[by default: ")
+    # Options in sentences are code, of which the two dashes stay two.
+    return re.sub(r"(`+[^`]*`+)|(--[a-z][\w-]*)", lambda m: m[1] or f"`{m[2]}`", told)
 
 
 def index(told: str, notebooks: Sequence[str]) -> str:
