@@ -15,6 +15,7 @@ from jkv.ops.pages import TpuPages
 from jkv.store import Disk, Entry, Memory, Store
 from tests.decoding import oracle
 from tests.engine.engines import HOT, PROMPTS, SHAPE, check_empty
+from tests.ops.calls import needs
 
 pytestmark = pytest.mark.slow  # programs for each engine
 
@@ -61,6 +62,7 @@ def test_stored_pages_are_for_all_processes_and_one_model(lm, alone, tmp_path, t
             assert asked(engine(which, store), TEXTS[:1])[0][0] == found
 
 
+@needs("mosaic_tpu")
 def test_stored_pages_do_not_depend_on_the_layout(lm, alone):
     """Pages that a TPU has stored are found by a CPU, and the other way round."""
     prompt, want = (np.arange(40) % 11).tolist(), []
