@@ -21,6 +21,7 @@ from jkv.store import Device, Disk, Memory, Store
 from jkv.store.packing import converted, pack
 from tests.decoding import oracle, texts
 from tests.decoding.test_chat import NEW
+from tests.ops.calls import needs
 
 RNG = np.random.default_rng(11)
 LONG = RNG.integers(0, 11, 50).tolist()
@@ -199,6 +200,7 @@ def test_other_kinds(tiny_model, store, spec, found):
     assert out.tokens[0].tolist() == resumed.tokens[0].tolist()
 
 
+@needs("mosaic_tpu")
 @pytest.mark.parametrize(
     ("kind", "dim"), [(jkv.paged(), 48), (jkv.paged(bits=4), 64), (jkv.paged(codec=jkv.fp8()), 64)]
 )
