@@ -196,7 +196,7 @@ class _Probe:
                 f"{what}: the token at position {query} asked for position {asked} and is off by "
                 f"{off:.3g}, more than {self.tolerance}; what it got is nearest to the tokens at "
                 f"positions {places}. It should see {plural(len(seen), 'token')}, {seen[:1]} to "
-                f"{seen[-1:]}"
+                f"{seen[-1:]}. Pass tolerance= for a kind that rounds"
             )
 
     def crop(self, cache: Cache, lengths: np.ndarray) -> Cache:
@@ -333,7 +333,10 @@ class _Probe:
                     initial=0
                 )
                 if not off <= max(self.tolerance, 1e-6):
-                    raise AssertionError(f"to_legacy: {name} of row {b} are off by {off:.3g}")
+                    raise AssertionError(
+                        f"to_legacy: {name} of row {b} are off by {off:.3g}, more than "
+                        f"{max(self.tolerance, 1e-6)}. Pass tolerance= for a kind that rounds"
+                    )
 
     def rolls_back(self, rows: _Rows) -> None:
         for back in (0, 1, 9):

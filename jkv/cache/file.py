@@ -187,7 +187,9 @@ def read_cache_file(path: PathLike, model: bytes | None, known: Known = ()) -> C
     problems: list[str] = []
     tensors, metadata = read_tensors(source, problems)
     if problems:
-        raise CheckpointError("; ".join(problems))
+        raise CheckpointError(
+            f"{'; '.join(problems)}. Expected a whole file that cache.save has written"
+        )
     header = _read_header(source, tensors, metadata)
     _check_model(source, header["model"], model)
     _check_known(source, header["cache"], known)

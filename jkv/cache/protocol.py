@@ -374,6 +374,7 @@ def check_heads(shape: tuple[int, ...], new: Float[Array, "B T K H"]) -> None:
     if (heads, dim) != new.shape[2:]:
         raise ValueError(
             f"the cache holds {heads} heads of {dim} dimensions, and the model makes "
-            f"{new.shape[2]} of {new.shape[3]}; expected a cache made from this model's "
-            "configuration"
+            f"{new.shape[2]} of {new.shape[3]}: keys {list(new.shape)} in the order "
+            "[B, T, heads, head_dim]; expected keys in that order, and a cache made from this "
+            "model's configuration"
         )

@@ -80,8 +80,9 @@ class Run:
         """
         if len(layers) != len(self.layers):
             raise ValueError(
-                f"a pass got {plural(len(layers), 'layer')}; expected {len(self.layers)}, what "
-                "attend of each of run.layers returned"
+                f"a pass got {plural(len(layers), 'layer')}; expected {len(self.layers)}, as the "
+                f"cache was made with {plural(len(self.layers), 'layer')}: pass what attend of "
+                "each of run.layers returned, or make a cache for as many layers as the model has"
             )
         return replace(
             self.cache,

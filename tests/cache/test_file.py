@@ -243,6 +243,9 @@ def test_what_is_no_cache_is_refused(path, tmp_path):
     save_file({"a": np.zeros(3)}, path)
     with pytest.raises(CheckpointError, match="but of no cache"):
         jkv.load_cache(path)
+    path.write_text("a text, and no cache")
+    with pytest.raises(CheckpointError, match=r"no safetensors file\. Expected .* cache\.save has"):
+        jkv.load_cache(path)
     with pytest.raises(IsADirectoryError, match="expected the path of a file"):
         new(jkv.dense()).save(tmp_path)
     with pytest.raises(CheckpointError, match="it is a directory"):

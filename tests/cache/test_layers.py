@@ -68,8 +68,13 @@ def test_a_pass_says_what_is_wrong():
     with pytest.raises(AttributeError, match=r"'tables'; it is cache\.shared"):
         getattr(cache, "tables")  # noqa: B009
     run = cache.begin(jnp.zeros((2, 3), jnp.int32))
-    with pytest.raises(ValueError, match=r"a pass got 0 layers; expected 1"):
+    with pytest.raises(
+        ValueError, match=r"a pass got 0 layers; expected 1, as the cache was made with 1 layer: "
+    ):
         run.end(jnp.zeros((2, 3, 4)), [])
+    swapped = jnp.zeros((2, 1, 3, 4))
+    with pytest.raises(ValueError, match=r"keys \[2, 1, 3, 4\] in .* \[B, T, heads, head_dim\]"):
+        run.layers[0].attend(swapped, swapped, swapped, run.step, AttentionSpec(1.0))
     with pytest.raises(ValueError, match="2 rows and the tokens 1"):
         cache.begin(jnp.zeros((1, 3), jnp.int32))
 

@@ -214,3 +214,8 @@ def test_no_kind():
 def test_a_window_is_no_dense_cache():
     with pytest.raises(AssertionError, match="should see"):
         check_kind(jkv.dense(), sees=lambda query, position: query - 7 < position <= query)
+
+
+def test_one_that_rounds_is_told_of_the_tolerance():
+    with pytest.raises(AssertionError, match=r"off by .*\. Pass tolerance= for a kind that rounds"):
+        check_kind("int8")

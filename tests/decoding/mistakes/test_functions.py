@@ -119,7 +119,7 @@ CALLS = [
         "a cache of other heads",
         lambda w: jkv.prefill(w.heads, TOKENS, w.cache),
         ValueError,
-        "holds 2 heads of 8 dimensions, and the model makes 4 of 8",
+        "holds 2 heads of 8 dimensions, and the model makes 4 of 8: keys ",
     ),
     (
         "a cache of other layers",
