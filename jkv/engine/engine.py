@@ -312,9 +312,14 @@ class Engine:
         """
         self.core.abandon(request)
 
-    def watch(self, reader: weakref.ref[Reader], request: Request) -> None:
-        """Cancel the request once this iteration over its tokens is gone."""
-        self.core.scheduler.requests.readers[reader] = request
+    def watch(self, reader: Reader, request: Request) -> None:
+        """Cancel the request once this iteration over its tokens is gone.
+
+        A finaliser of the iteration's own would not do: Python swallows an interrupt in it, and
+        whoever keeps that exception, as pytest does, keeps the iteration.
+        """
+        gone = weakref.ref(reader, lambda _: self.abandon(request))
+        self.core.scheduler.requests.readers[gone] = request
 
     def update(self, lm: Model) -> None:
         """Take new weights, such as those of the same model after a training step.

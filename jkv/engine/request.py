@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -33,7 +32,7 @@ class Driver(Protocol):
     def cancel(self, request: Request) -> None: ...  # noqa: D102
     def abandon(self, request: Request) -> None: ...  # noqa: D102
     def text(self, request: Request) -> str: ...  # noqa: D102
-    def watch(self, reader: weakref.ref[Reader], request: Request) -> None: ...  # noqa: D102
+    def watch(self, reader: Reader, request: Request) -> None: ...  # noqa: D102
 
 
 @dataclasses.dataclass
@@ -235,7 +234,7 @@ class Tokens(Iterator[int]):
 
     def __init__(self, request: Request):
         self._request, self._seen, self._closed = request, 0, False
-        request.engine.watch(weakref.ref(self), request)
+        request.engine.watch(self, request)
 
     def __next__(self) -> int:
         """The next token.
@@ -264,11 +263,6 @@ class Tokens(Iterator[int]):
         self._closed = True
         self._request.engine.abandon(self._request)
 
-    def __del__(self) -> None:
-        """See `close`. An interrupt in `__init__` may have left nothing to close."""
-        if "_request" in vars(self):
-            self.close()
-
 
 class AsyncTokens(AsyncIterator[int]):
     """The tokens of a request for `async for`.
@@ -279,7 +273,7 @@ class AsyncTokens(AsyncIterator[int]):
 
     def __init__(self, request: Request):
         self._request, self._seen = request, 0
-        request.engine.watch(weakref.ref(self), request)
+        request.engine.watch(self, request)
 
     def __aiter__(self) -> AsyncTokens:
         """Itself."""
@@ -311,11 +305,6 @@ class AsyncTokens(AsyncIterator[int]):
 
     def _leave(self) -> None:
         self._request.engine.abandon(self._request)
-
-    def __del__(self) -> None:
-        """See `aclose`, and `Tokens.__del__`."""
-        if "_request" in vars(self):
-            self._leave()
 
 
 Reader = Tokens | AsyncTokens

@@ -58,8 +58,7 @@ class RequestQueue:
     def abandoned(self) -> list[Request]:
         """Return the requests that have not ended and whose iteration is gone.
 
-        The iteration's finaliser cancels them too, unless an interrupt comes first: Python
-        swallows what a finaliser raises.
+        They are cancelled as it goes, unless an interrupt comes first, which Python swallows there.
         """
         found = []
         for reader, request in list(self.readers.items()):

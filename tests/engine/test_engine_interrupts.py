@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 
 import pytest
 
@@ -48,9 +49,9 @@ def places(scenario, inside, twice):
     ]
 
 
-# Python prints and drops an interrupt that comes inside of a finaliser.
+# Python prints and drops an interrupt that comes while an iteration is finalised.
 in_finalisers = pytest.mark.filterwarnings(
-    "ignore:(?s)Exception ignored in.*Tokens.__del__.*KeyboardInterrupt"
+    "ignore:(?s)Exception ignored.*Engine.watch.*KeyboardInterrupt"
     ":pytest.PytestUnraisableExceptionWarning"
 )
 
@@ -113,15 +114,28 @@ def test_an_iteration_whose_end_is_interrupted_leaves_no_request(lm):
 
 
 @pytest.mark.parametrize("read", [iter, aiter])
-def test_an_iteration_with_an_interrupted_finaliser_is_noticed(lm, monkeypatch, read):
-    """Python swallows what a finaliser raises, so the engine itself looks at its readers."""
+def test_an_interrupt_while_an_iteration_is_finalised_is_noticed(lm, monkeypatch, read):
+    """Python swallows it, and whoever is told of it may keep it with all that its frames hold."""
+    kept = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: kept.append(raised.exc_value))
     engine = make_engine(lm, pages=PAGES, max_batch=2)
     request = engine.submit(PROMPTS[2], max_new_tokens=12, stop=())
-    reader = read(request)
+    readers = [read(request)]
     engine.step()
     assert request.state == "running"
-    monkeypatch.setattr(type(reader), "__del__", lambda self: None)
-    del reader
+    for at in range(100):
+        with Interrupt(at, ("Engine.watch.<locals>",)) as it:
+            readers.clear()
+        if not it.where:
+            break
+        assert [type(raised) for raised in kept] == [KeyboardInterrupt], it.where
+        engine.stats()
+        assert request.finish_reason == "cancelled", it.where
+        kept.clear()
+        request = engine.submit(PROMPTS[2], max_new_tokens=12, stop=())
+        readers.append(read(request))
+        engine.step()
+    assert at > 1
     engine.stats()
     assert request.finish_reason == "cancelled"
     assert engine.core.scheduler.requests.live == {}

@@ -13,7 +13,6 @@ import pytest
 
 import jkv
 from jkv.engine import decode_state
-from jkv.engine.request import AsyncTokens, Tokens
 from tests.engine.engines import HOT, PROMPTS, check_empty, make_engine
 
 HOW = {"max_new_tokens": 9, "stop": ()}
@@ -299,8 +298,3 @@ def test_a_forked_child_is_refused(engine, lm, tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     store.close()
     assert engine.submit([1, 2], **HOW).result()
-
-
-@pytest.mark.parametrize("reader", [Tokens, AsyncTokens])
-def test_an_iteration_that_an_interrupt_left_unmade_is_dropped_in_silence(reader):
-    reader.__new__(reader).__del__()
