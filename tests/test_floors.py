@@ -36,6 +36,7 @@ FLOORS = {
     "jkv._pytree": 0,
     "jkv._stored_names": 0,
     "jkv._tensorfile": 0,
+    "jkv._tables": 0,
     "jkv._text": 0,
     "jkv._transfer": 0,
     "jkv._version": 0,

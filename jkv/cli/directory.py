@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from jkv._bytes import parse_bytes
+from jkv._tables import columns
 from jkv.cli import options, process
-from jkv.cli.tables import columns
 from jkv.errors import CorruptError
 
 Directory = Annotated[

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jkv._text import plural
+from jkv._bytes import size as size
 
 _BACKEND = "/jax/core/compile/backend_compile_duration"
 _COMPILING = (
@@ -114,13 +114,3 @@ def spinner(what: str) -> Iterator[Callable[[], None]]:
 
     with Console(stderr=True).status(what) as status:
         yield status.stop
-
-
-def size(count: int) -> str:
-    """Write a number of bytes for people."""
-    if count < 1024:
-        return plural(count, "byte")
-    value, units = count / 1024, ["KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.1f} {units[0]}"

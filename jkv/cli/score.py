@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 import jkv
+from jkv._tables import columns
 from jkv.cli import options, process
-from jkv.cli.tables import columns
 
 SHOWN = 60  # characters of a text in the table
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from jkv._bytes import parse_bytes
+from jkv._tables import columns
 from jkv._text import brief, plural
 from jkv.cli import directory, options, process
-from jkv.cli.tables import columns
 from jkv.errors import UnsupportedError
 from jkv.store.policy import POLICIES
 

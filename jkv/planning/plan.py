@@ -26,14 +26,18 @@ from jkv.models.hf_keys import check_ignore
 from jkv.models.lm import LM, read_config
 from jkv.planning import memory
 from jkv.planning.presets import PRESETS, preset
+from jkv.planning.report import report
 from jkv.planning.work import Work, work
 
+_LEAST_MEMORY = 1000**2  # fewer bytes are a number of GB whose unit was forgotten
 ModelLike = str | os.PathLike[str] | Config | LM | Decoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Bytes, operations, and what fits.
+
+    `print` shows it as a table; for JSON take `to_dict()`, as in ``json.dumps(plan.to_dict())``.
 
     Attributes:
         model: name.
@@ -42,6 +46,7 @@ class Plan:
         batch: B, rows.
         seq_len: S, tokens in each row.
         context: tokens that the model was made for.
+        past_context: whether S is more than that: what a model says there may make little sense.
         parameters: numbers in the weights.
         bytes_per_token: of cache, that one more token takes in one row of S: the average over the
             next 1024. 0 where the cache has stopped growing.
@@ -75,6 +80,7 @@ class Plan:
     batch: int
     seq_len: int
     context: int
+    past_context: bool
     parameters: int
     bytes_per_token: int | float
     kept_tokens: int | None
@@ -89,6 +95,10 @@ class Plan:
     step: Work
     step_without: Work
     prompt: Work
+
+    def __str__(self) -> str:
+        """Write all that there is to say, as `jkv plan` does."""
+        return report(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -160,18 +170,20 @@ def plan(
         cache: a kind, or its text as on the command line ("int4:residual=64"); dense by default. A
             list of them gives a list.
         dtype: of the weights and of what is kept, by default the model's own.
-        device_memory: bytes, or "80GB", "24GiB": how long and how many rows would fit?
+        device_memory: "80GB", "24GiB", or bytes, of which a device has more than a million: how
+            long and how many rows would fit?
         ignore: keys of `config.json` to treat as absent, as of `jkv.load`.
 
     Returns:
-        A `Plan`, or a list of them.
+        A `Plan`, or a list of them. `print` shows one as a table; `to_dict()` gives plain values,
+        as for `json.dumps`.
 
     Raises:
         CheckpointError: no preset, and nothing that can be read.
         UnsupportedError: a kind that this model cannot have.
         TypeError: something that is no model or kind.
-        ValueError: numbers below 1, a text that names no kind, or keys to ignore where there
-            is no `config.json`.
+        ValueError: numbers below 1, a memory below 1 MB, a text that names no kind, or keys to
+            ignore where there is no `config.json`.
 
     Example:
         >>> jkv.plan("llama-2-7b", seq_len=4096).bytes_per_token
@@ -187,7 +199,7 @@ def plan(
             f"plan got seq_len={seq_len}; expected at most {config.context}, since {name} has a "
             "table of as many positions"
         )
-    there = None if device_memory is None else parse_bytes(device_memory)
+    there = None if device_memory is None else parse_bytes(device_memory, least=_LEAST_MEMORY)
     if isinstance(cache, list | tuple):
         return [_plan(name, config, batch, seq_len, each, there) for each in cache]
     return _plan(name, config, batch, seq_len, cache, there)  # pyright: ignore[reportArgumentType]
@@ -214,8 +226,8 @@ def survey(
 
     Raises:
         CheckpointError: no preset, and nothing that can be read.
-        ValueError: numbers below 1, a text that names no kind, or keys to ignore where there
-            is no `config.json`.
+        ValueError: numbers below 1, a memory below 1 MB, a text that names no kind, or keys to
+            ignore where there is no `config.json`.
 
     Example:
         >>> plans = jkv.planning.survey("gpt2", seq_len=1024)
@@ -295,6 +307,7 @@ def _plan(
         batch=batch,
         seq_len=seq_len,
         context=config.context,
+        past_context=seq_len > config.context,
         parameters=parameters,
         bytes_per_token=memory.bytes_per_token(config, kind, seq_len),
         kept_tokens=None if whole else _kept_tokens(config, kind, batch, seq_len),

@@ -81,7 +81,7 @@ def test_plan_of_one_kind(run):
     for said in (
         "6,738,415,616 parameters in float16",
         "524,288 per token",
-        "512.0 MiB",
+        "536.9 MB",
         f"{values['total_bytes']:,}",
         f"fits; at most {values['max_seq_len']:,} tokens",
         "feed-forward, FLOP",
@@ -103,12 +103,31 @@ def test_plan_of_several_kinds_is_a_table(run):
     lines = out.splitlines()
     assert "4 rows of 4,096 tokens" in lines[1]
     assert (
-        " ".join(lines[3].split()) == "cache bytes/token cache total max tokens max rows step FLOP"
+        " ".join(lines[3].split())
+        == "cache bytes/token cache total fits max tokens max rows step FLOP"
     )
     assert lines[4].split()[:2] == ["dense", "1,048,576"]
     assert lines[5].split()[:2] == ["window:256", "0"]
     assert "any" in lines[5]
     assert len(lines) == 6
+
+
+@pytest.mark.parametrize(("unit", "other"), [("GB", "GiB"), ("GiB", "GB")])
+def test_a_table_has_one_unit_and_says_what_fits(run, unit, other):
+    arguments = ["plan", "--model", "llama-3-8b", "--seq-len", "98304", "--cache", "dense"]
+    memory = ["--device-memory", f"24{unit}"]
+    status, out, err = run(*arguments, "--cache", "window:256", *memory)
+    assert (status, err) == (0, "")
+    assert f", of 24.0 {unit}\n" in out
+    assert f" {other}" not in out
+    lines = out.splitlines()
+    assert lines[2] == (
+        "past the context: rows of 98,304 tokens, of a model that was made for 8,192 tokens"
+    )
+    assert [lines[i].split()[6] for i in (5, 6)] == ["no", "yes"]
+    out = run(*arguments, *memory)[1]
+    assert lines[2] in out
+    assert f" {other}" not in out
 
 
 def test_plan_of_all_kinds(run):
@@ -128,7 +147,7 @@ def test_plan_of_all_kinds(run):
         (["--cache", "dense", "--cache", "int4:bits=3"], "in it 'bits=3'; expected int4[:residual"),
         (["--batch", "0"], "batch=0"),
         (["--seq-len", "-3"], "seq_len=-3"),
-        (["--device-memory", "80"], None),
+        (["--device-memory", "80"], "80 bytes; expected at least 1,000,000: write 80GB"),
         (["--device-memory", "lots"], "device_memory got 'lots'"),
         (["--dtype", "int4"], "float32, bfloat16, float16"),
         (["--model", "/not/there"], "'/not/there'"),
@@ -138,9 +157,6 @@ def test_plan_of_all_kinds(run):
 )
 def test_plan_says_what_is_wrong(run, arguments, message):
     status, out, err = run("plan", "--model", "gpt2", *arguments)
-    if message is None:
-        assert (status, err) == (0, "")
-        return
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
 

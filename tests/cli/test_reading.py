@@ -9,7 +9,8 @@ import pytest
 import typer
 
 import jkv
-from jkv.cli import app, options, process, tables
+from jkv import _tables as tables
+from jkv.cli import app, options, process
 from tests.cli.commands import NINE
 
 

@@ -166,3 +166,22 @@ def test_what_is_kept_of_a_row():
         "pyramid:64": 64,
         "int4": None,
     }
+
+
+def test_past_the_context():
+    within, past = (jkv.plan(TINY, seq_len=n) for n in (TINY.context, TINY.context + 1))
+    assert (within.to_dict()["past_context"], past.to_dict()["past_context"]) == (False, True)
+    said = "past the context: rows of 4,097 tokens, of a model that was made for 4,096 tokens"
+    assert said in str(past)
+    assert "past the context" not in str(within)
+
+
+def test_print_shows_a_table(capsys):
+    plan = jkv.plan("gpt2", device_memory="24GiB")
+    print(plan)
+    shown = capsys.readouterr().out
+    assert "24.0 GiB of memory: fits" in shown
+    assert f"{plan.total_bytes:,}" in shown
+    assert repr(plan).count("\n") == 0
+    assert "to_dict()" in (jkv.plan.__doc__ or "")
+    assert "json.dumps" in (type(plan).__doc__ or "")

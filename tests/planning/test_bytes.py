@@ -10,7 +10,7 @@ from flax import nnx
 
 import jkv
 from jkv import _pytree
-from jkv._bytes import parse_bytes
+from jkv._bytes import is_decimal, parse_bytes, size
 from jkv.cache import spec
 from jkv.models import Decoder
 from jkv.planning import PRESETS, memory
@@ -146,7 +146,7 @@ def test_what_fits_fits_and_one_more_does_not(text):
 
 
 def test_nothing_fits():
-    plan = jkv.plan(TINY, seq_len=64, device_memory=1000)
+    plan = jkv.plan(TINY, seq_len=64, device_memory="1MB")
     assert (plan.fits, plan.max_seq_len, plan.max_batch) == (False, 0, 0)
 
 
@@ -186,3 +186,21 @@ def test_bytes_as_written(written, count):
 def test_bytes_that_nobody_understands(written):
     with pytest.raises(ValueError, match=r"device_memory got .*'80GB' or '24GiB'"):
         parse_bytes(written)
+
+
+@pytest.mark.parametrize("written", [24, "24", " 24 ", "24B"])
+def test_memory_whose_unit_was_forgotten(written):
+    with pytest.raises(ValueError, match=r"device_memory got .*24.* is 24 bytes; .*write 24GB$"):
+        jkv.plan(TINY, device_memory=written)
+    with pytest.raises(ValueError, match=r"is 999999 bytes; expected at least 1,000,000: write 24"):
+        jkv.plan(TINY, device_memory=999_999)
+    assert jkv.plan(TINY, device_memory=10**6).device_memory == 10**6
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [("24GB", "24.0 GB"), ("24GiB", "24.0 GiB"), ("1.5GB", "1.5 GB"), ("512MiB", "512.0 MiB")],
+)
+def test_a_size_is_shown_in_the_unit_it_was_written_in(written, shown):
+    count = parse_bytes(written)
+    assert size(count, decimal=is_decimal(count)) == shown
