@@ -11,29 +11,28 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import jax
 import numpy as np
 
-from jkv._checks import check_integer, check_one_of
+from jkv._checks import check_integer, check_one_of, check_text
 from jkv._text import brief, plural
 from jkv._transfer import transfers
 from jkv.cache.base import Cache
 from jkv.cache.dense import dense
-from jkv.decoding import capacity, loop, prefix_store, sampling
+from jkv.decoding import capacity, conversation, loop, prefix_store, sampling
 from jkv.decoding.apply import check_updates
 from jkv.decoding.arguments import CacheLike, ChatTokenizerLike, DecoderLike, Sampler, Stop
+from jkv.decoding.conversation import Message
 from jkv.decoding.detokenize import Pieces
 from jkv.decoding.options import Options, resolve_kind
 from jkv.decoding.prompts import PAD, split_model
 from jkv.decoding.result import Result
 from jkv.decoding.stopping import first_stop, parse_stops
 from jkv.decoding.stream import Stream, stream
-from jkv.errors import CacheFullError, CorruptError, JkvError, UnsupportedError
+from jkv.errors import CacheFullError, JkvError, UnsupportedError
 from jkv.models.lm import LM
-from jkv.models.template import plain_message
+from jkv.models.template import plain_message, says_something
 from jkv.models.weights import is_current, weights_of
 
 if TYPE_CHECKING:
     from jkv.store import Store
-
-Message = dict[str, Any]
 
 
 class _Dataclass(Protocol):
@@ -88,6 +87,26 @@ class Chat:
             chat = jkv.Chat(lm, tools=[weather], enable_thinking=False)
             chat.send("How warm is it in Paris?")  # '<tool_call>{"name": "weather", ...'
             chat.send({"role": "tool", "name": "weather", "content": "22"})
+
+        With a store, another process goes on with the conversation:
+
+        >>> store = jkv.store.Store([jkv.store.Disk("chats", 1 << 30)])
+        >>> chat = jkv.Chat(lm, max_new_tokens=8, store=store, sequence_id="me")
+        >>> reply = chat.send("Who goes there?")
+        >>> store.close()
+        >>> with jkv.store.Store([jkv.store.Disk("chats", 1 << 30)]) as store:  # there
+        ...     len(jkv.Chat(lm, store=store, sequence_id="me").messages)
+        2
+
+        A copy taken before a turn is a branch to go back to; caches never change. Give branches no
+        sequence_id, or the last turn of any of them is what the store keeps:
+
+        >>> import copy
+        >>> chat = jkv.Chat(lm, max_new_tokens=8)
+        >>> before = copy.copy(chat)
+        >>> reply = chat.send("Who goes there?")
+        >>> len(before.messages), before.send("Who goes there?") == reply
+        (0, True)
     """
 
     @transfers
@@ -127,7 +146,8 @@ class Chat:
                 prompt stays.
             store: a `jkv.store.Store` that keeps the cache after each turn, and in which a
                 beginning that another conversation shares is looked for.
-            sequence_id: of the conversation in the store: one that is there goes on.
+            sequence_id: of the conversation in the store: one that is there goes on, with the same
+                model, kind of cache and system prompt.
             tenant: whose entries of the store.
             tools: what the model may call: JSON schemas, or functions with annotations and
                 docstrings, which become schemas.
@@ -138,7 +158,8 @@ class Chat:
             UnsupportedError: no tokenizer, no chat template, or one that takes no system prompt or
                 no tools.
             TypeError: an argument of a wrong type, or one that the template does not read.
-            ValueError: an argument out of range, or a tool that is neither of the two.
+            ValueError: an argument out of range, a tool that is neither of the two, or a stored
+                conversation of another model, kind of cache or system prompt.
         """
         decoder, tokenizer = split_model(lm)
         if not isinstance(tokenizer, ChatTokenizerLike):
@@ -172,33 +193,30 @@ class Chat:
         # What the template thinks of it is known before the first turn.
         self._ids((*self._system, _message("user", "Hello")))
         self._past = _Past(self._system)
-        self._config, self._id = config, sequence_id
+        self._config, self._kind, self._id = config, kind, sequence_id
         self._prefixes = None
         if store is not None:
-            kind = dense() if cache is None else resolve_kind(cache)
             self._prefixes = prefix_store.PrefixStore(store, decoder, kind, tenant)
         if sequence_id is not None:
-            if self._prefixes is None or not isinstance(sequence_id, str):
+            check_text("sequence_id", sequence_id)
+            if self._prefixes is None:
                 raise TypeError(
-                    f"sequence_id got {brief(sequence_id)}; expected a text, and a store= to "
-                    "look in"
+                    f"got sequence_id={brief(sequence_id)} without a store; pass the store that "
+                    "keeps the conversation as store=, or leave sequence_id out"
                 )
-            self._past = self._load(self._prefixes, sequence_id)
+            kept = conversation.load(self._prefixes, sequence_id, self._system)
+            if kept is not None:
+                result = _past_result(kept.cache, kept.tokens, decoder)
+                self._past = _Past(kept.messages, result, kept.turns, seconds=kept.seconds)
 
-    def _load(self, prefixes: prefix_store.PrefixStore, key: str) -> _Past:
-        """Load the conversation that the store has under a key, or begin a new one."""
-        found = prefixes.known(key)
-        if found is None:
-            return _Past(self._system)
-        cache, tokens, meta = found
-        try:
-            messages, turns, seconds = prefix_store.conversation(meta)
-        except CorruptError:
-            prefixes.reject(key)
-            return _Past(self._system)
-        if not messages or messages[: len(self._system)] != self._system:
-            return _Past(self._system)
-        return _Past(messages, _past_result(cache, tokens, self._decoder), turns, seconds=seconds)
+    def __repr__(self) -> str:
+        """What it goes on from, in one line."""
+        result = self._past.result
+        held = 0 if result is None else int(result.cache.lengths[0])
+        return (
+            f"Chat({self._config.family}, {brief(self._kind)}, "
+            f"{plural(len(self._past.messages), 'message')}, {plural(held, 'token')} held)"
+        )
 
     @property
     def messages(self) -> list[Message]:
@@ -228,7 +246,7 @@ class Chat:
 
         Raises:
             TypeError: neither a text nor messages.
-            ValueError: a message that holds what JSON cannot.
+            ValueError: a message without a content, or with what JSON cannot hold.
             UnsupportedError: the chat template refuses the message.
             CacheFullError: the conversation does not fit into the context.
         """
@@ -243,7 +261,7 @@ class Chat:
 
         Raises:
             TypeError: neither a text nor messages.
-            ValueError: a message that holds what JSON cannot.
+            ValueError: a message without a content, or with what JSON cannot hold.
             UnsupportedError: the chat template refuses the message.
             CacheFullError: the conversation does not fit into the context.
         """
@@ -308,7 +326,7 @@ class Chat:
             after, messages=(*after.messages, reply), result=result, seconds=seconds
         )
         if self._prefixes is not None:
-            words = {"messages": list(now.messages), "turns": now.turns}
+            words = conversation.words_of(now.messages, now.turns, self._prefixes)
             held = result.history[0][: int(result.cache.lengths[0])]
             self._prefixes.keep([self._id], [held], [result.cache], [seconds], **words)
         self._past = now
@@ -353,7 +371,7 @@ def _new_messages(turn: object) -> tuple[Message, ...]:
 
     Raises:
         TypeError: neither a text nor messages.
-        ValueError: a message that holds what JSON cannot.
+        ValueError: a message without a content, or with what JSON cannot hold.
     """
     if isinstance(turn, str):
         return (_message("user", turn),)
@@ -365,6 +383,13 @@ def _new_messages(turn: object) -> tuple[Message, ...]:
             f"the user's message is {brief(turn)}; expected a text, a message such as "
             "{'role': 'tool', 'content': ...}, or a list of messages"
         )
+    for message in messages:
+        content = message.get("content", "")
+        if not says_something(message) or not isinstance(content, str | list | tuple):
+            raise ValueError(
+                f"a message is {brief(message)}; expected a content that is a text or a list of "
+                "parts, or tool_calls instead"
+            )
     return messages
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -67,12 +67,12 @@ class PrefixStore:
 
         check_kind(kind)
         self.store, self.tenant = store, check_text("tenant", tenant)
-        self._model, self._config, self._kind = model, model.config, kind
+        self._model, self._config, self.kind = model, model.config, kind
         self.renew()
 
     def renew(self) -> None:
         """Use the weights that the model has now."""
-        self.fingerprint = fingerprint(self._model, self._kind)
+        self.fingerprint = fingerprint(self._model, self.kind)
 
     @transfers
     def find(self, keys: Sequence[str | None], rows: Sequence[np.ndarray]) -> list[PrefixHit]:
@@ -139,7 +139,7 @@ class PrefixStore:
             form = entry.meta.get("form", "exact")
             if form != "exact":  # of a tier that rounds: the kind does not
                 cache = restored(cache, self._config, form)
-            check_like(cache, self._config, self._kind)
+            check_like(cache, self._config, self.kind)
             return cache
         except (CorruptError, KeyError):
             self.reject(key)
@@ -161,6 +161,22 @@ class PrefixStore:
         if cache is None:
             return None
         return cache, self._tokens(key, entry), dict(entry.meta)
+
+    @transfers
+    def known_of_others(self, key: str) -> dict[str, Any] | None:
+        """Look up what was kept with a sequence by another model or kind; None for nothing.
+
+        An entry of this model and kind, which `known` refused, is none of others.
+        """
+        own = self.store.open_many([key], tenant=self.tenant, fingerprint=self.fingerprint)[0]
+        if own is not None:
+            own.release()
+            return None
+        try:
+            with self.store.open(key, tenant=self.tenant) as handle:
+                return dict(handle.entry.meta)
+        except KeyError:
+            return None
 
     @transfers
     def keep(
@@ -221,24 +237,6 @@ class StoredRows:
         """
         caches = (take_row(cache, i) for i in range(len(rows)))  # copies on the device
         self.store.keep(self.keys, rows, caches, [seconds + hit.seconds for hit in self.hits])
-
-
-def conversation(meta: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], int, float]:
-    """Read messages, turns and seconds of a conversation from an entry's meta.
-
-    Raises:
-        CorruptError: it says something else.
-    """
-    messages, turns = meta.get("messages", []), meta.get("turns", 0)
-    whole = isinstance(messages, list | tuple) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content", "" if "tool_calls" in message else None), str | list)
-        for message in messages
-    )
-    if not whole or type(turns) is not int or turns < 0:
-        raise CorruptError("an entry whose messages are no conversation")
-    return tuple(messages), turns, float(seconds_of(meta) or 0)
 
 
 def check_keys(ids: object, batch: int) -> list[str | None]:

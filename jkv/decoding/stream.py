@@ -120,7 +120,8 @@ def stream(
 ) -> Stream:
     """Generate as `jkv.generate` does, in blocks, the first token alone: an iterator of `Block`.
 
-    While the caller handles a block the device computes the next.
+    While the caller handles a block the device computes the next. Log-probabilities that are asked
+    for are in `stream.result` once all blocks have been taken, not in the blocks.
 
     Args:
         model: `lm.model`, or `lm` where prompts or stops are texts.

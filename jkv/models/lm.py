@@ -9,13 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from jkv._bytes import parse_bytes
 from jkv._fork import check_fork
-from jkv._text import brief
+from jkv._text import brief, plural
 from jkv._transfer import transfers
 from jkv.errors import UnsupportedError
 from jkv.models import checkpoint, diagnose, hub, save
@@ -43,6 +44,8 @@ class LM:
 
     Example:
         >>> lm = jkv.load("shakespeare")
+        >>> lm
+        LM(llama, 5 layers, 3.9M parameters, float32, context 512)
         >>> lm.decode(lm.encode("ROMEO:")[0])
         'ROMEO:'
         >>> lm.config.layers, lm.source
@@ -55,6 +58,15 @@ class LM:
     source: str
     directory: Path | None = None
     ignored: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Sizes rather than weights."""
+        config = self.config
+        parameters = sum(map(np.size, jax.tree.leaves(self.model)))
+        return (
+            f"LM({config.family}, {plural(config.layers, 'layer')}, {_rounded(parameters)} "
+            f"parameters, {config.dtype}, context {config.context})"
+        )
 
     def encode(self, texts: str | Sequence[str]) -> list[list[int]]:
         """Encode each text, one list of ids per text, with the special tokens the checkpoint adds.
@@ -139,6 +151,14 @@ class LM:
                 f"{diagnose.tokenizer(self.directory)}"
             )
         return self.tokenizer
+
+
+def _rounded(count: int) -> str:
+    """Round a count to three or so digits: "950", "3.9M", "7.2B"."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
 
 
 @transfers

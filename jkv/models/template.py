@@ -114,9 +114,9 @@ def render(
 
     Args:
         source: the template.
-        messages: mappings, dataclasses or pydantic models, each with a "role" and mostly a
-            "content". Fields that are None are left out. "thinking" and "reasoning" are other names
-            of "reasoning_content".
+        messages: mappings, dataclasses or pydantic models, each with a "role" and a "content", or
+            with tool calls or reasoning in its place. Fields that are None are left out. "thinking"
+            and "reasoning" are other names of "reasoning_content".
         budget: steps and bytes that the template may take; more for longer messages.
         continue_final_message: end within the last message, after its text, for the model to go on
             with; a name is that of the field to go on with, "content" otherwise.
@@ -163,6 +163,11 @@ def _check_messages(messages: object) -> Sequence[Any]:
     return messages
 
 
+def says_something(fields: Mapping[Any, Any]) -> bool:
+    """Tell whether a message has a content, calls of tools, or an assistant's reasoning."""
+    return any(name in fields for name in ("content", "tool_calls", *_REASONING))
+
+
 def plain_message(message: object) -> dict[str, Any] | None:
     """Return a message's fields in JSON's types, without those that are None; None for no message.
 
@@ -170,12 +175,17 @@ def plain_message(message: object) -> dict[str, Any] | None:
         message: a mapping, a dataclass or a pydantic model with a "role".
 
     Raises:
-        ValueError: a field that JSON cannot hold, or one nested too deeply.
+        ValueError: no content, a field that JSON cannot hold, or one nested too deeply.
     """
     try:
         fields = _fields(message)
         if fields is None or not isinstance(fields.get("role"), str):
             return None
+        if not says_something(fields):
+            raise ValueError(
+                f"a message is {brief(fields)}, without a content; expected "
+                "{'role': ..., 'content': ...}, where tool_calls may stand for the content"
+            )
         return {
             _to_json_types(k): _to_json_types(value)
             for k, value in fields.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
@@ -371,6 +372,34 @@ def test_what_is_no_text_is_refused_at_the_call(lm, text):
     with pytest.raises(TypeError, match="expected a text"):
         chat.stream(text)
     assert chat.messages == []
+
+
+@pytest.mark.parametrize(
+    ("message", "match"),
+    [
+        ({"role": "user", "contnt": "x"}, "'contnt': 'x'.*}, without a content; expected"),
+        ({"role": "user", "content": None}, "expected a content that is a text or a list"),
+        ({"role": "user", "content": 3}, "'content': 3.*}; expected a content that is a text"),
+    ],
+)
+def test_a_message_without_a_content_is_refused(lm, message, match):
+    chat = jkv.Chat(lm)
+    with pytest.raises(ValueError, match=match):
+        chat.send([{"role": "user", "content": "hello"}, message])
+    assert chat.messages == []
+
+
+def test_a_copy_is_a_branch_to_go_back_to(lm):
+    chat = jkv.Chat(lm, max_new_tokens=NEW)
+    assert repr(chat).endswith(", 0 messages, 0 tokens held)")
+    chat.send("hello")
+    before, said = copy.copy(chat), chat.messages
+    reply = chat.send("why")
+    held = chat.reused + chat.prefilled + NEW - 1  # the last token was never read
+    assert repr(chat) == f"Chat(custom, {jkv.dense()}, 4 messages, {held} tokens held)"
+    assert before.messages == said
+    assert before.send("he who") == alone(lm, before.messages[:-1])
+    assert chat.messages[-1]["content"] == reply
 
 
 def test_the_last_result_can_be_looked_at(lm):

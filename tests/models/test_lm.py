@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,14 @@ def test_dtype(dtype):
 def test_dtype_of_another_kind(dtype):
     with pytest.raises(ValueError, match=r"load got dtype=.*expected one of float32, bfloat16"):
         jkv.load(TINY, dtype=dtype)
+
+
+def test_repr_is_a_line_without_weights():
+    lm = jkv.load(TINY)
+    assert re.fullmatch(
+        r"LM\(llama, \d layers, \d+\.\dK parameters, float32, context \d+\)", repr(lm)
+    )
+    assert repr(jkv.models.outline(TINY)) == repr(lm)
 
 
 def test_path_or_text():

@@ -73,6 +73,11 @@ def test_none_within_a_field_stays():
     assert render(source, [{"role": "assistant", "tool_calls": [call]}]) == '{"days": null}'
 
 
+def test_a_message_without_a_content_is_refused():
+    with pytest.raises(ValueError, match=r"'contnt': 'x'.*}, without a content; expected \{'role'"):
+        render("x", [USER, {"role": "user", "contnt": "x"}])
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
 def test_names_of_reasoning(name):
     source = "{{ messages[0].reasoning_content }},{{ messages[0].thinking }}"
@@ -290,7 +295,12 @@ def test_of_two_reasonings_the_named_one_is_continued():
 @pytest.mark.parametrize(
     ("source", "message", "error", "match"),
     [
-        ("{{ content }}", {"role": "user"}, ValueError, "has no 'content' to continue"),
+        (
+            "{{ content }}",
+            {"role": "user", "content": None},
+            ValueError,
+            "has no 'content' to continue",
+        ),
         ("{{ content }}", USER | {"content": []}, ValueError, "holds no text"),
         ("{{ content }}", USER | {"content": 3}, ValueError, "'content' is int"),
         ("x", USER, ValueError, "does not read 'content'"),
