@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
-
-import typer
 
 from jkv.cli import options, plan
 
 
 def caches(
     model: plan.Planned = "llama-3.1-8b",
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens in one row; by default the model's context.")
-    ] = None,
+    seq_len: options.SeqLen = None,
     dtype: plan.PlannedDtype = None,
     ignore: options.Ignore = None,
     as_json: options.AsJson = False,
@@ -23,7 +18,7 @@ def caches(
     from jkv import planning
     from jkv.cache import spec
 
-    made = planning.survey(model, seq_len=seq_len, dtype=dtype, ignore=ignore or ())
+    made = planning.survey(model, seq_len=options.tokens(seq_len), dtype=dtype, ignore=ignore or ())
     if as_json:
         keys = ("cache", "bytes_per_token", "cache_bytes", "seq_len", "model", "refused")
         listed = []

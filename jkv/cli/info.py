@@ -20,7 +20,10 @@ def info(
     ignore: options.Ignore = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Tell what runs here: versions, device and attention; and of a checkpoint what it takes."""
+    """Tell what runs here, and what a checkpoint takes.
+
+    Of what runs the versions, the device and how it attends.
+    """
     from jkv.cache.spec import parse
     from jkv.models import outline
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
+
+from jkv._text import brief
 
 Model = Annotated[
     str, typer.Option("--model", help="The built-in model's name, a directory, or a hub id.")
@@ -52,6 +55,13 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY", help="A key of config.json to treat as absent; repeatable."),
 ]
+SeqLen = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens in each row, such as 8192 or 8k; by default the model's context.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One object on standard output.")]
 
 
@@ -93,3 +103,19 @@ def drawing(temperature: float, seed: int, **wanted: object) -> dict[str, Any]:
     if temperature == 0:  # the likeliest token is in every cut
         return {"sampler": sampling.chain(*first, heat) if first else None, "key": None}
     return {"sampler": sampling.chain(*first, heat, *cuts), "key": jax.random.key(seed)}
+
+
+def tokens(text: str | None) -> int | None:
+    """Parse a number of tokens, "32k" being 32 * 1024 as contexts are named; None stays None.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(-?\d{1,18})\s*([kK]?)\s*", text, re.ASCII)
+    if match is None:
+        raise ValueError(
+            f"--seq-len got {brief(text)}; expected a number of tokens, such as 8192 or 8k"
+        )
+    return int(match[1]) * (1024 if match[2] else 1)

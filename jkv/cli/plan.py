@@ -31,9 +31,7 @@ PlannedDtype = Annotated[
 def plan(
     model: Planned = "shakespeare",
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens in each row; by default the model's context.")
-    ] = None,
+    seq_len: options.SeqLen = None,
     cache: Annotated[
         list[str] | None,
         typer.Option(metavar="SPEC", help=f"{options.SPEC_HELP} Repeatable; by default all kinds."),
@@ -54,7 +52,7 @@ def plan(
 
     asked = {
         "batch": batch,
-        "seq_len": seq_len,
+        "seq_len": options.tokens(seq_len),
         "dtype": dtype,
         "device_memory": device_memory,
         "ignore": ignore or (),

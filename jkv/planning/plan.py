@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import os
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from jkv.cache.dense import dense
 from jkv.cache.protocol import CacheKind
 from jkv.decoding.arguments import CacheLike
 from jkv.decoding.options import Options, resolve_kind
-from jkv.errors import UnsupportedError
+from jkv.errors import CheckpointError, UnsupportedError
 from jkv.models.config import Config
 from jkv.models.decoder import Decoder
 from jkv.models.hf_keys import check_ignore
@@ -255,7 +256,7 @@ def find_config(
     if isinstance(model, str) and (known := preset(model)) is not None:
         name, config = next(n for n, c in PRESETS.items() if c is known), known
     elif isinstance(model, str | os.PathLike):
-        name, config, is_read = os.fspath(model), read_config(model, ignore=keys), True
+        name, config, is_read = os.fspath(model), _read(model, keys), True
     else:
         config = model if isinstance(model, Config) else getattr(model, "config", None)
         if not isinstance(config, Config):
@@ -272,6 +273,19 @@ def find_config(
     if dtype is not None or not config.dtype:
         config = dataclasses.replace(config, dtype=_dtype(dtype or "float32"))
     return name, config
+
+
+def _read(model: str | os.PathLike[str], ignore: tuple[str, ...]) -> Config:
+    """Read the configuration of what is no preset; where there is none, name the preset meant."""
+    try:
+        return read_config(model, ignore=ignore)
+    except CheckpointError as error:
+        near = []
+        if isinstance(model, str) and not os.path.exists(model):
+            near = difflib.get_close_matches(model[:80].lower(), PRESETS, 1, 0.75)
+        if not near:
+            raise
+        raise CheckpointError(f"did you mean the preset {near[0]!r}? {error}") from error
 
 
 def _plan(

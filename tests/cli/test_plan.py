@@ -130,6 +130,16 @@ def test_a_table_has_one_unit_and_says_what_fits(run, unit, other):
     assert f" {other}" not in out
 
 
+@pytest.mark.parametrize("written", ["32k", "32K", "32768"])
+def test_lengths_as_people_write_them(run, tiny, written):
+    plan = ["plan", "--model", "llama-3-8b", "--cache", "dense"]
+    status, out, err = run(*plan, "--json", "--seq-len", written)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["seq_len"] == 32768
+    listed = json.loads(run("caches", "--model", tiny, "--seq-len", written, "--json")[1])
+    assert listed["caches"][0]["seq_len"] == 32768
+
+
 def test_plan_of_all_kinds(run):
     listed = json.loads(run("plan", "--model", "gpt2", "--json")[1])["plans"]
     assert [entry["cache"] for entry in listed] == spec.examples()
@@ -147,6 +157,7 @@ def test_plan_of_all_kinds(run):
         (["--cache", "dense", "--cache", "int4:bits=3"], "in it 'bits=3'; expected int4[:residual"),
         (["--batch", "0"], "batch=0"),
         (["--seq-len", "-3"], "seq_len=-3"),
+        (["--seq-len", "32q"], "--seq-len got '32q'; expected a number of tokens, such as 8192"),
         (["--device-memory", "80"], "80 bytes; expected at least 1,000,000: write 80GB"),
         (["--device-memory", "lots"], "device_memory got 'lots'"),
         (["--dtype", "int4"], "float32, bfloat16, float16"),

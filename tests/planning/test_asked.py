@@ -185,3 +185,18 @@ def test_print_shows_a_table(capsys):
     assert repr(plan).count("\n") == 0
     assert "to_dict()" in (jkv.plan.__doc__ or "")
     assert "json.dumps" in (type(plan).__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("lama-3-8b", "llama-3-8b"), ("Qwen3-8", "qwen3-8b"), ("gemma2-9b!", "gemma-2-9b")],
+)
+def test_a_preset_that_is_misspelt_is_named(written, meant, monkeypatch):
+    def refuse(name: str, **options: Any) -> str:
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(jkv.CheckpointError, match=f"did you mean the preset '{meant}'.*neither a"):
+        jkv.plan(written)
+    with pytest.raises(jkv.CheckpointError, match=r"^another-team/thing is neither"):
+        jkv.plan("another-team/thing")
