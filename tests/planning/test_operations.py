@@ -168,4 +168,4 @@ LEARNED = dataclasses.replace(WIDE, rope=None, heads=16, kv_heads=16, head_dim=6
 def test_activations_are_about_the_temporaries_of_the_largest_pass(config, kind):
     plan = jkv.plan(config, batch=2, seq_len=1024, cache=kind)
     _, temporaries = xla(config, kind, 2, 1024, 256)
-    assert 0.6 < temporaries / plan.activation_bytes < 1.2
+    assert 0.55 < temporaries / plan.activation_bytes < 1.2
