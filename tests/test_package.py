@@ -148,7 +148,7 @@ def test_comparisons_are_no_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["test"]]
-    compared = ("torch", "transformers", "cachetools", "diskcache")
+    compared = ("torch", "transformers", "penzai", "cachetools", "diskcache")
     assert not [name for name in needed if name.startswith(compared)]
     assert {re.split("[>=]", name)[0] for name in extras["compare"]} == set(compared)
     assert {"test", "dev", "plot", "cuda12", "cuda13", "tpu", "compare"} <= extras.keys()
