@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -26,29 +25,13 @@ from jkv.decoding.prompts import PAD, split_model
 from jkv.decoding.result import Result
 from jkv.decoding.stopping import first_stop, parse_stops
 from jkv.decoding.stream import Stream, stream
+from jkv.decoding.turns import Tool, Turn, begins_turn, check_values, new_messages, text_message
 from jkv.errors import CacheFullError, JkvError, UnsupportedError
 from jkv.models.lm import LM
-from jkv.models.template import plain_message, says_something
 from jkv.models.weights import is_current, weights_of
 
 if TYPE_CHECKING:
     from jkv.store import Store
-
-
-class _Dataclass(Protocol):
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-class _Pydantic(Protocol):
-    def model_dump(self) -> dict[str, Any]: ...
-
-
-Given = Mapping[str, Any] | _Dataclass | _Pydantic  # a message
-Turn = str | Given | Sequence[Given]
-Tool = Mapping[str, Any] | Callable[..., Any]  # a JSON schema, or a function that becomes one
-
-# What the template reads and `Chat` writes.
-_OWN = ("messages", "add_generation_prompt", "continue_final_message")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,11 +170,11 @@ class Chat:
         self._cache, self._sampler, self._stop = cache, sampler, stop
         self._key = key
         source = self._tokenizer.template_source(template, tools=tools is not None)
-        _check_values(source, tools, values)
+        check_values(source, tools, values)
         self._template: dict[str, Any] = {"template": template, "tools": tools, **values}
-        self._system = () if system is None else (_message("system", system),)
+        self._system = () if system is None else (text_message("system", system),)
         # What the template thinks of it is known before the first turn.
-        self._ids((*self._system, _message("user", "Hello")))
+        self._ids((*self._system, text_message("user", "Hello")))
         self._past = _Past(self._system)
         self._config, self._kind, self._id = config, kind, sequence_id
         self._prefixes = None
@@ -266,7 +249,7 @@ class Chat:
             CacheFullError: the conversation does not fit into the context.
         """
         past = self._past
-        messages, ids = self._fit((*past.messages, *_new_messages(message)))
+        messages, ids = self._fit((*past.messages, *new_messages(message)))
         if self._prefixes is not None:
             self._prefixes.renew()
         known = past.result
@@ -320,7 +303,7 @@ class Chat:
                 given = settled
         if self._past is not past:
             raise JkvError("another turn was taken while this reply was being read; send it again")
-        reply, result = _message("assistant", text[:given]), blocks.result
+        reply, result = text_message("assistant", text[:given]), blocks.result
         seconds = past.seconds + result.prefill_seconds + result.decode_seconds
         now = dataclasses.replace(
             after, messages=(*after.messages, reply), result=result, seconds=seconds
@@ -345,7 +328,7 @@ class Chat:
                 return messages, ids
             # Templates want whole turns: a question goes with its answer, and with the results of
             # tools on the way there.
-            later = [i for i in range(first + 1, len(messages)) if _begins_turn(messages, i)]
+            later = [i for i in range(first + 1, len(messages)) if begins_turn(messages, i)]
             if not self._drop or not later:
                 raise CacheFullError(
                     f"the conversation has {plural(len(ids), 'token')} and "
@@ -358,70 +341,6 @@ class Chat:
                     )
                 )
             messages = messages[:first] + messages[later[0] :]
-
-
-def _message(role: str, content: object) -> Message:
-    if not isinstance(content, str):
-        raise TypeError(f"the {role}'s message is {brief(content)}; expected a text")
-    return {"role": role, "content": content}
-
-
-def _new_messages(turn: object) -> tuple[Message, ...]:
-    """Return what a turn adds to the conversation.
-
-    Raises:
-        TypeError: neither a text nor messages.
-        ValueError: a message without a content, or with what JSON cannot hold.
-    """
-    if isinstance(turn, str):
-        return (_message("user", turn),)
-    given = turn if isinstance(turn, list | tuple) else [turn]
-    plain = [plain_message(message) for message in given]
-    messages = tuple(message for message in plain if message is not None)
-    if not messages or len(messages) < len(plain):
-        raise TypeError(
-            f"the user's message is {brief(turn)}; expected a text, a message such as "
-            "{'role': 'tool', 'content': ...}, or a list of messages"
-        )
-    for message in messages:
-        content = message.get("content", "")
-        if not says_something(message) or not isinstance(content, str | list | tuple):
-            raise ValueError(
-                f"a message is {brief(message)}; expected a content that is a text or a list of "
-                "parts, or tool_calls instead"
-            )
-    return messages
-
-
-def _begins_turn(messages: tuple[Message, ...], i: int) -> bool:
-    """Tell whether a user asks something new here, after an answer."""
-    return messages[i]["role"] == "user" and messages[i - 1]["role"] == "assistant"
-
-
-def _check_values(source: str, tools: object, values: Mapping[str, object]) -> None:
-    """Refuse what the template would not look at, which is mostly an argument misspelt.
-
-    Raises:
-        TypeError: a name that the template does not hold, or that is not the user's to give.
-        UnsupportedError: tools for a template that holds none.
-    """
-    if tools and not _reads(source, "tools"):
-        raise UnsupportedError(
-            "tools were given, but the checkpoint's chat template reads none: describe them in "
-            "system=, or load a checkpoint made for tools"
-        )
-    for name in values:
-        if name in _OWN:
-            raise TypeError(f"got {name}, which Chat gives the template itself; leave it out")
-        if not _reads(source, name):
-            raise TypeError(
-                f"got {name}, which is no argument of Chat and is not read by the checkpoint's "
-                "chat template; leave it out, or correct its name"
-            )
-
-
-def _reads(source: str, name: str) -> bool:
-    return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
 
 def _past_result(cache: Cache, tokens: np.ndarray, model: DecoderLike) -> Result:
