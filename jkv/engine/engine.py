@@ -315,8 +315,8 @@ class Engine:
     def watch(self, reader: Reader, request: Request) -> None:
         """Cancel the request once this iteration over its tokens is gone.
 
-        A finaliser of the iteration's own would not do: Python swallows an interrupt in it, and
-        whoever keeps that exception, as pytest does, keeps the iteration.
+        Not by a finaliser of its own: Python drops an interrupt there, and a hook that keeps the
+        exception, such as pytest's, keeps the iteration alive.
         """
         gone = weakref.ref(reader, lambda _: self.abandon(request))
         self.core.scheduler.requests.readers[gone] = request

@@ -50,7 +50,7 @@ def holds(cache, rows):
 
 
 def used(cache, group=0):
-    """Pages that somebody has."""
+    """Count the pages that a row holds."""
     numbers = np.asarray(cache.shared[0].tables[group])
     return len(np.unique(numbers[numbers >= 0]))
 

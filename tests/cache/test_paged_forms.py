@@ -1,4 +1,4 @@
-"""Pages that somebody else gives, rounded ones, and those that lie as on a TPU."""
+"""Pages that the caller assigns, rounded pages, and pages in the layout of a TPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jkv.ops.pages import TpuPages
 from tests.cache.pages import PAGE, holds, new, numbered, put, used, written
 from tests.ops.calls import needs
 
-# Managed: the pages are somebody else's to give.
+# Managed: the caller assigns the pages.
 
 
 def managed(table, lengths):
@@ -62,7 +62,7 @@ def test_managed_rows_without_a_page_are_refused():
     np.testing.assert_array_equal(cache.shared[0].tables[0], [[4, -1], [6, 1]])
     long, _ = written(given(cache, [[4, 6]], [8]), [[]], [[1]])
     assert np.asarray(long.overflowed).tolist() == [True]
-    # Shared pages are not copied: whoever manages them does that.
+    # Shared pages are not copied: the caller that manages them does.
     cache, rows = written(managed([[4, 8], [4, 9]], [0, 0]), [[], []], [[1, 2], []])
     copied = copy_pages(cache, jnp.array([4, -1, 4]), jnp.array([7, 3, 2]))
     holds(given(copied, [[4, 8], [7, 9], [2, 0]], [2, 2, 2]), [[1, 2]] * 3)

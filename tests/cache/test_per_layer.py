@@ -14,6 +14,7 @@ import jkv
 from jkv.cache import Dense, Window
 from jkv.errors import UnsupportedError
 from jkv.models import Decoder
+from tests.cache.steps import one_by_one
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +71,10 @@ def test_the_tokens_are_those_of_the_layers(config, tiny_config):
     tokens = np.random.default_rng(0).integers(0, 11, (2, 20), np.int32)
     want, _ = jax.jit(lambda model, tokens: model(tokens))(windowed, tokens)
 
-    @jax.jit
-    def one_by_one(model, cache):
-        def body(cache, token):
-            logits, cache = model(token[:, None], cache)
-            return cache, logits[:, 0]
-
-        return jax.lax.scan(body, cache, tokens.T)[1].swapaxes(0, 1)
-
     kinds = [jkv.window(5), jkv.dense()]
-    got = one_by_one(plain, cache_of(config, jkv.per_layer(kinds)))
+    got = one_by_one(plain, cache_of(config, jkv.per_layer(kinds)), tokens)
     np.testing.assert_allclose(got, want, atol=1e-4)
-    got = one_by_one(plain, cache_of(config, jkv.per_layer(kinds[::-1])))
+    got = one_by_one(plain, cache_of(config, jkv.per_layer(kinds[::-1])), tokens)
     assert np.abs(got - want).max() > 1e-2
 
 

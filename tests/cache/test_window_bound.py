@@ -16,6 +16,7 @@ from bench.loops import Case
 from jkv.cache import Dense
 from jkv.errors import UnsupportedError
 from jkv.models import Decoder
+from tests.cache.steps import one_by_one
 from tests.cache.test_window import ROPES, Shape, made
 
 pytestmark = pytest.mark.slow  # many programs: once is enough, on one version of JAX
@@ -32,16 +33,8 @@ def test_the_models_own_windows_are_exact(local_global):
     tokens = np.random.default_rng(0).integers(0, 11, (2, 20), np.int32)
     want, _ = jax.jit(lambda model, tokens: model(tokens))(local_global, tokens)
 
-    @jax.jit
-    def one_by_one(model, cache):
-        def body(cache, token):
-            logits, cache = model(token[:, None], cache)
-            return cache, logits[:, 0]
-
-        return jax.lax.scan(body, cache, tokens.T)[1].swapaxes(0, 1)
-
     cache = jkv.init_cache(local_global.config, jkv.window(), batch=2, slots=32)
-    np.testing.assert_allclose(one_by_one(local_global, cache), want, atol=1e-5)
+    np.testing.assert_allclose(one_by_one(local_global, cache, tokens), want, atol=1e-5)
     local, everywhere = cache.layers
     assert local.ring.size == 5
     assert isinstance(everywhere, Dense)

@@ -115,7 +115,7 @@ def test_an_iteration_whose_end_is_interrupted_leaves_no_request(lm):
 
 @pytest.mark.parametrize("read", [iter, aiter])
 def test_an_interrupt_while_an_iteration_is_finalised_is_noticed(lm, monkeypatch, read):
-    """Python swallows it, and whoever is told of it may keep it with all that its frames hold."""
+    """Python drops it, and a hook may keep the exception with all that its frames hold."""
     kept = []
     monkeypatch.setattr(sys, "unraisablehook", lambda raised: kept.append(raised.exc_value))
     engine = make_engine(lm, pages=PAGES, max_batch=2)
